@@ -1,0 +1,327 @@
+"""Load a recipe: schema defaults <- recipe YAML <- ``key=value`` overrides, as one frozen object.
+
+The only module that knows OmegaConf, which reads the YAML (``1e-4`` is a number, a key given twice
+is an error) and resolves ``${other.key}`` and ``${oc.env:NAME}``. What fits where is decided by
+:mod:`dinocell.configs.schema`. Everything wrong is a :class:`ConfigError` of one line that names
+the file and line, or the override, and the dotted key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+from dinocell.configs import schema as schemas
+from dinocell.configs.schema import MisfitError, did_you_mean, join
+from dinocell.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that a recipe or an override sets, and where it was said."""
+
+    key: str
+    value: Any
+    source: str
+
+
+def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Return the frozen configuration that a recipe and overrides describe.
+
+    Parameters
+    ----------
+    schema
+        Frozen, keyword-only dataclass; may hold further ones (sections).
+    recipe
+        YAML file (UTF-8) with what differs from the defaults; may be empty. None: defaults only.
+    overrides
+        ``key=value`` with a dotted key and a YAML value (``vit.blocks=[2,5]``), merged after the
+        recipe, one by one: the last one wins. For a text or path the value is taken as it stands.
+
+    Raises
+    ------
+    ConfigError
+        Unknown key, wrong type, missing value, impossible combination, unreadable recipe, ...
+    """
+    settings = list(_recipe_settings(schema, recipe)) if recipe is not None else []
+    settings += [setting for text in overrides for setting in _override_settings(schema, text)]
+    tree: Any = OmegaConf.create(schemas.defaults(schema))
+    for setting in settings:
+        nested = setting.value
+        for part in reversed(setting.key.split(".")):
+            nested = {part: nested}
+        tree = OmegaConf.unsafe_merge(tree, nested)
+    values = _resolve(schema, tree, settings)
+    absent = schemas.missing_keys(schema, values)
+    if absent:
+        where = f"{recipe}: " if recipe is not None else ""
+        raise ConfigError(
+            f"{where}required, but not set: {', '.join(absent)}; set it in the recipe or with {absent[0]}=..."
+        )
+    try:
+        return schemas.fit(schema, values)  # type: ignore[no-any-return]
+    except MisfitError as error:
+        source = _source_of(error.key, settings)
+        raise ConfigError(f"{source}: {error}" if source else str(error)) from error
+
+
+def find_recipe(command: str, name: str) -> Path:
+    """Return the recipe file that ``name`` means: a path to a YAML file, or the name of a shipped recipe.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such file or shipped recipe; the message lists the shipped ones.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    shipped = shipped_recipes(command)
+    if name in shipped:
+        return _shipped_folder(command) / f"{name}.yaml"
+    listed = f"shipped for {command}: {', '.join(shipped) or 'none'}{did_you_mean(path.stem, shipped)}"
+    if path.is_dir():
+        raise ConfigError(f"recipe '{name}' is a folder, expected a .yaml file; {listed}")
+    if path.is_file():
+        raise ConfigError(f"recipe '{name}' is not a .yaml file; {listed}")
+    raise ConfigError(f"no recipe '{name}': neither a .yaml file nor a shipped recipe; {listed}")
+
+
+def shipped_recipes(command: str) -> list[str]:
+    """Return the sorted names of the recipes that come with DINOCell for ``command``."""
+    return sorted(path.stem for path in _shipped_folder(command).glob("*.yaml"))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the plain mapping that a YAML file holds, ``${...}`` left as it stands.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, is not UTF-8, is not YAML, or holds no mapping.
+    """
+    return _parse(path, _read(path))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration object as nested plain types: dict, list, str, int, float, bool, None."""
+    plain = schemas.to_plain(config)
+    assert isinstance(plain, dict), f"expected a configuration object, got {type(config).__name__}"
+    return plain
+
+
+def to_yaml(config: Any) -> str:
+    """Return the YAML of a configuration object, every key written out; ``load_config`` reads it back."""
+    text: str = OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(config))))
+    return text
+
+
+def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ("compute",)) -> list[str]:
+    """Return what differs between two plain configurations, one ``key: old -> new`` each.
+
+    Parameters
+    ----------
+    old, new
+        As :func:`to_dict` or :func:`read_mapping` give them.
+    ignore
+        Dotted keys or sections that may differ; ``compute`` holds the knobs that do not change results.
+    """
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    differing = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        if any(key == ignored or key.startswith(f"{ignored}.") for ignored in ignore):
+            continue
+        texts = [schemas.show(side[key]) if key in side else "(absent)" for side in (before, after)]
+        if not _same(before.get(key, _ABSENT), after.get(key, _ABSENT)):
+            differing.append(f"{key}: {texts[0]} -> {texts[1]}")
+    return differing
+
+
+_ABSENT = object()
+
+
+def _same(one: Any, other: Any) -> bool:
+    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
+    return both_nan or (one == other and isinstance(one, bool) == isinstance(other, bool))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, join(prefix, str(name)))
+        else:
+            yield join(prefix, str(name)), list(value) if isinstance(value, tuple) else value
+
+
+def _shipped_folder(command: str) -> Path:
+    return Path(__file__).parent / command
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, expected a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            kind = "a list" if isinstance(root, yaml.SequenceNode) else f"'{root.value}'"
+            raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected 'key: value' lines, got {kind}")
+        plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}{_yaml_problem(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
+    assert isinstance(plain, dict)
+    return {str(name): value for name, value in plain.items()}
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f":{mark.line + 1}: column {mark.column + 1}: not valid YAML: {error.problem or error.context}"
+    return f": not valid YAML: {' '.join(str(error).split())}"
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    return f"{error.full_key}: {_problem(error)}" if error.full_key else _problem(error)
+
+
+def _problem(error: OmegaConfBaseException) -> str:
+    """Return OmegaConf's complaint about a ``${...}`` in one line."""
+    line = str(error).splitlines()[0]
+    if isinstance(error, GrammarParseError):
+        return f"the ${{...}} in it cannot be read ({line})"
+    _, raised, reason = line.partition(" raised while resolving interpolation: ")
+    return reason.strip('"') if raised else line
+
+
+def _recipe_settings(schema: type, recipe: Path) -> Iterator[Setting]:
+    text = _read(recipe)
+    values = _parse(recipe, text)
+    lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+
+    def source(key: str) -> str:
+        return f"{recipe}:{lines[key]}" if key in lines else str(recipe)
+
+    yield from _settings(schema, "", values, source)
+
+
+def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            key = join(prefix, str(name.value))
+            yield key, name.start_mark.line + 1
+            yield from _lines(value, key)
+
+
+def _override_settings(schema: type, text: str) -> list[Setting]:
+    source = f"override '{text}'"
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals:
+        known = list(schemas.all_keys(schema))
+        hint = f"; did you mean '{key}=...'?" if key in known else did_you_mean(key, known, suffix="=...")
+        raise ConfigError(f"{source}: expected key=value{hint}")
+    if not all(key.split(".")):
+        raise ConfigError(f"{source}: expected key=value, got the empty key '{key}'")
+    value = _from_text(_annotation_of(schema, key, source), raw.strip(), source)
+    return list(_settings(schema, key, value, lambda _: source))
+
+
+def _settings(schema: type, key: str, value: Any, source: Callable[[str], str]) -> Iterator[Setting]:
+    """Split ``value`` into one setting a key of the schema, each checked on its own."""
+    annotation = _annotation_of(schema, key, source(key)) if key else schema
+    if schemas.section(annotation) is not None and isinstance(value, Mapping):
+        if key and not value:
+            yield Setting(key, value, source(key))
+        for name, item in value.items():
+            yield from _settings(schema, join(key, str(name)), item, source)
+        return
+    if value != schemas.MISSING and "${" not in str(value):
+        try:
+            schemas.fit(annotation, value, key)
+        except MisfitError as error:
+            raise ConfigError(f"{source(key)}: {error}") from error
+    yield Setting(key, value, source(key))
+
+
+def _annotation_of(schema: type, key: str, source: str) -> Any:
+    try:
+        return schemas.annotation_of(schema, key)
+    except MisfitError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _from_text(annotation: Any, raw: str, source: str) -> Any:
+    """Read the right side of ``key=value``; a text or a path is taken literally unless quoted or null."""
+    if raw in get_args(annotation) and get_origin(annotation) is Literal:
+        return raw
+    if schemas.accepts_text(annotation) and raw[:1] not in ("", "'", '"') and raw.lower() not in ("null", "~"):
+        return raw
+    try:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{source}: the value is not valid YAML ({problem}); put it in quotes") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_problem(error)}") from error
+    return parsed["value"]
+
+
+def _resolve(schema: type, tree: Any, settings: list[Setting]) -> dict[str, Any]:
+    """Return the tree with every ``${...}`` replaced; text from the environment is read like an override."""
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_source_of(error.full_key or '', settings)}: {_first_line(error)}") from error
+    except RecursionError:
+        raise ConfigError("a value refers to itself through ${...}; break the circle") from None
+    assert isinstance(values, dict)
+    for setting in settings:
+        if isinstance(setting.value, str) and "${" in setting.value:
+            *parents, name = setting.key.split(".")
+            parent: Any = values
+            for part in parents:
+                parent = parent[part] if isinstance(parent, dict) else None
+            annotation = _annotation_of(schema, setting.key, setting.source)
+            if isinstance(parent, dict) and isinstance(parent.get(name), str):
+                parent[name] = _from_text(annotation, parent[name], setting.source)
+    return {str(name): value for name, value in values.items()}
+
+
+def _source_of(key: str, settings: list[Setting]) -> str:
+    """Return where ``key``, or last something inside it, was set; empty if it is a default."""
+    for setting in reversed(settings):
+        if key == setting.key or key.startswith((f"{setting.key}.", f"{setting.key}[")):
+            return setting.source
+    inside = [setting.source for setting in settings if not key or setting.key.startswith(f"{key}.")]
+    return inside[-1] if inside else ""
+
+
+def _escape(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _escape(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escape(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -1,0 +1,282 @@
+"""Schemas: which keys a frozen dataclass has, and whether a plain value fits an annotation.
+
+A schema is a ``frozen=True, kw_only=True`` dataclass whose annotations are numbers, text, paths,
+``Literal``, enums, optionals, tuples, lists, string-keyed dicts, and further schemas (*sections*).
+Nothing is converted on a guess: ``true`` is no integer, ``3.0`` is no integer, ``7`` is no text.
+An integer where a number is expected, text where a path is, a list where a tuple is, do fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+MISSING = "???"
+"""What a recipe writes for "to be set by whoever uses this"; the same as not setting the key."""
+
+
+class MisfitError(Exception):
+    """A value that its schema does not accept: the dotted key, and what is wrong with it."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}" if key else problem)
+        self.key = key
+
+
+def fit(annotation: Any, value: Any, key: str = "") -> Any:
+    """Return ``value`` as an instance of ``annotation``.
+
+    Parameters
+    ----------
+    annotation
+        A resolved annotation; a dataclass is built from a mapping, fields left out take their defaults.
+    value
+        Plain data as YAML gives it.
+    key
+        Dotted key of the value, for the message.
+
+    Raises
+    ------
+    MisfitError
+        If the value does not fit; the message says expected and got.
+    """
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return _fit_section(annotation, value, key)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _fit_union(annotation, value, key)
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        return _fit_sequence(annotation, list(value), key)
+    if origin is dict and isinstance(value, Mapping):
+        return {name: fit(arguments[1], item, join(key, str(name))) for name, item in value.items()}
+    if origin is Literal and any(value == allowed and type(value) is type(allowed) for allowed in arguments):
+        return value
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        for member in annotation:
+            if value in (member, member.name, member.value):
+                return member
+    elif annotation is Any or (annotation in (None, type(None)) and value is None):
+        return value
+    elif annotation is float and type(value) in (int, float):
+        return float(value)
+    elif annotation is Path and isinstance(value, str | Path):
+        return Path(value)
+    elif annotation in (int, bool, str) and type(value) is annotation:
+        return value
+    raise MisfitError(key, _expected_got(annotation, value))
+
+
+def _fit_section(schema: type, value: Any, key: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise MisfitError(key, _expected_got(schema, value))
+    hints = field_types(schema)
+    for name in value:
+        if name not in hints:
+            raise MisfitError(join(key, str(name)), "unknown key" + did_you_mean(str(name), hints))
+    absent = missing_keys(schema, value, key)
+    if absent:
+        raise MisfitError(absent[0], "required, but not set")
+    values = {name: fit(hints[name], item, join(key, name)) for name, item in value.items()}
+    try:
+        return schema(**values)
+    except ValueError as error:  # an impossible combination, found by the schema's __post_init__
+        raise MisfitError(key, " ".join(str(error).split())) from error
+
+
+def _fit_union(annotation: Any, value: Any, key: str) -> Any:
+    members = get_args(annotation)
+    if value is None and type(None) in members:
+        return None
+    real = [member for member in members if member is not type(None)]
+    if len(real) == 1 and value is not None:
+        return fit(real[0], value, key)  # its message may name a key further inside
+    for member in real:
+        try:
+            return fit(member, value, key)
+        except MisfitError:
+            continue
+    raise MisfitError(key, _expected_got(annotation, value))
+
+
+def _fit_sequence(annotation: Any, value: list[Any], key: str) -> Any:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is list:
+        return [fit(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(fit(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise MisfitError(key, _expected_got(annotation, value))
+    return tuple(fit(arguments[index], item, f"{key}[{index}]") for index, item in enumerate(value))
+
+
+def _expected_got(annotation: Any, value: Any) -> str:
+    hint = ""
+    options = (
+        [show(option, quote=False) for option in get_args(annotation)] if get_origin(annotation) is Literal else []
+    )
+    if options and isinstance(value, str):
+        hint = did_you_mean(value, options)
+    elif accepts_text(annotation) and isinstance(value, bool | int | float):
+        hint = "; put it in quotes"
+    return f"expected {describe(annotation)}, got {show(value)}{hint}"
+
+
+def describe(annotation: Any, *, plural: bool = False) -> str:
+    """Say in words what an annotation accepts: ``a list of 2 numbers``, ``one of relu, gelu, or null``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    words = {
+        int: ("an integer", "integers"),
+        float: ("a number", "numbers"),
+        bool: ("true or false", "true or false"),
+        str: ("text", "texts"),
+        Path: ("a path", "paths"),
+        type(None): ("null", "null"),
+        Any: ("anything", "anything"),
+    }
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(member) for member in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(show(option, quote=False) for option in arguments)
+    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
+        return ("lists of " if plural else "a list of ") + describe(arguments[0], plural=True)
+    if origin is tuple:
+        kinds = list(dict.fromkeys(describe(member, plural=True) for member in arguments))
+        return f"{'lists' if plural else 'a list'} of {len(arguments)} {' and '.join(kinds)}"
+    if origin is dict:
+        return "a mapping from names to " + describe(arguments[1], plural=True)
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in annotation)
+    if dataclasses.is_dataclass(annotation):
+        names = list(field_types(annotation))
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        return f"{'sections' if plural else 'a section'} ({shown})"
+    return words[annotation][plural]
+
+
+def show(value: Any, *, quote: bool = True) -> str:
+    """Show a value as YAML would spell it, at most 60 characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and not quote:
+        return value
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def to_plain(value: Any) -> Any:
+    """Return configuration objects as dicts, lists and scalars; enums as their names, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): to_plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.name
+    return str(value) if isinstance(value, Path) else value
+
+
+def field_types(schema: Any) -> dict[str, Any]:
+    """Return the resolved annotation of every field that ``schema`` takes, in its order."""
+    hints = get_type_hints(schema)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema) if field.init}
+
+
+def section(annotation: Any) -> type | None:
+    """Return the schema of a section or of an optional section, None for a plain value."""
+    for member in (
+        (annotation, *get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    ):
+        if isinstance(member, type) and dataclasses.is_dataclass(member):
+            return member
+    return None
+
+
+def accepts_text(annotation: Any) -> bool:
+    """Say whether ``annotation`` takes bare text: text, a path, or one of these or null."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(accepts_text(member) for member in get_args(annotation))
+    return annotation in (str, Path)
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """Return the plain defaults of ``schema``; a field without default has no key."""
+    plain = {}
+    for field in dataclasses.fields(schema):
+        if field.init and field.default_factory is not dataclasses.MISSING:
+            plain[field.name] = to_plain(field.default_factory())
+        elif field.init and field.default is not dataclasses.MISSING:
+            plain[field.name] = to_plain(field.default)
+    return plain
+
+
+def annotation_of(schema: type, key: str) -> Any:
+    """Return the annotation of a dotted key of ``schema``; raise :class:`MisfitError` if there is no such key."""
+    annotation: Any = schema
+    parts = key.split(".")
+    for index, part in enumerate(parts):
+        inner = section(annotation)
+        if inner is not None and part in field_types(inner):
+            annotation = field_types(inner)[part]
+        elif inner is not None:
+            raise MisfitError(".".join(parts[: index + 1]), "unknown key" + did_you_mean(key, all_keys(schema)))
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:
+            value = ".".join(parts[:index])
+            raise MisfitError(key, f"unknown key; {value} takes {describe(annotation)}, no keys")
+    return annotation
+
+
+def missing_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys below ``schema`` that have no default and that ``values`` does not set."""
+    missing: list[str] = []
+    for field in dataclasses.fields(schema):
+        key, value = join(prefix, field.name), values.get(field.name, MISSING)
+        inner = section(field_types(schema)[field.name]) if field.init else None
+        if inner is not None and isinstance(value, Mapping):
+            missing += missing_keys(inner, value, key)
+        elif field.init and value == MISSING and (field.name in values or not _has_default(field)):
+            missing += (missing_keys(inner, {}, key) if inner is not None else []) or [key]
+    return missing
+
+
+def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of ``schema``, sections before what is inside them."""
+    for name, annotation in field_types(schema).items():
+        key = join(prefix, name)
+        yield key
+        inner = section(annotation)
+        if inner is not None:
+            yield from all_keys(inner, key)
+
+
+def did_you_mean(got: str, known: Iterable[str], *, suffix: str = "") -> str:
+    """Return ``; did you mean 'x'?`` for the nearest of ``known``, or nothing if none is near.
+
+    Of dotted keys the last part alone may match too: ``depth`` finds ``vit.depth``.
+    """
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, got.lower(), candidate.lower()).ratio()
+        tails = (got.lower().rpartition(".")[2], candidate.lower().rpartition(".")[2])
+        return max(whole, 0.9 * difflib.SequenceMatcher(None, *tails).ratio())
+
+    best = max(known, key=likeness, default="")
+    return f"; did you mean '{best}{suffix}'?" if best and likeness(best) >= 0.6 else ""
+
+
+def join(prefix: str, name: str) -> str:
+    """Return the dotted key of ``name`` inside the section ``prefix``."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING

@@ -1,0 +1,17 @@
+"""The errors that are the user's to mend: one line, what was expected, what was found, what to do.
+
+The command line prints them without a traceback and exits with code 2. Everything else that
+escapes is a bug in DINOCell and keeps its traceback (exit code 1).
+"""
+
+
+class DinocellError(ValueError):
+    """A mistake in what the user handed in: a recipe, a file, an option."""
+
+
+class ConfigError(DinocellError):
+    """A recipe or a ``key=value`` override that the schema does not accept."""
+
+
+class WeightsError(DinocellError):
+    """A checkpoint that cannot be found, read, trusted or fitted to the model asked for."""

@@ -1,0 +1,1 @@
+"""Backbones: the vision transformer, its positions, and every checkpoint format it can be loaded from."""

@@ -1,0 +1,210 @@
+"""Where a patch is: rotary tables (DINOv3) and learned, interpolated embeddings (DINOv2, Cell-DINO).
+
+Both are made once for a resolution and a forward pass, never once a block.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Axial rotary positions of DINOv3.
+
+    The ``head_dim / 4`` periods of an axis are geometric: from 1 to ``base ** (1 - 4 / head_dim)``, or, when both
+    ``min_period`` and ``max_period`` are given, from the one to the other (both ends included).
+    ``coordinates`` says what the patch centres are divided by before they are mapped to [-1, 1]: each axis by its own
+    length (``separate``), or both axes by the shorter (``min``) or longer (``max``) one.
+    """
+
+    base: float = 100.0
+    min_period: float | None = None
+    max_period: float | None = None
+    coordinates: Literal["separate", "min", "max"] = "separate"
+
+    def __post_init__(self) -> None:
+        if (self.min_period is None) != (self.max_period is None):
+            raise ValueError("rope: give both min_period and max_period, or neither (then base is used)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedPositionConfig:
+    """A table of learned positions, one a patch of the training grid, bicubically resized to other grids.
+
+    DINOv2 without registers and Cell-DINO scale by ``(size + 0.1) / trained size`` (``offset=0.1``, no antialiasing);
+    DINOv2 with registers resizes to the exact size with antialiasing (``offset=0``); Hugging Face always takes
+    the exact size.
+    """
+
+    grid_rows: int = 37
+    grid_columns: int = 37
+    offset: float = 0.1
+    antialias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingNoise:
+    """What only training adds to a forward pass; a model in eval mode ignores all of it.
+
+    ``drop_path`` is the share of samples that skip each branch of each block. The ``rope_*`` values perturb the patch
+    coordinates once a forward pass and resolution: a shift by U(-shift, shift) an axis, a log-uniform factor in
+    [1/jitter, jitter] an axis, a log-uniform factor in [1/rescale, rescale] for both. The released DINOv3 models were
+    trained with ``rope_rescale=2``.
+    """
+
+    drop_path: float = 0.0
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
+    rope_rescale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path: expected a share in [0, 1), got {self.drop_path}")
+        if self.rope_shift is not None and self.rope_shift < 0:
+            raise ValueError(f"rope_shift: expected at least 0, got {self.rope_shift}")
+        for name, value in (("rope_jitter", self.rope_jitter), ("rope_rescale", self.rope_rescale)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a factor of at least 1, got {value}")
+
+
+class RotaryTable(NamedTuple):
+    """Cosines and signed-by-use sines of every token; prefix tokens (CLS, registers) have angle 0."""
+
+    cos: Float[Tensor, "n 1 1 e"]
+    sin: Float[Tensor, "n 1 1 e"]
+
+
+def rotary_periods(config: RopeConfig, head_dim: int, device: torch.device | None = None) -> Float[Tensor, " q"]:
+    """Return the ``head_dim / 4`` periods, in units of half an image, shared by both axes."""
+    count = head_dim // 4
+    if config.min_period is not None and config.max_period is not None:
+        first, last = math.log(config.min_period), math.log(config.max_period)
+        return torch.linspace(first, last, count, device=device).exp()
+    exponents = torch.arange(count, device=device, dtype=torch.float32) / count
+    return torch.full_like(exponents, config.base) ** exponents
+
+
+def rotary_table(
+    grid: tuple[int, int],
+    num_prefix: int,
+    head_dim: int,
+    config: RopeConfig,
+    *,
+    noise: TrainingNoise | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> RotaryTable:
+    """Make the rotation of every token of one resolution.
+
+    Parameters
+    ----------
+    grid
+        Rows and columns of patches.
+    num_prefix
+        Tokens before the patches; they are not rotated.
+    head_dim
+        Width of a head; a multiple of 4.
+    noise
+        Perturbs the coordinates when given (training); see `TrainingNoise`.
+
+    Returns
+    -------
+    RotaryTable
+        Float32, shape (num_prefix + rows * columns, 1, 1, head_dim): the first half of a head's width pairs with the
+        second half, and each half holds the row angles, then the column angles.
+    """
+    rows, columns = grid
+    lengths = {"separate": (rows, columns), "min": (min(grid),) * 2, "max": (max(grid),) * 2}[config.coordinates]
+    row = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5) / lengths[0]
+    column = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5) / lengths[1]
+    centres = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1) * 2 - 1
+    if noise is not None:
+        centres = _perturb(centres, noise, generator)
+    periods = rotary_periods(config, head_dim, device)
+    angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1).tile(2)
+    angles = F.pad(angles, (0, 0, num_prefix, 0))[:, None, None, :]
+    return RotaryTable(angles.cos(), angles.sin())
+
+
+def _perturb(
+    centres: Float[Tensor, "p 2"], noise: TrainingNoise, generator: torch.Generator | None
+) -> Float[Tensor, "p 2"]:
+    """Shift, then jitter, then rescale the coordinates (DINOv3's order)."""
+
+    def uniform(count: int, bound: float) -> Tensor:
+        drawn = torch.rand(count, generator=generator, device=centres.device, dtype=centres.dtype)
+        return drawn * (2 * bound) - bound
+
+    if noise.rope_shift is not None:
+        centres = centres + uniform(2, noise.rope_shift)
+    if noise.rope_jitter is not None:
+        centres = centres * uniform(2, math.log(noise.rope_jitter)).exp()
+    if noise.rope_rescale is not None:
+        centres = centres * uniform(1, math.log(noise.rope_rescale)).exp()
+    return centres
+
+
+def rotate(x: Float[Tensor, "*b n t k e"], table: RotaryTable) -> Float[Tensor, "*b n t k e"]:
+    """Rotate queries and keys (stacked in ``t``) by their tokens' angles, in the precision of the table."""
+    if torch.compiler.is_compiling():
+        first, second = x.chunk(2, dim=-1)
+        return (x * table.cos + torch.cat((-second, first), dim=-1) * table.sin).to(x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        rotated: Tensor = _Rotate.apply(x, table.cos, table.sin)  # type: ignore[no-untyped-call]
+        return rotated
+    return _rotate(x, table.cos, table.sin, 1.0)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """Rotate without the temporaries of the textbook form (two passes over memory instead of four)."""
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
+    return out.to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation; its gradient is the rotation back, so nothing but the table is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, sin, -1.0), None, None
+
+
+def learned_positions(
+    table: Float[Tensor, "1 q d"], grid: tuple[int, int], config: LearnedPositionConfig
+) -> Float[Tensor, "1 n d"]:
+    """Fit a learned table (CLS first, then the training grid row by row) to another grid of patches.
+
+    Interpolation runs in float32. The training grid itself comes back untouched.
+    """
+    trained = (config.grid_rows, config.grid_columns)
+    if grid == trained:
+        return table
+    patches = table[:, 1:].float().unflatten(1, trained).permute(0, 3, 1, 2)
+    if config.offset:
+        factors = tuple((size + config.offset) / old for size, old in zip(grid, trained, strict=True))
+        patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", antialias=config.antialias)
+    else:
+        patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=config.antialias)
+    assert patches.shape[-2:] == grid, f"{tuple(patches.shape)} for grid {grid}"
+    return torch.cat((table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)), dim=1)
+
+
+def position_parameter(config: LearnedPositionConfig, width: int) -> nn.Parameter:
+    """Return an uninitialised table of learned positions for CLS and every patch of the training grid."""
+    return nn.Parameter(torch.empty(1, 1 + config.grid_rows * config.grid_columns, width))

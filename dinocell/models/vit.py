@@ -1,0 +1,371 @@
+"""The vision transformer of DINOv2, DINOv3 and Cell-DINO, for any number of channels and any patch size.
+
+`VisionTransformer.forward` takes one batch of images, or a
+list of batches of several resolutions (the global and local crops of a training step) in one call.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast, overload
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dinocell.models.attention import Attention, AttentionKernel, Segment
+from dinocell.models.card import WeightsCard
+from dinocell.models.config import VARIANTS, ViTConfig, variant_config
+from dinocell.models.layers import (
+    Block,
+    GeluMlp,
+    LayerScale,
+    PatchEmbedding,
+    SwigluMlp,
+)
+from dinocell.models.positions import (
+    RotaryTable,
+    TrainingNoise,
+    learned_positions,
+    position_parameter,
+    rotary_table,
+)
+from dinocell.models.rows import KeptSequences, draw_kept_sequences, find_wanted_rows, num_output_rows
+
+__all__ = ["VARIANTS", "ViTConfig", "ViTOutput", "VisionTransformer", "variant_config"]
+
+
+class ViTOutput(NamedTuple):
+    """Normalised tokens of a batch.
+
+    ``patches`` runs row by row over the image, or holds just the selected patches, (m d), where a selection was given.
+    """
+
+    cls: Float[Tensor, "b d"]
+    registers: Float[Tensor, "b r d"]
+    patches: Float[Tensor, "*bp d"]
+
+
+# Tokens of one pass on the CPU. Larger batches go through in pieces of about this size: the temporaries of a piece
+# stay below the size from which malloc returns memory to the system each time (benchmarks/vit_forward.py).
+_CPU_PIECE_TOKENS = 2048
+
+
+class VisionTransformer(nn.Module):
+    """A plain vision transformer.
+
+    Parameters
+    ----------
+    config
+        Sizes and conventions; one of `VARIANTS` or read from a checkpoint.
+    noise
+        Drop path and coordinate perturbation in training mode; none by default.
+    kernel
+        How attention is computed, see `dinocell.models.attention`. With ``sdpa`` each resolution is a pass of its
+        own on the CPU; otherwise the rows of all resolutions share every linear layer.
+
+    ``card`` holds what travels with the weights besides tensors: input settings, ancestry, licence.
+
+    Built under ``torch.device("meta")`` the parameters take no memory: follow with ``to_empty(device=...)`` and
+    `init_weights`, or load a state dict with ``assign=True``.
+    """
+
+    def __init__(
+        self, config: ViTConfig, *, noise: TrainingNoise | None = None, kernel: AttentionKernel = "sdpa"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.noise = noise or TrainingNoise()
+        self.kernel = kernel
+        self.card = WeightsCard()
+        width = config.width
+        self.patch_embed = PatchEmbedding(config.patch_size, config.in_channels, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        self.register_tokens = nn.Parameter(torch.empty(1, config.registers, width)) if config.registers else None
+        self.pos_embed = position_parameter(config.learned, width) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(self._block() for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.cls_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.cls_norm else None
+        self.local_cls_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.local_cls_norm else None
+        if not self.cls_token.is_meta:
+            self.init_weights()
+
+    def _block(self) -> Block:
+        config = self.config
+        attention = Attention(
+            config.width, config.heads, qkv_bias=config.qkv_bias, key_bias=config.key_bias, kernel=self.kernel
+        )
+        mlp = (GeluMlp if config.mlp == "gelu" else SwigluMlp)(config.width, config.mlp_hidden)
+        return Block(attention, mlp, config.width, layer_scale=config.layer_scale, norm_eps=config.norm_eps)
+
+    @torch.no_grad()
+    def init_weights(self, *, layer_scale: float = 1e-5, generator: torch.Generator | None = None) -> None:
+        """Set every parameter to its initial value (that of DINOv2 and DINOv3).
+
+        ==================================  =======================================================
+        linear weights                      truncated normal, std 0.02, cut at +-2
+        linear biases, norm biases          0
+        norm weights                        1
+        CLS, registers, learned positions   normal, std 0.02
+        mask token                          0
+        patch embedding                     uniform within 1 / sqrt(channels * patch ** 2), bias too
+        LayerScale                          ``layer_scale``
+        ==================================  =======================================================
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, layer_scale)
+        bound = (self.config.in_channels * self.config.patch_size**2) ** -0.5
+        for parameter in self.patch_embed.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        for token in (self.cls_token, self.register_tokens, self.pos_embed):
+            if token is not None:
+                nn.init.normal_(token, std=0.02, generator=generator)
+        nn.init.zeros_(self.mask_token)
+
+    @overload
+    def forward(
+        self,
+        images: Tensor,
+        masks: Tensor | None = None,
+        *,
+        select: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ViTOutput: ...
+
+    @overload
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        *,
+        select: Sequence[Tensor | None] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[ViTOutput]: ...
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c h w"] | Sequence[Float[Tensor, "_ c _ _"]],
+        masks: Bool[Tensor, "b p"] | Sequence[Bool[Tensor, "_ _"] | None] | None = None,
+        *,
+        select: Int[Tensor, " m"] | Sequence[Int[Tensor, " _"] | None] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ViTOutput | list[ViTOutput]:
+        """Return the tokens of the last block, normalised.
+
+        Parameters
+        ----------
+        images
+            One batch, or a list of batches of several resolutions: global crops first, then local ones (for them a
+            model with ``local_cls_norm`` uses that norm in training). Sizes are multiples of the patch size.
+        masks
+            Patches to replace by the mask token (iBOT), where True.
+        select
+            Patches wanted, as ascending indices into the flattened (image, patch) grid, such as
+            ``masks.flatten().nonzero()``; may be empty. The last block then computes CLS, registers and these only,
+            and ``ViTOutput.patches`` is (m d). The values do not change.
+        generator
+            Source of the training noise; torch's global one by default.
+
+        Raises
+        ------
+        ValueError
+            For a wrong number of channels or an image size that the patch does not divide.
+        """
+        if isinstance(images, Tensor):
+            return self._forward([images], [cast("Tensor | None", masks)], [cast("Tensor | None", select)], generator)[
+                0
+            ]
+        nothing = [None] * len(images)
+        return self._forward(list(images), list(masks or nothing), list(select or nothing), generator)
+
+    def forward_blocks(
+        self, images: Float[Tensor, "b c h w"], blocks: Sequence[int], *, norm: bool = True
+    ) -> list[ViTOutput]:
+        """Return the tokens after the chosen blocks (counted from 0; negative ones from the end), in their order.
+
+        ``norm`` applies the final norm to each, as DINOv2 and DINOv3 do for dense tasks and probes.
+        """
+        depth = self.config.depth
+        wrong = [block for block in blocks if not -depth <= block < depth]
+        if wrong:
+            raise ValueError(f"blocks {wrong} do not exist: expected numbers from 0 to {depth - 1}, or -{depth} to -1")
+        chosen = [block % depth for block in blocks]
+        parts: list[list[ViTOutput]] = []
+        for piece in self._pieces(images, None, None):
+            rows, segments = self._rows([piece])
+            outputs: dict[int, ViTOutput] = {}
+            for index, after in enumerate(self._run(rows, segments, None, stop=max(chosen) + 1)):
+                if index in chosen:
+                    outputs[index] = self._finish(after, segments, [None], norm=norm)[0]
+            parts.append([outputs[index] for index in chosen])
+        return [_join(outputs) for outputs in zip(*parts, strict=True)]
+
+    def forward_maps(
+        self, images: Float[Tensor, "b c h w"], blocks: Sequence[int], *, norm: bool = True
+    ) -> list[Float[Tensor, "b d rows columns"]]:
+        """Return the patch tokens after the chosen blocks as maps of one value a patch and channel."""
+        grid = self.grid(images)
+        outputs = self.forward_blocks(images, blocks, norm=norm)
+        return [out.patches.transpose(1, 2).unflatten(2, grid).contiguous() for out in outputs]
+
+    def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+        """Return the rows and columns of patches, after checking that the model can take the images."""
+        _, channels, height, width = images.shape
+        size = self.config.patch_size
+        if channels != self.config.in_channels:
+            raise ValueError(f"expected images of {self.config.in_channels} channel(s), got {channels}")
+        if height < size or width < size or height % size or width % size:
+            raise ValueError(f"expected an image size that patch {size} divides, got {height} x {width}")
+        return height // size, width // size
+
+    def _forward(
+        self,
+        images: list[Tensor],
+        masks: list[Tensor | None],
+        select: list[Tensor | None],
+        generator: torch.Generator | None,
+    ) -> list[ViTOutput]:
+        inputs = [_Input(*triple) for triple in zip(images, masks, select, strict=True)]
+        together = self.kernel != "sdpa" or images[0].device.type != "cpu"
+        if together:
+            return self._pass(inputs, generator, local=[index > 0 for index in range(len(inputs))])
+        outputs = []
+        for index, each in enumerate(inputs):
+            pieces = [self._pass([p], generator, local=[index > 0])[0] for p in self._pieces(*each)]
+            outputs.append(_join(pieces))
+        return outputs
+
+    def _pieces(self, images: Tensor, masks: Tensor | None, select: Tensor | None) -> Iterator["_Input"]:
+        """Cut a large batch on the CPU into pieces; drop path, which draws from the whole batch, forbids it."""
+        rows, columns = self.grid(images)
+        size = max(1, _CPU_PIECE_TOKENS // (rows * columns + self.config.num_prefix))
+        whole = images.device.type != "cpu" or (self.training and self.noise.drop_path > 0)
+        if whole or self.kernel != "sdpa" or len(images) <= size or torch.compiler.is_compiling():
+            yield _Input(images, masks, select)
+            return
+        per_piece = size * rows * columns
+        for index, some in enumerate(images.split(size)):
+            first = index * per_piece
+            wanted = None
+            if select is not None:
+                ends = torch.searchsorted(select, torch.tensor([first, first + per_piece]))
+                wanted = select[ends[0] : ends[1]] - first
+            yield _Input(some, None if masks is None else masks[index * size : (index + 1) * size], wanted)
+
+    def _pass(self, inputs: list["_Input"], generator: torch.Generator | None, local: list[bool]) -> list[ViTOutput]:
+        """Run all blocks over the rows of all inputs."""
+        rows, segments = self._rows(inputs, generator)
+        kept = None
+        if self.training and self.noise.drop_path > 0:
+            kept = draw_kept_sequences(
+                segments, self.config.depth, self.noise.drop_path, device=rows.device, generator=generator
+            )
+        select = [each.select for each in inputs]
+        for after in self._run(rows, segments, kept, select=select):
+            rows = after
+        return self._finish(rows, segments, select, norm=True, local=local)
+
+    def _rows(
+        self, inputs: list["_Input"], generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "n d"], list[Segment]]:
+        """Embed patches, mask them, add CLS, registers and positions; make the rotary tables."""
+        rows, segments = [], []
+        for images, masks, _ in inputs:
+            grid = self.grid(images)
+            patches = self.patch_embed(images)
+            if masks is not None:
+                patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
+            cls: Tensor = self.cls_token
+            if self.pos_embed is not None:
+                positions = learned_positions(self.pos_embed, grid, self.config.learned)
+                cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
+            prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
+            tokens = torch.cat([*(t.to(patches.dtype).expand(len(images), -1, -1) for t in prefix), patches], dim=1)
+            rows.append(tokens.flatten(0, 1))
+            segments.append(Segment(len(images), tokens.shape[1], self._rotary(grid, images.device, generator)))
+        return rows[0] if len(rows) == 1 else torch.cat(rows), segments
+
+    def _rotary(
+        self, grid: tuple[int, int], device: torch.device, generator: torch.Generator | None
+    ) -> RotaryTable | None:
+        if self.config.positions != "rope":
+            return None
+        return rotary_table(
+            grid,
+            self.config.num_prefix,
+            self.config.width // self.config.heads,
+            self.config.rope,
+            noise=self.noise if self.training else None,
+            generator=generator,
+            device=device,
+        )
+
+    def _run(
+        self,
+        rows: Float[Tensor, "n d"],
+        segments: list[Segment],
+        kept: list[tuple[KeptSequences, KeptSequences]] | None,
+        *,
+        select: Sequence[Tensor | None] = (),
+        stop: int | None = None,
+    ) -> Iterator[Float[Tensor, "m d"]]:
+        """Yield the residual stream after each block; the last one computes only what ``select`` wants."""
+        last = len(self.blocks) - 1
+        prune = any(each is not None for each in select)
+        for index, block in enumerate(self.blocks[:stop]):
+            wanted = None
+            if prune and index == last:
+                segments, wanted = find_wanted_rows(segments, select, self.config.num_prefix, rows.device)
+            rows = block(rows, segments, None if kept is None else kept[index], wanted)
+            yield rows
+
+    def _finish(
+        self,
+        rows: Float[Tensor, "m d"],
+        segments: list[Segment],
+        select: Sequence[Tensor | None],
+        *,
+        norm: bool,
+        local: Sequence[bool] = (False,),
+    ) -> list[ViTOutput]:
+        """Split the rows by segment and normalise them."""
+        outputs = []
+        num_prefix = self.config.num_prefix
+        sizes = [num_output_rows(s, chosen, num_prefix) for s, chosen in zip(segments, select, strict=True)]
+        for part, segment, chosen, is_local in zip(rows.split(sizes), segments, select, local, strict=True):
+            num_before = segment.tokens if chosen is None else num_prefix
+            tokens = part[: segment.batch * num_before].unflatten(0, (segment.batch, num_before))
+            before, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
+            if chosen is not None:
+                patches = part[segment.batch * num_prefix :]
+            if norm and (prefix_norm := self._prefix_norm(is_local)) is not self.norm:
+                before, patches = prefix_norm(before), self.norm(patches)
+            elif norm and chosen is None:
+                tokens = self.norm(tokens)
+                before, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
+            elif norm:
+                before, patches = self.norm(before), self.norm(patches)
+            outputs.append(ViTOutput(before[:, 0], before[:, 1:], patches))
+        return outputs
+
+    def _prefix_norm(self, is_local: bool) -> nn.LayerNorm:
+        """Return the norm of CLS and registers: DINOv3 may untie it, for local crops only while it trains."""
+        if is_local and self.training and self.local_cls_norm is not None:
+            return self.local_cls_norm
+        return self.norm if self.cls_norm is None else self.cls_norm
+
+
+class _Input(NamedTuple):
+    images: Tensor
+    masks: Tensor | None
+    select: Tensor | None
+
+
+def _join(outputs: Sequence[ViTOutput]) -> ViTOutput:
+    return outputs[0] if len(outputs) == 1 else ViTOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))

@@ -1,0 +1,349 @@
+"""Exported weights: every checkpoint format in, one out. The only way to exchange a model between stages.
+
+`load_backbone` is what the other stages call. `read_weights`, `fit_weights` and `save_weights` are its steps, for
+those who convert. Files are opened by `dinocell.models.files` (nothing in them is ever run), found by `dinocell.models.sources`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dinocell.configs.schema import MisfitError, fit, to_plain
+from dinocell.errors import WeightsError
+from dinocell.models.attention import AttentionKernel
+from dinocell.models.card import LICENCES, UNKNOWN_LICENCE, InputSettings, WeightsCard
+from dinocell.models.files import METADATA_KEY, RawWeights, read_raw
+from dinocell.models.formats import Recognised, recognise
+from dinocell.models.layouts import to_hugging_face, to_meta
+from dinocell.models.positions import TrainingNoise
+from dinocell.models.resample import Convention, convert_channels, resize_patch_weight
+from dinocell.models.sources import locate
+from dinocell.models.vit import VARIANTS, VisionTransformer, ViTConfig
+
+SCHEMA_VERSION = 1
+
+Layout = Literal["dinocell", "meta", "meta-flat", "huggingface"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A backbone as plain data: configuration, tensors under the names of `VisionTransformer`, card, heads.
+
+    ``heads`` maps ``dino_head`` and ``ibot_head`` to their tensors, where a file has them. ``source_format`` is for
+    people to read.
+    """
+
+    config: ViTConfig
+    tensors: Mapping[str, Tensor]
+    card: WeightsCard = field(default_factory=WeightsCard)
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    source_format: str = "DINOCell"
+
+    @classmethod
+    def of(cls, vit: VisionTransformer, heads: Mapping[str, Mapping[str, Tensor]] | None = None) -> "Weights":
+        """Take the weights out of a model (detached, not copied)."""
+        tensors = {name: tensor.detach() for name, tensor in vit.state_dict().items()}
+        return cls(config=vit.config, tensors=tensors, card=vit.card, heads=heads or {})
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the backbone, heads not counted."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def load_backbone(
+    source: str | Path,
+    *,
+    patch_size: int | None = 8,
+    in_channels: int | None = 1,
+    input: Literal["unit", "standardised"] | None = None,  # noqa: A002 (the word users know)
+    variant: str | None = None,
+    noise: TrainingNoise | None = None,
+    kernel: AttentionKernel = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    sha256: str | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> VisionTransformer:
+    """Load any known checkpoint into our vision transformer, in eval mode.
+
+    Parameters
+    ----------
+    source
+        A path, ``hf://owner/name``, a URL, or a bare name such as ``dinov3_vits16``: see
+        `dinocell.models.sources.locate`.
+    patch_size, in_channels
+        What the model shall have; ``None`` keeps what the file has. The patch embedding is resampled (FlexiViT) and its
+        channels are folded so that a replicated grey image gives the same features.
+    input
+        The input convention that the model shall follow. ``None`` keeps the file's, but released RGB models, which
+        expect ImageNet normalisation, become ``standardised`` when their channels change. A file that records one of
+        the two conventions is refused under the other.
+    variant
+        Refuse a file of another size than this one of `VARIANTS`.
+    noise, kernel
+        Passed to `VisionTransformer`.
+    dtype
+        Of the parameters; float32 by default, whatever the file has.
+    sha256
+        Expected hash of a downloaded or local file, in hexadecimal.
+    allow_missing, allow_unexpected
+        Patterns (``mask_token``, ``blocks.11.*``) of tensors that may be missing (they are then initialised at random)
+        or unexpected (then dropped). Without them both are errors.
+
+    Raises
+    ------
+    WeightsError
+        One line: what was expected, what the file has, what to do. It is a `ValueError`.
+    """
+    weights = read_weights(source, sha256=sha256, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+    if variant is not None:
+        _check_variant(weights.config, variant, str(source))
+    weights = fit_weights(weights, patch_size=patch_size, in_channels=in_channels, input=input)
+    _check_finite(weights.tensors, str(source))
+    with torch.device("meta"):
+        vit = VisionTransformer(weights.config, noise=noise, kernel=kernel)
+    # Copies, so that the model neither shares memory with the file nor changes when it does.
+    vit.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in weights.tensors.items()}, assign=True)
+    vit.card = weights.card
+    return vit.requires_grad_(True).eval()
+
+
+def read_weights(
+    source: str | Path,
+    *,
+    sha256: str | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> Weights:
+    """Find, open and recognise a checkpoint; check every name and shape; change nothing.
+
+    Raises
+    ------
+    WeightsError
+        As for `load_backbone`.
+    """
+    path = locate(source, sha256=sha256)
+    raw = read_raw(path)
+    try:
+        metadata = _read_metadata(raw)
+        recognised = recognise(raw.tensors, raw.hub_config, metadata[0] if metadata else None)
+        tensors, notes = _check_tensors(recognised, allow_missing, allow_unexpected)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    card, source_format = (metadata[1], "DINOCell") if metadata else _foreign_card(raw, recognised, path)
+    card = dataclasses.replace(card, derived_from=(*card.derived_from, *notes))
+    return Weights(
+        config=recognised.config, tensors=tensors, card=card, heads=recognised.heads, source_format=source_format
+    )
+
+
+def fit_weights(
+    weights: Weights,
+    *,
+    patch_size: int | None = None,
+    in_channels: int | None = None,
+    input: Convention | None = None,  # noqa: A002
+) -> Weights:
+    """Resample the patch embedding to another patch size, number of channels or input convention.
+
+    ``None`` keeps what there is, but for RGB models with ImageNet normalisation: with another number of
+    channels they become ``standardised``. Each conversion is noted in the card.
+    """
+    config, source = weights.config, weights.card.input.convention
+    patch_size = config.patch_size if patch_size is None else patch_size
+    in_channels = config.in_channels if in_channels is None else in_channels
+    if patch_size < 1 or in_channels < 1:
+        raise WeightsError(f"expected a patch size and channels of at least 1, got {patch_size} and {in_channels}")
+    target: Convention = source if input is None else input
+    if input is None and source == "imagenet" and in_channels != 3:
+        target = "standardised"
+    notes = []
+    weight, bias = (weights.tensors[f"patch_embed.proj.{part}"] for part in ("weight", "bias"))
+    if patch_size != config.patch_size:
+        weight = resize_patch_weight(weight, patch_size)
+        notes.append(f"patch {config.patch_size} -> {patch_size}")
+    if (in_channels, target) != (config.in_channels, source):
+        try:
+            weight, bias = convert_channels(weight, bias, in_channels=in_channels, source=source, target=target)
+        except ValueError as error:
+            raise WeightsError(str(error)) from error
+        notes.append(f"input {config.in_channels} x {source} -> {in_channels} x {target}")
+    card = dataclasses.replace(
+        weights.card,
+        derived_from=(*weights.card.derived_from, *notes),
+        input=dataclasses.replace(weights.card.input, convention=target),
+    )
+    tensors = {**weights.tensors, "patch_embed.proj.weight": weight, "patch_embed.proj.bias": bias}
+    config = dataclasses.replace(config, patch_size=patch_size, in_channels=in_channels)
+    return dataclasses.replace(weights, config=config, tensors=tensors, card=card)
+
+
+def save_weights(path: str | Path, weights: Weights, *, layout: Layout = "dinocell") -> None:
+    """Write a model to one file (or, for ``huggingface``, one folder); nothing half-written is ever seen.
+
+    Parameters
+    ----------
+    path
+        ``.pth`` or ``.pt`` for a PyTorch file, ``.safetensors`` for safetensors; a folder for ``huggingface``.
+    layout
+        ``dinocell``: Meta's layout of a teacher checkpoint, ``{"teacher": {"backbone.*", "dino_head.*",
+        "ibot_head.*"}}``, plus our configuration and card. ``meta``: the same without ours. ``meta-flat``: the bare
+        state dict, as Meta's released files. ``huggingface``: ``config.json`` and ``model.safetensors``.
+    """
+    path = Path(path)
+    if layout == "huggingface":
+        _save_hugging_face(path, weights)
+        return
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        raise WeightsError(f"{path}: expected a name that ends in .pth, .pt or .safetensors")
+    tensors = to_meta(weights.config, weights.tensors)
+    if layout != "meta-flat":
+        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+        for head, own in weights.heads.items():
+            tensors |= {f"{head}.{name}": tensor for name, tensor in own.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    ours = _metadata(weights) if layout == "dinocell" else None
+    if path.suffix == ".safetensors":
+        prefix = "" if layout == "meta-flat" else "teacher."
+        named = {prefix + name: tensor for name, tensor in tensors.items()}
+        header = None if ours is None else {METADATA_KEY: json.dumps(ours)}
+        _write(path, lambda part: safetensors.torch.save_file(named, part, metadata=header))
+    else:
+        content: dict[str, Any] = dict(tensors) if layout == "meta-flat" else {"teacher": tensors}
+        _write(path, lambda part: torch.save(content if ours is None else content | {METADATA_KEY: ours}, part))
+
+
+def _metadata(weights: Weights) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA_VERSION,
+        "kind": "backbone",
+        "vit": to_plain(weights.config),
+        "card": to_plain(weights.card),
+    }
+
+
+def _read_metadata(raw: RawWeights) -> tuple[ViTConfig, WeightsCard] | None:
+    """Return the configuration and card of a file of ours; they are data from outside, so they are checked."""
+    if raw.metadata is None:
+        return None
+    schema = raw.metadata.get("schema")
+    if schema != SCHEMA_VERSION:
+        raise WeightsError(
+            f"written in schema {schema!r}, this version of dinocell reads {SCHEMA_VERSION}; update dinocell"
+        )
+    if raw.metadata.get("kind") != "backbone":
+        raise WeightsError(f"holds a {raw.metadata.get('kind')!r}, expected a backbone")
+    try:
+        config: ViTConfig = fit(ViTConfig, raw.metadata.get("vit"), "vit")
+        card: WeightsCard = fit(WeightsCard, raw.metadata.get("card"), "card")
+    except (MisfitError, ValueError) as error:
+        raise WeightsError(f"its configuration is damaged: {error}") from error
+    return config, card
+
+
+def _foreign_card(raw: RawWeights, recognised: Recognised, path: Path) -> tuple[WeightsCard, str]:
+    """Describe a file that is not ours: what its format says, and nothing that it does not."""
+    rgb = recognised.config.in_channels == 3
+    settings = InputSettings(convention="imagenet" if rgb else "standardised")
+    trained = raw.container is not None
+    name = recognised.source_format + (f" ({raw.container} of a training run)" if trained else "")
+    licence = UNKNOWN_LICENCE if trained else LICENCES[recognised.family]
+    return WeightsCard(input=settings, derived_from=(f"{name}: {path.name}",), licence=licence), name
+
+
+def _check_tensors(
+    recognised: Recognised, allow_missing: Sequence[str], allow_unexpected: Sequence[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Compare names and shapes with the model's; return the tensors to load and what was done to them."""
+    with torch.device("meta"):
+        expected = VisionTransformer(recognised.config).state_dict()
+    found = recognised.tensors
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    refused = [name for name in missing if not _matches(name, allow_missing)]
+    surplus = [name for name in unexpected if not _matches(name, allow_unexpected)]
+    if refused or surplus:
+        parts = [f"{len(refused)} missing ({_some(refused)})"] * bool(refused)
+        parts += [f"{len(surplus)} unexpected ({_some(surplus)})"] * bool(surplus)
+        raise WeightsError(f"tensors do not fit a {_outline(recognised.config)}: {', '.join(parts)}")
+    for name, tensor in expected.items():
+        if name in found and found[name].shape != tensor.shape:
+            raise WeightsError(f"{name}: expected shape {tuple(tensor.shape)}, got {tuple(found[name].shape)}")
+        if name in found and not found[name].is_floating_point():
+            raise WeightsError(f"{name}: expected floating-point numbers, got {found[name].dtype}")
+    tensors = {name: found[name] for name in expected if name in found}
+    if not missing:
+        return tensors, []
+    fresh = VisionTransformer(recognised.config).state_dict()
+    return {name: tensors.get(name, fresh[name]) for name in expected}, [f"initialised at random: {_some(missing)}"]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: Sequence[str], limit: int = 4) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _outline(config: ViTConfig) -> str:
+    return (
+        f"ViT of width {config.width}, {config.depth} blocks, patch {config.patch_size}, "
+        f"{config.in_channels} channel(s), {config.positions} positions"
+    )
+
+
+def _check_variant(config: ViTConfig, variant: str, source: str) -> None:
+    if variant not in VARIANTS:
+        raise WeightsError(f"unknown variant {variant!r}: expected one of {', '.join(VARIANTS)}")
+    sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
+    expected, got = ({name: getattr(c, name) for name in sizes} for c in (VARIANTS[variant], config))
+    if expected != got:
+        named = [name for name in sizes if expected[name] != got[name]]
+        wanted, found = (", ".join(f"{n} {values[n]}" for n in named) for values in (expected, got))
+        raise WeightsError(f"{source}: expected a {variant} model ({wanted}), got {found}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise WeightsError(
+            f"{source}: NaN or infinite values in {_some(broken)}; the file is damaged or its run diverged"
+        )
+
+
+def _save_hugging_face(folder: Path, weights: Weights) -> None:
+    tensors, hub_config = to_hugging_face(weights.config, weights.tensors)
+    if folder.exists() and not folder.is_dir():
+        raise WeightsError(f"{folder}: expected a folder for the huggingface layout, found a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    card = {name: value for name, value in (("licence", weights.card.licence),) if value}
+    header = {"format": "pt", "derived_from": " | ".join(weights.card.derived_from), **card}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _write(folder / "model.safetensors", lambda part: safetensors.torch.save_file(contiguous, part, metadata=header))
+    text = json.dumps(hub_config, indent=2, sort_keys=True) + "\n"
+    _write(folder / "config.json", lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write to a temporary name beside the target, then rename."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        part.replace(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,319 @@
+"""The run folder: what was run, where, and every number that came out of it.
+
+::
+
+    config.yaml        the resolved configuration, every key written out
+    environment.json   {"starts": [...]}: version, commit, packages, command line, machine of each start
+    metrics.jsonl      one line a log step, see dinocell.runtime.metrics_file
+    log.txt            notes with their time (UTC)
+    tensorboard/       the same numbers, plus images, histograms and texts
+
+Steps count from 1. A start that resumes at step ``n`` continues ``metrics.jsonl`` and TensorBoard
+after step ``n``: what an earlier attempt logged beyond its last checkpoint is computed again, so it
+is dropped; a start from step 0 drops it all. Only the main rank writes; on the others every method
+does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, TextIO, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from rich.console import Console
+
+from dinocell.configs.load import diff_configs, read_mapping, to_dict, to_yaml
+from dinocell.errors import ConfigError, DinocellError
+from dinocell.runtime.atomic import write_atomically
+from dinocell.runtime.environment import environment
+from dinocell.runtime.metrics_file import MetricsFile
+from dinocell.runtime.progress import LiveProgress, PlainProgress, start_progress
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """A NumPy array or a tensor on any device."""
+
+    def __array__(self) -> Any:
+        """Return the values as a NumPy array."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outputs:
+    tensorboard: SummaryWriter
+    metrics: MetricsFile
+    log: TextIO
+    progress: LiveProgress | PlainProgress
+    closing: ExitStack
+
+
+class Run:
+    """An open run folder; make one with :meth:`start`, use it in a ``with`` block."""
+
+    def __init__(
+        self,
+        folder: Path,
+        outputs: _Outputs | None,
+        *,
+        total_steps: int | None,
+        resume_step: int,
+        log_every: int,
+        batch_size: int | None,
+    ) -> None:
+        self.folder = folder
+        self._outputs = outputs
+        self._total_steps = total_steps
+        self._first_step = resume_step + 1
+        self._log_every = log_every
+        self._batch_size = batch_size
+        self._last_logged: tuple[int, float] | None = None
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path,
+        config: object,
+        *,
+        total_steps: int | None = None,
+        resume_step: int = 0,
+        log_every: int = 10,
+        batch_size: int | None = None,
+        is_main: bool = True,
+        ignore: Collection[str] = ("compute",),
+        console: Console | None = None,
+    ) -> Run:
+        """Open ``folder``, new or of an earlier start with the same configuration.
+
+        Parameters
+        ----------
+        folder
+            The run folder; made if it does not exist.
+        config
+            Configuration object (a dataclass), written to ``config.yaml``.
+        total_steps
+            Number of the last step; None if it is not known.
+        resume_step
+            Steps done by earlier starts, as the checkpoint says; 0 starts from the beginning.
+        log_every
+            Numbers are written every so many steps, and at the first and the last one.
+        batch_size
+            Images a step over all ranks; turns steps/s into images/s.
+        is_main
+            Whether this process writes; true on one rank only.
+        ignore
+            Dotted keys or sections of the configuration that may differ from the earlier start.
+        console
+            Where progress is shown; standard output by default.
+
+        Raises
+        ------
+        ConfigError
+            If the folder holds a run with another configuration.
+        DinocellError
+            If the folder cannot be written.
+        ValueError
+            If ``log_every`` is below 1 or ``resume_step`` below 0.
+        """
+        if log_every < 1 or resume_step < 0:
+            raise ValueError(f"expected log_every >= 1 and resume_step >= 0, got {log_every} and {resume_step}")
+        outputs = None
+        if is_main:
+            try:
+                _claim(folder, config, ignore)
+                progress = start_progress(
+                    console or Console(), total_steps=total_steps, done_steps=resume_step, batch_size=batch_size
+                )
+                outputs = _open(folder, resume_step, progress)
+            except OSError as error:
+                raise DinocellError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
+        run = cls(
+            folder,
+            outputs,
+            total_steps=total_steps,
+            resume_step=resume_step,
+            log_every=log_every,
+            batch_size=batch_size,
+        )
+        if outputs is not None and outputs.metrics.num_unreadable:
+            run.note(f"metrics.jsonl: dropped {outputs.metrics.num_unreadable} broken line(s) of an earlier start")
+        return run
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def is_log_step(self, step: int) -> bool:
+        """Say whether :meth:`log` writes the numbers of ``step``; the same answer on every rank."""
+        return step % self._log_every == 0 or step in (self._first_step, self._total_steps)
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Write the numbers of a step that is done; call it every step.
+
+        On steps that are no log step only the progress moves, and no tensor is read. On log steps all
+        tensors of one device come to the host together, with one synchronisation. Added by itself,
+        from the second log step on: ``speed/steps_per_s`` and, with a batch size,
+        ``speed/images_per_s``, measured since the log step before.
+
+        Parameters
+        ----------
+        step
+            Number of the step, counted from 1.
+        metrics
+            Name (``group/name``) to number or one-element tensor. Names starting with ``loss/`` show
+            on the console.
+
+        Raises
+        ------
+        ValueError
+            If a tensor has more than one element, or a metric is called ``step`` or ``time``.
+        """
+        if self._outputs is None:
+            return
+        if not self.is_log_step(step):
+            self._outputs.progress.advance(step)
+            return
+        reserved = {"step", "time"} & set(metrics)
+        if reserved:
+            raise ValueError(
+                f"a metric cannot be called {' or '.join(sorted(reserved))}; use a group, as in 'loss/dino'"
+            )
+        numbers = _to_floats(metrics)  # before the clock is read: until here the device may still be at work
+        numbers = {**self._speed(step), **numbers}
+        self._outputs.metrics.write(step, numbers)
+        for name, value in numbers.items():
+            self._outputs.tensorboard.add_scalar(name, value, step)
+        self._outputs.progress.report(step, numbers)
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w *rgb"] | Float[np.ndarray, "h w *rgb"]) -> None:
+        """Write an image to TensorBoard.
+
+        Parameters
+        ----------
+        step, name
+            Where it appears.
+        image
+            ``(h w)`` or ``(h w 3)``; 8 bit, or float in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            If the shape or the range is another one.
+        """
+        if self._outputs is None:
+            return
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise ValueError(f"image '{name}': expected (h, w) or (h, w, 3), got {image.shape}")
+        if image.dtype != np.uint8 and not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(f"image '{name}': expected values in [0, 1], got {image.min():.4g} to {image.max():.4g}")
+        self._outputs.tensorboard.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
+
+    def histogram(self, step: int, name: str, values: SupportsArray) -> None:
+        """Write the distribution of the finite ones of ``values`` (any shape) to TensorBoard, if there are any."""
+        if self._outputs is None:
+            return
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(values, torch.Tensor):
+            values = values.detach().float().cpu().numpy()
+        numbers = np.asarray(values, dtype=np.float64)
+        numbers = numbers[np.isfinite(numbers)]
+        if numbers.size:
+            self._outputs.tensorboard.add_histogram(name, numbers, step)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Write a text to TensorBoard."""
+        if self._outputs is not None:
+            self._outputs.tensorboard.add_text(name, markdown, step)
+
+    def note(self, message: str) -> None:
+        """Print a line on the console, and append it with its time to ``log.txt``."""
+        if self._outputs is not None:
+            self._outputs.log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}\n")
+            self._outputs.log.flush()
+            self._outputs.progress.note(message)
+
+    def close(self) -> None:
+        """Flush and close everything; a second call does nothing."""
+        if self._outputs is not None:
+            self._outputs.closing.close()
+
+    def _speed(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        before, self._last_logged = self._last_logged, (step, now)
+        if before is None or step <= before[0] or now <= before[1]:
+            return {}
+        steps_per_s = (step - before[0]) / (now - before[1])
+        speed = {"speed/steps_per_s": steps_per_s}
+        return speed if self._batch_size is None else speed | {"speed/images_per_s": steps_per_s * self._batch_size}
+
+
+def _to_floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
+    """Return the numbers of ``metrics``, the tensors of each device brought over together."""
+    torch = sys.modules.get("torch")
+    by_device: dict[Any, dict[str, Any]] = {}
+    for name, value in metrics.items():
+        if torch is not None and isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"metric '{name}': expected a number, got a tensor of shape {tuple(value.shape)}")
+            by_device.setdefault(value.device, {})[name] = value.detach().reshape(())
+    fetched: dict[str, float] = {}
+    for device, tensors in by_device.items():
+        assert torch is not None
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no 64-bit floats
+        values = torch.stack([tensor.to(dtype) for tensor in tensors.values()]).tolist()
+        fetched |= dict(zip(tensors, values, strict=True))
+    return {name: fetched[name] if name in fetched else float(value) for name, value in metrics.items()}
+
+
+def _claim(folder: Path, config: object, ignore: Collection[str]) -> None:
+    """Make the folder, or check that it belongs to the same configuration; write what is run and where."""
+    if folder.exists() and not folder.is_dir():
+        raise DinocellError(f"run folder {folder}: is a file, expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = folder / "config.yaml"
+    if config_file.exists():
+        differing = diff_configs(read_mapping(config_file), to_dict(config), ignore)
+        if differing:
+            raise ConfigError(
+                f"run folder {folder} holds a run with other settings ({'; '.join(differing)}); "
+                "use another output folder, or the same settings"
+            )
+    write_atomically(config_file, to_yaml(config))
+    environment_file = folder / "environment.json"
+    starts: list[Any] = []
+    if environment_file.exists():
+        try:
+            starts = json.loads(environment_file.read_text(encoding="utf-8"))["starts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DinocellError(f'{environment_file}: expected {{"starts": [...]}}; move it away') from error
+    write_atomically(environment_file, json.dumps({"starts": [*starts, environment()]}, indent=2) + "\n")
+
+
+def _open(folder: Path, resume_step: int, progress: LiveProgress | PlainProgress) -> _Outputs:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    with ExitStack() as stack:
+        stack.callback(progress.close)
+        metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step)
+        stack.callback(metrics.close)
+        log = stack.enter_context((folder / "log.txt").open("a", encoding="utf-8"))
+        events = folder / "tensorboard"
+        purge_step = None if not events.exists() else resume_step + 1 if resume_step else 0
+        tensorboard = SummaryWriter(str(events), purge_step=purge_step, flush_secs=30)
+        stack.callback(tensorboard.close)
+        return _Outputs(tensorboard=tensorboard, metrics=metrics, log=log, progress=progress, closing=stack.pop_all())
