@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import constants
 
 from dinocell.errors import WeightsError
-from dinocell.models import sources
+from dinocell.models import downloads, sources
 from dinocell.models.sources import RELEASES, locate, sha256_of
 
 BODY = b"not really a tensor" * 1000
@@ -89,7 +89,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(sources, "_BACKOFF_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(downloads, "_BACKOFF_S", (0.0, 0.0, 0.0))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # its own retries
     return folder
 
@@ -413,7 +413,7 @@ def test_an_interrupted_download_leaves_nothing(server: Server, weights: Path, m
     def locate_finds(name: str) -> bool:
         return sources._in_weights_folder(name) is not None
 
-    monkeypatch.setattr(sources, "_chunks", interrupted)
+    monkeypatch.setattr(downloads, "_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         locate(server.address("/x.pth"), sha256=SHA256)
     assert names_in(weights) == []
@@ -474,7 +474,7 @@ def put_in_hub_cache(repo: str, *files: str) -> Path:
     return store / "snapshots" / COMMIT
 
 
-def downloads(server: Server) -> list[str]:
+def downloaded(server: Server) -> list[str]:
     return sorted(path.rsplit("/", 1)[1] for path in set(server.asked) if "/resolve/" in path and "GET" in path)
 
 
@@ -496,7 +496,7 @@ def test_a_repository_gives_its_folder_and_only_the_weights_needed_are_downloade
     serve_repository(server, monkeypatch, {name: name.encode() for name in ("README.md", "config.json", *files)})
     folder = locate("hf://owner/name")
     assert names_in(folder) == ["config.json", *fetched]
-    assert downloads(server) == ["config.json", *fetched]
+    assert downloaded(server) == ["config.json", *fetched]
 
 
 def test_a_repository_with_one_other_weights_file_gives_that_file(
@@ -511,7 +511,7 @@ def test_a_repository_with_several_models_downloads_none_and_lists_them(
 ) -> None:
     serve_repository(server, monkeypatch, {"a.pth": BODY, "b.pth": BODY})
     assert "a.pth, b.pth; name one of them" in problem("hf://owner/name")
-    assert downloads(server) == []
+    assert downloaded(server) == []
 
 
 @pytest.mark.parametrize("address", ["hf://owner/name/deep/teacher.pth", f"hf://owner/name@{COMMIT}/deep/teacher.pth"])
@@ -520,7 +520,7 @@ def test_one_file_of_a_repository_is_fetched_alone(
 ) -> None:
     serve_repository(server, monkeypatch, {"config.json": b"{}", "deep/teacher.pth": BODY})
     assert locate(address, sha256=SHA256).read_bytes() == BODY
-    assert downloads(server) == ["teacher.pth"]
+    assert downloaded(server) == ["teacher.pth"]
 
 
 @pytest.mark.parametrize(

@@ -65,14 +65,16 @@ class Attention(nn.Module):
     def mix(self, rows: Float[Tensor, "n d"], segments: Sequence[Segment]) -> Float[Tensor, "q d"]:
         """Return the attention-weighted values of every query row, before the output projection."""
         qkv = F.linear(rows, self.qkv.weight, self._bias()).view(len(rows), 3, self.heads, self.width // self.heads)
-        parts = list(qkv.split([segment.batch * segment.tokens for segment in segments]))
+        parts = [qkv]
+        if len(segments) > 1:
+            parts = list(qkv.split([segment.batch * segment.tokens for segment in segments]))
+        triples = [_rotated(part, segment) for part, segment in zip(parts, segments, strict=True)]
         if self.kernel == "sdpa":
-            mixed = [_attend(part, segment) for part, segment in zip(parts, segments, strict=True)]
+            mixed = [_attend(*triple, segment.queries) for triple, segment in zip(triples, segments, strict=True)]
             return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).flatten(1)
-        queries_and_keys = torch.cat([_rotated(p, s).flatten(0, 1) for p, s in zip(parts, segments, strict=True)])
+        query, key, value = (torch.cat([x.flatten(0, 1) for x in each]) for each in zip(*triples, strict=True))
         lengths = [segment.tokens for segment in segments for _ in range(segment.batch)]
-        query, key = queries_and_keys.unbind(1)
-        return _first_queries(_PACKED[self.kernel](query, key, qkv[:, 2], lengths).flatten(1), segments)
+        return _first_queries(_PACKED[self.kernel](query, key, value, lengths).flatten(1), segments)
 
     def _bias(self) -> Tensor | None:
         bias: Tensor | None = self.qkv.bias
@@ -82,16 +84,21 @@ class Attention(nn.Module):
         return torch.cat((query, torch.zeros_like(key), value))
 
 
-def _rotated(qkv: Float[Tensor, "n 3 k e"], segment: Segment) -> Float[Tensor, "b t 2 k e"]:
-    """Return rotated queries and keys of a segment."""
-    queries_and_keys = qkv.unflatten(0, (segment.batch, segment.tokens))[:, :, :2]
-    return queries_and_keys if segment.rotary is None else rotate(queries_and_keys, segment.rotary)
+def _rotated(qkv: Float[Tensor, "n 3 k e"], segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rotated queries, rotated keys and values of a segment, each (b t k e).
+
+    Split and unbind, not slices: the gradient of a slice is a matrix of zeros of the full size, and their sum.
+    """
+    queries_and_keys, value = qkv.unflatten(0, (segment.batch, segment.tokens)).split((2, 1), dim=2)
+    if segment.rotary is not None:
+        queries_and_keys = rotate(queries_and_keys, segment.rotary)
+    query, key = queries_and_keys.unbind(2)
+    return query, key, value.squeeze(2)
 
 
-def _attend(qkv: Float[Tensor, "n 3 k e"], segment: Segment) -> Float[Tensor, "q k e"]:
-    query, key = _rotated(qkv, segment).unbind(2)
-    value = qkv[:, 2].unflatten(0, (segment.batch, segment.tokens))
-    query = query[:, : segment.queries]
+def _attend(query: Tensor, key: Tensor, value: Tensor, num_queries: int | None) -> Float[Tensor, "q k e"]:
+    if num_queries is not None:
+        query = query[:, :num_queries]
     mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return mixed.transpose(1, 2).flatten(0, 1)
 

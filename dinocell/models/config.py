@@ -38,6 +38,8 @@ class ViTConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.registers < 0:
             raise ValueError(f"registers: expected at least 0, got {self.registers}")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps: expected a small positive number, got {self.norm_eps}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.positions == "rope" and (self.width // self.heads) % 4:

@@ -4,7 +4,6 @@ Our names are Meta's (``blocks.3.attn.qkv.weight``) with ``register_tokens`` for
 what can be computed (rotary periods, the mask of the key bias). Formats: `docs/checkpoints.md`.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -13,12 +12,14 @@ import torch
 from torch import Tensor
 
 from dinocell.errors import WeightsError
-from dinocell.models.positions import LearnedPositionConfig, RopeConfig
-from dinocell.models.vit import ViTConfig
+from dinocell.models.config import ViTConfig
+from dinocell.models.infer import check_ndim, check_sizes, infer_config, model_type
 
 Family = Literal["dinov3", "dinov2", "cell_dino"]
 
 HEADS = ("dino_head", "ibot_head")
+
+MAX_PATCH = 64  # likewise: resampling takes patch ** 4 numbers; the largest release has 16
 
 # What training wrappers (DDP, FSDP, torch.compile, activation checkpointing) put into names, anywhere.
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -79,11 +80,18 @@ def recognise(
     if any(name.startswith("embeddings.") for name in named):
         named = _from_hugging_face(named, hub_config)
     periods = named.pop("rope_embed.periods", None)
+    if "register_tokens" in named and named["register_tokens"].shape[1:2] == (0,):
+        del named["register_tokens"]  # transformers' way to say that there are none
+    for name, ndim in (("storage_tokens", 3), ("register_tokens", 3), ("mask_token", None)):
+        if name in named:
+            check_ndim(name, named[name], ndim)
+    if "storage_tokens" in named and "register_tokens" in named:
+        raise WeightsError("holds both 'storage_tokens' and 'register_tokens'; expected one of them")
     if "storage_tokens" in named:
         named["register_tokens"] = named.pop("storage_tokens")
         rotary = True
     else:
-        rotary = periods is not None or _model_type(hub_config) == "dinov3_vit"
+        rotary = periods is not None or model_type(hub_config) == "dinov3_vit"
     _split_gated_mlp(named)
     masked = _apply_bias_masks(named)
     _check_patch_embedding(named)
@@ -92,7 +100,11 @@ def recognise(
     named["mask_token"] = named["mask_token"].reshape(1, -1)
     if config is None:
         _check_positions(named, rotary)
-        config = _infer(named, periods, hub_config, rotary=rotary, key_bias=_has_key_bias(named, masked, hub_config))
+        config = infer_config(
+            named, periods, hub_config, rotary=rotary, key_bias=_has_key_bias(named, masked, hub_config)
+        )
+    else:
+        check_sizes(config, named)
     family: Family = "dinov3" if config.positions == "rope" else "dinov2" if config.in_channels == 3 else "cell_dino"
     return Recognised(config, named, heads, family, _describe(family, hub_config))
 
@@ -116,16 +128,12 @@ def plain_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return backbone, heads
 
 
-def _model_type(hub_config: Mapping[str, Any] | None) -> str | None:
-    return None if hub_config is None else str(hub_config.get("model_type"))
-
-
 def _has_key_bias(named: Mapping[str, Tensor], masked: bool, hub_config: Mapping[str, Any] | None) -> bool:
     if "blocks.0.attn.qkv.bias" not in named:
         return False
     if hub_config is None:
         return not masked
-    return bool(hub_config.get("key_bias", _model_type(hub_config) != "dinov3_vit"))
+    return bool(hub_config.get("key_bias", model_type(hub_config) != "dinov3_vit"))
 
 
 def _check_positions(named: Mapping[str, Tensor], rotary: bool) -> None:
@@ -142,8 +150,8 @@ def _from_hugging_face(named: dict[str, Tensor], hub_config: Mapping[str, Any] |
     if hub_config is None:
         raise WeightsError("has Hugging Face names but no config.json beside it: give the folder, not the file")
     known = ("dinov3_vit", "dinov2", "dinov2_with_registers")
-    if _model_type(hub_config) not in known:
-        raise WeightsError(f"model_type {_model_type(hub_config)!r} in config.json: expected one of {', '.join(known)}")
+    if model_type(hub_config) not in known:
+        raise WeightsError(f"model_type {model_type(hub_config)!r} in config.json: expected one of {', '.join(known)}")
     ours: dict[str, Tensor] = {}
     for name, tensor in named.items():
         for pattern, replacement in _HUGGING_FACE_NAMES:
@@ -153,6 +161,8 @@ def _from_hugging_face(named: dict[str, Tensor], hub_config: Mapping[str, Any] |
             is_gated = gated in ours or any(n.endswith(".mlp.gate_proj.weight") for n in named)
             up, down = (".w2.", ".w3.") if is_gated else (".fc1.", ".fc2.")
             name = name.replace(".up_proj.", up).replace(".down_proj.", down)
+        if name in ours:
+            raise WeightsError(f"two tensors mean {name!r}; expected one model in a file")
         ours[name] = tensor
     for name in [n for n in ours if n.endswith(".attn.query.weight")]:
         _fuse_qkv(ours, name.removesuffix("query.weight"))
@@ -167,6 +177,10 @@ def _fuse_qkv(named: dict[str, Tensor], prefix: str) -> None:
     query = weights[0]
     assert query is not None
     biases = [named.pop(f"{prefix}{part}.bias", None) for part in ("query", "key", "value")]
+    check_ndim(f"{prefix}query.weight", query, 2)
+    fits = [w is not None and w.shape == query.shape for w in weights]
+    if not all(fits) or any(bias is not None and bias.shape != query.shape[:1] for bias in biases):
+        raise WeightsError(f"{prefix}*: expected query, key and value projections of one shape")
     named[f"{prefix}qkv.weight"] = torch.cat([w for w in weights if w is not None])
     if any(bias is not None for bias in biases):
         named[f"{prefix}qkv.bias"] = torch.cat([query.new_zeros(len(query)) if b is None else b for b in biases])
@@ -175,6 +189,8 @@ def _fuse_qkv(named: dict[str, Tensor], prefix: str) -> None:
 def _split_gated_mlp(named: dict[str, Tensor]) -> None:
     """Split DINOv2's fused ``w12`` (gate first, then value) into ``w1`` and ``w2``."""
     for name in [n for n in named if ".mlp.w12." in n]:
+        if named[name].ndim == 0 or named[name].numel() == 0 or len(named[name]) % 2:
+            raise WeightsError(f"{name}: expected an even number of rows, got shape {tuple(named[name].shape)}")
         gate, value = named.pop(name).chunk(2)
         named[name.replace(".w12.", ".w1.")], named[name.replace(".w12.", ".w2.")] = gate.clone(), value.clone()
 
@@ -189,8 +205,10 @@ def _apply_bias_masks(named: dict[str, Tensor]) -> bool:
     masks = [name for name in named if name.endswith(".attn.qkv.bias_mask")]
     for name in masks:
         mask, bias = named.pop(name), name.removesuffix("_mask")
+        if bias in named and named[bias].shape != mask.shape:
+            raise WeightsError(f"{name}: expected shape {tuple(named[bias].shape)}, got {tuple(mask.shape)}")
         if bias in named and not bool(mask.isnan().any()):
-            named[bias] = named[bias] * mask
+            named[bias] = named[bias] * mask.to(named[bias].dtype)  # an integer bias stays one, to be refused
     return bool(masks)
 
 
@@ -202,83 +220,11 @@ def _check_patch_embedding(named: Mapping[str, Tensor]) -> None:
         raise WeightsError(
             f"patch_embed.proj.weight: expected shape (width, channels, patch, patch), got {tuple(weight.shape)}"
         )
-
-
-def _infer(
-    named: Mapping[str, Tensor],
-    periods: Tensor | None,
-    hub_config: Mapping[str, Any] | None,
-    *,
-    rotary: bool,
-    key_bias: bool,
-) -> ViTConfig:
-    hub = hub_config or {}
-    width, in_channels, patch_size, _ = named["patch_embed.proj.weight"].shape
-    blocks = {int(match[1]) for name in named if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if blocks != set(range(len(blocks))) or not blocks:
-        raise WeightsError(f"expected blocks numbered from 0 without a gap, got {sorted(blocks)[:50]}")
-    gated = "blocks.0.mlp.w1.weight" in named
-    hidden = named.get("blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight")
-    if hidden is None:
-        raise WeightsError("block 0 has no MLP: expected 'mlp.fc1.weight' or 'mlp.w1.weight'")
-    head_width = 64 if periods is None else 4 * len(periods)
-    heads = int(hub.get("num_attention_heads", max(1, width // head_width)))
-    registers = named["register_tokens"].shape[1] if "register_tokens" in named else 0
-    try:
-        return ViTConfig(
-            width=width,
-            depth=len(blocks),
-            heads=heads,
-            mlp="swiglu" if gated else "gelu",
-            mlp_hidden=hidden.shape[0],
-            patch_size=patch_size,
-            in_channels=in_channels,
-            registers=registers,
-            positions="rope" if rotary else "learned",
-            rope=_infer_rope(periods, hub),
-            learned=LearnedPositionConfig() if rotary else _infer_learned(named["pos_embed"], registers, hub_config),
-            qkv_bias="blocks.0.attn.qkv.bias" in named,
-            key_bias=key_bias,
-            layer_scale="blocks.0.ls1.gamma" in named,
-            norm_eps=float(hub.get("layer_norm_eps", 1e-5 if rotary else 1e-6)),
-            cls_norm="cls_norm.weight" in named,
-            local_cls_norm="local_cls_norm.weight" in named,
-        )
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"does not describe a vision transformer: {error}") from error
-
-
-def _infer_rope(periods: Tensor | None, hub: Mapping[str, Any]) -> RopeConfig:
-    """Tell base from minimum and maximum period; the stored table may have been rounded to bfloat16."""
-    if periods is None:
-        return RopeConfig(base=float(hub.get("rope_theta", 100.0)))
-    values = periods.double()
-    count = len(values)
-    first, last = float(values[0]), float(values[-1])
-    if count < 2 or not (math.isfinite(last) and 0 < first < last):
-        raise WeightsError("rope_embed.periods: expected at least two growing, positive periods")
-    geometric = first * (last / first) ** (torch.arange(count, dtype=torch.float64) / (count - 1))
-    if not torch.allclose(values, geometric, rtol=2e-2):
-        raise WeightsError("rope_embed.periods: expected a geometric series")
-    base = last ** (count / (count - 1))
-    if abs(first - 1) < 1e-3:
-        return RopeConfig(base=float(round(base)) if abs(base / round(base) - 1) < 1e-2 else base)
-    return RopeConfig(min_period=first, max_period=last)
-
-
-def _infer_learned(table: Tensor, registers: int, hub_config: Mapping[str, Any] | None) -> LearnedPositionConfig:
-    side = math.isqrt(max(0, table.shape[1] - 1)) if table.ndim == 3 else 0
-    if side == 0 or side * side != table.shape[1] - 1:
-        raise WeightsError(f"pos_embed: expected shape (1, 1 + side * side, width), got {tuple(table.shape)}")
-    if hub_config is not None:
-        antialias = _model_type(hub_config) == "dinov2_with_registers"
-        return LearnedPositionConfig(grid_rows=side, grid_columns=side, offset=0.0, antialias=antialias)
-    return LearnedPositionConfig(
-        grid_rows=side, grid_columns=side, offset=0.0 if registers else 0.1, antialias=registers > 0
-    )
+    if weight.shape[2] > MAX_PATCH:
+        raise WeightsError(f"patch_embed.proj.weight: expected a patch of at most {MAX_PATCH}, got {weight.shape[2]}")
 
 
 def _describe(family: Family, hub_config: Mapping[str, Any] | None) -> str:
     if hub_config is not None:
-        return f"Hugging Face {_model_type(hub_config)}"
+        return f"Hugging Face {model_type(hub_config)}"
     return {"dinov3": "Meta DINOv3", "dinov2": "Meta DINOv2", "cell_dino": "Meta Cell-DINO"}[family]

@@ -22,7 +22,7 @@ def to_meta(config: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             named["storage_tokens"] = named.pop("register_tokens")
         named["rope_embed.periods"] = rotary_periods(config.rope, config.width // config.heads)
         if config.qkv_bias and not config.key_bias:
-            mask = torch.ones(3, config.width)
+            mask = torch.ones(3, config.width, dtype=tensors["blocks.0.attn.qkv.bias"].dtype)
             mask[1] = 0
             named |= {f"blocks.{i}.attn.qkv.bias_mask": mask.flatten().clone() for i in range(config.depth)}
         return named
@@ -50,6 +50,8 @@ def to_hugging_face(config: ViTConfig, tensors: Mapping[str, Tensor]) -> tuple[d
     if config.cls_norm:
         raise WeightsError("transformers' models have one final norm; this one has an untied CLS norm")
     hub = _hub_v3(config) if config.positions == "rope" else _hub_v2(config)
+    dtype = tensors["patch_embed.proj.weight"].dtype
+    hub["dtype"] = str(dtype).removeprefix("torch.")
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith("local_cls_norm."):
@@ -60,11 +62,13 @@ def to_hugging_face(config: ViTConfig, tensors: Mapping[str, Tensor]) -> tuple[d
             named[_v3_name(name, config.mlp == "swiglu")] = tensor[None] if name == "mask_token" else tensor
         else:
             named[_v2_name(name)] = tensor
+    if config.positions == "rope" and not config.registers:
+        named["embeddings.register_tokens"] = torch.empty(1, 0, config.width, dtype=dtype)
     if not config.layer_scale:
         prefix = "layer" if config.positions == "rope" else "encoder.layer"
         for block in range(config.depth):
             for branch in (1, 2):
-                named[f"{prefix}.{block}.layer_scale{branch}.lambda1"] = torch.ones(config.width)
+                named[f"{prefix}.{block}.layer_scale{branch}.lambda1"] = torch.ones(config.width, dtype=dtype)
     if config.positions == "learned" and config.mlp == "swiglu":
         for part in [name for name in named if ".mlp.w1." in name]:
             gate, value = named.pop(part), named.pop(part.replace(".w1.", ".w2."))
@@ -119,7 +123,6 @@ def _hub_sizes(config: ViTConfig) -> dict[str, Any]:
         "num_channels": config.in_channels,
         "layer_norm_eps": config.norm_eps,
         "layerscale_value": 1.0,
-        "dtype": "float32",
     }
 
 

@@ -31,6 +31,10 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if (self.min_period is None) != (self.max_period is None):
             raise ValueError("rope: give both min_period and max_period, or neither (then base is used)")
+        if self.base <= 1:
+            raise ValueError(f"rope: expected a base above 1, got {self.base}")
+        if self.min_period is not None and self.max_period is not None and not 0 < self.min_period < self.max_period:
+            raise ValueError(f"rope: expected 0 < min_period < max_period, got {self.min_period} and {self.max_period}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,12 @@ class LearnedPositionConfig:
     grid_columns: int = 37
     offset: float = 0.1
     antialias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.grid_rows < 1 or self.grid_columns < 1:
+            raise ValueError(f"learned: expected a grid of at least 1 x 1, got {self.grid_rows} x {self.grid_columns}")
+        if not 0 <= self.offset < 1:
+            raise ValueError(f"learned: expected an offset in [0, 1), got {self.offset}")
 
 
 @dataclass(frozen=True, kw_only=True)

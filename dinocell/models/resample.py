@@ -36,7 +36,8 @@ def resize_patch_weight(weight: Float[Tensor, "d c p p"], patch_size: int) -> Fl
     if old == patch_size:
         return weight
     matrix = _resize_pseudo_inverse(old, patch_size)
-    return (weight.double().flatten(2) @ matrix.T).unflatten(2, (patch_size, patch_size)).to(weight.dtype)
+    resampled: Tensor = weight.double().flatten(2) @ matrix.T
+    return resampled.view(*weight.shape[:2], patch_size, patch_size).to(weight.dtype)
 
 
 @lru_cache(maxsize=16)
@@ -44,7 +45,8 @@ def _resize_pseudo_inverse(old: int, new: int) -> Float[Tensor, "new_pixels old_
     """Return the pseudo-inverse of the transposed bilinear resize matrix (float64; made by resizing unit impulses)."""
     impulses = torch.eye(old * old, dtype=torch.float64).unflatten(1, (1, old, old))
     resized = F.interpolate(impulses, size=(new, new), mode="bilinear", antialias=False)
-    return torch.linalg.pinv(resized.flatten(1))
+    inverse: Tensor = torch.linalg.pinv(resized.flatten(1))
+    return inverse
 
 
 def convert_channels(
@@ -66,9 +68,12 @@ def convert_channels(
     ------
     ValueError
         Between ``unit`` and ``standardised``: no fixed weights undo a normalisation that differs from image to image.
+        For ``imagenet`` with other than 3 channels.
     """
     if {source, target} == {"unit", "standardised"}:
         raise ValueError(f"a model for {source!r} input cannot be made to take {target!r} input")
+    if target == "imagenet" and in_channels != 3:
+        raise ValueError(f"ImageNet normalisation is defined for 3 channels, got {in_channels}")
     dtype = weight.dtype
     if (source, target) == ("imagenet", "unit"):
         wide, shift = weight.double(), bias.double()

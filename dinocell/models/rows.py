@@ -24,7 +24,7 @@ class WantedRows(NamedTuple):
     sequence: Int[Tensor, " m"]
 
 
-KeptSequences = Sequence[Int[Tensor, " k"]]
+KeptSequences = Sequence[Int[Tensor, " _"]]
 """For each segment, the sequences that take a branch (the others skip it: drop path)."""
 
 

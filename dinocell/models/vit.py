@@ -339,19 +339,18 @@ class VisionTransformer(nn.Module):
         num_prefix = self.config.num_prefix
         sizes = [num_output_rows(s, chosen, num_prefix) for s, chosen in zip(segments, select, strict=True)]
         for part, segment, chosen, is_local in zip(rows.split(sizes), segments, select, local, strict=True):
-            num_before = segment.tokens if chosen is None else num_prefix
-            tokens = part[: segment.batch * num_before].unflatten(0, (segment.batch, num_before))
-            before, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-            if chosen is not None:
-                patches = part[segment.batch * num_prefix :]
-            if norm and (prefix_norm := self._prefix_norm(is_local)) is not self.norm:
-                before, patches = prefix_norm(before), self.norm(patches)
-            elif norm and chosen is None:
-                tokens = self.norm(tokens)
-                before, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-            elif norm:
-                before, patches = self.norm(before), self.norm(patches)
-            outputs.append(ViTOutput(before[:, 0], before[:, 1:], patches))
+            num_patches = segment.tokens - num_prefix if chosen is None else 0
+            num_rows = segment.batch * (num_prefix + num_patches)
+            tokens, chosen_patches = part.split((num_rows, len(part) - num_rows))
+            tokens = tokens.unflatten(0, (segment.batch, num_prefix + num_patches))
+            prefix_norm = self._prefix_norm(is_local)
+            if norm and prefix_norm is self.norm:
+                tokens, chosen_patches = self.norm(tokens), self.norm(chosen_patches)
+            before, patches = tokens.split((num_prefix, num_patches), dim=1)
+            if norm and prefix_norm is not self.norm:
+                before, patches, chosen_patches = prefix_norm(before), self.norm(patches), self.norm(chosen_patches)
+            cls, registers = before.split((1, self.config.registers), dim=1)
+            outputs.append(ViTOutput(cls.squeeze(1), registers, patches if chosen is None else chosen_patches))
         return outputs
 
     def _prefix_norm(self, is_local: bool) -> nn.LayerNorm:

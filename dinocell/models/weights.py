@@ -1,63 +1,32 @@
 """Exported weights: every checkpoint format in, one out. The only way to exchange a model between stages.
 
-`load_backbone` is what the other stages call. `read_weights`, `fit_weights` and `save_weights` are its steps, for
-those who convert. Files are opened by `dinocell.models.files` (nothing in them is ever run), found by `dinocell.models.sources`.
+`load_backbone` is what the other stages call. `read_weights` and `fit_weights` are its steps, `save_weights` (from
+`dinocell.models.export`) the way out. `dinocell.models.sources` finds a file, `dinocell.models.files` opens it (nothing
+in it is ever run).
 """
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from dinocell.configs.schema import MisfitError, fit, to_plain
+from dinocell.configs.schema import MisfitError, fit
 from dinocell.errors import WeightsError
 from dinocell.models.attention import AttentionKernel
 from dinocell.models.card import LICENCES, UNKNOWN_LICENCE, InputSettings, WeightsCard
-from dinocell.models.files import METADATA_KEY, RawWeights, read_raw
-from dinocell.models.formats import Recognised, recognise
-from dinocell.models.layouts import to_hugging_face, to_meta
+from dinocell.models.export import SCHEMA_VERSION, Layout, Weights, save_weights
+from dinocell.models.files import RawWeights, read_raw
+from dinocell.models.formats import MAX_PATCH, Recognised, recognise
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.resample import Convention, convert_channels, resize_patch_weight
 from dinocell.models.sources import locate
 from dinocell.models.vit import VARIANTS, VisionTransformer, ViTConfig
 
-SCHEMA_VERSION = 1
-
-Layout = Literal["dinocell", "meta", "meta-flat", "huggingface"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """A backbone as plain data: configuration, tensors under the names of `VisionTransformer`, card, heads.
-
-    ``heads`` maps ``dino_head`` and ``ibot_head`` to their tensors, where a file has them. ``source_format`` is for
-    people to read.
-    """
-
-    config: ViTConfig
-    tensors: Mapping[str, Tensor]
-    card: WeightsCard = field(default_factory=WeightsCard)
-    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    source_format: str = "DINOCell"
-
-    @classmethod
-    def of(cls, vit: VisionTransformer, heads: Mapping[str, Mapping[str, Tensor]] | None = None) -> "Weights":
-        """Take the weights out of a model (detached, not copied)."""
-        tensors = {name: tensor.detach() for name, tensor in vit.state_dict().items()}
-        return cls(config=vit.config, tensors=tensors, card=vit.card, heads=heads or {})
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the backbone, heads not counted."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+__all__ = ["Layout", "Weights", "fit_weights", "load_backbone", "read_weights", "save_weights"]
 
 
 def load_backbone(
@@ -108,7 +77,10 @@ def load_backbone(
     weights = read_weights(source, sha256=sha256, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
     if variant is not None:
         _check_variant(weights.config, variant, str(source))
-    weights = fit_weights(weights, patch_size=patch_size, in_channels=in_channels, input=input)
+    try:
+        weights = fit_weights(weights, patch_size=patch_size, in_channels=in_channels, input=input)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from error
     _check_finite(weights.tensors, str(source))
     with torch.device("meta"):
         vit = VisionTransformer(weights.config, noise=noise, kernel=kernel)
@@ -135,11 +107,12 @@ def read_weights(
     path = locate(source, sha256=sha256)
     raw = read_raw(path)
     try:
-        metadata = _read_metadata(raw)
+        metadata = _fit_metadata(raw.metadata or raw.sidecar)
         recognised = recognise(raw.tensors, raw.hub_config, metadata[0] if metadata else None)
         tensors, notes = _check_tensors(recognised, allow_missing, allow_unexpected)
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        beside = " (described by the card.json beside it)" if raw.sidecar and not raw.metadata else ""
+        raise WeightsError(f"{path}{beside}: {' '.join(str(error).split())}") from error
     card, source_format = (metadata[1], "DINOCell") if metadata else _foreign_card(raw, recognised, path)
     card = dataclasses.replace(card, derived_from=(*card.derived_from, *notes))
     return Weights(
@@ -162,8 +135,10 @@ def fit_weights(
     config, source = weights.config, weights.card.input.convention
     patch_size = config.patch_size if patch_size is None else patch_size
     in_channels = config.in_channels if in_channels is None else in_channels
-    if patch_size < 1 or in_channels < 1:
-        raise WeightsError(f"expected a patch size and channels of at least 1, got {patch_size} and {in_channels}")
+    if not 1 <= patch_size <= MAX_PATCH or in_channels < 1:
+        raise WeightsError(
+            f"expected a patch size from 1 to {MAX_PATCH} and at least 1 channel, got {patch_size} and {in_channels}"
+        )
     target: Convention = source if input is None else input
     if input is None and source == "imagenet" and in_channels != 3:
         target = "standardised"
@@ -188,64 +163,20 @@ def fit_weights(
     return dataclasses.replace(weights, config=config, tensors=tensors, card=card)
 
 
-def save_weights(path: str | Path, weights: Weights, *, layout: Layout = "dinocell") -> None:
-    """Write a model to one file (or, for ``huggingface``, one folder); nothing half-written is ever seen.
-
-    Parameters
-    ----------
-    path
-        ``.pth`` or ``.pt`` for a PyTorch file, ``.safetensors`` for safetensors; a folder for ``huggingface``.
-    layout
-        ``dinocell``: Meta's layout of a teacher checkpoint, ``{"teacher": {"backbone.*", "dino_head.*",
-        "ibot_head.*"}}``, plus our configuration and card. ``meta``: the same without ours. ``meta-flat``: the bare
-        state dict, as Meta's released files. ``huggingface``: ``config.json`` and ``model.safetensors``.
-    """
-    path = Path(path)
-    if layout == "huggingface":
-        _save_hugging_face(path, weights)
-        return
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise WeightsError(f"{path}: expected a name that ends in .pth, .pt or .safetensors")
-    tensors = to_meta(weights.config, weights.tensors)
-    if layout != "meta-flat":
-        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-        for head, own in weights.heads.items():
-            tensors |= {f"{head}.{name}": tensor for name, tensor in own.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    ours = _metadata(weights) if layout == "dinocell" else None
-    if path.suffix == ".safetensors":
-        prefix = "" if layout == "meta-flat" else "teacher."
-        named = {prefix + name: tensor for name, tensor in tensors.items()}
-        header = None if ours is None else {METADATA_KEY: json.dumps(ours)}
-        _write(path, lambda part: safetensors.torch.save_file(named, part, metadata=header))
-    else:
-        content: dict[str, Any] = dict(tensors) if layout == "meta-flat" else {"teacher": tensors}
-        _write(path, lambda part: torch.save(content if ours is None else content | {METADATA_KEY: ours}, part))
-
-
-def _metadata(weights: Weights) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA_VERSION,
-        "kind": "backbone",
-        "vit": to_plain(weights.config),
-        "card": to_plain(weights.card),
-    }
-
-
-def _read_metadata(raw: RawWeights) -> tuple[ViTConfig, WeightsCard] | None:
+def _fit_metadata(metadata: Mapping[str, Any] | None) -> tuple[ViTConfig, WeightsCard] | None:
     """Return the configuration and card of a file of ours; they are data from outside, so they are checked."""
-    if raw.metadata is None:
+    if metadata is None:
         return None
-    schema = raw.metadata.get("schema")
+    schema = metadata.get("schema")
     if schema != SCHEMA_VERSION:
         raise WeightsError(
             f"written in schema {schema!r}, this version of dinocell reads {SCHEMA_VERSION}; update dinocell"
         )
-    if raw.metadata.get("kind") != "backbone":
-        raise WeightsError(f"holds a {raw.metadata.get('kind')!r}, expected a backbone")
+    if metadata.get("kind") != "backbone":
+        raise WeightsError(f"holds a {metadata.get('kind')!r}, expected a backbone")
     try:
-        config: ViTConfig = fit(ViTConfig, raw.metadata.get("vit"), "vit")
-        card: WeightsCard = fit(WeightsCard, raw.metadata.get("card"), "card")
+        config: ViTConfig = fit(ViTConfig, metadata.get("vit"), "vit")
+        card: WeightsCard = fit(WeightsCard, metadata.get("card"), "card")
     except (MisfitError, ValueError) as error:
         raise WeightsError(f"its configuration is damaged: {error}") from error
     return config, card
@@ -321,29 +252,3 @@ def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         raise WeightsError(
             f"{source}: NaN or infinite values in {_some(broken)}; the file is damaged or its run diverged"
         )
-
-
-def _save_hugging_face(folder: Path, weights: Weights) -> None:
-    tensors, hub_config = to_hugging_face(weights.config, weights.tensors)
-    if folder.exists() and not folder.is_dir():
-        raise WeightsError(f"{folder}: expected a folder for the huggingface layout, found a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    card = {name: value for name, value in (("licence", weights.card.licence),) if value}
-    header = {"format": "pt", "derived_from": " | ".join(weights.card.derived_from), **card}
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _write(folder / "model.safetensors", lambda part: safetensors.torch.save_file(contiguous, part, metadata=header))
-    text = json.dumps(hub_config, indent=2, sort_keys=True) + "\n"
-    _write(folder / "config.json", lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write to a temporary name beside the target, then rename."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        part.replace(path)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        part.unlink(missing_ok=True)
