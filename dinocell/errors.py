@@ -15,3 +15,7 @@ class ConfigError(DinocellError):
 
 class WeightsError(DinocellError):
     """A checkpoint that cannot be found, read, trusted or fitted to the model asked for."""
+
+
+class ImageError(DinocellError):
+    """A picture, mask or labelled set that cannot be read whole, or cannot be written."""

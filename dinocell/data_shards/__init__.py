@@ -1,0 +1,1 @@
+"""Images to training data: reading, tiling, shards, labelled sets, distance maps, synthetic fields."""

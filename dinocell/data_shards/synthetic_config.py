@@ -1,0 +1,132 @@
+"""What a synthetic field may look like: the classes of cells, the stains, and the settings of a field."""
+
+from dataclasses import dataclass
+
+STAIN_NAMES = ("DNA", "RNA", "ER", "AGP", "Mito", "Phase")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellType:
+    """What the cells of one class have in common; each cell departs from it by chance.
+
+    Lengths are shares of the cell's own radius unless said otherwise, strengths are relative to the class "epithelial".
+    """
+
+    name: str
+    radius: float  # of ``cell_radius_px``
+    aspect: float  # length / width
+    protrusions: int  # arms that reach out of the outline
+    arm: float  # length of an arm
+    nucleus: float  # radius of the nucleus
+    nucleus_aspect: float
+    chromatin: float  # contrast of the DNA texture
+    chromatin_grain: float  # its size, in pixels of the texture sheet a pixel: small is coarse
+    nucleoli: float  # how many, on average
+    brightness: float
+    reach: float  # how far ER and mitochondria spread from the nucleus
+    edge_actin: float
+    fibre_actin: float
+    golgi: float  # radius of the Golgi's cloud
+    mito_grain: float
+
+
+CELL_TYPES = (
+    CellType(
+        name="epithelial", radius=1.0, aspect=1.2, protrusions=0, arm=0.0, nucleus=0.48, nucleus_aspect=1.25,
+        chromatin=0.16, chromatin_grain=1.0, nucleoli=2.5, brightness=1.0, reach=0.5, edge_actin=1.0,
+        fibre_actin=0.35, golgi=0.22, mito_grain=1.0,
+    ),
+    CellType(
+        name="spindle", radius=0.95, aspect=2.3, protrusions=2, arm=0.9, nucleus=0.44, nucleus_aspect=1.9,
+        chromatin=0.12, chromatin_grain=1.4, nucleoli=1.5, brightness=0.9, reach=0.75, edge_actin=0.5,
+        fibre_actin=1.1, golgi=0.18, mito_grain=1.3,
+    ),
+    CellType(
+        name="round", radius=0.72, aspect=1.05, protrusions=0, arm=0.0, nucleus=0.6, nucleus_aspect=1.08,
+        chromatin=0.3, chromatin_grain=0.9, nucleoli=1.0, brightness=1.35, reach=0.35, edge_actin=1.3,
+        fibre_actin=0.1, golgi=0.3, mito_grain=1.9,
+    ),
+    CellType(
+        name="spread", radius=1.35, aspect=1.3, protrusions=4, arm=0.35, nucleus=0.42, nucleus_aspect=1.2,
+        chromatin=0.07, chromatin_grain=1.7, nucleoli=5.0, brightness=0.7, reach=0.95, edge_actin=0.45,
+        fibre_actin=0.8, golgi=0.5, mito_grain=0.75,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """How a field looks. The same seed gives the same cells whatever the channels, the noise and the bit depth are.
+
+    Attributes
+    ----------
+    size
+        Rows and columns, in pixels.
+    channels
+        Which stains, in which order: names of :data:`STAIN_NAMES`; ``("Phase",)`` is a phase-contrast picture.
+    num_cells
+        Fewest and most cells that look for a place. Those that find none, whose nucleus a neighbour hides or whose
+        nucleus is mostly out of the picture are left out, so a field may hold fewer.
+    cell_radius_px
+        Radius of a typical cell, in pixels.
+    touching
+        Share of the cells, in [0, 1], that settle beside another cell; the others keep away as long as there is room.
+    num_classes
+        How many of :data:`CELL_TYPES` occur.
+    class_weights
+        How frequent each class is, ``num_classes`` numbers; None is equally frequent. ``(0, 1, 0, 0)`` is a pure field.
+    blur_px
+        Least and most standard deviation of the focus blur, one draw a field and channel.
+    haze
+        Share of the light, in [0, 1), that comes from out of focus.
+    illumination
+        How much darker the darkest corner may be, in [0, 1).
+    photons
+        Photons a pixel at the brightness of a typical cell: the fewer, the more shot noise.
+    read_noise
+        Standard deviation of the camera's own noise, in photons.
+    bit_depth
+        8 or 16.
+    """
+
+    size: tuple[int, int] = (256, 256)
+    channels: tuple[str, ...] = ("DNA", "RNA", "ER", "AGP", "Mito")
+    num_cells: tuple[int, int] = (24, 44)
+    cell_radius_px: float = 18.0
+    touching: float = 0.7
+    num_classes: int = 4
+    class_weights: tuple[float, ...] | None = None
+    blur_px: tuple[float, float] = (0.7, 1.4)
+    haze: float = 0.35
+    illumination: float = 0.3
+    photons: float = 1200.0
+    read_noise: float = 3.0
+    bit_depth: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn, one line a mistake."""
+
+        def expect(holds: bool, name: str, expected: str) -> None:
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        expect(len(self.size) == 2 and min(self.size) >= 16, "size", "(rows, columns) of at least 16 px each")
+        unknown = [name for name in self.channels if name not in STAIN_NAMES]
+        expect(bool(self.channels) and not unknown, "channels", f"some of {', '.join(STAIN_NAMES)}")
+        expect(len(set(self.channels)) == len(self.channels), "channels", "each stain once")
+        expect(len(self.num_cells) == 2 and 0 <= self.num_cells[0] <= self.num_cells[1], "num_cells",
+               "(fewest, most) with 0 <= fewest <= most")  # fmt: skip
+        expect(self.cell_radius_px >= 4, "cell_radius_px", "at least 4")
+        expect(0 <= self.touching <= 1, "touching", "a share in [0, 1]")
+        expect(1 <= self.num_classes <= len(CELL_TYPES), "num_classes", f"a number from 1 to {len(CELL_TYPES)}")
+        if self.class_weights is not None:
+            right = len(self.class_weights) == self.num_classes and min(self.class_weights) >= 0
+            expect(right and sum(self.class_weights) > 0, "class_weights",
+                   f"{self.num_classes} numbers (num_classes) of at least 0, not all 0")  # fmt: skip
+        expect(len(self.blur_px) == 2 and 0 < self.blur_px[0] <= self.blur_px[1], "blur_px",
+               "(least, most) with 0 < least <= most")  # fmt: skip
+        expect(0 <= self.haze < 1, "haze", "a share in [0, 1)")
+        expect(0 <= self.illumination < 1, "illumination", "a share in [0, 1)")
+        expect(0 < self.photons < 1e9, "photons", "a number above 0 and below 1e9")
+        expect(self.read_noise >= 0, "read_noise", "at least 0")
+        expect(self.bit_depth in (8, 16), "bit_depth", "8 or 16")
