@@ -1,0 +1,193 @@
+"""The one command line: ``dinocell COMMAND``, ``python -m dinocell COMMAND`` or ``python -m dinocell.cli COMMAND``.
+
+Parsers are built from the standard library alone; each command imports its stage when it runs. Exit codes: 0 done,
+1 a bug (with traceback), 2 the user's mistake (one line), 130 interrupted.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dinocell import __version__
+from dinocell.data_shards import dataset_command
+from dinocell.errors import DinocellError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except DinocellError as error:
+        print(f"dinocell: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `dinocell info FILE | head` closed our output: not an error, and nobody is listening
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("dinocell: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = _Parser(
+        prog="dinocell",
+        description="From unlabelled multi-channel microscopy to a cell segmentation model.",
+        epilog="'dinocell COMMAND --help' explains a command, with an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dinocell {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    dataset_command.register(commands)
+    _add_info(commands)
+    _add_export(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with a suggestion where a word is nearly right."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: " in message:
+            got, known = message.split("invalid choice: ", 1)[1].split(" (choose from ", 1)
+            near = difflib.get_close_matches(got.strip("'"), [k.strip(" ')") for k in known.split(",")], n=1)
+            message = f"unknown command or choice {got}" + (f"; did you mean '{near[0]}'?" if near else f" ({known}")
+        self.exit(2, f"{self.prog}: {message} (see '{self.prog} --help')\n")
+
+
+def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    """Parse an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="CHECKPOINT",
+        help="a path, a folder, hf://owner/name, a URL with #sha256=..., or a bare name such as dinov3_vits16",
+    )
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "run the road as far as it stands on generated data, in minutes on 2 CPU cores",
+        "dinocell demo quick output=demo seed=1",
+    )
+    parser.add_argument("recipe", nargs="?", default="quick", help="a shipped recipe or a YAML file (default: quick)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    parser.set_defaults(run=_run_demo)
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.demo import DemoConfig, run_demo
+
+    # `dinocell demo seed=1` means the default recipe with an override.
+    recipe, overrides = options.recipe, list(options.overrides)
+    if "=" in recipe:
+        recipe, overrides = "quick", [recipe, *overrides]
+    config = load_config(DemoConfig, find_recipe("demo", recipe), overrides)
+    print(run_demo(config))
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(commands, "info", "say what a checkpoint is", "dinocell info dinov3_vits16.pth")
+    _add_source(parser)
+    parser.add_argument(
+        "--image-size", type=_positive, default=224, metavar="PX", help="cost for this side (default 224)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.set_defaults(run=_run_info)
+
+
+def _run_info(options: argparse.Namespace) -> None:
+    from dinocell.models.describe import describe
+    from dinocell.models.weights import read_weights
+
+    lines = describe(read_weights(options.source), image_size=options.image_size)
+    if options.json:
+        import json
+
+        print(json.dumps(lines, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(name, value)
+    Console().print(table, highlight=False, markup=False)
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "convert a checkpoint to another layout, patch size or number of channels",
+        "dinocell export teacher_checkpoint.pth --layout meta --in-channels 3 --output for_meta.pth",
+    )
+    _add_source(parser)
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .pth, .pt or .safetensors file")
+    parser.add_argument(
+        "--layout",
+        choices=("dinocell", "meta", "meta-flat", "huggingface"),
+        default="dinocell",
+        help="dinocell: our file (default); meta: the same, for Meta's evaluators; meta-flat: the bare state dict that "
+        "Meta's model classes load; huggingface: a folder for transformers",
+    )
+    parser.add_argument("--in-channels", type=_positive, metavar="C", help="fold the patch embedding to C channels")
+    parser.add_argument("--patch-size", type=_positive, metavar="PX", help="resample the patch embedding")
+    parser.add_argument(
+        "--input",
+        choices=("unit", "standardised", "imagenet"),
+        help="input convention to convert to (default: the file's; imagenet for 3 channels in others' layouts)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.set_defaults(run=_run_export)
+
+
+def _run_export(options: argparse.Namespace) -> None:
+    from dinocell.models.weights import fit_weights, read_weights, save_weights
+
+    if options.output.exists() and not options.overwrite:
+        raise DinocellError(f"{options.output} exists already; add --overwrite to replace it")
+    target = options.input
+    if target is None and options.in_channels == 3 and options.layout != "dinocell":
+        target = "imagenet"  # what Meta's and Hugging Face's own preprocessing feeds
+    weights = read_weights(options.source)
+    fitted = fit_weights(weights, patch_size=options.patch_size, in_channels=options.in_channels, input=target)
+    save_weights(options.output, fitted, layout=options.layout)
+    print(f"wrote {options.output} ({options.layout} layout)")
+    for note in fitted.card.derived_from[len(weights.card.derived_from) :]:
+        print(f"  {note}")
+    if fitted.card.licence:
+        print(f"  licence: {fitted.card.licence}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

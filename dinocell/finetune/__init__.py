@@ -1,0 +1,1 @@
+"""Fine-tuning: the distance-map decoder on top of a backbone, and its training."""

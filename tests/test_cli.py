@@ -1,0 +1,132 @@
+"""The command line, as its users type it: a process of its own for each line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinocell import __version__
+from dinocell.cli import main
+from dinocell.models.vit import VisionTransformer, ViTConfig, variant_config
+from dinocell.models.weights import Weights, load_backbone, save_weights
+
+
+def dinocell(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dinocell", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "160", **environment},
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "teacher_checkpoint.pth"
+    save_weights(path, Weights.of(VisionTransformer(ViTConfig(width=48, depth=2, heads=3, mlp_hidden=96))))
+    return path
+
+
+def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("dinocell")
+    return line
+
+
+@pytest.mark.parametrize("module", ["dinocell", "dinocell.cli"])
+def test_both_modules_run_as_the_console_script(module: str) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"dinocell {__version__}\n"
+
+
+def test_help_names_every_command_without_importing_a_stage() -> None:
+    script = "import sys; from dinocell.cli import build_parser; print(build_parser().format_help()); "
+    script += "print([m for m in ('torch', 'numpy', 'rich', 'omegaconf', 'yaml', 'scipy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("[]\n")
+    assert all(name in result.stdout for name in ("demo", "dataset", "info", "export"))
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("demo", "dataset", "info", "export"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert f"example:\n  dinocell {command}" in capsys.readouterr().out
+
+
+def test_misspelt_command_is_one_line_with_a_suggestion() -> None:
+    assert "did you mean 'info'?" in one_line_error(dinocell("inof"))
+
+
+def test_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
+    assert "nowhere.pth" in one_line_error(dinocell("info", tmp_path / "nowhere.pth"))
+
+
+def test_damaged_checkpoint_is_one_line(checkpoint: Path) -> None:
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "teacher_checkpoint.pth" in one_line_error(dinocell("info", checkpoint))
+
+
+def test_a_bug_keeps_its_traceback_and_exits_with_1(checkpoint: Path) -> None:
+    result = dinocell("info", checkpoint, "--image-size", "-5")
+    assert result.returncode == 2, "an impossible size is the user's mistake"
+    script = "import dinocell.models.weights as w; w.read_weights = lambda s: 1 / 0; from dinocell.cli import main; "
+    script += f"main(['info', {str(checkpoint)!r}])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_info_says_what_a_checkpoint_is(tmp_path: Path) -> None:
+    path = tmp_path / "small8.safetensors"
+    save_weights(path, Weights.of(VisionTransformer(variant_config("small"))))
+    described = json.loads(dinocell("info", path, "--json").stdout)
+    assert described["architecture"].startswith("ViT small: width 384, 12 blocks, 6 heads")
+    assert described["channels"] == "1"
+    assert described["heads"] == "none"
+    # ssl.md D.3: 45.1 GFLOP for one 224 px image through ViT-S/8, two per multiply-accumulate.
+    gflop = float(re.match(r"([\d.]+) GFLOP an image of 224 x 224", described["cost"])[1])
+    assert gflop == pytest.approx(45.1, rel=0.02)
+    assert described["parameters"].startswith("21,")
+
+
+def test_info_prints_a_table_that_survives_a_closed_pipe(checkpoint: Path) -> None:
+    assert "rotary, base 100" in dinocell("info", checkpoint).stdout
+    line = f"{sys.executable} -m dinocell info {checkpoint} | head -1"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+
+
+def test_export_converts_and_says_what_it_did(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "rgb.pth"
+    result = dinocell("export", checkpoint, "--layout", "meta", "--in-channels", "3", "--output", output)
+    assert result.returncode == 0, result.stderr
+    assert "input 1 x standardised -> 3 x imagenet" in result.stdout
+    grey = torch.randn(2, 1, 32, 32)
+    ours, theirs = load_backbone(checkpoint), load_backbone(output, in_channels=None)
+    torch.testing.assert_close(theirs(grey.repeat(1, 3, 1, 1)).cls, ours(grey).cls, rtol=1e-5, atol=1e-5)
+
+
+def test_export_never_overwrites_unasked(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "there.pth"
+    output.write_bytes(b"precious")
+    assert "--overwrite" in one_line_error(dinocell("export", checkpoint, "--output", output))
+    assert output.read_bytes() == b"precious"
+    assert dinocell("export", checkpoint, "--output", output, "--overwrite").returncode == 0
+    assert load_backbone(output).config.width == 48
+
+
+def test_interrupting_a_command_exits_with_130(checkpoint: Path) -> None:
+    script = "import dinocell.models.weights as w\ndef stop(s): raise KeyboardInterrupt\nw.read_weights = stop\n"
+    script += f"from dinocell.cli import main\nimport sys\nsys.exit(main(['info', {str(checkpoint)!r}]))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 130
+    assert result.stderr == "dinocell: interrupted\n"

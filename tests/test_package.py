@@ -1,0 +1,102 @@
+"""The package as a whole: names that others rely on, cheap import, no shadows, recipes that fit."""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dinocell
+from dinocell.configs.load import load_config, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script: str, *options: str) -> str:
+    result = subprocess.run([sys.executable, *options, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_public_names_can_be_imported() -> None:
+    from dinocell import DINOCell, DINOCellPipeline, create_dinocell_model
+
+    assert {DINOCell.__name__, DINOCellPipeline.__name__, create_dinocell_model.__name__} <= set(dir(dinocell))
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("dinocell.models.vit", ["VisionTransformer", "ViTOutput", "VARIANTS"]),
+        ("dinocell.models.weights", ["load_backbone", "read_weights", "save_weights"]),
+        ("dinocell.configs.load", ["load_config"]),
+        ("dinocell.runtime.run", ["Run"]),
+    ],
+)
+def test_names_of_the_plan_exist(module: str, names: list[str]) -> None:
+    for name in names:
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_names_that_are_reserved_say_so_when_used() -> None:
+    for use in (dinocell.DINOCell, dinocell.create_dinocell_model, dinocell.DINOCellPipeline):
+        with pytest.raises(NotImplementedError, match="not in this version"):
+            use()
+
+
+def test_unknown_name_says_what_is_public() -> None:
+    with pytest.raises(AttributeError, match="DINOCellPipeline"):
+        _ = dinocell.nonsense
+
+
+def test_import_is_silent_and_brings_no_torch() -> None:
+    script = "import dinocell, sys; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'rich')])"
+    assert run(script, "-W", "error") == "[]\n"
+
+
+def test_nothing_shadows_the_standard_library() -> None:
+    assert run("import dinocell.cli, ssl, urllib.request; print(ssl.__file__)").strip().endswith("/ssl.py")
+    shadows = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    assert not shadows & set(sys.stdlib_module_names)
+    assert not {path.name for path in (ROOT / "tests").iterdir()} & set(sys.stdlib_module_names)
+
+
+def recipe_schemas() -> dict[str, type]:
+    from dinocell.demo import DemoConfig
+
+    return {"demo": DemoConfig}
+
+
+def test_every_folder_of_recipes_has_a_schema() -> None:
+    folders = {path.parent.name for path in (ROOT / "dinocell/configs").glob("*/*.yaml")}
+    assert folders == set(recipe_schemas())
+
+
+def test_every_shipped_recipe_fits_its_schema_and_says_where_it_comes_from() -> None:
+    for command, schema in recipe_schemas().items():
+        names = shipped_recipes(command)
+        assert names
+        for name in names:
+            path = ROOT / f"dinocell/configs/{command}/{name}.yaml"
+            load_config(schema, path)
+            header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+            for what in ("source:", "command:", "hardware:", "time:"):
+                assert any(what in line for line in header), f"{path.name}: no '{what}' in its header"
+
+
+def test_pins_satisfy_the_ranges() -> None:
+    """Every dependency has an exact pin, and nothing is pinned that is not a dependency."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    from packaging.requirements import Requirement
+
+    ranges = {Requirement(line).name.lower(): Requirement(line) for line in project["dependencies"]}
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pins = {Requirement(line).name.lower(): Requirement(line) for line in lines if line}
+    assert set(pins) == set(ranges)
+    for name, pin in pins.items():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert ranges[name].specifier.contains(specifier.version), name
