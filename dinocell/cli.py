@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dinocell import __version__
-from dinocell.data_shards import dataset_command
+from dinocell.data_shards import dataset_command, shards_command
 from dinocell.errors import DinocellError
 
 
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dinocell {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    shards_command.register(commands)
     dataset_command.register(commands)
     _add_info(commands)
     _add_export(commands)

@@ -19,3 +19,7 @@ class WeightsError(DinocellError):
 
 class ImageError(DinocellError):
     """A picture, mask or labelled set that cannot be read whole, or cannot be written."""
+
+
+class ShardError(DinocellError):
+    """A shard set that cannot be built, is missing, or is damaged."""

@@ -196,3 +196,12 @@ def test_pictures_are_neither_black_nor_saturated() -> None:
 def test_impossible_configurations_are_refused_by_name(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SyntheticConfig(**wrong)
+
+
+def test_every_cell_shows_a_nucleus_however_crowded_the_field() -> None:
+    config = SyntheticConfig(size=(96, 96), num_cells=(40, 60), touching=1.0, cell_radius_px=16.0)
+    for seed in range(25):
+        field = make_field(seed, config)
+        np.testing.assert_array_equal(np.unique(field.nuclei), np.unique(field.labels))
+        inside = field.nuclei > 0
+        np.testing.assert_array_equal(field.nuclei[inside], field.labels[inside])

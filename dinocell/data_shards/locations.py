@@ -1,24 +1,36 @@
 """Where a file lies: on this disk, behind a web address, or in a bucket. One function brings its bytes.
 
-Buckets need an extra package (``s3fs`` for ``s3://``), imported by fsspec when such an address is opened.
+Buckets need an extra package (``s3fs`` for ``s3://``), imported by fsspec when such an address is opened. What a
+network or a busy server breaks is tried again, after a growing pause; what is missing or forbidden is not.
 """
 
 import http.client
 import os
 import re
+import ssl
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dinocell.errors import ImageError
 
 _TIMEOUT_S = 60.0
+_PAUSES_S = (0.5, 2.0, 8.0)  # before the second, third and fourth try
+
+# Request timeout, too many requests, and what servers answer that are overloaded or being restarted.
+_PASSING_HTTP_ERRORS = (408, 429, 500, 502, 503, 504)
+_NO_SUCH_FILE = (403, 404, 410)  # 403: what stores answer for a missing file where listing is not allowed
 
 
 def open_bytes(path: str | Path) -> bytes:
     """Read a whole file: a local path, ``https://``, ``s3://`` or any other protocol that fsspec knows.
 
     A bucket is read without signing in, as public archives allow, unless the environment names an AWS key or profile.
+    A server that does not answer, or breaks off, is asked four times in about ten seconds.
 
     Raises
     ------
@@ -32,6 +44,46 @@ def open_bytes(path: str | Path) -> bytes:
     if url.startswith(("http://", "https://")):
         return _read_web(url)
     return _read_bucket(url)
+
+
+def web_file_exists(url: str) -> bool:
+    """Return whether a web server has a file, by asking for its headers alone.
+
+    Raises
+    ------
+    ImageError
+        If the server does not answer, or answers with an error of its own.
+    """
+
+    def fetch() -> bytes:
+        with urllib.request.urlopen(urllib.request.Request(_quoted(url), method="HEAD"), timeout=_TIMEOUT_S):
+            return b""
+
+    try:
+        _with_patience(fetch)
+        return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in _NO_SUCH_FILE:
+            return False
+        raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
+
+
+def bucket_options(url: str) -> dict[str, Any]:
+    """Return how fsspec is to open an address: anonymously, unless the environment names an AWS key or profile."""
+    signed = {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"} & os.environ.keys()
+    return {"anon": True} if url.startswith("s3://") and not signed else {}
+
+
+def bucket_errors() -> tuple[type[Exception], ...]:
+    """Return what fsspec raises when a bucket does not answer as it should."""
+    try:
+        from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # s3fs lets these through
+    except ImportError:
+        return (OSError, ValueError)
+    return (OSError, ValueError, BotoCoreError)
 
 
 def local_path(path: str | Path) -> Path | None:
@@ -66,32 +118,61 @@ def _read_local(path: Path) -> bytes:
 
 
 def _read_web(url: str) -> bytes:
+    def fetch() -> bytes:
+        with urllib.request.urlopen(_quoted(url), timeout=_TIMEOUT_S) as response:
+            return bytes(response.read())  # raises IncompleteRead where the server promised more
+
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
-            content = response.read()  # raises IncompleteRead where the server promised more
+        return _with_patience(fetch)
     except urllib.error.HTTPError as error:
         error.close()
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
-    return bytes(content)
+
+
+def _quoted(url: str) -> str:
+    """Return an address with spaces and letters beyond ASCII as percent signs; what is quoted already stays."""
+    return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
 
 def _read_bucket(url: str) -> bytes:
     import fsspec  # type: ignore[import-untyped]
 
-    options = {}
-    if url.startswith("s3://") and not {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"} & os.environ.keys():
-        options = {"anon": True}
+    def fetch() -> bytes:
+        files, path = fsspec.url_to_fs(url, **bucket_options(url))
+        return bytes(files.cat_file(path))  # one request, where opening a file first asks for its size
+
     try:
-        with fsspec.open(url, "rb", **options) as file:
-            return bytes(file.read())
+        return _with_patience(fetch)
     except ImportError as error:
         raise ImageError(f"{url}: {_line(error)}") from error
     except FileNotFoundError:
         raise ImageError(f"{url}: no such file") from None
-    except (OSError, ValueError) as error:
+    except bucket_errors() as error:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
+
+
+def _with_patience(fetch: Callable[[], bytes]) -> bytes:
+    """Call ``fetch`` again, after a pause, where the network or the server failed it."""
+    for pause_s in _PAUSES_S:
+        try:
+            return fetch()
+        except (OSError, http.client.HTTPException) as error:
+            if not _is_passing(error):
+                raise
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+        time.sleep(pause_s)
+    return fetch()
+
+
+def _is_passing(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in _PASSING_HTTP_ERRORS
+    if isinstance(error, urllib.error.URLError):  # a name that does not exist, or no connection
+        return isinstance(error.reason, OSError) and not isinstance(error.reason, ssl.SSLCertVerificationError)
+    return not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
 
 
 def _line(error: BaseException) -> str:

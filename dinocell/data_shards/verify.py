@@ -1,0 +1,140 @@
+"""Check a shard set against its manifest: every byte, every sample, every channel."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinocell.data_shards.downloads import download
+from dinocell.data_shards.locations import local_path
+from dinocell.data_shards.manifest import INDEX, Shard, beside, read_index, read_manifest
+from dinocell.data_shards.sample import decode_sample, parse_sample, raw_sample
+from dinocell.data_shards.workers import run_tasks
+from dinocell.errors import ImageError, ShardError
+
+_SHOWN_A_SHARD = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is wrong with a file of the set."""
+
+    file: str
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """A shard to check: where it lies, and its part of the index."""
+
+    location: str
+    shard: Shard
+    index: np.ndarray
+    temporary: str | None
+
+
+def verify(
+    location: str | Path,
+    *,
+    workers: int = 1,
+    temporary: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[Problem]:
+    """Read a whole set and return what is wrong with it.
+
+    Every shard must be there with the size and sha256 of the manifest; the index must lead to as many samples as the
+    manifest says, every channel of which can be decoded; and WebDataset must find the same samples.
+
+    Parameters
+    ----------
+    temporary
+        Folder for the shards of a remote set, one a worker at a time; None takes the system's.
+    progress
+        Called with the number of shards done and of all.
+
+    Raises
+    ------
+    ShardError
+        If there is no manifest or index to check against.
+    """
+    manifest = read_manifest(location)
+    index = read_index(location, manifest)
+    problems = []
+    folder = local_path(location)
+    if folder is not None and hashlib.sha256((folder / INDEX).read_bytes()).hexdigest() != manifest.index_sha256:
+        problems.append(Problem(file=INDEX, what="content differs from the manifest's sha256"))
+    ends = np.cumsum([shard.num_samples for shard in manifest.shards])
+    tasks = [
+        _Task(
+            location=str(location),
+            shard=shard,
+            index=np.array(index[end - shard.num_samples : end]),
+            temporary=None if temporary is None else str(temporary),
+        )
+        for shard, end in zip(manifest.shards, ends.tolist(), strict=True)
+    ]
+    for done, found in enumerate(run_tasks(_verify_shard, tasks, workers=workers), start=1):
+        problems += found
+        progress(done, len(tasks))
+    return sorted(problems, key=lambda problem: problem.file)
+
+
+def _verify_shard(task: _Task) -> list[Problem]:
+    with tempfile.TemporaryDirectory(dir=task.temporary) as folder:
+        address = beside(task.location, task.shard.file)
+        path = local_path(address)
+        try:
+            if path is None:
+                path = Path(folder) / task.shard.file
+                with path.open("wb") as file:
+                    download(address, file)
+            found = list(_problems(path, task))
+        except FileNotFoundError:
+            found = ["missing"]
+        except (OSError, ImageError) as error:
+            found = [f"cannot be read ({error})"]
+    if len(found) > _SHOWN_A_SHARD:
+        found = [*found[:_SHOWN_A_SHARD], f"... and {len(found) - _SHOWN_A_SHARD} more"]
+    return [Problem(file=task.shard.file, what=what) for what in found]
+
+
+def _problems(path: Path, task: _Task) -> Iterator[str]:
+    size = path.stat().st_size
+    if size != task.shard.num_bytes:
+        yield f"{size} bytes instead of {task.shard.num_bytes}"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != task.shard.sha256:
+            yield "content differs from the manifest's sha256"
+    keys = set()
+    with path.open("rb") as file:
+        for number, (start, length) in enumerate(task.index.tolist()):
+            file.seek(start)
+            try:
+                sample = parse_sample(memoryview(file.read(length)))
+                decode_sample(sample)
+            except ShardError as error:
+                yield f"sample {number}: {error}"
+            else:
+                keys.add(sample.key)
+    yield from _as_webdataset(path, keys)
+
+
+def _as_webdataset(path: Path, keys: set[str]) -> Iterator[str]:
+    """Read the shard without the index, as WebDataset does; it must find the samples that the index leads to."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # type: ignore[import-untyped]
+
+    found = set()
+    try:
+        with path.open("rb") as file:
+            for members in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
+                key = members["__key__"]
+                raw_sample(key, {suffix: content for suffix, content in members.items() if not suffix.startswith("__")})
+                found.add(key)
+    except Exception as error:  # WebDataset lets through whatever tarfile and its own code raise
+        yield f"WebDataset cannot read it ({type(error).__name__}: {error})"
+        return
+    if found != keys:
+        yield f"WebDataset finds {len(found)} samples, the index leads to {len(keys)}"

@@ -1,0 +1,84 @@
+"""What several test files need: a source of small fields on disk, and shard sets built from it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinocell.data_shards.fields import Field, FieldFile, Rejected
+from dinocell.data_shards.images import write_tiff
+from dinocell.data_shards.shard import ShardSettings
+from dinocell.data_shards.tiles import TileSettings
+from dinocell.data_shards.write import build
+
+NAMES = ("DNA", "ER", "AGP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOfFields:
+    """``num_fields`` fields of three channels, one TIFF each, as ``field_pixels`` draws them."""
+
+    folder: str
+    num_fields: int
+    missing_from: int = -1
+    unmatched: int = 0
+
+    def fields(self) -> Iterator[Field | Rejected]:
+        for number in range(self.num_fields):
+            names = NAMES[:2] if number == self.missing_from else NAMES
+            files = tuple(FieldFile(path=f"{self.folder}/f{number:03d}_{name}.tif", channels=(name,)) for name in names)
+            yield Field(
+                id=f"P{number % 2}/f{number:03d}",
+                files=files,
+                missing=tuple(set(NAMES) - set(names)),
+                plate=f"P{number % 2}",
+                well="A01",
+                site=str(number),
+                labels={"number": number},
+            )
+        for number in range(self.unmatched):
+            yield Rejected(input=f"notes{number}.txt", kind="unmatched", reason="not an image")
+
+
+def field_pixels(number: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """Blobs on noise, (3 h w) uint16; every field differs."""
+    rng = np.random.default_rng(number)
+    rows, columns = np.mgrid[:height, :width]
+    pixels = rng.poisson(100, (3, height, width)).astype(float)
+    for plane in pixels:
+        for row, column in rng.uniform(0, 1, (4, 2)) * (height, width):
+            plane += 3000 * np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / 60)
+    return pixels.round().astype(np.uint16)
+
+
+@pytest.fixture
+def fields(tmp_path: Path) -> Callable[..., FolderOfFields]:
+    """Return a function that writes fields to disk and gives their source."""
+
+    def make(num_fields: int = 10, **options: int) -> FolderOfFields:
+        folder = tmp_path / "input"
+        folder.mkdir(exist_ok=True)
+        for number in range(num_fields):
+            for name, plane in zip(NAMES, field_pixels(number), strict=True):
+                write_tiff(folder / f"f{number:03d}_{name}.tif", plane, pixel_size_um=0.65)
+        return FolderOfFields(folder=str(folder), num_fields=num_fields, **options)
+
+    return make
+
+
+SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+
+
+@pytest.fixture
+def shard_set(tmp_path: Path, fields: Callable[..., FolderOfFields]) -> Path:
+    """Build a set of 10 fields, 60 tiles of 3 x 32 x 32, in 10 shards."""
+    build(fields(10), tmp_path / "set", settings=SMALL, workers=1)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def draw() -> Callable[[int], np.ndarray]:
+    """Return what draws the pixels of a field by its number."""
+    return field_pixels
