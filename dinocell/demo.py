@@ -1,26 +1,39 @@
 """`dinocell demo`: the road on generated data, as far as it stands.
 
-Today: generate multi-channel fields, turn their masks into distance maps, write a checkpoint as Meta would release
-it (RGB, patch 16), load it into the patch-8 one-channel model, look at each stain alone through it, and draw what came
-out.
+Today: generate multi-channel fields and write them to disk as a microscope would; build a shard set and a labelled set
+from the files; write a checkpoint as Meta would release it (RGB, patch 16) and load it into the patch-8 grey model;
+read the shards, look at each stain alone through the model, and draw what came out.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.synthetic import SyntheticConfig, SyntheticField, make_field
+from dinocell.data_shards.images import write_labels, write_tiff
+from dinocell.data_shards.labelled import LabelledImage, open_labelled
+from dinocell.data_shards.labelled_build import build_labelled
+from dinocell.data_shards.labelled_sources import folder_pairs
+from dinocell.data_shards.manifest import Manifest
+from dinocell.data_shards.preview import preview
+from dinocell.data_shards.read import stream
+from dinocell.data_shards.shard import ShardSettings
+from dinocell.data_shards.sources_images import MultichannelSource
+from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.data_shards.tiles import TileSettings
+from dinocell.data_shards.write import build
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import Weights, load_backbone, save_weights
 from dinocell.runtime.run import Run
 
 _PATCH = 8
+# Of the generated images, whose cells are about 36 px across: what a 20x objective gives.
+_PIXEL_SIZE_UM = 0.65
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +60,40 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> str:
     """Run the demo and return a summary that ends with the path of its picture."""
+    names = config.field.channels
     with Run.start(config.output, config, total_steps=config.num_fields, log_every=1, batch_size=1) as run:
         vit = _backbone(config)
         run.note(f"backbone: {' | '.join(vit.card.derived_from)}")
+        manifest = _prepare_data(config)
+        run.note(
+            f"shards: {manifest.num_samples} samples, {manifest.num_bytes / 1e6:.1f} MB, channels {', '.join(names)}"
+        )
+        labelled_set = open_labelled(config.output / "labelled")
+        labelled = {name: labelled_set[number] for number, name in enumerate(labelled_set.names)}
         fields, tokens = [], []
-        for number in range(config.num_fields):
-            fields.append(make_field(config.seed + number, config.field))
-            tokens.append(_through_every_channel(vit, fields[-1]))
-            metrics = {"data/cells": float(fields[-1].labels.max())}
+        for number, batch in enumerate(stream(config.output / "shards", batch_size=1, stop=config.num_fields)):
+            pixels = batch.tile(0).numpy()
+            fields.append((pixels, labelled[Path(batch.infos[0].field).name.removesuffix(".ome.tif")]))
+            tokens.append(_through_every_channel(vit, pixels))
+            metrics = {"data/cells": float(fields[-1][1].labels.max())}
             if number == config.num_fields - 1:
                 same, different = channel_consistency(torch.stack([views[1:].mean(1) for views in tokens]))
                 metrics |= {"consistency/same_field": same, "consistency/different_field": different}
             run.log(number + 1, metrics)
         colours = _principal_colours(torch.stack(tokens))
-        rows = [_draw_row(made, views) for made, views in zip(fields, colours, strict=True)]
-        picture = _draw(rows, fields[0].channel_names)
+        rows = [_draw_row(*each, views) for each, views in zip(fields, colours, strict=True)]
+        picture = _draw(rows, names)
         run.image(config.num_fields, "demo", picture)
         path = config.output / "demo.png"
         Image.fromarray(picture).save(path)
     licence = f"licence of the backbone: {vit.card.licence}\n" if config.weights else ""
     return (
-        f"{config.num_fields} fields, {len(fields[0].channel_names)} stains, a backbone of {_millions(vit)}\n"
+        f"{config.num_fields} fields, {len(names)} stains, a backbone of {_millions(vit)}\n"
         f"cosine of features, same field through two stains {same:.3f}, two fields {different:.3f}: "
         f"margin {same - different:.3f}{'' if config.weights else ' (random weights)'}\n"
-        f"{licence}numbers: tensorboard --logdir {config.output}\n"
+        f"{licence}shards: {config.output / 'shards'} (contact sheet: {config.output / 'shards.png'})\n"
+        f"labelled set: {config.output / 'labelled'}\n"
+        f"numbers: tensorboard --logdir {config.output}\n"
         f"picture: {path}"
     )
 
@@ -88,6 +111,30 @@ def channel_consistency(features: Float[Tensor, "b c d"]) -> tuple[float, float]
     return float(cosine[same].mean()), float(cosine[owner[:, None] != owner].mean())
 
 
+def _prepare_data(config: DemoConfig) -> Manifest:
+    """Write generated fields as OME-TIFF with label masks, and build a shard set and a labelled set from the files."""
+    for name in ("images", "masks", "shards", "labelled"):  # of an earlier demo in this folder
+        shutil.rmtree(config.output / name, ignore_errors=True)
+    for name in ("images", "masks"):
+        (config.output / name).mkdir()
+    for number in range(config.num_fields):
+        made = make_field(config.seed + number, config.field)
+        name = f"field{number:03d}"
+        image = config.output / "images" / f"{name}.ome.tif"
+        write_tiff(image, made.pixels, channel_names=made.channel_names, pixel_size_um=_PIXEL_SIZE_UM)
+        write_labels(config.output / "masks" / f"{name}.tif", made.labels, pixel_size_um=_PIXEL_SIZE_UM)
+    settings = ShardSettings(tiles=TileSettings(size=0, min_size=_PATCH, min_structure=0))
+    source = MultichannelSource(input=str(config.output / "images"))
+    manifest = build(source, config.output / "shards", settings=settings, workers=1)
+    assert manifest is not None
+    preview(config.output / "shards", config.output / "shards.png", num_samples=config.num_fields)
+    pairs = folder_pairs(config.output, images="images/{name}.ome.tif", masks="masks/{name}.tif")
+    build_labelled(
+        pairs, config.output / "labelled", source="generated", channel=config.field.channels[-1], keep_empty=True
+    )
+    return manifest
+
+
 def _backbone(config: DemoConfig) -> VisionTransformer:
     if config.weights is not None:
         return load_backbone(config.weights, patch_size=_PATCH)
@@ -99,10 +146,10 @@ def _backbone(config: DemoConfig) -> VisionTransformer:
 
 
 @torch.no_grad()
-def _through_every_channel(vit: VisionTransformer, made: SyntheticField) -> Float[Tensor, "v p d"]:
+def _through_every_channel(vit: VisionTransformer, pixels: Shaped[np.ndarray, "c h w"]) -> Float[Tensor, "v p d"]:
     """Return the patch features of the mean image, then those of each channel alone."""
-    pixels = torch.from_numpy(made.pixels.astype(np.float32))
-    views = torch.cat((pixels.mean(0, keepdim=True), pixels))[:, None]
+    channels = torch.from_numpy(pixels.astype(np.float32))
+    views = torch.cat((channels.mean(0, keepdim=True), channels))[:, None]
     views = (views - views.mean((2, 3), keepdim=True)) / (views.std((2, 3), keepdim=True) + 1e-7)
     patches: Tensor = vit(views).patches
     return patches
@@ -122,9 +169,12 @@ def _principal_colours(tokens: Float[Tensor, "b v p d"]) -> UInt8[np.ndarray, "b
     return np.asarray(colours).reshape(*tokens.shape[:3], 3)
 
 
-def _draw_row(made: SyntheticField, colours: UInt8[np.ndarray, "v p 3"]) -> list[UInt8[np.ndarray, "h w 3"]]:
+def _draw_row(
+    pixels: Shaped[np.ndarray, "c h w"], labelled: LabelledImage, colours: UInt8[np.ndarray, "v p 3"]
+) -> list[UInt8[np.ndarray, "h w 3"]]:
     """Return the pictures of one field: its stains together, distance map, features of the mean and of each stain."""
-    height, width = made.labels.shape
+    height, width = labelled.labels.shape
+    assert labelled.distance is not None
     maps = [
         np.asarray(
             Image.fromarray(view.reshape(height // _PATCH, width // _PATCH, 3)).resize(
@@ -133,9 +183,9 @@ def _draw_row(made: SyntheticField, colours: UInt8[np.ndarray, "v p 3"]) -> list
         )
         for view in colours
     ]
-    greys = [_grey(channel) for channel in made.pixels]
+    greys = [_grey(channel) for channel in pixels]
     composite = np.stack((greys[-1], greys[len(greys) // 2], greys[0]), axis=-1)
-    distance = np.repeat((labels_to_distance(made.labels) * 255).astype(np.uint8)[..., None], 3, axis=-1)
+    distance = np.repeat((labelled.distance * 255).astype(np.uint8)[..., None], 3, axis=-1)
     stains = [np.repeat(grey[..., None], 3, axis=-1) for grey in greys]
     return [composite, distance, maps[0], *(part for pair in zip(stains, maps[1:], strict=True) for part in pair)]
 

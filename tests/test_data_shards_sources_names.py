@@ -286,7 +286,7 @@ pattern = "{plate}/Images/{place}p01-ch{channel}sk1fk1fl1.tiff"
 for make in (lambda: sources_names.PhenixSource(input="/data"),
              lambda: sources_names.PatternSource(input="/data", pattern=pattern)):
     times = []
-    for _ in range(3):
+    for _ in range(2):
         start = time.process_time()
         found = list(make().fields())
         times.append(time.process_time() - start)

@@ -32,9 +32,9 @@ class FieldFile:
         ``planes``: the picture's own channels. ``grey``: one channel, from a picture that may store it as red = green =
         blue, or in one of them with nothing in the others. ``red``, ``green``, ``blue``: one channel, from a grey
         picture, or from this plane of one that is tinted for display (HPA's JPEGs, whose compression leaves traces in
-        the other planes). ``colour``: one channel from a grey picture, else red, green and blue. ``side_by_side``:
-        channels next to one another along the width of one grey picture, each as wide as it is high (or a picture that
-        already holds them apart).
+        the other planes). ``colour``: one channel, ``grey``, from a grey picture, else red, green and blue.
+        ``side_by_side``: channels next to one another along the width of one grey picture, each as wide as it is high
+        (or a picture that already holds them apart).
     frame
         Which frame of a stack, from 0; None expects one.
     frames_as_channels
@@ -128,7 +128,8 @@ def _read(file: FieldFile) -> Picture:
         pixels, names = _tinted(file, picture), ()
     elif file.layout == "colour":
         picture = picture.grey()
-        pixels, names = picture.pixels, picture.channel_names
+        pixels = picture.pixels
+        names = picture.channel_names or (("grey",) if len(pixels) == 1 else ())
     elif file.layout == "side_by_side":
         pixels, names = _unstack(file, picture), ()
     if file.channels:

@@ -73,8 +73,10 @@ def web_file_exists(url: str) -> bool:
 
 def bucket_options(url: str) -> dict[str, Any]:
     """Return how fsspec is to open an address: anonymously, unless the environment names an AWS key or profile."""
-    signed = {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"} & os.environ.keys()
-    return {"anon": True} if url.startswith("s3://") and not signed else {}
+    if not url.startswith("s3://"):
+        return {}
+    # One at a time: otherwise s3fs asks for a file's size before it asks for the file, to cut it into parts.
+    return {"anon": not {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"} & os.environ.keys(), "max_concurrency": 1}
 
 
 def bucket_errors() -> tuple[type[Exception], ...]:
@@ -141,7 +143,7 @@ def _read_bucket(url: str) -> bytes:
 
     def fetch() -> bytes:
         files, path = fsspec.url_to_fs(url, **bucket_options(url))
-        return bytes(files.cat_file(path))  # one request, where opening a file first asks for its size
+        return bytes(files.cat_file(path))
 
     try:
         return _with_patience(fetch)

@@ -103,6 +103,16 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         help="load-data: what makes a field's id (default: plate, well, site)",
     )
 
+    group.add_argument(
+        "--labels", metavar="CSV", help="a table whose columns become labels of the fields, such as a plate map"
+    )
+    group.add_argument(
+        "--labels-key",
+        type=_names,
+        metavar="COLUMN=KEY",
+        help="its columns that say which fields a row is for: 'barcode=plate,well_position=well' (also =site, =id)",
+    )
+
 
 def source_from(options: argparse.Namespace) -> "Source":
     """Return the source that the options of ``add_source_arguments`` describe.
@@ -125,7 +135,13 @@ def source_from(options: argparse.Namespace) -> "Source":
     if options.source == "images" and given.get("frames_as") == "channels":
         raise ImageError("--frames-as channels: images have one channel each; take --source multichannel")
     source: Source = source_class(input=options.input, **given)
-    return source
+    if (options.labels is None) != (options.labels_key is None):
+        raise ImageError("--labels and --labels-key go together: a table, and its columns that name the field")
+    if options.labels is None:
+        return source
+    from dinocell.data_shards.sources_labels import LabelledSource
+
+    return LabelledSource(source=source, labels=options.labels, labels_key=options.labels_key)
 
 
 def _flag(option: str) -> str:

@@ -146,17 +146,16 @@ class _RowReader:
     def __init__(self, table: Table, columns: Mapping[str, _ImageColumns], id_columns: Sequence[str]) -> None:
         self._columns = columns
         self._places = table.places()
-        found = [table.column_like(column.lower()) for column in id_columns]
-        if None in found:
-            table.require(*id_columns)
-        self._id_columns = [column for column in found if column]
+        self._id_columns = [table.column_like(column.lower()) or column for column in id_columns]
+        table.require(*self._id_columns)
         if not id_columns and {"well", "site"} <= self._places.keys():
             self._id_columns = list(self._places.values())
 
     def __call__(self, row: Row, folders: Mapping[str, str | None]) -> list[ChannelFile]:
         places = {place: row[column] for place, column in self._places.items() if row[column]}
         labels = labels_of(row, without=self._places.values(), prefix="Metadata_")
-        field_id = "/".join(row[column] for column in self._id_columns)
+        id_parts = [row[column] for column in self._id_columns]
+        field_id = "/".join(id_parts) if any(id_parts) else ""
         files: list[ChannelFile] = []
         for channel, columns in self._columns.items():
             folder, name = columns.place(row)

@@ -82,6 +82,9 @@ def build(
     output = Path(output)
     settings = settings or ShardSettings()
     described = _described(source, settings, samples_per_shard, shuffle_seed)
+    for name, number in (("workers", 1 if workers is None else workers), ("samples_per_shard", samples_per_shard)):
+        if number < 1:
+            raise ShardError(f"{name}: expected at least 1, got {number}")
     if not 1 <= part[0] <= part[1]:
         raise ShardError(f"part {part[0]} of {part[1]}: expected 1 to the number of parts")
     if (output / MANIFEST).exists():
