@@ -1,0 +1,1 @@
+"""Self-supervised pretraining: views, losses, student and teacher, the training loop."""

@@ -1,0 +1,121 @@
+"""The projection head of DINO and iBOT: an MLP onto the unit sphere, and the prototypes it is compared with.
+
+The head stops before the logits. A matrix of (tokens, prototypes) is the largest tensor of a training step; the losses
+and targets take the two factors and make it a piece at a time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Projection(NamedTuple):
+    """Rows on the unit sphere and the prototypes; the logits are ``rows @ prototypes.T``."""
+
+    rows: Float[Tensor, "n d"]
+    prototypes: Float[Tensor, "k d"]
+
+    def logits(self) -> Float[Tensor, "n k"]:
+        """Return every row's product with every prototype, whole: for tests and small counts."""
+        return self.rows @ self.prototypes.T
+
+
+class Prototypes(nn.Module):
+    """The last layer: one vector a prototype, free (DINOv3) or as length times direction (DINOv2).
+
+    The parameters bear the names of Meta's checkpoints: ``weight``, or ``weight_g`` (k 1) and ``weight_v`` (k d).
+    """
+
+    def __init__(self, num_prototypes: int, bottleneck: int, *, weight_norm: bool) -> None:
+        super().__init__()
+        self.weight_norm = weight_norm
+        if weight_norm:
+            self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
+            self.weight_v = nn.Parameter(torch.empty(num_prototypes, bottleneck))
+        else:
+            self.weight = nn.Parameter(torch.empty(num_prototypes, bottleneck))
+
+    def forward(self) -> Float[Tensor, "k d"]:
+        """Return the prototypes."""
+        if self.weight_norm:
+            # Not torch._weight_norm: its CPU kernel divides by a length of zero.
+            return self.weight_g * F.normalize(self.weight_v, dim=1)
+        return self.weight
+
+
+class ProjectionHead(nn.Module):
+    """A small MLP with GELU, L2 normalisation, and prototypes.
+
+    Parameters
+    ----------
+    width
+        Width of the tokens that come in.
+    num_prototypes
+        Prototypes; 65,536 in DINOv2's ViT-L recipe, 8,192 is plenty for cells.
+    hidden, bottleneck, layers
+        Widths inside and before the prototypes (2,048 and 256), and the number of linear layers (3).
+    weight_norm
+        Keep length and direction of each prototype as parameters of their own, as DINOv2 does; DINOv3 does not.
+
+    Raises
+    ------
+    ValueError
+        For a size below one.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_prototypes: int,
+        *,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        weight_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"width": width, "num_prototypes": num_prototypes, "hidden": hidden, "bottleneck": bottleneck}
+        for name, size in (*sizes.items(), ("layers", layers)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        widths = [width, *[hidden] * (layers - 1), bottleneck]
+        linear = [nn.Linear(before, after) for before, after in zip(widths, widths[1:], strict=False)]
+        # Indices 0, 2, 4 and, for a single layer, none: the keys of Meta's heads.
+        between = [module for layer in linear for module in (layer, nn.GELU())][:-1]
+        self.mlp: nn.Module = linear[0] if layers == 1 else nn.Sequential(*between)
+        self.last_layer = Prototypes(num_prototypes, bottleneck, weight_norm=weight_norm)
+        if not linear[0].weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, *, generator: torch.Generator | None = None) -> None:
+        """Set every parameter to its initial value (that of DINOv2 and DINOv3).
+
+        ========================  ========================================
+        linear weights            truncated normal, std 0.02, cut at +-2
+        linear biases             0
+        prototypes, directions    truncated normal, std 0.02, cut at +-2
+        lengths of prototypes     1
+        ========================  ========================================
+        """
+        for module in self.mlp.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                nn.init.zeros_(module.bias)
+        last = self.last_layer
+        nn.init.trunc_normal_(last.weight_v if last.weight_norm else last.weight, std=0.02, generator=generator)
+        if last.weight_norm:
+            nn.init.ones_(last.weight_g)
+
+    def forward(self, tokens: Float[Tensor, "n d"]) -> Projection:
+        """Project normalised tokens (CLS, or masked patches) onto the unit sphere.
+
+        The prototypes are handed out by ``forward`` and nowhere else, so that a wrapper that gathers parameters around
+        a forward pass (FSDP2) has gathered them.
+        """
+        rows = self.mlp(tokens)
+        # 1e-12 is zero in fp16, and the gradient of a zero row would be infinite.
+        return Projection(F.normalize(rows, dim=-1, eps=1e-6 if rows.dtype == torch.float16 else 1e-12), self.last_layer())

@@ -1,0 +1,269 @@
+"""The views of a batch of tiles: crops of their channels with photometry, scaled to one size, standardised.
+
+Two ways to the same pixels: ``crop_by_crop`` cuts each region out before it is worked on, which is fastest on a CPU;
+``all_tiles_at_once`` resamples whole tiles by two matrices each, which keeps a GPU busy. Each tests the other.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinocell.data_shards.manifest import Manifest
+from dinocell.data_shards.read import Batch
+from dinocell.data_shards.sample import SampleInfo
+from dinocell.errors import ConfigError
+from dinocell.ssl.view_plan import ViewPlan, ViewsConfig, plan_views
+
+# Blank crops become 0, not amplified rounding errors; a real crop's deviation is a thousand times larger.
+_LEAST_DEVIATION = 1e-5
+# By data set and channel name: the raw values that are 0 and 1.
+Levels = Sequence[Mapping[str, tuple[float, float]]]
+
+
+class Views(NamedTuple):
+    """Views of ``b`` tiles, one channel or those of the policy ``stack``; standardised by crop and channel."""
+
+    global_views: Float[Tensor, "v b c s s"]
+    local_views: Float[Tensor, "w b c t t"]
+
+
+def channel_levels(manifests: Sequence[Manifest], config: ViewsConfig) -> list[dict[str, tuple[float, float]]]:
+    """Take the values that become 0 and 1 from the statistics of each data set.
+
+    Raises
+    ------
+    ConfigError
+        If a manifest does not hold these percentiles, or a channel has one value only.
+    """
+    levels: list[dict[str, tuple[float, float]]] = []
+    for manifest in manifests:
+        found = {}
+        for name, known in manifest.channels.items():
+            if not {config.black, config.white} <= known.percentiles.keys():
+                raise ConfigError(
+                    f"views.black, views.white: expected two of the percentiles {', '.join(known.percentiles)}, "
+                    f"got {config.black} and {config.white}"
+                )
+            low, high = known.percentiles[config.black], known.percentiles[config.white]
+            found[name] = (low, high) if high > low else (known.minimum, max(known.maximum, known.minimum + 1))
+        levels.append(found)
+    return levels
+
+
+def make_views(batch: Batch, config: ViewsConfig, levels: Levels, *, seed: int, device: torch.device) -> Views:
+    """Turn decoded tiles into standardised views on ``device``.
+
+    Parameters
+    ----------
+    batch
+        From the reader; it may lack channels that no view of a sample needs.
+    levels
+        From ``channel_levels``.
+    seed
+        Of the whole run; the rest of the randomness follows from where each sample comes from.
+    """
+    plans = [
+        plan_views(info, origin, config, seed=seed) for info, origin in zip(batch.infos, batch.origins, strict=True)
+    ]
+    scales = [
+        _scales(info, levels[origin.data_set], plan)
+        for info, origin, plan in zip(batch.infos, batch.origins, plans, strict=True)
+    ]
+    make = all_tiles_at_once if device.type == "cuda" else crop_by_crop
+    views = make(batch.to(device, non_blocking=True), plans, scales, config)
+    return Views(torch.stack(views[: config.num_global]), _stacked(views[config.num_global :], batch, config, device))
+
+
+def _stacked(views: list[Tensor], batch: Batch, config: ViewsConfig, device: torch.device) -> Tensor:
+    if views:
+        return torch.stack(views)
+    return torch.empty(0, len(batch), config.in_channels, config.local_size, config.local_size, device=device)
+
+
+class Scales(NamedTuple):
+    """What raw values are multiplied by and what is then added, by view and channel: levels and gain in one."""
+
+    factor: np.ndarray  # (n c)
+    offset: np.ndarray  # (n c)
+
+
+def _scales(info: SampleInfo, levels: Mapping[str, tuple[float, float]], plan: ViewPlan) -> Scales:
+    low, high = np.array([levels[name] for name in info.channels], np.float32).T
+    factor = plan.gain / (high - low)
+    return Scales(factor, -low * factor)
+
+
+def crop_by_crop(
+    batch: Batch, plans: Sequence[ViewPlan], scales: Sequence[Scales], config: ViewsConfig
+) -> list[Float[Tensor, "b k s s"]]:
+    """Return the views, one tensor a view, by cutting each region out of its tile."""
+    views: list[list[Tensor]] = [[] for _ in range(config.num_views)]
+    for number, (plan, scale) in enumerate(zip(plans, scales, strict=True)):
+        tile, place = batch.tile(number), _places(batch.channels[number])
+        for view, size in enumerate(_sizes(config)):
+            top, left, height, width = plan.boxes[view].tolist()
+            needed = np.flatnonzero((plan.mixing[view] != 0).any(axis=0))
+            region = tile[[place[c] for c in needed.tolist()], top : top + height, left : left + width]
+            unit = _unit(region.float(), scale.factor[view, needed], scale.offset[view, needed])
+            mean = unit.mean((1, 2), keepdim=True)
+            unit = _contrasted(unit, mean, plan.contrast[view, needed])
+            mixing = torch.from_numpy(plan.mixing[view][:, needed])
+            mixed = unit if mixing.shape == (1, 1) else torch.einsum("kc,chw->khw", mixing, unit)
+            mixed = _protein_contrast(mixed, float(plan.protein[view]), config)
+            crop = F.interpolate(mixed[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+            views[view].append(_turned(crop, bool(plan.mirrored[view]), int(plan.turned[view])))
+    return [_finish(torch.stack(crops), plans, view) for view, crops in enumerate(views)]
+
+
+def all_tiles_at_once(
+    batch: Batch, plans: Sequence[ViewPlan], scales: Sequence[Scales], config: ViewsConfig
+) -> list[Float[Tensor, "b k s s"]]:
+    """Return the views, one tensor a view, by resampling whole tiles with a matrix for rows and one for columns."""
+    device = batch.storage.device
+    views = [torch.empty(0)] * config.num_views
+    parts: list[list[tuple[list[int], Tensor]]] = [[] for _ in range(config.num_views)]
+    for members in _alike(batch):
+        tiles = torch.stack([batch.tile(number).float() for number in members])
+        places = list(batch.channels[members[0]])
+        _, _, height, width = tiles.shape
+        for view, size in enumerate(_sizes(config)):
+            boxes = np.stack([plans[number].boxes[view] for number in members])
+            pick = [(plans[number], scales[number]) for number in members]
+
+            factor = _on(device, [scale.factor[view, places] for _, scale in pick])[..., None, None]
+            offset = _on(device, [scale.offset[view, places] for _, scale in pick])[..., None, None]
+            contrast = _on(device, [plan.contrast[view, places] for plan, _ in pick])[..., None, None]
+            mixing = _on(device, [plan.mixing[view][:, places] for plan, _ in pick])
+            unit = (tiles * factor + offset).clamp_(0, 1)
+            inside = [_inside(boxes[:, k], boxes[:, 2 + k], side, device) for k, side in enumerate((height, width))]
+            area = _on(device, boxes[:, 2:3] * boxes[:, 3:])
+            mean = (torch.einsum("bchw,bh,bw->bc", unit, *inside) / area)[..., None, None]
+            unit = ((unit - mean) * contrast + mean).clamp_(0, 1)
+            mixed = torch.einsum("bkc,bchw->bkhw", mixing, unit)
+            if config.policy == "stack":
+                mixed = _protein_contrasts(mixed, pick, view, inside, config)
+            rows = resampling_matrix(boxes[:, 0], boxes[:, 2], height, size, device)
+            columns = resampling_matrix(boxes[:, 1], boxes[:, 3], width, size, device)
+            crops = torch.einsum("bsh,bkhw,btw->bkst", rows, mixed, columns)
+            turned = [
+                _turned(crop, bool(plan.mirrored[view]), int(plan.turned[view]))
+                for crop, (plan, _) in zip(crops, pick, strict=True)
+            ]
+            parts[view].append((members, torch.stack(turned)))
+    for view, found in enumerate(parts):
+        order = torch.tensor([number for members, _ in found for number in members], device=device).argsort()
+        views[view] = _finish(torch.cat([crops for _, crops in found])[order], plans, view)
+    return views
+
+
+def _on(device: torch.device, values: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.float32)).to(device, non_blocking=True)
+
+
+def resampling_matrix(
+    starts: Shaped[np.ndarray, " b"], lengths: Shaped[np.ndarray, " b"], side: int, size: int, device: torch.device
+) -> Float[Tensor, "b s h"]:
+    """Return the weights that scale ``lengths`` pixels from ``starts`` on, of ``side``, to ``size``.
+
+    Antialiased bilinear, as ``torch.nn.functional.interpolate`` has it: a triangle as wide as two output pixels (at
+    least two input pixels), cut off at the crop's ends, with weights that add up to 1.
+    """
+    start, length = (
+        torch.from_numpy(values.astype(np.float32)).to(device)[:, None, None] for values in (starts, lengths)
+    )
+    scale = length / size
+    centre = (torch.arange(size, device=device, dtype=torch.float32)[:, None] + 0.5) * scale
+    position = torch.arange(side, device=device, dtype=torch.float32) - start
+    weights = (1 - (position + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
+    weights = weights * ((position >= 0) & (position < length))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _sizes(config: ViewsConfig) -> list[int]:
+    return [config.global_size] * config.num_global + [config.local_size] * config.num_local
+
+
+def _places(channels: Sequence[int]) -> dict[int, int]:
+    """Return where in the decoded tile a channel of the sample lies."""
+    return {channel: place for place, channel in enumerate(channels)}
+
+
+def _alike(batch: Batch) -> Iterator[list[int]]:
+    """Return the numbers of the tiles of one size and one choice of channels."""
+    groups: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
+    for number, info in enumerate(batch.infos):
+        groups.setdefault((info.height, info.width, batch.channels[number]), []).append(number)
+    yield from groups.values()
+
+
+def _unit(region: Tensor, factor: np.ndarray, offset: np.ndarray) -> Tensor:
+    scale, shift = (torch.from_numpy(values)[:, None, None] for values in (factor, offset))
+    return region.mul_(scale).add_(shift).clamp_(0, 1)
+
+
+def _contrasted(unit: Tensor, mean: Tensor, contrast: np.ndarray) -> Tensor:
+    factor = torch.from_numpy(contrast)[:, None, None]
+    return unit.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _protein_contrast(mixed: Tensor, factor: float, config: ViewsConfig) -> Tensor:
+    if config.policy != "stack" or factor < 0 or config.protein_channel not in config.channels:
+        return mixed
+    protein = mixed[config.channels.index(config.protein_channel)]
+    protein.mul_(factor / protein.max().clamp_min(_LEAST_DEVIATION)).clamp_(0, 1)
+    return mixed
+
+
+def _protein_contrasts(
+    mixed: Tensor, pick: list[tuple[ViewPlan, Scales]], view: int, inside: list[Tensor], config: ViewsConfig
+) -> Tensor:
+    for number, (plan, _) in enumerate(pick):
+        factor = float(plan.protein[view])
+        if factor >= 0 and config.protein_channel in config.channels:
+            protein = mixed[number, config.channels.index(config.protein_channel)]
+            seen = protein * inside[0][number][:, None] * inside[1][number]
+            protein.mul_(factor / seen.max().clamp_min(_LEAST_DEVIATION)).clamp_(0, 1)
+    return mixed
+
+
+def _inside(starts: np.ndarray, lengths: np.ndarray, side: int, device: torch.device) -> Float[Tensor, "b h"]:
+    position = np.arange(side)
+    within = (position >= starts[:, None]) & (position < (starts + lengths)[:, None])
+    return torch.from_numpy(within.astype(np.float32)).to(device, non_blocking=True)
+
+
+def _turned(crop: Float[Tensor, "k s s"], mirrored: bool, quarter_turns: int) -> Float[Tensor, "k s s"]:
+    if mirrored:
+        crop = crop.flip(-2)
+    return torch.rot90(crop, quarter_turns, (-2, -1)) if quarter_turns else crop
+
+
+def _finish(crops: Float[Tensor, "b k s s"], plans: Sequence[ViewPlan], view: int) -> Float[Tensor, "b k s s"]:
+    """Blur and add noise where it was drawn, then standardise each crop and channel."""
+    for number, plan in enumerate(plans):
+        if plan.blur_sigma_px[view] > 0:
+            crops[number] = _blurred(crops[number], float(plan.blur_sigma_px[view]))
+        if plan.noise_sigma[view] > 0:
+            generator = torch.Generator().manual_seed(plan.noise_seed + view)
+            noise = torch.randn(crops[number].shape, generator=generator).to(crops.device)
+            crops[number] += float(plan.noise_sigma[view]) * noise
+    mean = crops.mean((2, 3), keepdim=True)
+    centred = crops - mean
+    deviation = centred.square().mean((2, 3), keepdim=True).sqrt()
+    return centred / (deviation + _LEAST_DEVIATION)
+
+
+def _blurred(crop: Float[Tensor, "k s s"], sigma: float) -> Float[Tensor, "k s s"]:
+    """Blur by a Gaussian cut off at three deviations, mirrored at the borders."""
+    radius = min(max(1, math.ceil(3 * sigma)), crop.shape[-1] - 1)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=crop.device) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(crop.dtype)
+    padded = F.pad(crop[:, None], (radius,) * 4, mode="reflect")
+    blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    return blurred[:, 0]

@@ -1,0 +1,114 @@
+"""Plans of views: inside the tile, of the channels that the policy wants, the same whoever draws them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dinocell.data_shards.read import Origin
+from dinocell.data_shards.sample import SampleInfo
+from dinocell.ssl.view_plan import ViewsConfig, plan_views
+
+INFO = SampleInfo(
+    field="f", channels=("a", "b", "c", "d"), dtype="uint16", height=100, width=140, row=0, column=0, crc32=(0,) * 4
+)
+
+
+def plans(config: ViewsConfig, number: int, info: SampleInfo = INFO) -> list:
+    return [plan_views(info, Origin(0, 0, sample), config, seed=0) for sample in range(number)]
+
+
+def test_the_same_sample_has_the_same_views_and_any_other_has_others() -> None:
+    config = ViewsConfig()
+    origins = [Origin(0, 0, 5), Origin(1, 0, 5), Origin(0, 1, 5), Origin(0, 0, 6)]
+    first, second = ([plan_views(INFO, origin, config, seed=3) for origin in origins] for _ in range(2))
+    for one, same in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.boxes, same.boxes)
+        np.testing.assert_array_equal(one.gain, same.gain)
+    assert len({plan.boxes.tobytes() for plan in first}) == 4
+    assert plan_views(INFO, origins[0], config, seed=4).boxes.tobytes() != first[0].boxes.tobytes()
+
+
+@pytest.mark.parametrize("size", [(100, 140), (512, 512), (30, 400), (1, 1), (8, 3)])
+def test_crops_lie_inside_and_have_the_area_asked_for(size: tuple[int, int]) -> None:
+    config = ViewsConfig()
+    height, width = size
+    for plan in plans(config, 60, replace(INFO, height=height, width=width)):
+        top, left, heights, widths = plan.boxes.T
+        assert (top >= 0).all()
+        assert (left >= 0).all()
+        assert (heights >= 1).all()
+        assert (widths >= 1).all()
+        assert (top + heights <= height).all()
+        assert (left + widths <= width).all()
+        if size in ((100, 140), (512, 512)):
+            share = heights * widths / (height * width)
+            assert (share[:2] > 0.38).all()
+            assert (share[2:] > 0.045).all()
+            assert (share[2:] < 0.42).all()
+
+
+def kinds(plan: object) -> list[str]:
+    return ["mean" if (mixing == 0.25).all() else "single" for mixing in plan.mixing[:, 0]]
+
+
+def test_consistency_shows_the_mean_once_and_single_channels_mostly() -> None:
+    found = [kinds(plan) for plan in plans(ViewsConfig(), 400)]
+    assert {views[0] for views in found} == {"mean"}
+    assert {views[1] for views in found} == {"single"}
+    local = [kind for views in found for kind in views[2:]]
+    assert local.count("mean") / len(local) == pytest.approx(0.3, abs=0.03)
+    singles = np.array([plan.mixing[1, 0].argmax() for plan in plans(ViewsConfig(), 400)])
+    assert np.bincount(singles, minlength=4).min() > 70
+
+
+def test_average_and_bag() -> None:
+    assert {kind for plan in plans(ViewsConfig(policy="average"), 20) for kind in kinds(plan)} == {"mean"}
+    for plan in plans(ViewsConfig(policy="bag"), 20):
+        assert set(kinds(plan)) == {"single"}
+        assert len(plan.channels()) == 1
+    assert len({plan.channels() for plan in plans(ViewsConfig(policy="bag"), 50)}) == 4
+
+
+def test_stack_orders_channels_by_name_and_drops_any_but_the_protein() -> None:
+    config = ViewsConfig(policy="stack", channels=("c", "x", "a"), protein_channel="c", drop_channel=1.0)
+    dropped = set()
+    for plan in plans(config, 40):
+        assert plan.mixing.shape == (10, 3, 4)
+        np.testing.assert_array_equal(plan.mixing[:, 0], np.tile([0, 0, 1, 0], (10, 1)))
+        assert not plan.mixing[:, 1].any()
+        dropped |= {tuple(view.any(axis=-1).tolist()) for view in plan.mixing}
+    assert dropped == {(True, False, True), (True, False, False)}
+    whole = replace(config, drop_channel=0.0)
+    assert all(plan.mixing[:, 2, 0].all() for plan in plans(whole, 10))
+
+
+def test_only_channels_that_a_view_needs_are_asked_for() -> None:
+    config = ViewsConfig(global_mean_probability=(0.0, 0.0), local_mean_probability=0.0, num_local=0)
+    for plan in plans(config, 20):
+        assert set(plan.channels()) == {int(mixing.argmax()) for mixing in plan.mixing[:, 0]}
+
+
+def test_photometry_follows_its_law() -> None:
+    gains = np.concatenate([plan.gain.ravel() for plan in plans(ViewsConfig(), 200)])
+    assert gains.min() >= 0.5
+    assert gains.mean() == pytest.approx(1, abs=0.02)
+    assert gains.std() == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"local_mean_probability": 1.5},
+        {"global_area": (0.0, 1.0)},
+        {"local_area": (0.5, 0.4)},
+        {"aspect": (2.0, 1.0)},
+        {"global_mean_probability": (1.0,)},
+        {"num_local": -1},
+        {"policy": "stack"},
+        {"blur": -0.1},
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong)) if wrong != {'policy': 'stack'} else 'channels'}"):
+        ViewsConfig(**wrong)
