@@ -1,7 +1,6 @@
 """Bytes from web servers and buckets that fail now and then; real addresses in tests are on this machine."""
 
 import http.server
-import io
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -162,4 +161,18 @@ def test_public_buckets_are_read_without_signing_in(monkeypatch: pytest.MonkeyPa
 
 def test_local_files_are_read_whole(tmp_path: Path) -> None:
     (tmp_path / "ä b.bin").write_bytes(b"pixels")
-    assert io.BytesIO(open_bytes(f"file://{tmp_path}/%C3%A4%20b.bin")).read() == b"pixels"
+    assert open_bytes(f"file://{tmp_path}/%C3%A4%20b.bin") == b"pixels"
+
+
+def test_the_start_of_a_file_is_read_alone(tmp_path: Path, pauses: list[float]) -> None:
+    import fsspec
+
+    content = bytes(range(250))
+    (tmp_path / "a.bin").write_bytes(content)
+    with fsspec.open("memory://locations/a.bin", "wb") as file:
+        file.write(content)
+    with server(lambda request, _: reply(request, 200, content)) as (root, _):
+        for address in (str(tmp_path / "a.bin"), "memory://locations/a.bin", f"{root}/a.bin"):
+            assert open_bytes(address, first=7) == content[:7]
+            assert open_bytes(address, first=999) == content
+            assert open_bytes(address) == content

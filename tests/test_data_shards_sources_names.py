@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dinocell.data_shards import harmony
 from dinocell.data_shards.fields import Field, Rejected, Source, read_field
 from dinocell.data_shards.images import write_png, write_tiff
+from dinocell.data_shards.locations import open_bytes
 from dinocell.data_shards.name_pattern import NamePattern
 from dinocell.data_shards.sources_names import HpaSource, PatternSource, PhenixSource, well_name
 from dinocell.errors import ImageError
@@ -184,15 +186,17 @@ def test_phenix_names_and_pixel_size_come_from_the_index_beside_the_images(tmp_p
     assert (channels_of(one), one.pixel_size_um) == (["DNA", "ER"], 0.5)
     one, *_ = fields(PhenixSource(input=str(tmp_path), channels=("DNA", "ER")))
     assert (channels_of(one), one.pixel_size_um) == (["DNA", "ER"], 0.65)
+    one, *_ = fields(PhenixSource(input=str(tmp_path), pixel_size_um=0.5))
+    assert (channels_of(one), one.pixel_size_um) == (["HOECHST 33342", "Größe"], 0.5)
 
 
 def test_phenix_index_may_name_two_channels_alike_or_not_at_all(tmp_path: Path) -> None:
     touch(tmp_path, *(phenix_name(1, 1, 1, channel) for channel in (1, 2, 3)))
-    index = v5_index((1, "Brightfield", "6.5E-07", "1E-06"), (2, "Brightfield", "6.5E-07", ""))
+    index = v5_index((1, "Brightfield", "1E-06", "2E-06"), (2, "Brightfield", "5.98E-07", ""))
     (tmp_path / "Index.idx.xml").write_text(index, encoding="utf-8")
     (field,) = fields(PhenixSource(input=str(tmp_path)))
     assert channels_of(field) == ["Brightfield (ch1)", "Brightfield (ch2)", "ch3"]
-    assert field.pixel_size_um == 0.65  # of channel 2; the axes of channel 1 differ
+    assert field.pixel_size_um == 0.598  # of channel 2; the axes of channel 1 differ
 
 
 def test_damaged_phenix_index_is_named_unless_nothing_is_missing(tmp_path: Path) -> None:
@@ -205,6 +209,30 @@ def test_damaged_phenix_index_is_named_unless_nothing_is_missing(tmp_path: Path)
     assert "Index.idx.xml: damaged" in error_of(PhenixSource(input=str(tmp_path)))
     assert fields(PhenixSource(input=str(tmp_path), channels=("DNA",), pixel_size_um=1.0))
     (tmp_path / "Index.idx.xml").write_text(v5_index((1, "a", "0,65", "")))
+    assert "damaged" in error_of(PhenixSource(input=str(tmp_path)))
+
+
+def test_only_as_much_of_a_large_index_is_read_as_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harmony, "_HEAD_BYTES", 1 << 17)
+    asked: list[int | None] = []
+
+    def counting(path: str, *, first: int | None = None) -> bytes:
+        asked.append(first)
+        return open_bytes(path, first=first)
+
+    monkeypatch.setattr(harmony, "open_bytes", counting)
+    touch(tmp_path, phenix_name(1, 1, 1, 1), phenix_name(1, 1, 1, 2))
+    images = [(1 + number % 2, f"stain {1 + number % 2}", "1E-06", "1E-06") for number in range(1000)]
+    (tmp_path / "Index.idx.xml").write_text(v5_index(*images))
+    assert channels_of(fields(PhenixSource(input=str(tmp_path)))[0]) == ["stain 1", "stain 2"]
+    assert asked == [1 << 17]
+    late = [(1, "stain 1", "1E-06", "1E-06")] * 999 + [(2, "stain 2", "1E-06", "1E-06")]
+    (tmp_path / "Index.idx.xml").write_text(v5_index(*late))
+    assert channels_of(fields(PhenixSource(input=str(tmp_path)))[0]) == ["stain 1", "stain 2"]
+    assert asked == [1 << 17, 1 << 17, None]
+    (tmp_path / "Index.idx.xml").write_text(v5_index(*late[:999]))
+    assert channels_of(fields(PhenixSource(input=str(tmp_path)))[0]) == ["stain 1", "ch2"]
+    (tmp_path / "Index.idx.xml").write_text(v5_index(*late)[:-2000])
     assert "damaged" in error_of(PhenixSource(input=str(tmp_path)))
 
 
@@ -408,6 +436,15 @@ def test_pattern_fields_become_plate_well_site_and_labels(tmp_path: Path) -> Non
     assert (found[0].plate, found[0].well, found[0].site) == ("P 1", "A01", "1")
     assert found[0].labels == {"frame": "5", "cells": "größe"}
     assert [(item.input, item.kind) for item in rejected] == [("P 1/x.tif", "unmatched")]
+
+
+def test_pattern_with_channel_takes_grey_pictures_stored_as_colour(tmp_path: Path) -> None:
+    plane = RNG.integers(1, 255, (5, 7)).astype(np.uint8)
+    Image.fromarray(np.stack([plane] * 3, axis=-1)).save(tmp_path / "A01_DNA.png")
+    (field,) = fields(PatternSource(input=str(tmp_path), pattern="{well}_{channel}.png"))
+    picture = read_field(field)
+    assert picture.channel_names == ("DNA",)
+    np.testing.assert_array_equal(picture.pixels, plane[None])
 
 
 def test_pattern_without_channel_takes_files_with_all_channels(tmp_path: Path) -> None:

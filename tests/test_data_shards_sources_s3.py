@@ -1,7 +1,6 @@
 """Sources in buckets and behind web addresses, from servers on this machine, as a client without an account."""
 
 import http.server
-import io
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -138,6 +137,15 @@ def test_objects_that_come_later_are_seen_by_the_next_listing(bucket: Any) -> No
     assert len(list_files(f"s3://{BUCKET}/later", folders_as_files=(".zarr",))) == 2
 
 
+def test_folders_that_a_web_console_made_are_no_files(bucket: Any) -> None:
+    for key in ("marked/", "marked/sub/", "marked/sub/a.tif", "marked/b.zarr/", "marked/b.zarr/0"):
+        bucket(key, b"" if key.endswith("/") else b"x")
+    names = [file.name for file in list_files(f"s3://{BUCKET}/marked")]
+    assert names == ["b.zarr/0", "sub/a.tif"]
+    names = [file.name for file in list_files(f"s3://{BUCKET}/marked", folders_as_files=(".zarr",))]
+    assert names == ["b.zarr", "sub/a.tif"]
+
+
 def test_what_is_not_in_a_bucket_is_one_clear_line(bucket: Any) -> None:
     bucket("there/a.txt", b"x")
     for address, message in (
@@ -258,4 +266,6 @@ def test_hpa_tables_behind_a_web_address(web: str, tmp_path: Path) -> None:
 def test_bytes_of_a_bucket_are_those_that_were_put_there(bucket: Any) -> None:
     content = bytes(range(256)) * 300
     bucket("bytes/a b+c%20.bin", content)
-    assert io.BytesIO(open_bytes(f"s3://{BUCKET}/bytes/a b+c%20.bin")).read() == content
+    assert open_bytes(f"s3://{BUCKET}/bytes/a b+c%20.bin") == content
+    assert open_bytes(f"s3://{BUCKET}/bytes/a b+c%20.bin", first=1000) == content[:1000]
+    assert open_bytes(f"s3://{BUCKET}/bytes/a b+c%20.bin", first=10**6) == content

@@ -7,16 +7,19 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 
+from dinocell.data_shards.fields import Field, FieldFile
 from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.manifest import read_index, read_manifest
 from dinocell.data_shards.merge import merge
@@ -263,8 +266,6 @@ def test_an_empty_source_and_one_without_a_usable_tile_say_so(fields: Callable[.
 
 
 def test_two_fields_of_one_id_are_an_error(fields: Callable[..., Any], tmp_path: Path) -> None:
-    from dataclasses import dataclass
-
     source = fields(3)
 
     @dataclass(frozen=True)
@@ -324,3 +325,85 @@ def test_a_damaged_record_is_named(fields: Callable[..., Any], tmp_path: Path) -
     record.unlink()
     build(fields(10), output, settings=SMALL, workers=1)
     assert read_manifest(output).num_samples == 60
+
+
+def _stack(path: Path) -> None:
+    tifffile.imwrite(path, np.zeros((5, 64, 96), np.uint16), metadata={"axes": "TYX"}, imagej=True)
+
+
+def _three_channels(path: Path) -> None:
+    write_tiff(path, np.zeros((3, 64, 96), np.uint16))
+
+
+def _smaller(path: Path) -> None:
+    write_tiff(path, np.zeros((64, 95), np.uint16))
+
+
+def _other_type(path: Path) -> None:
+    write_tiff(path, np.zeros((64, 96), np.uint8))
+
+
+def _text(path: Path) -> None:
+    path.write_text("not a picture")
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_stack, "a stack of 5 frames"),
+        (_three_channels, "expected 1 channel"),
+        (_smaller, "64 x 95 uint16, but the field's first file"),
+        (_other_type, "64 x 96 uint8, but the field's first file"),
+        (_text, "AGP"),
+        (_folder, "a folder, where one image file was expected"),
+        (lambda path: None, "no such file"),
+    ],
+)
+def test_every_kind_of_bad_file_is_listed_with_its_name_and_reason(
+    fields: Callable[..., Any], tmp_path: Path, spoil: Callable[[Path], None], reason: str
+) -> None:
+    source = fields(10)
+    path = Path(source.folder) / "f006_AGP.tif"
+    path.unlink()
+    spoil(path)
+    manifest = build(source, tmp_path / "set", settings=SMALL, workers=1)
+    assert manifest is not None
+    assert manifest.rejected == {"unreadable": 1}
+    (line,) = (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["input"] == "P0/f006"
+    assert "f006_AGP.tif" in json.loads(line)["reason"]
+    assert reason in json.loads(line)["reason"]
+
+
+def test_names_beyond_ascii_and_line_separators_survive(tmp_path: Path) -> None:
+    names = ["größe 1", "日本語", "a\u2028b", "x" * 150, "tab\there", "..", "a.b.c"]
+    for number in range(len(names)):
+        write_tiff(tmp_path / f"{number}.tif", np.full((16, 16), 7 + number, np.uint16) + np.eye(16, dtype=np.uint16))
+    source = _Named(folder=str(tmp_path), names=tuple(names))
+    build(source, tmp_path / "set", settings=SMALL, workers=1)
+    found = {info.field: (info, int(pixels.min())) for info, pixels in samples(tmp_path / "set")}
+    assert set(found) == set(names)
+    for number, name in enumerate(names):
+        info, lowest = found[name]
+        assert lowest == 7 + number
+        assert (info.channels, info.plate, info.labels) == (("größe",), name, {"name": name})
+    for shard in read_manifest(tmp_path / "set").shards:
+        with tarfile.open(tmp_path / "set" / shard.file) as tar:
+            assert all("/" not in name and ".." not in name for name in tar.getnames())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    """Fields whose ids are the names given."""
+
+    folder: str
+    names: tuple[str, ...]
+
+    def fields(self) -> Any:
+        for number, name in enumerate(self.names):
+            file = FieldFile(path=f"{self.folder}/{number}.tif", channels=("größe",))
+            yield Field(id=name, files=(file,), plate=name, labels={"name": name})

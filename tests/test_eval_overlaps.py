@@ -80,8 +80,9 @@ def test_ids_up_to_the_end_of_their_type_stay_apart(dtype: type) -> None:
     assert unpacked(find_overlaps(*large)) == plain_loop(*large)
 
 
-def test_cells_are_sorted_and_pairs_grouped() -> None:
-    table = find_overlaps(patches(7, (50, 60), 40), patches(8, (50, 60), 40))
+@pytest.mark.parametrize("factor", [1, 2**40])
+def test_cells_are_sorted_and_pairs_grouped(factor: int) -> None:
+    table = find_overlaps(factor * patches(7, (50, 60), 40), factor * patches(8, (50, 60), 40))
     assert (np.diff(table.reference_ids.astype(int)) > 0).all()
     assert (np.diff(table.predicted_ids.astype(int)) > 0).all()
     keys = table.reference_index * 1000 + table.predicted_index

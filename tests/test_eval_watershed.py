@@ -159,7 +159,7 @@ def test_values_that_overshoot_the_unit_range_a_little_are_taken_as_they_are() -
     assert plain(distance, cell_fill=0.0).max() > 0
 
 
-@pytest.mark.parametrize("num_values", [255, 65535, None])
+@pytest.mark.parametrize("num_values", [5, 40, 255, 65535, None])
 def test_cut_of_one_flood_equals_floods_from_scratch(num_values: int | None) -> None:
     for seed in range(5):
         distance = random_map(seed, num_values, size=(120, 140))
@@ -167,6 +167,22 @@ def test_cut_of_one_flood_equals_floods_from_scratch(num_values: int | None) -> 
             flooded = flood(distance, cells_max=cells_max, lowest_fill=0.05)
             for cell_fill in (0.05, 0.09, 0.2, 0.31, 0.35):
                 np.testing.assert_array_equal(cut(flooded, cell_fill), plain(distance, cells_max, cell_fill))
+            if flooded.exact_below < np.inf:
+                at_the_ground = float(flooded.exact_below)
+                np.testing.assert_array_equal(cut(flooded, at_the_ground), plain(distance, cells_max, at_the_ground))
+
+
+def test_only_maps_with_ties_between_peaks_need_a_second_flood() -> None:
+    rounded = [flood(random_map(seed, 255, (120, 140)), cells_max=0.47, lowest_fill=0.05) for seed in range(5)]
+    assert sum(each.exact_below < 0.47 for each in rounded) >= 2
+    # Without it one border pixel would differ, which is why `cut` takes care.
+    needed = sum(
+        (np.where(each.taken_at > np.float32(0.35), each.labels, 0) != plain(each.distance, 0.47, 0.35)).sum()
+        for each in rounded
+    )
+    assert needed > 0
+    for seed in range(5):
+        assert flood(random_map(seed, None), cells_max=0.47, lowest_fill=0.05).exact_below == np.inf
 
 
 def test_cut_drops_what_was_reached_through_lower_ground() -> None:
