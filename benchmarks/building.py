@@ -45,7 +45,7 @@ def main() -> None:
         lines = [
             "# Building shards",
             "",
-            f"{few} generated fields of {CHANNELS} x 1080 x 1080 uint16 (LZW TIFF), four 512 px tiles each; {rounds} rounds.",
+            f"{few} generated fields of {CHANNELS} x 1080 x 1080 uint16 (LZW TIFF), four tiles each; {rounds} rounds.",
             "",
             "| what | result: median (range) |",
             "|---|---|",

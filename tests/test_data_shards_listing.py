@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dinocell.data_shards import locations
+from dinocell.data_shards import listing, locations
 from dinocell.data_shards.listing import Listed, base_name, file_exists, folder_exists, join, list_files, parent
 from dinocell.data_shards.locations import open_bytes
 from dinocell.errors import ImageError
@@ -154,6 +154,19 @@ def test_other_stores_are_listed_through_fsspec() -> None:
     assert not folder_exists("memory://listing/plates/c")
     assert file_exists("memory://listing/plates/a/1.tif")
     assert not file_exists("memory://listing/plates/a")
+
+
+def test_stores_that_list_a_folder_in_itself_are_listed_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        def _strip_protocol(self, path: str) -> str:
+            return path.removeprefix("own://")
+
+        def ls(self, path: str, detail: bool) -> list[dict[str, str]]:
+            inner = {"top": [("top/a", "directory"), ("top/b.tif", "file")], "top/a": [("top/a/c.tif", "file")]}[path]
+            return [{"name": name, "type": kind} for name, kind in [(f"{path}/", "directory"), *inner]]
+
+    monkeypatch.setattr(listing, "_file_system", lambda _: Store())
+    assert names("own://top", folders_as_files=(".zarr",)) == ["a/c.tif", "b.tif"]
 
 
 def test_paths_and_addresses_are_joined_and_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

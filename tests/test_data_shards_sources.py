@@ -42,7 +42,7 @@ def parsed(*arguments: str) -> Source:
         ("hpafov --path-column file", HpaFovSource(input="IN", path_column="file")),
         ("chammi --subset CP,HPA --split Train", ChammiSource(input="IN", subset=("CP", "HPA"), split="Train")),
         (
-            "load-data --id-columns Plate,Well --table a.csv,b.csv",
+            "load-data --id-columns Plate,Well --table a.csv b.csv",
             LoadDataSource(input="IN", id_columns=("Plate", "Well"), table=("a.csv", "b.csv")),
         ),
         (

@@ -149,7 +149,7 @@ def test_rows_whose_folder_is_nowhere_are_rejected(tmp_path: Path) -> None:
     assert "/x/P2" in rejected[0].reason
     (tmp_path / "P1").rmdir()
     message = error_of(LoadDataSource(input=path))
-    assert "/x/P1 is not in" in message
+    assert "/x/P1 is not below" in message
 
 
 def test_two_plates_that_would_share_files_are_an_error(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_tables_without_orig_take_all_but_illumination(tmp_path: Path) -> None:
     table(tmp_path / "load_data.csv", columns, ("A01", "a.tif", "i.npy", 0.5))
     (field,) = fields(LoadDataSource(input=str(tmp_path)))
     assert (field.id, field.well, field.labels) == ("a.tif", "A01", {"Dose": 0.5})
-    assert field.files[0].channels == ("DAPI",)
+    assert [file.channels for file in field.files] == [("DAPI",)]
     table(tmp_path / "load_data.csv", ("Metadata_Well", "Image_DAPI"), ("A01", "a.tif"))
     message = error_of(LoadDataSource(input=str(tmp_path)))
     assert "no column FileName_Orig... or URL_Orig...; it has Metadata_Well, Image_DAPI" in message
@@ -247,4 +247,14 @@ def test_several_tables_make_one_source(tmp_path: Path) -> None:
 
 
 def test_without_a_table_the_error_names_it(tmp_path: Path) -> None:
-    assert f"{tmp_path}/load_data.csv: no such file" in error_of(LoadDataSource(input=str(tmp_path)))
+    message = error_of(LoadDataSource(input=str(tmp_path)))
+    assert f"{tmp_path}/load_data.csv: no such file; say where the table is with --table" in message
+    (tmp_path / "load_data.csv").write_text("")
+    assert "--table" not in error_of(LoadDataSource(input=str(tmp_path)))
+
+
+def test_rows_without_a_place_are_called_after_their_first_file(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").touch()
+    table(tmp_path / "load_data.csv", (*PLACES, *DNA), ("", "", "", "a.tif", ""))
+    (field,) = fields(LoadDataSource(input=str(tmp_path)))
+    assert (field.id, field.plate, field.labels) == ("a.tif", None, {})

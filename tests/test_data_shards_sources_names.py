@@ -544,3 +544,10 @@ def test_a_field_given_twice_must_be_the_same_text() -> None:
     assert pattern.match("P1/P1_A01.tif") == {"plate": "P1", "well": "A01"}
     assert pattern.match("P1/P2_A01.tif") is None
     assert re.fullmatch(pattern.regex, "P1/P1_A01.tif")
+
+
+def test_a_star_may_stand_for_nothing_but_not_for_a_folder() -> None:
+    pattern = NamePattern.parse("{well}_*.tif")
+    assert pattern.match("A01_.tif") == {"well": "A01"}
+    assert pattern.match("A01_x_y.tif") == {"well": "A01"}
+    assert pattern.match("A01_x/y.tif") is None

@@ -220,7 +220,7 @@ def test_chammi_images_have_the_channels_of_their_subset(chammi: Path) -> None:
 
 
 def test_chammi_subsets_and_splits_are_chosen(chammi: Path) -> None:
-    assert [field.id[:2] for field in listed(ChammiSource(input=str(chammi), split="train"))[0]] == ["Al", "HP"]
+    assert [field.id[:2] for field in listed(ChammiSource(input=str(chammi), split="TRAIN"))[0]] == ["Al", "HP"]
     assert [f.id[:2] for f in listed(ChammiSource(input=str(chammi), subset=("cp", "HPA")))[0]] == ["HP", "CP"]
     assert "splits found: Task_one, Train" in error_of(ChammiSource(input=str(chammi), split="Task_nine"))
     assert "no image of split Task_one in HPA" in error_of(

@@ -205,3 +205,9 @@ def test_every_cell_shows_a_nucleus_however_crowded_the_field() -> None:
         np.testing.assert_array_equal(np.unique(field.nuclei), np.unique(field.labels))
         inside = field.nuclei > 0
         np.testing.assert_array_equal(field.nuclei[inside], field.labels[inside])
+
+
+def test_cells_that_lie_beyond_the_edge_are_left_out() -> None:
+    crowded = SyntheticConfig(size=(1024, 1024), num_cells=(1048, 1048), cell_radius_px=14.0, channels=("DNA",))
+    field = make_field(0, crowded)
+    assert 800 < field.labels.max() <= 1048

@@ -2,17 +2,15 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from dinocell.data_shards.fields import Field, FieldFile, LabelValue, Rejected
+from dinocell.data_shards.fields import Field, FieldFile, LabelValue, Layout, Rejected
 from dinocell.errors import ImageError
 
 Missing = Literal["keep", "reject"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChannelFile:
+class ChannelFile(NamedTuple):
     """A file that holds one channel of a field, as its name or a row of a table says.
 
     Attributes
@@ -21,17 +19,20 @@ class ChannelFile:
         The same for all channels of a field.
     channel
         As the name says (``ch1``, ``d0``); ``name`` is what it is called, where something else says so. Empty for a
-        file that holds all channels of its field.
+        file that holds all channels of its field, which ``channels`` may name.
     """
 
     field_id: str
     channel: str
-    file: FieldFile
+    path: str
+    layout: Layout = "grey"
+    frame: int | None = None
+    channels: tuple[str, ...] = ()
     name: str = ""
     plate: str | None = None
     well: str | None = None
     site: str | None = None
-    labels: Mapping[str, LabelValue] = field(default_factory=dict)
+    labels: Mapping[str, LabelValue] | None = None
     pixel_size_um: float | None = None
 
 
@@ -63,7 +64,7 @@ def fields_of(
         in_field = by_field.setdefault(file.field_id, {})
         if (other := in_field.setdefault(file.channel, file)) is not file:
             raise ImageError(
-                f"{other.file.path} and {file.file.path}: both are channel {file.channel} of field {file.field_id}; "
+                f"{other.path} and {file.path}: both are channel {file.channel} of field {file.field_id}; "
                 "move one of them out of the input"
             )
     found = {channel for in_field in by_field.values() for channel in in_field}
@@ -76,12 +77,12 @@ def fields_of(
         here = [in_field[channel] for channel in names if channel in in_field]
         lacking = tuple(common[channel] for channel in names if channel not in in_field)
         if not here:
-            shown = next(iter(in_field.values())).file.path
+            shown = next(iter(in_field.values())).path
             yield Rejected(
                 input=field_id, kind="missing channel", reason=f"none of the chosen channels; it has {shown}"
             )
         elif lacking and missing == "reject":
-            reason = f"no {', '.join(lacking)} beside {here[0].file.path}"
+            reason = f"no {', '.join(lacking)} beside {here[0].path}"
             yield Rejected(input=field_id, kind="missing channel", reason=reason)
         else:
             yield _field(here, names, lacking, pixel_size_um)
@@ -139,12 +140,11 @@ def _field(
         plate=first.plate,
         well=first.well,
         site=first.site,
-        labels=first.labels,
+        labels=first.labels or {},
         pixel_size_um=pixel_size_um,
     )
 
 
 def _named(file: ChannelFile, name: str) -> FieldFile:
-    if not file.channel:
-        return file.file
-    return FieldFile(path=file.file.path, channels=(name,), layout=file.file.layout, frame=file.file.frame)
+    channels = (name,) if file.channel else file.channels
+    return FieldFile(path=file.path, channels=channels, layout=file.layout, frame=file.frame)

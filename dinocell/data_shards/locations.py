@@ -26,11 +26,16 @@ _PASSING_HTTP_ERRORS = (408, 429, 500, 502, 503, 504)
 _NO_SUCH_FILE = (403, 404, 410)  # 403: what stores answer for a missing file where listing is not allowed
 
 
-def open_bytes(path: str | Path) -> bytes:
+def open_bytes(path: str | Path, *, first: int | None = None) -> bytes:
     """Read a whole file: a local path, ``https://``, ``s3://`` or any other protocol that fsspec knows.
 
     A bucket is read without signing in, as public archives allow, unless the environment names an AWS key or profile.
     A server that does not answer, or breaks off, is asked four times in about ten seconds.
+
+    Parameters
+    ----------
+    first
+        Read only this many bytes, from the start.
 
     Raises
     ------
@@ -39,11 +44,11 @@ def open_bytes(path: str | Path) -> bytes:
     """
     local = local_path(path)
     if local is not None:
-        return _read_local(local)
+        return _read_local(local, first)
     url = str(path)
     if url.startswith(("http://", "https://")):
-        return _read_web(url)
-    return _read_bucket(url)
+        return _read_web(url, first)
+    return _read_bucket(url, first)
 
 
 def web_file_exists(url: str) -> bool:
@@ -108,9 +113,10 @@ def local_path(path: str | Path) -> Path | None:
     return Path(text)
 
 
-def _read_local(path: Path) -> bytes:
+def _read_local(path: Path, first: int | None) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(first)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -119,10 +125,10 @@ def _read_local(path: Path) -> bytes:
         raise ImageError(f"{path}: cannot be read ({_line(error)})") from error
 
 
-def _read_web(url: str) -> bytes:
+def _read_web(url: str, first: int | None) -> bytes:
     def fetch() -> bytes:
         with urllib.request.urlopen(_quoted(url), timeout=_TIMEOUT_S) as response:
-            return bytes(response.read())  # raises IncompleteRead where the server promised more
+            return bytes(response.read(first))  # raises IncompleteRead where the server promised more
 
     try:
         return _with_patience(fetch)
@@ -138,12 +144,12 @@ def _quoted(url: str) -> str:
     return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
 
-def _read_bucket(url: str) -> bytes:
+def _read_bucket(url: str, first: int | None) -> bytes:
     import fsspec  # type: ignore[import-untyped]
 
     def fetch() -> bytes:
         files, path = fsspec.url_to_fs(url, **bucket_options(url))
-        return bytes(files.cat_file(path))
+        return bytes(files.cat_file(path) if first is None else files.cat_file(path, start=0, end=first))
 
     try:
         return _with_patience(fetch)

@@ -89,9 +89,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--table",
-        type=_names,
+        nargs="+",
         metavar="CSV",
-        help="hpaone, hpafov, chammi, load-data: the table or tables (comma between), if not in --input under its name",
+        help="hpaone, hpafov, chammi, load-data: the table or tables, if not in --input under the usual name",
     )
     group.add_argument("--split", metavar="NAME", help="hpaone, hpafov, chammi: which part of the data set")
     group.add_argument("--subset", type=_names, metavar="A,B", help="chammi: only these of Allen, HPA, CP")
@@ -102,7 +102,6 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="load-data: what makes a field's id (default: plate, well, site)",
     )
-
     group.add_argument(
         "--labels", metavar="CSV", help="a table whose columns become labels of the fields, such as a plate map"
     )
@@ -126,6 +125,8 @@ def source_from(options: argparse.Namespace) -> "Source":
     source_class = getattr(importlib.import_module(f"dinocell.data_shards.{module}"), name)
     known = {field.name: field for field in dataclasses.fields(source_class)}
     given = {option: value for option in _OPTIONS if (value := getattr(options, option)) is not None}
+    if "table" in given:
+        given["table"] = tuple(given["table"])
     for option in given:
         if option not in known:
             raise ImageError(f"{_flag(option)}: not an option of --source {options.source}; leave it out")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dinocell.data_shards.channel_files import ChannelFile, Missing, fields_of
-from dinocell.data_shards.fields import Field, FieldFile, Rejected
+from dinocell.data_shards.fields import Field, Rejected
 from dinocell.data_shards.listing import base_name, file_exists, folder_exists, join
 from dinocell.data_shards.table import Row, Table, labels_of, root_and_tables
 from dinocell.errors import ImageError
@@ -51,7 +51,6 @@ class LoadDataSource:
         folders: dict[str, str | None] = {}
         files: list[ChannelFile] = []
         names: dict[str, None] = {}
-        num_rejected = 0
         for table in tables:
             columns = _image_columns(table)
             read_row = _RowReader(table, columns, self.id_columns)
@@ -60,14 +59,15 @@ class LoadDataSource:
                 try:
                     of_row = read_row(row, folders)
                 except _RowError as error:
-                    num_rejected += 1
                     where = f"{base_name(table.address)}:{line}"
                     yield Rejected(input=where, kind=error.kind, reason=str(error))
                     continue
                 files += of_row
             names |= dict.fromkeys(columns)
         if not files:
-            looked = f"; {next(iter(folders))} is not in {root}" if folders else ""
+            looked = (
+                f"; {next(iter(folders))} is not below {root}: --input is to be the images' folder" if folders else ""
+            )
             raise ImageError(f"{', '.join(table.address for table in tables)}: no row has its files{looked}")
         _check_own_files(files)
         found = {file.channel for file in files}
@@ -164,13 +164,13 @@ class _RowReader:
             found = folders[_key(folder)]
             if found is None:
                 raise _RowError("missing folder", f"{folder}: neither there nor, under a shorter path, below the input")
-            file = FieldFile(path=columns.path(found, name), layout="grey", frame=_frame(columns, row))
             field_id = field_id or name
             files.append(
                 ChannelFile(
                     field_id=field_id,
                     channel=channel,
-                    file=file,
+                    path=columns.path(found, name),
+                    frame=_frame(columns, row),
                     plate=places.get("plate"),
                     well=places.get("well"),
                     site=places.get("site"),
@@ -230,9 +230,9 @@ def _check_own_files(files: Sequence[ChannelFile]) -> None:
     """Raise if two fields or channels would be made of one file."""
     used: dict[tuple[str, int | None], ChannelFile] = {}
     for file in files:
-        other = used.setdefault((file.file.path, file.file.frame), file)
+        other = used.setdefault((file.path, file.frame), file)
         if (other.field_id, other.channel) != (file.field_id, file.channel):
             raise ImageError(
-                f"{file.file.path}: both channel {other.channel} of {other.field_id} and channel {file.channel} of "
+                f"{file.path}: both channel {other.channel} of {other.field_id} and channel {file.channel} of "
                 f"{file.field_id} lead to it; --input must be the folder that holds all folders of the table"
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dinocell.data_shards.channel_files import ChannelFile, Missing, fields_of
-from dinocell.data_shards.fields import Field, FieldFile, Layout, Rejected
+from dinocell.data_shards.fields import Field, Layout, Rejected
 from dinocell.data_shards.harmony import INDEX_NAMES, HarmonyChannel, read_harmony_index
 from dinocell.data_shards.listing import Listed, base_name, list_files, parent
 from dinocell.data_shards.name_pattern import NamePattern
@@ -213,7 +213,7 @@ def _phenix_files(
             field_id=f"{place}/{well}/{site}" if place else f"{well}/{site}",
             channel=f"ch{file.channel}",
             name=said.name if said else "",
-            file=FieldFile(path=file.path, layout="grey"),
+            path=file.path,
             plate=plates[file.folder],
             well=well,
             site=site,
@@ -262,7 +262,8 @@ def _hpa_file(file: Listed, match: re.Match[str]) -> ChannelFile:
     return ChannelFile(
         field_id=match["id"],
         channel=_HPA_CHANNELS[colour],
-        file=FieldFile(path=file.path, layout=_HPA_PLANES[colour]),
+        path=file.path,
+        layout=_HPA_PLANES[colour],
         plate=place.get("plate"),
         well=place.get("well"),
         site=place.get("site"),
@@ -281,9 +282,9 @@ def _pattern_file(file: Listed, values: dict[str, str], channels: tuple[str, ...
     return ChannelFile(
         field_id="/".join(value for name, value in values.items() if name != "channel" and value) or "field",
         channel=values.get("channel", ""),
-        file=FieldFile(
-            path=file.path, layout="grey" if by_channel else "planes", channels=() if by_channel else channels
-        ),
+        path=file.path,
+        layout="grey" if by_channel else "planes",
+        channels=() if by_channel else channels,
         plate=values.get("plate"),
         well=values.get("well"),
         site=values.get("site"),

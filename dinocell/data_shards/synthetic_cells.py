@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from scipy import ndimage
 
 from dinocell.data_shards.distance import distance_to_boundary
 from dinocell.data_shards.synthetic_config import CELL_TYPES, SyntheticConfig
@@ -215,12 +216,12 @@ def grow(cells: Cells, config: SyntheticConfig, generator: np.random.Generator) 
 
 def _keep_largest_piece(window: _Array, label: int) -> bool:
     """Clear all 4-connected pieces of a label but the largest; say whether anything is there."""
-    mask = (window == label).astype(np.uint8)
-    count, pieces, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
-    if count > 2:
-        largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+    # Not OpenCV's components: they crash on a window without a pixel, that of a cell beyond the picture's edge.
+    pieces, count = ndimage.label(window == label)
+    if count > 1:
+        largest = 1 + int(np.bincount(pieces.ravel())[1:].argmax())
         window[(pieces > 0) & (pieces != largest)] = 0
-    return bool(count > 1)
+    return bool(count)
 
 
 def _locate(cells: Cells, labels: _Array, generator: np.random.Generator) -> Canvas:

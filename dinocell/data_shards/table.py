@@ -112,7 +112,14 @@ def root_and_tables(address: str, given: Sequence[str], usual: Sequence[str]) ->
         if given:
             raise ImageError(f"--input {address} is a table; give the folder of the images there, or leave out --table")
         return parent(address), [read_table(address)]
-    return address, [read_table(table) for table in given or [join(address, name) for name in usual]]
+    if given:
+        return address, [read_table(table) for table in given]
+    try:
+        return address, [read_table(join(address, name)) for name in usual]
+    except ImageError as error:
+        if "no such file" not in str(error):
+            raise
+        raise ImageError(f"{error}; say where the table is with --table") from error
 
 
 def labels_of(row: Row, *, without: Collection[str] = (), prefix: str = "") -> dict[str, LabelValue]:

@@ -1,0 +1,92 @@
+"""How much does one flood a peak threshold save in the threshold search, and does it change a pixel?
+
+    python benchmarks/thresholds.py           # 3 alternated rounds, writes results/thresholds.md
+    python benchmarks/thresholds.py --quick   # 1 round on a smaller map, writes nothing
+
+A generated map with cells as a network blurs them; the 20 x 20 grid of `dinocell.eval.thresholds` (points with
+cell_fill above cells_max are left out on every side). Plain: cuts of 20 floods against a flood a point, both ours, pixels
+compared at every point. Whole search: with merging, border restoring and scores, against the straight way, which floods
+with scikit-image, mends and scores at every point; the straight way is timed on 20 points of the grid and scaled.
+"""
+
+import argparse
+import itertools
+import time
+
+import numpy as np
+from _harness import ratio, write_result
+from scipy import ndimage
+
+from dinocell.data_shards.distance import labels_to_distance
+from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.eval.ctc import ctc_score
+from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search
+from dinocell.eval.watershed import cut, distance_to_labels, flood
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="1 round on a smaller map, no result file")
+    options = parser.parse_args()
+    rounds, side = (1, 256) if options.quick else (options.rounds, 1024)
+    labels = make_field(
+        0, SyntheticConfig(size=(side, side), num_cells=(side**2 // 1000,) * 2, cell_radius_px=14.0)
+    ).labels
+    distance = ndimage.gaussian_filter(labels_to_distance(labels), 1.5)
+    distance = (distance + np.random.default_rng(0).normal(0, 0.02, distance.shape)).clip(0, 1).astype(np.float32)
+    peaks, fills = (np.linspace(*pair, STEPS).round(9).tolist() for pair in (CELLS_MAX_RANGE, CELL_FILL_RANGE))
+    points = [(peak, fill) for peak, fill in itertools.product(peaks, fills) if fill <= peak]
+    sample = points[:: max(1, len(points) // 20)]
+    distance_to_labels(distance)  # compiles
+
+    seconds: dict[str, list[float]] = {}
+    differing = 0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        cuts = {}
+        for peak in peaks:
+            flooded = flood(distance, cells_max=peak, lowest_fill=fills[0])
+            cuts |= {(peak, fill): cut(flooded, fill) for fill in fills if fill <= peak}
+        note(seconds, "cuts", start)
+        start = time.perf_counter()
+        for point, cutting in cuts.items():
+            plain = distance_to_labels(
+                distance, cells_max=point[0], cell_fill=point[1], merge_px=None, restore_border=False
+            )
+            differing += int(np.count_nonzero(plain != cutting))
+        note(seconds, "floods", start)
+        del cuts
+        start = time.perf_counter()
+        found = search([distance], [labels])
+        note(seconds, "search", start)
+        start = time.perf_counter()
+        for peak, fill in sample:
+            ctc_score(labels, distance_to_labels(distance, cells_max=peak, cell_fill=fill, exact=True))
+        seconds.setdefault("straight", []).append((time.perf_counter() - start) * len(points) / len(sample))
+    lines = [
+        "# Threshold search",
+        "",
+        f"One map of {side} x {side} px with {labels.max()} cells, {len(points)} points; {rounds} alternated rounds.",
+        "",
+        "| what | ratio: median (range) |",
+        "|---|---|",
+        f"| plain labels: a flood a point / cuts of {STEPS} floods ({differing} px differ) | "
+        f"{ratio(seconds['floods'], seconds['cuts'])} |",
+        f"| whole search: straight way (scaled from {len(sample)} points) / ours | "
+        f"{ratio(seconds['straight'], seconds['search'])} |",
+        "",
+        f"Best: {found.best.cells_max:.3f}, {found.best.cell_fill:.3f}, OP_CSB {found.best_score:.3f}.",
+    ]
+    print("\n".join(lines))
+    if not options.quick:
+        print(write_result("thresholds", "\n".join(lines), ["numpy", "numba", "scikit-image"]))
+
+
+def note(seconds: dict[str, list[float]], name: str, start: float) -> None:
+    """Keep the time since ``start``."""
+    seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
