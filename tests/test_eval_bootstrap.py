@@ -1,5 +1,6 @@
 """Bootstrap intervals against the scores they are of, a plain loop, and their own promise."""
 
+import inspect
 import math
 
 import numpy as np
@@ -133,3 +134,8 @@ def test_precision_without_predictions_is_undefined_without_a_warning() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bootstrap(np.ones((3, 2)), mean_of, **options)
+
+
+def test_what_is_drawn_is_images_or_cells() -> None:
+    with pytest.raises(ValueError, match="over: expected images or cells, got 'frames'"):
+        inspect.unwrap(ctc_intervals)(tables(2), over="frames")

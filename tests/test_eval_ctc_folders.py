@@ -1,5 +1,6 @@
 """The challenge's folders: round trips, the real sequence in this layout, and stand-ins for its programs."""
 
+import inspect
 import stat
 import sys
 from pathlib import Path
@@ -107,6 +108,8 @@ def test_silver_truth_and_missing_markers(tmp_path: Path) -> None:
     assert score.detection is score.segmentation
     with pytest.raises(ImageError, match=r"01_GT.SEG: no man_seg\*.tif"):
         score_sequence(tmp_path, "01")
+    with pytest.raises(ValueError, match="truth: expected gold or silver, got 'bronze'"):
+        inspect.unwrap(score_sequence)(tmp_path, "01", truth="bronze")
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
