@@ -3,8 +3,7 @@
     python benchmarks/thresholds.py           # 3 alternated rounds, writes results/thresholds.md
     python benchmarks/thresholds.py --quick   # 1 round on a smaller map, writes nothing
 
-A generated map with cells as a network blurs them; the 20 x 20 grid of `dinocell.eval.thresholds` (points with
-cell_fill above cells_max are left out on every side). Plain: cuts of 20 floods against a flood a point, both ours, pixels
+A generated map, blurred and noisy as a network gives it; the 20 x 20 grid of `dinocell.eval.thresholds` (points with
 compared at every point. Whole search: with merging, border restoring and scores, against the straight way, which floods
 with scikit-image, mends and scores at every point; the straight way is timed on 20 points of the grid and scaled.
 """

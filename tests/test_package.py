@@ -64,10 +64,12 @@ def test_nothing_shadows_the_standard_library() -> None:
     assert not {path.name for path in (ROOT / "tests").iterdir()} & set(sys.stdlib_module_names)
 
 
-def recipe_schemas() -> dict[str, type]:
+def recipe_schemas() -> dict[str, tuple[type, list[str]]]:
+    """By folder: the schema, and what a user always adds."""
     from dinocell.demo import DemoConfig
+    from dinocell.ssl.config import PretrainConfig
 
-    return {"demo": DemoConfig}
+    return {"demo": (DemoConfig, []), "pretrain": (PretrainConfig, ["data.shards=[shards]"])}
 
 
 def test_every_folder_of_recipes_has_a_schema() -> None:
@@ -76,12 +78,12 @@ def test_every_folder_of_recipes_has_a_schema() -> None:
 
 
 def test_every_shipped_recipe_fits_its_schema_and_says_where_it_comes_from() -> None:
-    for command, schema in recipe_schemas().items():
+    for command, (schema, overrides) in recipe_schemas().items():
         names = shipped_recipes(command)
         assert names
         for name in names:
             path = ROOT / f"dinocell/configs/{command}/{name}.yaml"
-            load_config(schema, path)
+            load_config(schema, path, overrides)
             header = [line for line in path.read_text().splitlines() if line.startswith("#")]
             for what in ("source:", "command:", "hardware:", "time:"):
                 assert any(what in line for line in header), f"{path.name}: no '{what}' in its header"

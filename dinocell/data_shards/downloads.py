@@ -2,10 +2,10 @@
 
 import hashlib
 import http.client
-import os
 import urllib.request
 from typing import IO, Any
 
+from dinocell.data_shards.locations import bucket_options
 from dinocell.errors import ImageError
 
 _CHUNK = 4 << 20
@@ -37,10 +37,7 @@ def _open(address: str) -> Any:  # something with read() and close()
             return urllib.request.urlopen(address, timeout=_TIMEOUT_S)
         import fsspec  # type: ignore[import-untyped]
 
-        # Public buckets are read without signing in, unless the environment names a key or profile.
-        anonymous = address.startswith("s3://") and not {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"} & os.environ.keys()
-        options: dict[str, Any] = {"anon": True} if anonymous else {}
-        filesystem, path = fsspec.url_to_fs(address, **options)
+        filesystem, path = fsspec.url_to_fs(address, **bucket_options(address))
         return filesystem.open(path, "rb", block_size=16 << 20)
     except (OSError, http.client.HTTPException, ValueError, ImportError) as error:
         raise ImageError(f"{address}: cannot be opened ({_line(error)})") from error

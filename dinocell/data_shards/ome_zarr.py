@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dinocell.data_shards.locations import bucket_options
 from dinocell.data_shards.picture import Picture
 from dinocell.errors import ImageError
 
@@ -23,8 +24,7 @@ class ZarrFrames:
             import zarr
         except ImportError:
             raise ImageError("reading OME-Zarr needs the package zarr: pip install 'zarr>=3'") from None
-        options = {"anon": True} if address.startswith("s3://") else None
-        group = zarr.open_group(address, mode="r", storage_options=options)
+        group = zarr.open_group(address, mode="r", storage_options=bucket_options(address) or None)
         attributes: dict[str, Any] = dict(group.attrs)
         attributes = attributes.get("ome", attributes)  # 0.5 keeps everything under one key
         if not attributes.get("multiscales"):

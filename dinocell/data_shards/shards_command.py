@@ -145,6 +145,7 @@ def _run_build(options: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise ShardError(str(error)) from error
+    source = source_from(options)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
@@ -160,7 +161,7 @@ def _run_build(options: argparse.Namespace) -> None:
             bar.update(task, description="shards", completed=state.done, total=state.total, note=note)
 
         manifest = build(
-            source_from(options),
+            source,
             options.output,
             settings=settings,
             samples_per_shard=options.samples_per_shard,

@@ -4,6 +4,7 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from dinocell.data_shards.channel_files import ChannelFile, Missing, fields_of
@@ -57,8 +58,7 @@ class PhenixSource:
         for file in list_files(self.input):
             folder, _, name = file.name.rpartition("/")
             if match := _PHENIX_NAME.fullmatch(name):
-                numbers = (int(text or 1) for text in match.groups())
-                matched.append(_PhenixFile(file.path, folder, *numbers))
+                matched.append(_PhenixFile(file.path, folder, *[int(text or 1) for text in match.groups()]))
             elif name in INDEX_NAMES:
                 indexes.setdefault(folder, file.path)  # Index.idx.xml comes first
             else:
@@ -229,6 +229,7 @@ def _plate_of(address: str, place: str) -> str:
     return posixpath.basename(place).split("__")[0]
 
 
+@cache
 def well_name(row: int, column: int) -> str:
     """Return ``A01`` for row 1, column 1; rows beyond Z (1536-well plates) are AA, AB..."""
     letters = ""

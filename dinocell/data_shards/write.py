@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def _build_one(task: _Task) -> tuple[int, Counter[str]]:
 def _described(source: Source, settings: ShardSettings, samples_per_shard: int, seed: int) -> dict[str, Any]:
     """Return everything that decides about the set's bytes, as it goes into plan and manifest."""
     known = {
-        "source": {"kind": type(source).__name__, **_plain(source)},
+        "source": _plain(source),
         **asdict(settings),
         "samples_per_shard": samples_per_shard,
         "shuffle_seed": seed,
@@ -184,8 +184,11 @@ def _described(source: Source, settings: ShardSettings, samples_per_shard: int, 
     return content
 
 
-def _plain(source: Source) -> dict[str, Any]:
-    return asdict(source)  # type: ignore[call-overload,no-any-return]  # sources are dataclasses
+def _plain(value: Any) -> Any:
+    """Return a source as plain data, with the kind of every dataclass in it."""
+    if not is_dataclass(value):
+        return value
+    return {"kind": type(value).__name__, **{each.name: _plain(getattr(value, each.name)) for each in fields(value)}}
 
 
 def _check_same(output: Path, existing: Any, wanted: dict[str, Any]) -> None:

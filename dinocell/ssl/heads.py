@@ -4,6 +4,7 @@ The head stops before the logits. A matrix of (tokens, prototypes) is the larges
 and targets take the two factors and make it a piece at a time.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,6 @@ class Prototypes(nn.Module):
     def forward(self) -> Float[Tensor, "k d"]:
         """Return the prototypes."""
         if self.weight_norm:
-            # Not torch._weight_norm: its CPU kernel divides by a length of zero.
             return self.weight_g * F.normalize(self.weight_v, dim=1)
         return self.weight
 
@@ -82,7 +82,7 @@ class ProjectionHead(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         widths = [width, *[hidden] * (layers - 1), bottleneck]
-        linear = [nn.Linear(before, after) for before, after in zip(widths, widths[1:], strict=False)]
+        linear = [nn.Linear(before, after) for before, after in pairwise(widths)]
         # Indices 0, 2, 4 and, for a single layer, none: the keys of Meta's heads.
         between = [module for layer in linear for module in (layer, nn.GELU())][:-1]
         self.mlp: nn.Module = linear[0] if layers == 1 else nn.Sequential(*between)
@@ -117,5 +117,7 @@ class ProjectionHead(nn.Module):
         a forward pass (FSDP2) has gathered them.
         """
         rows = self.mlp(tokens)
-        # 1e-12 is zero in fp16, and the gradient of a zero row would be infinite.
-        return Projection(F.normalize(rows, dim=-1, eps=1e-6 if rows.dtype == torch.float16 else 1e-12), self.last_layer())
+        # 1e-12 is zero in fp16, and the gradient of a zero row would be infinite. Autocast normalises in float32; the
+        # type of the rows is the type in which the logits are computed.
+        unit = F.normalize(rows, dim=-1, eps=1e-6 if rows.dtype == torch.float16 else 1e-12)
+        return Projection(unit.to(rows.dtype), self.last_layer())

@@ -1,0 +1,35 @@
+"""``dinocell pretrain``: shards become teacher checkpoints."""
+
+import argparse
+from typing import Any
+
+
+def register(subparsers: Any) -> None:
+    """Add ``pretrain`` to the commands."""
+    summary = "pretrain a backbone on shards by self-supervision (DINO, iBOT, channel consistency)"
+    parser = subparsers.add_parser(
+        "pretrain",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="example:\n  dinocell pretrain debug data.shards='[shards/jump]' output=runs/first\n"
+        "  dinocell pretrain debug data.shards='[shards/jump]' --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a shipped recipe or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="time two steps, say how long the run takes, and write nothing"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.ssl.config import PretrainConfig
+    from dinocell.ssl.train import dry_run, pretrain
+
+    config = load_config(PretrainConfig, find_recipe("pretrain", options.recipe), options.overrides)
+    if options.dry_run:
+        print(dry_run(config))
+    else:
+        print(f"teacher: {pretrain(config)}")

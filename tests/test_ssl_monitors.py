@@ -1,0 +1,95 @@
+"""Collapse monitors at states whose numbers are known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import entropy
+
+from dinocell.ssl.heads import Projection
+from dinocell.ssl.monitors import feature_spread, target_use
+from dinocell.ssl.targets import Targets, TeacherLogits, sinkhorn_targets
+
+
+def targets_of(logits: torch.Tensor) -> Targets:
+    """Targets that are the softmax of given logits."""
+    projection = Projection(torch.eye(len(logits), dtype=logits.dtype), logits.T.contiguous())
+    zero = torch.zeros(logits.shape[1], dtype=logits.dtype)
+    return Targets(TeacherLogits(projection), torch.ones((), dtype=logits.dtype), zero)
+
+
+@pytest.mark.parametrize("piece_elements", [None, 1, 24])
+def test_target_use_equals_scipys_entropy(piece_elements: int | None) -> None:
+    logits = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    rows = logits.softmax(1).numpy()
+    use = target_use(targets_of(logits), piece_elements=piece_elements)
+    assert use.entropy.item() == pytest.approx(entropy(rows, axis=1).mean())
+    assert use.mean_entropy.item() == pytest.approx(entropy(rows.mean(0)))
+    assert use.used.item() == len(set(rows.argmax(1))) / 12
+
+
+def test_one_prototype_each_all_the_same_and_no_opinion() -> None:
+    each = target_use(targets_of(torch.eye(5) * 200))
+    assert (each.entropy.item(), each.used.item()) == (pytest.approx(0), 1)
+    assert each.mean_entropy.item() == pytest.approx(math.log(5))
+    same = torch.zeros(5, 8)
+    same[:, 3] = 200
+    collapsed = target_use(targets_of(same))
+    assert collapsed.mean_entropy.item() == pytest.approx(0)
+    assert collapsed.used.item() == 1 / 8
+    assert target_use(targets_of(torch.zeros(5, 8))).entropy.item() == pytest.approx(math.log(8))
+
+
+def test_real_targets_lie_between() -> None:
+    projection = Projection(torch.nn.functional.normalize(torch.randn(40, 8), dim=1), torch.randn(64, 8))
+    (targets,) = sinkhorn_targets([TeacherLogits(projection)], 0.1)
+    use = target_use(targets)
+    assert 0 < use.entropy < use.mean_entropy <= math.log(64) + 1e-5
+    assert 0 < use.used <= 40 / 64
+
+
+def test_spread_of_even_features_is_one_and_their_rank_full() -> None:
+    spread = feature_spread(torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0)))
+    assert spread.std.item() == pytest.approx(1, abs=0.01)
+    assert spread.effective_rank.item() == pytest.approx(16, abs=0.1)
+
+
+def test_collapsed_features_have_no_spread_and_rank_one() -> None:
+    spread = feature_spread(torch.full((9, 16), 0.5))
+    assert spread.std.item() == pytest.approx(0, abs=1e-6)
+    assert spread.effective_rank.item() == pytest.approx(1, abs=1e-3)
+
+
+def test_features_on_a_line_through_zero_have_rank_one() -> None:
+    spread = feature_spread(torch.randn(50, 1) * torch.randn(1, 16))
+    assert spread.effective_rank.item() == pytest.approx(1, abs=1e-3)
+    assert spread.std.item() == pytest.approx(1, abs=0.4)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_effective_rank_of_equal_singular_values_is_their_number(rank: int) -> None:
+    left = torch.linalg.qr(torch.randn(30, rank, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(16, rank, dtype=torch.float64))[0]
+    assert feature_spread(left @ right.T).effective_rank.item() == pytest.approx(rank)
+
+
+def test_effective_rank_equals_the_plain_formula_under_autocast_too() -> None:
+    features = torch.randn(12, 8)
+    values = np.linalg.svd(features.double().numpy(), compute_uv=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        spread = feature_spread(features)
+    assert spread.effective_rank.item() == pytest.approx(np.exp(entropy(values)), rel=1e-5)
+    assert feature_spread(features.bfloat16()).std.dtype == torch.float32
+
+
+def test_zero_features_are_finite() -> None:
+    assert [value.item() for value in feature_spread(torch.zeros(4, 3))] == [0, 1]
+    assert feature_spread(torch.zeros(1, 3)).std == 0
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="features: expected at least one row"):
+        feature_spread(torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="targets: expected at least one row"):
+        target_use(targets_of(torch.zeros(0, 3)))
