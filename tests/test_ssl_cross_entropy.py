@@ -139,6 +139,13 @@ def test_gradient_can_be_taken_twice_from_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss * 3, projection.rows)[0], first)
 
 
+def test_teacher_and_student_may_differ_in_precision() -> None:
+    projection, targets = student(5, 7), teacher(5, 7, dtype=torch.float32)
+    weights = torch.ones(5, dtype=torch.float64)
+    loss = prototype_cross_entropy(projection, targets, weights)
+    torch.testing.assert_close(loss.total, plain(projection, targets.probabilities(), weights), rtol=1e-6, atol=0)
+
+
 def test_no_rows_give_zero() -> None:
     projection = student(0, 7)
     loss = prototype_cross_entropy(projection, teacher(0, 7), torch.zeros(0, dtype=torch.float64))

@@ -100,7 +100,9 @@ def test_losses_and_gradients_are_those_of_a_plain_version(shared: bool, weight_
     for name, value in want.items():
         torch.testing.assert_close(getattr(ours, name), value.detach(), rtol=1e-6, atol=1e-8)
     for name, parameter in model.student.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-8, msg=name)
+        # The shares of masked patches are float32.
+        size = float(parameter.grad.abs().max())
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6 * size)
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
 
 

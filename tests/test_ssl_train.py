@@ -116,7 +116,7 @@ def test_every_setting_trains(shard_set: Path, tmp_path: Path, changes: dict[str
 
 
 def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: Path) -> None:
-    config = config_of(shard_set, tmp_path / "run", optim=OptimConfig(max_bad_steps=3))
+    config = config_of(shard_set, tmp_path / "run", optim=OptimConfig(max_bad_steps=2))
     samples, model, trainer = train._prepare(config, torch.device("cpu"))
     levels = train.channel_levels([each.manifest for each in samples.sets], config.views)
     batch = next(iter(samples))
@@ -124,16 +124,16 @@ def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: 
     trainer.step(0, batch, views, watch=False)
     before = {name: parameter.clone() for name, parameter in model.student.named_parameters()}
     views.global_views[0, 0, 0, 3, 3] = float("nan")
-    for number in (1, 2):
-        metrics = trainer.step(number, batch, views, watch=True)
-        assert int(metrics["health/skipped_steps"]) == number
+    metrics = trainer.step(1, batch, views, watch=True)
+    assert int(metrics["health/skipped_steps"]) == 1
+    assert "cls/std" not in metrics
     for name, parameter in model.student.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert all(parameter.isfinite().all() for parameter in model.teacher.parameters())
-    with pytest.raises(DinocellError, match="3 steps in a row had a loss or gradient that is not finite"):
-        trainer.step(3, batch, views, watch=True)
+    with pytest.raises(DinocellError, match="2 steps in a row had a loss or gradient that is not finite"):
+        trainer.step(2, batch, views, watch=True)
     views.global_views[0, 0, 0, 3, 3] = 0.0
-    trainer.step(4, batch, views, watch=True)
+    trainer.step(3, batch, views, watch=True)
     assert any(not torch.equal(parameter, before[name]) for name, parameter in model.student.named_parameters())
 
 

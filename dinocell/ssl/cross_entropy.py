@@ -87,7 +87,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weights = weights.to(torch.promote_types(rows.dtype, torch.float32))
         plain, losses = prototypes.to(rows.dtype), torch.empty_like(weights)
-        rows_gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        rows_gradient = torch.empty_like(rows, dtype=weights.dtype) if ctx.needs_input_grad[0] else None
         prototypes_gradient = None
         if ctx.needs_input_grad[1]:
             prototypes_gradient = torch.zeros_like(prototypes, dtype=weights.dtype)
@@ -96,10 +96,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for which, scratch in with_scratch(3, len(rows), like, piece_elements):
                 some, share = rows[which], weights[which, None] / temperature
                 target_rows = which if target_of_row is None else target_of_row[which]
-                if isinstance(targets, Targets):
+                if isinstance(targets, Tensor):
+                    wanted = targets[target_rows].to(weights.dtype)
+                elif targets.offsets.dtype == weights.dtype:
                     wanted = targets.piece(target_rows, scratch=scratch[:2])
                 else:
-                    wanted = targets[target_rows].to(weights.dtype)
+                    wanted = targets.piece(target_rows).to(weights.dtype)
                 log_student = _log_softmax(some, plain, temperature, scratch[0], scratch[2])
                 # Over the logits, which are done with. A dot product would save the memory traffic, but adds 65,536
                 # numbers one by one: an error of 1e-4 in float32.
@@ -108,11 +110,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     continue
                 difference = log_student.exp_().sub_(wanted).to(rows.dtype)
                 if rows_gradient is not None:
-                    rows_gradient[which] = (difference @ plain) * share.to(rows.dtype)
+                    rows_gradient[which] = (difference @ plain) * share
                 if prototypes_gradient is not None:
                     _add_product(prototypes_gradient, difference.T, some * share.to(rows.dtype))
         ctx.save_for_backward(rows_gradient, prototypes_gradient)
-        ctx.prototypes_dtype = prototypes.dtype
+        ctx.dtypes = rows.dtype, prototypes.dtype
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
@@ -121,9 +123,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, total: Tensor, _rows: Tensor) -> tuple[Tensor | None, ...]:
         rows_gradient, prototypes_gradient = ctx.saved_tensors
         if rows_gradient is not None:
-            rows_gradient = (rows_gradient * total).to(rows_gradient.dtype)
+            rows_gradient = (rows_gradient * total).to(ctx.dtypes[0])
         if prototypes_gradient is not None:
-            prototypes_gradient = (prototypes_gradient * total).to(ctx.prototypes_dtype)
+            prototypes_gradient = (prototypes_gradient * total).to(ctx.dtypes[1])
         return rows_gradient, prototypes_gradient, None, None, None, None, None
 
 
