@@ -576,3 +576,27 @@ def test_a_real_field_written_and_read_again_is_the_same(tmp_path: Path) -> None
     picture = read_image(tmp_path / "field.ome.tiff")
     np.testing.assert_array_equal(picture.pixels, pixels)
     assert picture.channel_names == names
+
+
+def test_the_mean_of_channels_weighs_dim_and_bright_stains_alike() -> None:
+    rng = np.random.default_rng(0)
+    dim, bright = rng.random((2, 32, 48))
+    pixels = np.stack([np.rint(dim * 100), np.rint(bright * 60_000)]).astype(np.uint16)
+    mean = Picture(pixels=pixels, channel_names=("DNA", "ER")).select("mean")
+    low, high = np.percentile(pixels, (0.1, 99.9), axis=(1, 2), keepdims=True)
+    expected = np.clip((pixels - low) / (high - low), 0, 1).mean(0)
+    np.testing.assert_allclose(mean.pixels[0], expected, atol=1e-6)
+    assert mean.channel_names == ("mean",)
+
+
+def test_a_channel_that_is_called_mean_is_that_channel() -> None:
+    pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+    picture = Picture(pixels=pixels, channel_names=("mean", "other"))
+    np.testing.assert_array_equal(picture.select("mean").pixels[0], pixels[0])
+
+
+def test_the_mean_of_a_grey_picture_stored_as_rgb_with_alpha_is_that_picture() -> None:
+    grey = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    pixels = np.stack([grey, grey, grey, grey[::-1]])
+    mean = Picture(pixels=pixels, channel_names=("red", "green", "blue", "alpha")).mean()
+    np.testing.assert_array_equal(mean.pixels, grey[None])

@@ -104,7 +104,9 @@ def _kind(kinds: Any, name: str, summary: str, example: str) -> argparse.Argumen
         metavar="PX",
         help="scale the longer side to this and pad to a square (default: keep sizes, one sub-folder a size)",
     )
-    parser.add_argument("--channel", type=_channel, metavar="C", help="keep one channel, by number (from 0) or name")
+    parser.add_argument(
+        "--channel", type=_channel, metavar="C", help="keep one channel, by number (from 0) or name, or 'mean' of all"
+    )
     parser.add_argument("--keep-empty", action="store_true", help="keep images without a cell")
     parser.add_argument("--strict", action="store_true", help="stop at the first pair that cannot be used")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

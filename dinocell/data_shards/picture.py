@@ -10,6 +10,8 @@ from jaxtyping import Shaped, UInt8
 from dinocell.errors import ImageError
 
 COLOURS = ("red", "green", "blue")
+# Percentiles of a channel that become 0 and 1 before channels are averaged.
+MEAN_PERCENTILES = (0.1, 99.9)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,13 +45,15 @@ class Picture:
         return self.channel_names[:3] == COLOURS
 
     def select(self, channel: int | str) -> "Picture":
-        """Return one channel, by its number (from 0) or its name.
+        """Return one channel, by its number (from 0) or its name; ``mean``, where none is called so: see `mean`.
 
         Raises
         ------
         ImageError
             If there is no such channel.
         """
+        if channel == "mean" and "mean" not in self.channel_names:
+            return self.mean()
         known = f"{len(self.pixels)} channel(s)" + (f": {', '.join(self.channel_names)}" if self.channel_names else "")
         if isinstance(channel, str):
             if channel not in self.channel_names:
@@ -60,6 +64,24 @@ class Picture:
         return replace(
             self, pixels=self.pixels[channel : channel + 1], channel_names=self.channel_names[channel : channel + 1]
         )
+
+    def mean(self) -> "Picture":
+        """Return the mean of the channels (alpha aside), each first mapped from its own percentiles to 0 to 1, float32.
+
+        The percentiles are `MEAN_PERCENTILES`, those of pretraining's views: without them the brightest stain would be
+        all that is seen. One channel, and a grey picture stored as RGB, stay as they are.
+        """
+        picture = self.grey()
+        if picture.channel_names[-1:] == ("alpha",):
+            picture = replace(picture, pixels=picture.pixels[:-1], channel_names=picture.channel_names[:-1])
+        if len(picture.pixels) == 1:
+            return picture
+        total = np.zeros(picture.pixels.shape[1:], np.float32)
+        for plane in picture.pixels:
+            low, high = percentile_range(plane, *MEAN_PERCENTILES)
+            scale = np.float32(1 / (high - low)) if high > low else np.float32(0)
+            total += np.clip((plane.astype(np.float32) - np.float32(low)) * scale, 0, 1)
+        return replace(picture, pixels=(total / len(picture.pixels))[None], channel_names=("mean",))
 
     def grey(self) -> "Picture":
         """Return one channel where a grey picture was stored as red = green = blue; any other picture as it is.
