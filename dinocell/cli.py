@@ -106,7 +106,7 @@ def _add_demo(commands: Any) -> None:
 
 def _run_demo(options: argparse.Namespace) -> None:
     from dinocell.configs.load import find_recipe, load_config
-    from dinocell.demo import DemoConfig, run_demo
+    from dinocell.demo.old import DemoConfig, run_demo
 
     # `dinocell demo seed=1` means the default recipe with an override.
     recipe, overrides = options.recipe, list(options.overrides)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinocell.demo import DemoConfig, channel_consistency
+from dinocell.demo.old import DemoConfig, channel_consistency
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """Every key of a schema as a Markdown table: what it takes, its default, what it means.
 
-``docs/configuration.md`` is made from this, and a test holds it against the schemas. The meanings are the ``Attributes``
-of the schemas' own docstrings; what a docstring says before them introduces the section.
+``docs/configuration.md`` is made from this, and a test holds it against the schemas. The meanings are the
+``Attributes`` of the schemas' own docstrings; what a docstring says before them introduces the section.
 """
 
 import inspect

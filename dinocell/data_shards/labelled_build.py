@@ -72,8 +72,8 @@ def build_labelled(
         Scale each image so that its longer side has this many pixels (area average down, linear up; labels: nearest)
         and pad it to a square with 0 at the bottom or the right. None keeps every image as it is.
     channel
-        Keep this channel of each image, by number or name; ``mean``: see `Picture.mean`. None: grey and RGB as they are;
-        anything else is skipped.
+        Keep this channel of each image, by number or name; ``mean``: see `Picture.mean`. None: grey and RGB as they
+        are; anything else is skipped.
     keep_empty
         Keep images without a cell instead of skipping them.
     strict

@@ -1,0 +1,109 @@
+"""From an image to what the segmenter sees: the same in training and in use, and stored with the weights.
+
+The whole image is treated at once, never a window by itself: a window without cells would otherwise be stretched to
+full contrast, and the same cell would look different from window to window.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+from jaxtyping import Float32, Shaped, UInt8
+
+from dinocell.data_shards.picture import percentile_range, to_uint8
+from dinocell.errors import ImageError
+
+Target = Literal["distance", "flows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterSettings:
+    """What a segmenter needs besides its tensors; stored in its file.
+
+    Attributes
+    ----------
+    convention
+        ``standardised``: mean 0 and deviation 1 over the image; ``unit``: 0 to 1. The backbone's own.
+    percentiles
+        Grey levels at these percentiles of the image become black and white.
+    clahe_clip, clahe_tile_px
+        Contrast-limited adaptive histogram equalisation (OpenCV): clip limit, 0 for none, and the side of a tile, which
+        is fixed in pixels so that it means the same in every image (SAMCell: 1.0 and 32 px of its 256 px windows).
+    pixel_size_um
+        Side of a pixel of the training images; None if they differed or did not say.
+    target
+        What the maps are: distance to the cell's boundary, or flows and the chance of a cell.
+    cells_max, cell_fill, merge_px, min_area_px
+        How maps become cells (`dinocell.eval.watershed.distance_to_labels`): SAMCell's thresholds unless the training
+        found better ones.
+    trained_on
+        Names of the training sets, for people to read.
+    """
+
+    convention: Literal["standardised", "unit"] = "standardised"
+    percentiles: tuple[float, float] = (0.1, 99.9)
+    clahe_clip: float = 1.0
+    clahe_tile_px: int = 32
+    pixel_size_um: float | None = None
+    target: Target = "distance"
+    cells_max: float = 0.47
+    cell_fill: float = 0.09
+    merge_px: float | None = 3.0
+    min_area_px: int = 0
+    trained_on: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"percentiles: expected 0 <= low < high <= 100, got {low} and {high}")
+        if self.clahe_clip < 0 or self.clahe_tile_px < 2:
+            raise ValueError(
+                f"clahe_clip: expected 0 (off) or more, got {self.clahe_clip}; "
+                f"clahe_tile_px: expected at least 2, got {self.clahe_tile_px}"
+            )
+        if not 0 <= self.cell_fill <= self.cells_max < 1:
+            raise ValueError(
+                f"expected 0 <= cell_fill <= cells_max < 1, got cell_fill {self.cell_fill}, cells_max {self.cells_max}"
+            )
+
+
+def prepare(image: Shaped[np.ndarray, "h w"], settings: SegmenterSettings) -> Float32[np.ndarray, "h w"]:
+    """Return an image of any real type and range as the segmenter's input.
+
+    Grey levels are stretched between two percentiles and rounded to 8 bits, equalised, then brought to the convention.
+    A constant image becomes 0.
+
+    Raises
+    ------
+    ImageError
+        If the image is empty or a value is not finite.
+    """
+    if image.dtype.kind not in "biuf":
+        raise ImageError(f"expected real numbers, got values of type {image.dtype}")
+    low, high = percentile_range(image, *settings.percentiles)
+    return normalised(equalised(to_uint8(image, low, high), settings), settings)
+
+
+def equalised(image: UInt8[np.ndarray, "h w"], settings: SegmenterSettings) -> UInt8[np.ndarray, "h w"]:
+    """Apply CLAHE in tiles of a fixed number of pixels; the image is mirrored up to whole tiles."""
+    if settings.clahe_clip == 0:
+        return image
+    side = settings.clahe_tile_px
+    height, width = image.shape
+    rows, columns = -(-height // side), -(-width // side)
+    padded = cv2.copyMakeBorder(image, 0, rows * side - height, 0, columns * side - width, cv2.BORDER_REFLECT_101)
+    clahe = cv2.createCLAHE(clipLimit=settings.clahe_clip, tileGridSize=(columns, rows))
+    return np.asarray(clahe.apply(padded)[:height, :width])
+
+
+def normalised(image: UInt8[np.ndarray, "h w"], settings: SegmenterSettings) -> Float32[np.ndarray, "h w"]:
+    """Bring 8-bit grey levels to the convention; a constant image becomes 0 (``standardised``)."""
+    if settings.convention == "unit":
+        return image.astype(np.float32) / np.float32(255)
+    counts = np.bincount(image.ravel(), minlength=256).astype(np.float64)
+    levels = np.arange(256, dtype=np.float64)
+    mean = counts @ levels / image.size
+    deviation = np.sqrt(counts @ (levels - mean) ** 2 / image.size)
+    table = ((levels - mean) / deviation if deviation > 0 else np.zeros(256)).astype(np.float32)
+    return np.asarray(table[image])

@@ -1,0 +1,238 @@
+"""Training state: everything that a run needs to go on as if it had never stopped, on any number of ranks.
+
+::
+
+    checkpoints/step_00001200/     one folder a checkpoint, of torch.distributed.checkpoint
+        state.json                 step, ranks, plain values; written last
+        *.distcp, .metadata        tensors, each rank its part
+    checkpoints/.step_.../         one that is being written; renamed when all ranks are done
+
+Tensors are copied to main memory at once and written while the training goes on. These folders are for the machine
+that wrote them: unlike exported weights they are trusted like code, so none is ever taken from elsewhere.
+"""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save as save_state_later
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+
+from dinocell.errors import DinocellError
+from dinocell.runtime.distributed import barrier, from_main, is_alone
+from dinocell.runtime.random_states import random_states, set_random_states
+
+_log = logging.getLogger(__name__)
+_PREFIX = "step_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint that was read back: its step, and the plain values that were saved with it."""
+
+    step: int
+    values: dict[str, Any]
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of a run.
+
+    Every method is called by all ranks together.
+
+    Parameters
+    ----------
+    folder
+        ``checkpoints`` of the run folder; on a disk that all ranks see.
+    keep_last
+        Newest checkpoints that stay.
+    keep_every
+        Besides, those whose step this divides stay for good; 0: none.
+    is_async
+        Write in the background. Each save first waits for the one before.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, is_async: bool = True) -> None:
+        if keep_last < 1 or keep_every < 0:
+            raise ValueError(f"expected keep_last >= 1 and keep_every >= 0, got {keep_last} and {keep_every}")
+        self._folder = folder
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._is_async = is_async
+        self._pending: tuple[Future[Any], Path, Path, str] | None = None
+        self._writer: ThreadPoolExecutor | None = None
+        # Background writing talks between ranks while the training does: it needs a group of its own, on the host.
+        self._group = None if is_alone() else dist.new_group(backend="gloo")
+
+    def save(self, step: int, tensors: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """Save a state.
+
+        Parameters
+        ----------
+        step
+            Steps done.
+        tensors
+            Nested dictionaries of tensors, sharded ones (DTensor) among them.
+        values
+            Plain data, the same on all ranks; it must go through JSON.
+        """
+        self.wait()
+        part, final = self._folder / f".{_PREFIX}{step:08d}", self._folder / f"{_PREFIX}{step:08d}"
+        if self._is_main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        barrier()
+        state = {"tensors": dict(tensors), "random": {f"rank_{self._rank}": random_states()}}
+        description = json.dumps({"step": step, "ranks": self._size, "values": dict(values)}, indent=1)
+        if self._is_async:
+            self._pending = (self._write_later(_copied(state), part), part, final, description)
+        else:
+            _write(state, part, self._group)
+            self._finish(part, final, description)
+
+    def _write_later(self, state: dict[str, Any], part: Path) -> "Future[Any]":
+        if is_alone():
+            if self._writer is None:
+                self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            return self._writer.submit(_write, state, part, None)
+        future = save_state_later(state, checkpoint_id=part, process_group=self._group)
+        assert isinstance(future, Future)
+        return future
+
+    def wait(self) -> None:
+        """Wait until what is being written is whole.
+
+        Raises
+        ------
+        DinocellError
+            If it cannot be written: the disk is full or gone.
+        """
+        if self._pending is None:
+            return
+        future, part, final, description = self._pending
+        self._pending = None
+        try:
+            future.result()
+        except Exception as error:
+            raise DinocellError(f"{final}: cannot be written ({' '.join(str(error).split())[:200]})") from error
+        self._finish(part, final, description)
+
+    def poll(self) -> None:
+        """Put a checkpoint in place if it has been written meanwhile; alone only, as ranks would have to agree."""
+        if self._pending is not None and is_alone() and self._pending[0].done():
+            self.wait()
+
+    def restore(self, tensors: dict[str, Any]) -> Restored | None:
+        """Read the newest whole checkpoint into ``tensors``, in place; None if there is none.
+
+        A damaged one is reported and passed over. The random states come back too, if the number of ranks is the same.
+
+        Raises
+        ------
+        DinocellError
+            If every checkpoint is damaged.
+        """
+        self.wait()
+        found = [path for path in self.steps() if path is not None]
+        for path in reversed(found):
+            try:
+                description = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                self._read(path, tensors, description["ranks"])
+            except Exception as error:
+                if not isinstance(
+                    error, CheckpointException | OSError | ValueError | KeyError | EOFError | RuntimeError
+                ):
+                    raise
+                _log.warning("%s: damaged (%s); taking the one before", path, " ".join(str(error).split())[:160])
+                continue
+            return Restored(step=description["step"], values=description["values"])
+        if found:
+            raise DinocellError(f"{self._folder}: every checkpoint is damaged; move the folder away to start anew")
+        return None
+
+    def steps(self) -> list[Path]:
+        """Return the folders of whole checkpoints, oldest first; the main rank's view, on every rank."""
+        found = sorted(self._folder.glob(f"{_PREFIX}*/state.json")) if self._is_main else []
+        paths = from_main([path.parent for path in found])
+        assert isinstance(paths, list)
+        return paths
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self.wait()
+        if self._writer is not None:
+            self._writer.shutdown()
+            self._writer = None
+
+    def _read(self, path: Path, tensors: dict[str, Any], ranks: int) -> None:
+        state: dict[str, Any] = {"tensors": tensors}
+        if ranks == self._size:
+            state["random"] = {f"rank_{self._rank}": random_states()}
+        with _quiet():
+            load_state(state, checkpoint_id=path, process_group=self._group, no_dist=is_alone())
+        if ranks == self._size:
+            set_random_states(state["random"][f"rank_{self._rank}"])
+
+    def _finish(self, part: Path, final: Path, description: str) -> None:
+        barrier()  # every rank's part is on the disk
+        if self._is_main:
+            (part / "state.json").write_text(description, encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            self._drop_old()
+        barrier()
+
+    def _drop_old(self) -> None:
+        steps = sorted(path.parent for path in self._folder.glob(f"{_PREFIX}*/state.json"))
+        for path in steps[: -self._keep_last]:
+            step = int(path.name.removeprefix(_PREFIX))
+            if not self._keep_every or step % self._keep_every:
+                shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def _size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def _is_main(self) -> bool:
+        return self._rank == 0
+
+
+def _write(state: dict[str, Any], part: Path, group: dist.ProcessGroup | None) -> None:
+    with _quiet():
+        save_state(state, checkpoint_id=part, process_group=group, no_dist=is_alone())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that there is one process, which we know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _copied(state: Any) -> Any:
+    """Return nested states whose tensors in main memory are copies: the training goes on changing its own."""
+    if isinstance(state, Mapping):
+        return {name: _copied(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [_copied(value) for value in state]
+    if not isinstance(state, Tensor):
+        return state
+    if state.device.type == "cpu":
+        return state.detach().clone()
+    # Alone, tensors of a device are fetched here; among ranks torch does that, sharded ones included.
+    return state.detach().cpu() if is_alone() else state.detach()

@@ -1,0 +1,187 @@
+"""Ranks: who am I, who else is there, and the few things that all do together.
+
+`start` reads what torchrun or SLURM (``srun``, submitit) put into the environment; without either it is one process
+alone, and every function here does nothing. Gloo on the CPU, NCCL on CUDA.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+
+from dinocell.errors import DinocellError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """One process among all of them.
+
+    Attributes
+    ----------
+    rank, size
+        Number of this process, and how many there are.
+    local_rank, local_size
+        The same within this machine.
+    device
+        Where this process computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def mesh(self, *, shard_within_machines: bool = False) -> DeviceMesh:
+        """Return the mesh of all ranks, one dimension; or (machines, ranks of a machine), to shard within machines."""
+        if shard_within_machines:
+            shape, names = (self.size // self.local_size, self.local_size), ("replicate", "shard")
+            return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+
+
+def start(device: str = "auto", *, timeout_s: float = 1800.0, rendezvous: Path | None = None) -> World:
+    """Join the other processes, if there are any.
+
+    Parameters
+    ----------
+    device
+        ``auto`` (CUDA if there is one), ``cpu``, ``cuda``.
+    timeout_s
+        How long a collective waits for a rank that does not come, before all stop with an error.
+    rendezvous
+        A file on a disk that all see, to meet at instead of ``MASTER_ADDR`` and ``MASTER_PORT``.
+
+    Raises
+    ------
+    DinocellError
+        If the environment speaks of several processes but does not say where they meet, or CUDA is asked for in vain.
+    """
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise DinocellError("compute.device: cuda was asked for, and there is none")
+    rank, size, local_rank, local_size = _from_environment(os.environ)
+    chosen = torch.device(kind)
+    if chosen.type == "cuda":
+        # A launcher may show each process its own GPU alone; then it is number 0.
+        chosen = torch.device("cuda", local_rank % torch.cuda.device_count()) if chosen.index is None else chosen
+        torch.cuda.set_device(chosen)
+    if size > 1 and not dist.is_initialized():
+        if rendezvous is None and "MASTER_ADDR" not in os.environ:
+            raise DinocellError(
+                f"{size} processes, but MASTER_ADDR is not set: start them with torchrun or 'dinocell launch'"
+            )
+        dist.init_process_group(
+            # Gloo as well: flags and names between hosts need not wait for the device.
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            init_method=f"file://{rendezvous}" if rendezvous is not None else "env://",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen)
+
+
+def stop() -> None:
+    """Leave the other processes; does nothing alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together(device: str = "auto", *, timeout_s: float = 1800.0) -> Iterator[World]:
+    """`start`, then `stop` whatever happens: without it an error on one rank leaves the others waiting."""
+    joined = dist.is_initialized()
+    world = start(device, timeout_s=timeout_s)
+    try:
+        yield world
+    finally:
+        if not joined:
+            stop()
+
+
+def _from_environment(variables: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """Return rank, size, rank and size within the machine."""
+    if "RANK" in variables and "WORLD_SIZE" in variables:
+        named = {name: variables.get(name, default) for name, default in _TORCHRUN.items()}
+        rank, size, local_rank, local_size = _numbers(named)
+        return rank, size, local_rank, local_size
+    # Inside `salloc` or a batch script these exist too: only a task that srun started has a step of its own.
+    if variables.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        named = {name: variables.get(name, "") for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")}
+        rank, size, local_rank = _numbers(named)
+        per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 8(x4): eight on each of four
+        return rank, size, local_rank, int(per_node.split("(")[0].split(",")[0])
+    return 0, 1, 0, 1
+
+
+# What torchrun sets, and what stands in where another launcher leaves the second half out.
+_TORCHRUN = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def _numbers(named: Mapping[str, str]) -> list[int]:
+    try:
+        return [int(value) for value in named.values()]
+    except ValueError:
+        shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
+        raise DinocellError(f"the environment's ranks are not numbers: {shown}") from None
+
+
+def is_alone() -> bool:
+    """Say whether there is no other rank."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum over all ranks; alone, the values themselves."""
+    if is_alone():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Return the largest over all ranks; alone, the values themselves."""
+    if is_alone():
+        return values
+    largest = values.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "a d"]:
+    """Return the rows of all ranks, in their order, with gradient to each rank's own; equal numbers on every rank."""
+    if is_alone():
+        return rows
+    return torch.cat(all_gather_with_gradient(rows.contiguous()))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if not is_alone():
+        dist.barrier()
+
+
+def from_main(value: object) -> object:
+    """Return the main rank's value on every rank; it must be picklable."""
+    if is_alone():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

@@ -1,0 +1,97 @@
+"""Being told to stop: by the user, by the cluster before a time limit, by a job that matters more.
+
+A handler only sets a flag; every rank asks `StopRequest.agreed` once a step, which compares the flags, so that all
+ranks stop after the same step, save together, and nothing is lost. What happens then, such as putting the job back into
+the queue, is the launcher's: it hands a function to `on_stop`, which the run calls on the main rank after the save.
+
+========  ==================================================================
+SIGINT    Ctrl-C: stop after this step; a second one ends at once
+SIGTERM   the cluster ends the job, or the user does: the same
+SIGUSR1   and SIGUSR2: the cluster's warning before a time limit: the same
+========  ==================================================================
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from dinocell.runtime.distributed import max_over_ranks
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+_on_stop: list[Callable[[], None]] = []
+
+
+def on_stop(callback: Callable[[], None]) -> None:
+    """Let ``callback`` be called on the main rank after a run was told to stop and has saved."""
+    _on_stop.append(callback)
+
+
+class StopRequest:
+    """Whether this run has been told to stop; use it in a ``with`` block around the loop.
+
+    Parameters
+    ----------
+    time_limit_s
+        Stop so many seconds after the start of the block; None: no limit. Under SLURM the job's own end
+        (``SLURM_JOB_END_TIME``) counts as well, less ``margin_s``.
+    """
+
+    def __init__(self, *, time_limit_s: float | None = None, margin_s: float = 120.0) -> None:
+        self._reason: str | None = None
+        self._previous: dict[int, Any] = {}
+        self._deadline = None if time_limit_s is None else time.time() + time_limit_s
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        if end.isdecimal() and int(end) > 0:
+            job_end = int(end) - margin_s
+            # A job shorter than the margin is not stopped before it began.
+            if job_end > time.time():
+                self._deadline = job_end if self._deadline is None else min(self._deadline, job_end)
+
+    @property
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, None if it does not; ``another rank`` if it only was told."""
+        return self._reason
+
+    def request(self, reason: str) -> None:
+        """Ask all ranks to stop after this step."""
+        self._reason = self._reason or reason
+
+    def agreed(self) -> bool:
+        """Say whether any rank wants to stop; every rank calls it after every step and gets the same answer."""
+        if self._deadline is not None and time.time() >= self._deadline:
+            self.request("time limit")
+        # In main memory, through gloo: the device is not waited for.
+        stop = bool(max_over_ranks(torch.tensor(float(self._reason is not None))))
+        if stop:
+            self.request("another rank")
+        return stop
+
+    def finish(self) -> None:
+        """Call what the launcher left for after the save; on the main rank only."""
+        for callback in _on_stop:
+            callback()
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._reason is not None:
+            raise KeyboardInterrupt
+        self.request("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
