@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dinocell info FILE | head` closed our output: not an error, and nobody is listening
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("dinocell: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # a run that was told to stop says how it goes on
+        print(f"dinocell: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 

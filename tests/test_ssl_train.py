@@ -12,6 +12,7 @@ import torch
 from dinocell.cli import main
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.models.weights import load_backbone, read_weights
+from dinocell.runtime.schedules import Freeze, Schedule
 from dinocell.ssl import train
 from dinocell.ssl.config import (
     ComputeConfig,
@@ -22,7 +23,7 @@ from dinocell.ssl.config import (
     OptimConfig,
     PretrainConfig,
 )
-from dinocell.ssl.schedules import Freeze, Schedule, Schedules
+from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import dry_run, pretrain
 from dinocell.ssl.view_plan import ViewsConfig
 

@@ -5,13 +5,13 @@ full contrast, and the same cell would look different from window to window.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
+from jaxtyping import Float32, Real, Shaped, UInt8
 
-from dinocell.data_shards.picture import percentile_range, to_uint8
+from dinocell.data_shards.picture import COLOURS, Picture, percentile_range, to_uint8
 from dinocell.errors import ImageError
 
 Target = Literal["distance", "flows"]
@@ -82,7 +82,8 @@ def prepare(image: Shaped[np.ndarray, "h w"], settings: SegmenterSettings) -> Fl
     if image.dtype.kind not in "biuf":
         raise ImageError(f"expected real numbers, got values of type {image.dtype}")
     low, high = percentile_range(image, *settings.percentiles)
-    return normalised(equalised(to_uint8(image, low, high), settings), settings)
+    grey = equalised(to_uint8(image, low, high), settings)
+    return levels_of(grey, settings).apply(grey)
 
 
 def equalised(image: UInt8[np.ndarray, "h w"], settings: SegmenterSettings) -> UInt8[np.ndarray, "h w"]:
@@ -97,13 +98,30 @@ def equalised(image: UInt8[np.ndarray, "h w"], settings: SegmenterSettings) -> U
     return np.asarray(clahe.apply(padded)[:height, :width])
 
 
-def normalised(image: UInt8[np.ndarray, "h w"], settings: SegmenterSettings) -> Float32[np.ndarray, "h w"]:
-    """Bring 8-bit grey levels to the convention; a constant image becomes 0 (``standardised``)."""
+class Levels(NamedTuple):
+    """The grey level that becomes 0, and the step that becomes 1."""
+
+    zero: float
+    unit: float
+
+    def apply(self, image: Real[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w"]:
+        """Map grey levels."""
+        return (image.astype(np.float32) - np.float32(self.zero)) * np.float32(1 / self.unit)
+
+
+def levels_of(image: UInt8[np.ndarray, "h w"], settings: SegmenterSettings) -> Levels:
+    """Return how 8-bit grey levels come to the convention; a constant image becomes 0 (``standardised``)."""
     if settings.convention == "unit":
-        return image.astype(np.float32) / np.float32(255)
+        return Levels(0.0, 255.0)
     counts = np.bincount(image.ravel(), minlength=256).astype(np.float64)
-    levels = np.arange(256, dtype=np.float64)
-    mean = counts @ levels / image.size
-    deviation = np.sqrt(counts @ (levels - mean) ** 2 / image.size)
-    table = ((levels - mean) / deviation if deviation > 0 else np.zeros(256)).astype(np.float32)
-    return np.asarray(table[image])
+    grey = np.arange(256, dtype=np.float64)
+    mean = float(counts @ grey) / image.size
+    deviation = float(np.sqrt(counts @ (grey - mean) ** 2 / image.size))
+    return Levels(mean, deviation or 1.0)
+
+
+def grey_of(pixels: Shaped[np.ndarray, "c h w"]) -> Real[np.ndarray, "h w"]:
+    """Return one plane of an image: the only one, or the mean of several, see `Picture.mean`."""
+    names = COLOURS if len(pixels) == len(COLOURS) else ()
+    grey: np.ndarray = Picture(pixels=pixels, channel_names=names).mean().pixels[0]
+    return grey

@@ -25,6 +25,11 @@ from dinocell.runtime.distributed import max_over_ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
+
+class RunStopped(KeyboardInterrupt):
+    """A run was told to stop, has saved, and can be continued; the message says how."""
+
+
 _on_stop: list[Callable[[], None]] = []
 
 

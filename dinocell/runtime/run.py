@@ -150,6 +150,17 @@ class Run:
             run.note(f"metrics.jsonl: dropped {outputs.metrics.num_unreadable} broken line(s) of an earlier start")
         return run
 
+    @staticmethod
+    def check(folder: Path, config: object, *, ignore: Collection[str] = ("compute",)) -> None:
+        """Refuse a folder that holds a run with another configuration, before anything is built or read; as `start`.
+
+        Raises
+        ------
+        ConfigError
+            If it does.
+        """
+        _check_same(folder, config, ignore)
+
     def __enter__(self) -> Run:
         return self
 
@@ -285,15 +296,8 @@ def _claim(folder: Path, config: object, ignore: Collection[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise DinocellError(f"run folder {folder}: is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    config_file = folder / "config.yaml"
-    if config_file.exists():
-        differing = diff_configs(read_mapping(config_file), to_dict(config), ignore)
-        if differing:
-            raise ConfigError(
-                f"run folder {folder} holds a run with other settings ({'; '.join(differing)}); "
-                "use another output folder, or the same settings"
-            )
-    write_atomically(config_file, to_yaml(config))
+    _check_same(folder, config, ignore)
+    write_atomically(folder / "config.yaml", to_yaml(config))
     environment_file = folder / "environment.json"
     starts: list[Any] = []
     if environment_file.exists():
@@ -302,6 +306,17 @@ def _claim(folder: Path, config: object, ignore: Collection[str]) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise DinocellError(f'{environment_file}: expected {{"starts": [...]}}; move it away') from error
     write_atomically(environment_file, json.dumps({"starts": [*starts, environment()]}, indent=2) + "\n")
+
+
+def _check_same(folder: Path, config: object, ignore: Collection[str]) -> None:
+    config_file = folder / "config.yaml"
+    if config_file.exists():
+        differing = diff_configs(read_mapping(config_file), to_dict(config), ignore)
+        if differing:
+            raise ConfigError(
+                f"run folder {folder} holds a run with other settings ({'; '.join(differing)}); "
+                "use another output folder, or the same settings"
+            )
 
 
 def _open(folder: Path, resume_step: int, progress: LiveProgress | PlainProgress) -> _Outputs:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from dinocell.models.config import VARIANTS
+from dinocell.runtime.schedules import Freeze
 from dinocell.ssl.masking import MaskingConfig
-from dinocell.ssl.schedules import Freeze, Schedules
+from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.view_plan import ViewsConfig
 
 

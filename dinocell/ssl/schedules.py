@@ -1,73 +1,9 @@
-"""How a number changes over a run: held, then a linear warm-up, a cosine, and constant to the end.
-
-One form serves the learning rate, the weight decay, the teacher's momentum and temperature, the weights of losses, and
-what is frozen at the beginning. A value depends on the step and the length of the run alone.
-"""
+"""The schedules of a pretraining run."""
 
 import math
 from dataclasses import dataclass, field
 
-from dinocell.errors import ConfigError
-
-Span = int | float
-"""A stretch of a run: an integer is a number of steps, a number with a decimal point a fraction of the run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A value over a run, as a recipe writes it.
-
-    =============  ==================================================================================
-    ``hold``       at ``start``
-    ``warmup``     linearly from ``start`` to ``peak``, which it reaches with the step after
-    ``cosine``     along half a cosine from ``peak`` to ``end``; null: for the rest of the run
-    then           at ``end``
-    =============  ==================================================================================
-
-    ``hold``, ``warmup`` and ``cosine`` are steps (integers) or fractions of the run (0.1). Only ``peak``: a constant.
-    Without ``end`` the value stays at ``peak``; such a run can be made longer and no value so far changes. A cosine
-    longer than what is left of the run is cut off. ``start`` is 0 unless given.
-    """
-
-    peak: float
-    start: float = 0.0
-    end: float | None = None
-    hold: int | float = 0
-    warmup: int | float = 0
-    cosine: int | float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("peak", self.peak), ("start", self.start), ("end", self.end)):
-            if value is not None and not math.isfinite(value):
-                raise ConfigError(f"{name}: expected a finite number, got {value}")
-        for name, span, most in (("hold", self.hold, 1), ("warmup", self.warmup, 1), ("cosine", self.cosine, math.inf)):
-            if span is None:
-                continue
-            if not (span >= 0 and math.isfinite(span)):
-                raise ConfigError(f"{name}: expected at least 0, got {span}")
-            if isinstance(span, float) and span > most:
-                raise ConfigError(
-                    f"{name}: expected a fraction of the run, at most 1.0, got {span}; write steps without a point"
-                )
-        if self.cosine is not None and self.end is None:
-            raise ConfigError("cosine: set where it goes to (end), or leave it out")
-        if self.cosine == 0:
-            raise ConfigError("cosine: expected more than 0 steps; leave out cosine and end for a constant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Freeze:
-    """What does not learn at first: a factor of 0 for ``hold``, then rising linearly to 1 over ``warmup``."""
-
-    hold: int | float = 0
-    warmup: int | float = 0
-
-    def __post_init__(self) -> None:
-        self.factor()  # refuses what a schedule refuses
-
-    def factor(self) -> Schedule:
-        """Return the factor on the learning rate as a schedule."""
-        return Schedule(peak=1.0, hold=self.hold, warmup=self.warmup)
+from dinocell.runtime.schedules import Freeze, Schedule, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,58 +24,6 @@ class Schedules:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay", "local_weight", "gram_weight"):
-            _check_range(name, getattr(self, name), 0.0, math.inf)
-        _check_range("teacher_momentum", self.teacher_momentum, 0.0, 1.0)
-        _check_range("teacher_temperature", self.teacher_temperature, 1e-4, math.inf)
-
-
-def value_at(schedule: Schedule, step: int, num_steps: int) -> float:
-    """Return the value of a step.
-
-    Parameters
-    ----------
-    step
-        From 0 to ``num_steps - 1``; steps before or after are errors.
-    num_steps
-        Length of the run.
-
-    Raises
-    ------
-    ValueError
-        If the run has no such step.
-    ConfigError
-        If what comes before the cosine does not fit into the run.
-    """
-    if not 0 <= step < num_steps:
-        raise ValueError(f"step: expected 0 to {num_steps - 1}, got {step}")
-    hold, warmup = num_steps_of(schedule.hold, num_steps), num_steps_of(schedule.warmup, num_steps)
-    if hold + warmup > num_steps:
-        raise ConfigError(f"hold and warmup are {hold} + {warmup} steps, the run has {num_steps}: make them shorter")
-    if step < hold:
-        return schedule.start
-    if step < hold + warmup:
-        return schedule.start + (schedule.peak - schedule.start) * (step - hold) / warmup
-    if schedule.end is None:
-        return schedule.peak
-    rest = num_steps - hold - warmup
-    cosine = rest if schedule.cosine is None else max(1, num_steps_of(schedule.cosine, num_steps))
-    done = step - hold - warmup
-    if done >= cosine - 1:  # the last step of the cosine, and all that follow, are at the end exactly
-        return schedule.end if cosine > 1 or done > 0 else schedule.peak
-    return schedule.end + (schedule.peak - schedule.end) * 0.5 * (1 + math.cos(math.pi * done / (cosine - 1)))
-
-
-def num_steps_of(span: Span, num_steps: int) -> int:
-    """Return a span in steps: integers as they are, fractions of the run rounded to the nearest step."""
-    return span if isinstance(span, int) else round(span * num_steps)
-
-
-def _check_range(name: str, schedule: Schedule, low: float, high: float) -> None:
-    values = [schedule.peak]
-    if schedule.hold or schedule.warmup:
-        values.append(schedule.start)
-    if schedule.end is not None:
-        values.append(schedule.end)
-    for value in values:
-        if not low <= value <= high:
-            raise ConfigError(f"{name}: expected values from {low:g} to {high:g}, got {value}")
+            check_range(name, getattr(self, name), 0.0, math.inf)
+        check_range("teacher_momentum", self.teacher_momentum, 0.0, 1.0)
+        check_range("teacher_temperature", self.teacher_temperature, 1e-4, math.inf)

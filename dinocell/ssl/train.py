@@ -28,11 +28,11 @@ from dinocell.runtime.optim import (
     update_teacher,
 )
 from dinocell.runtime.run import Run
+from dinocell.runtime.schedules import value_at
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.masking import PatchMasks, draw_masks
 from dinocell.ssl.monitors import feature_spread, target_use
 from dinocell.ssl.pictures import draw_views
-from dinocell.ssl.schedules import value_at
 from dinocell.ssl.student_teacher import StepOutput, StudentTeacher
 from dinocell.ssl.view_plan import ViewsConfig, plan_views
 from dinocell.ssl.views import Views, channel_levels, make_views

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dinocell.configs.load import load_config, to_yaml
 from dinocell.errors import ConfigError
-from dinocell.ssl.schedules import Freeze, Schedule, Schedules, value_at
+from dinocell.runtime.schedules import Freeze, Schedule, value_at
+from dinocell.ssl.schedules import Schedules
 
 
 def whole(schedule: Schedule, num_steps: int) -> np.ndarray:

@@ -1,0 +1,282 @@
+"""What a fine-tuning recipe holds."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dinocell.finetune.preprocess import Target
+from dinocell.models.config import VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images and cells come from: ``sets``, or ``images`` and ``masks``.
+
+    Attributes
+    ----------
+    sets
+        Labelled sets: folders that `dinocell dataset` made, or SAMCell's own.
+    weights
+        How often each set is to come; null: as often as it has images.
+    images, masks
+        Straight from a folder, without a set: two patterns of paths, as ``mine/images/{name}.tif`` and
+        ``mine/masks/{name}.png``, or two folders whose files have the same names but for the suffix.
+    encoding
+        What masks are: ``labels`` (one number a cell), ``regions`` (regions of one colour).
+    channel
+        For images of several channels: a number, a name, or ``mean``.
+    validation_share
+        Share of the images that are kept for validation, whole images, drawn by ``seed``; at least one.
+    validation_sets
+        Labelled sets for validation instead.
+    crops_per_image
+        Crops of each image an epoch; null: as many as it takes to cover a typical image once.
+    strict
+        Stop at the first pair of image and mask that cannot be used, instead of leaving it out and saying so.
+    """
+
+    sets: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
+    images: str | None = None
+    masks: str | None = None
+    encoding: Literal["labels", "regions"] = "labels"
+    channel: str | None = None
+    validation_share: float = 0.1
+    validation_sets: tuple[str, ...] = ()
+    crops_per_image: int | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.sets) == bool(self.images):
+            raise ValueError("set either sets, or images and masks" + ("; got both" if self.sets else ""))
+        if bool(self.images) != bool(self.masks):
+            raise ValueError("images and masks go together; one of them is missing")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share: expected more than 0 and less than 1, got {self.validation_share}")
+        if self.weights is not None and len(self.weights) != len(self.sets):
+            raise ValueError(f"weights: expected one a set, {len(self.sets)}, got {len(self.weights)}")
+        if self.crops_per_image is not None and self.crops_per_image < 1:
+            raise ValueError(f"crops_per_image: expected at least 1, got {self.crops_per_image}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The segmenter.
+
+    Attributes
+    ----------
+    size, patch_size
+        Of the vision transformer; see the table of variants.
+    weights
+        Backbone: any source of `load_backbone`. Null with ``pretrained``: Meta's DINOv3 release of that size.
+    pretrained
+        False: random weights, on purpose.
+    segmenter
+        Go on from a segmenter instead; size, patch size and weights are its own.
+    freeze_backbone
+        The backbone never changes.
+    blocks
+        Four blocks whose tokens the decoder gets; null: spread over the depth.
+    """
+
+    size: str = "small"
+    patch_size: int = 8
+    weights: str | None = None
+    pretrained: bool = True
+    segmenter: str | None = None
+    freeze_backbone: bool = True
+    blocks: tuple[int, int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size not in VARIANTS:
+            raise ValueError(f"size: expected one of {', '.join(VARIANTS)}, got {self.size}")
+        if self.weights is not None and not self.pretrained:
+            raise ValueError("pretrained=false means random weights: leave out weights, or pretrained=false")
+        if self.segmenter is not None and self.weights is not None:
+            raise ValueError("segmenter and weights: a segmenter has its own backbone; leave out one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Augmentation (SAMCell's); one affine map an image, the cells by nearest neighbour, the target from the cells.
+
+    Attributes
+    ----------
+    crop
+        Side of a crop in pixels.
+    flip, inversion
+        Chances of a mirror image and of inverted grey levels.
+    rotation_deg
+        Largest turn either way.
+    scale, brightness
+        Least and largest factor.
+    with_cells
+        Chance that a crop is drawn around a cell; else anywhere.
+    """
+
+    crop: int = 256
+    flip: float = 0.5
+    rotation_deg: float = 180.0
+    scale: tuple[float, float] = (0.8, 1.2)
+    brightness: tuple[float, float] = (0.95, 1.05)
+    inversion: float = 0.5
+    with_cells: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.crop < 16:
+            raise ValueError(f"crop: expected at least 16, got {self.crop}")
+        for name in ("flip", "inversion", "with_cells"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a chance from 0 to 1, got {getattr(self, name)}")
+        for name in ("scale", "brightness"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: expected 0 < least <= largest, got {low} and {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Mean squared error of the maps, and what may be added to it.
+
+    Attributes
+    ----------
+    foreground_weight
+        Extra weight of pixels inside cells; 0: all count alike.
+    gradient_weight
+        Weight of the squared error of the maps' differences between neighbouring pixels, which sharpens valleys.
+    """
+
+    foreground_weight: float = 0.0
+    gradient_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("foreground_weight", "gradient_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (SAMCell's values) with linear warm-up and a cosine to 0.
+
+    Attributes
+    ----------
+    learning_rate, backbone_learning_rate
+        At the peak; the second only counts where the backbone is not frozen.
+    layer_decay
+        Factor on the learning rate from each block of the backbone to the one below.
+    warmup_steps
+        Steps of the warm-up, at most a tenth of the run.
+    clip
+        Largest gradient norm of backbone and decoder each.
+    ema
+        Share of the moving average of the weights that a step keeps, for validation and the files; 0: no average.
+    max_bad_steps
+        So many steps in a row without a finite loss and gradient end the run. Such steps change no weight.
+    """
+
+    learning_rate: float = 1e-4
+    backbone_learning_rate: float = 1e-5
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 1.0
+    warmup_steps: int = 250
+    clip: float = 1.0
+    ema: float = 0.0
+    max_bad_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected 0 to less than 1, got {self.ema}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingConfig:
+    """When the validation error no longer falls.
+
+    Attributes
+    ----------
+    patience
+        Epochs without an improvement after which the training ends; 0: never.
+    min_delta
+        What counts as an improvement of the validation error.
+    """
+
+    patience: int = 7
+    min_delta: float = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """What must not change the result, but for rounding.
+
+    Attributes
+    ----------
+    device
+        ``auto``: CUDA if there is one.
+    dtype
+        Of matrix products; ``auto``: bfloat16 on CUDA, float32 on the CPU.
+    workers
+        Processes that read and augment ahead.
+    timeout_s
+        How long a rank waits for another.
+    """
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    workers: int = 2
+    timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """A fine-tuning run.
+
+    Attributes
+    ----------
+    output
+        The run folder.
+    epochs
+        Passes over the training images at most; see ``stopping``.
+    batch_size
+        Crops a step, over all ranks. Null: 8 with a frozen backbone, else 4.
+    target
+        ``distance`` (to the cell's boundary) or ``flows`` (Cellpose's flows and the chance of a cell).
+    log_every, picture_every
+        Steps between numbers; epochs between pictures.
+    validate_every, score_every
+        Epochs between validation errors, and between scores of segmented validation images.
+    checkpoint_every
+        Epochs between training states.
+    """
+
+    output: Path
+    data: DataConfig
+    seed: int = 0
+    epochs: int = 100
+    batch_size: int | None = None
+    target: Target = "distance"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    log_every: int = 10
+    picture_every: int = 5
+    validate_every: int = 1
+    score_every: int = 5
+    checkpoint_every: int = 1
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        names = ("epochs", "log_every", "picture_every", "validate_every", "score_every", "checkpoint_every")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+
+    @property
+    def crops_a_step(self) -> int:
+        """The batch size: as set, or 8 with a frozen backbone, else 4."""
+        return self.batch_size or (8 if self.model.freeze_backbone else 4)

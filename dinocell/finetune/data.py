@@ -1,0 +1,272 @@
+"""Labelled sets as a stream of crops: which image comes when, the split, and the loader.
+
+A crop follows from the seed and its number in the run alone: neither the workers nor the number of ranks change it,
+and a run that goes on at a step sees what it would have seen.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dinocell.data_shards.flows import labels_to_flows
+from dinocell.data_shards.labelled import LabelledImage, LabelledSet, open_labelled
+from dinocell.data_shards.labelled_build import build_labelled
+from dinocell.data_shards.labelled_sources import folder_pairs
+from dinocell.data_shards.picture import percentile_range, to_uint8
+from dinocell.errors import DinocellError
+from dinocell.finetune.augment import Crop, cut, plain
+from dinocell.finetune.config import AugmentConfig, DataConfig
+from dinocell.finetune.preprocess import Levels, SegmenterSettings, equalised, grey_of, levels_of
+from dinocell.runtime.atomic import write_atomically
+
+# Images that a worker keeps prepared: a small set is prepared once, of a large one little is kept.
+_KEPT_IMAGES = 64
+
+
+class Examples(NamedTuple):
+    """Crops ready for the network, and their target maps."""
+
+    images: Float[Tensor, "b 1 s s"]
+    targets: Float[Tensor, "b k s s"]
+
+
+class Chosen(NamedTuple):
+    """An image of one of several sets."""
+
+    data_set: int
+    image: int
+
+
+class Split(NamedTuple):
+    """The images to learn from and to validate on; the latter may lie in sets of their own."""
+
+    sets: tuple[LabelledSet, ...]
+    training: tuple[Chosen, ...]
+    validation: tuple[Chosen, ...]
+
+    def validation_images(self) -> list[LabelledImage]:
+        """Open the validation images."""
+        return [self.sets[chosen.data_set][chosen.image] for chosen in self.validation]
+
+
+def open_sets(config: DataConfig, folder: Path) -> list[Path]:
+    """Return the folders of the labelled sets; images and masks given as patterns become one below ``folder``.
+
+    Raises
+    ------
+    DinocellError
+        If nothing can be used, or, with ``strict``, if anything cannot.
+    """
+    if config.images is None or config.masks is None:
+        return [Path(each) for each in config.sets]
+    output = folder / "labelled"
+    if not (output / "dataset.json").exists():
+        root, images, masks = _patterns(config.images, config.masks)
+        pairs = folder_pairs(root, images=images, masks=masks, encoding=config.encoding)
+        channel = int(config.channel) if config.channel and config.channel.isdecimal() else config.channel
+        build_labelled(pairs, output, source=str(root), channel=channel, strict=config.strict)
+    return [output]
+
+
+def _patterns(images: str, masks: str) -> tuple[Path, str, str]:
+    """Return a common folder and two patterns below it."""
+    parts = []
+    for pattern in (images, masks):
+        path = Path(pattern).absolute()
+        parts.append((path if "{" in pattern else path / "{name}.*").parts)
+    shared = 0
+    while all(shared < len(each) - 1 for each in parts) and parts[0][shared] == parts[1][shared]:
+        if "{" in parts[0][shared] or "*" in parts[0][shared]:
+            break
+        shared += 1
+    root = Path(*parts[0][:shared])
+    if not root.is_dir():
+        raise DinocellError(f"data.images, data.masks: no folder {root}")
+    below = ["/".join(each[shared:]) for each in parts]
+    return root, below[0], below[1]
+
+
+def split(sets: Sequence[Path], config: DataConfig, *, seed: int, record: Path | None) -> Split:
+    """Divide the images, drawn by ``seed``, and write who is where to ``record``.
+
+    Raises
+    ------
+    DinocellError
+        If there are too few images to divide.
+    """
+    opened = [open_labelled(folder) for folder in sets]
+    training = [Chosen(number, image) for number, each in enumerate(opened) for image in range(len(each))]
+    if config.validation_sets:
+        others = [open_labelled(folder) for folder in config.validation_sets]
+        validation = [Chosen(len(opened) + n, image) for n, each in enumerate(others) for image in range(len(each))]
+        opened += others
+    else:
+        if len(training) < 2:
+            raise DinocellError(
+                f"{', '.join(map(str, sets))}: one image cannot be divided into training and validation; "
+                "add images, or set data.validation_sets"
+            )
+        order = np.random.default_rng([seed, 0x5B117]).permutation(len(training))
+        number = min(len(training) - 1, max(1, round(config.validation_share * len(training))))
+        validation = [training[index] for index in sorted(order[:number])]
+        training = [training[index] for index in sorted(order[number:])]
+    if record is not None:
+        names = {
+            kind: [f"{opened[c.data_set].folder}: {opened[c.data_set].names[c.image]}" for c in chosen]
+            for kind, chosen in (("training", training), ("validation", validation))
+        }
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
+    return Split(tuple(opened), tuple(training), tuple(validation))
+
+
+class Crops(Dataset[Examples]):
+    """The crops of a run by their number; crop ``n`` is the same whenever and wherever it is made.
+
+    Parameters
+    ----------
+    weights
+        How often each set is to come; None: as often as it has images.
+    crops_per_image
+        Of the typical image an epoch.
+    """
+
+    def __init__(
+        self,
+        divided: Split,
+        settings: SegmenterSettings,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        crops_per_image: int | None = None,
+    ) -> None:
+        self._divided, self._settings, self._augment, self._seed = divided, settings, augment, seed
+        members: dict[int, list[Chosen]] = {}
+        for chosen in divided.training:
+            members.setdefault(chosen.data_set, []).append(chosen)
+        self._members = list(members.values())
+        if crops_per_image is None:
+            sides = [divided.sets[c.data_set][c.image].labels.shape for c in divided.training[:16]]
+            area = float(np.median([height * width for height, width in sides]))
+            crops_per_image = max(1, round(area / augment.crop**2))
+        total = crops_per_image * len(divided.training)
+        shares = np.array([len(each) for each in self._members] if weights is None else list(weights), float)
+        self._quotas = np.maximum(1, np.rint(total * shares / shares.sum())).astype(int)
+        self._prepare = lru_cache(maxsize=_KEPT_IMAGES)(self._prepare_anew)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self._divided, self._settings, self._augment, self._seed, self._members, self._quotas)
+
+    @property
+    def epoch_length(self) -> int:
+        """Crops an epoch."""
+        return int(self._quotas.sum())
+
+    def __getitem__(self, number: int) -> Examples:
+        image, labels, levels = self._prepare(self.chosen(number))
+        generator = np.random.default_rng([self._seed, 1, number])
+        return example(cut(image, labels, self._augment, generator), levels, self._settings)
+
+    def chosen(self, number: int) -> Chosen:
+        """Return the image that a crop is cut from: each comes once before any comes twice."""
+        epoch, within = divmod(number, self.epoch_length)
+        order = _shuffled(self._seed, 2, epoch, self.epoch_length)
+        slot = int(order[within])
+        data_set = int(np.searchsorted(np.cumsum(self._quotas), slot, side="right"))
+        nth = epoch * int(self._quotas[data_set]) + slot - int(self._quotas[:data_set].sum())
+        members = self._members[data_set]
+        turn, index = divmod(nth, len(members))
+        return members[int(_shuffled(self._seed, 3 + data_set, turn, len(members))[index])]
+
+    def _prepare_anew(self, chosen: Chosen) -> tuple[np.ndarray, np.ndarray, Levels]:
+        return prepared(self._divided.sets[chosen.data_set][chosen.image], self._settings)
+
+
+def _rebuild(divided: Split, settings: SegmenterSettings, augment: AugmentConfig, seed: int, *rest: object) -> Crops:
+    """Unpickle for a worker, which opens the files again and starts with nothing prepared."""
+    crops = Crops(divided, settings, augment, seed=seed, crops_per_image=1)
+    crops._members, crops._quotas = rest  # type: ignore[assignment]
+    return crops
+
+
+@lru_cache(maxsize=16)
+def _shuffled(seed: int, stream: int, turn: int, length: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, turn]).permutation(length)
+
+
+def prepared(image: LabelledImage, settings: SegmenterSettings) -> tuple[np.ndarray, np.ndarray, Levels]:
+    """Return equalised grey levels, the cells as int32, and how levels come to the convention."""
+    grey = grey_of(np.asarray(image.pixels))
+    low, high = percentile_range(grey, *settings.percentiles)
+    levels = equalised(to_uint8(grey, low, high), settings)
+    return levels, np.ascontiguousarray(image.labels, dtype=np.int32), levels_of(levels, settings)
+
+
+def example(crop: Crop, levels: Levels, settings: SegmenterSettings) -> Examples:
+    """Turn a crop into a network's input and target, without a batch dimension of its own (b = 1)."""
+    if crop.inverted and settings.convention == "standardised":
+        levels = Levels(255 - levels.zero, levels.unit)
+    if settings.target == "flows":
+        maps = labels_to_flows(crop.labels)
+        inner = slice(crop.context, crop.context + crop.image.shape[0])
+        target = np.ascontiguousarray(maps[:, inner, inner])
+    else:
+        target = crop.distance()[None]
+    return Examples(torch.from_numpy(levels.apply(crop.image))[None, None], torch.from_numpy(target)[None])
+
+
+def loader(
+    crops: Crops,
+    *,
+    first_step: int,
+    last_step: int,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    workers: int,
+    pin_memory: bool = False,
+) -> "DataLoader[Examples]":
+    """Return the batches of this rank for the steps from ``first_step`` (counted from 0) to before ``last_step``.
+
+    ``batch_size`` is that of all ranks; a rank takes every ``ranks``-th crop of it.
+    """
+    steps = range(first_step, last_step)
+    numbers = [list(range(step * batch_size + rank, (step + 1) * batch_size, ranks)) for step in steps]
+    return DataLoader(
+        crops,
+        batch_sampler=numbers,
+        num_workers=workers,
+        collate_fn=joined,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def joined(examples: Sequence[Examples]) -> Examples:
+    """Stack examples to a batch."""
+    return Examples(*(torch.cat(parts) for parts in zip(*examples, strict=True)))
+
+
+def validation_batches(
+    images: Sequence[LabelledImage], settings: SegmenterSettings, *, crop: int, batch_size: int
+) -> Iterator[Examples]:
+    """Yield the crops of whole images, without augmentation, in batches."""
+    waiting: list[Examples] = []
+    for image in images:
+        pixels, labels, levels = prepared(image, settings)
+        for each in plain(pixels, labels, crop):
+            waiting.append(example(each, levels, settings))
+            if len(waiting) == batch_size:
+                yield joined(waiting)
+                waiting = []
+    if waiting:
+        yield joined(waiting)
