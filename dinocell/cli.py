@@ -1,7 +1,7 @@
 """The one command line: ``dinocell COMMAND``, ``python -m dinocell COMMAND`` or ``python -m dinocell.cli COMMAND``.
 
 Parsers are built from the standard library alone; each command imports its stage when it runs. Exit codes: 0 done,
-1 a bug (with traceback), 2 the user's mistake (one line), 130 interrupted.
+1 a bug (with traceback) or some images failed (listed), 2 the user's mistake (one line), 130 interrupted.
 """
 
 import argparse
@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from dinocell import __version__
 from dinocell.data_shards import dataset_command, shards_command
 from dinocell.errors import DinocellError
+from dinocell.eval import segment_command
+from dinocell.finetune import finetune_command
 from dinocell.ssl import pretrain_command
 
 
@@ -50,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     shards_command.register(commands)
     dataset_command.register(commands)
     pretrain_command.register(commands)
+    finetune_command.register(commands)
+    segment_command.register(commands)
     _add_info(commands)
     _add_export(commands)
     return parser

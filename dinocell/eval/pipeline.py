@@ -1,15 +1,232 @@
 """From an image to labelled cells in one call.
 
-The name is reserved here so that code can be written against it; the pipeline itself is not in this version.
+::
+
+    model = DINOCell.from_pretrained("segmenter.pt")
+    labels = DINOCellPipeline(model).run(image)
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, overload
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int32, Real, Shaped
+
+from dinocell.data_shards.picture import COLOURS, Picture
+from dinocell.errors import DinocellError, ImageError
+from dinocell.eval.watershed import checked_thresholds, distance_to_labels
+from dinocell.eval.windows import predict
+from dinocell.finetune.model import DINOCell
+from dinocell.finetune.preprocess import prepare
+
+# Channels are told from rows by their number: no microscope takes pictures of fewer rows.
+_MOST_CHANNELS = 16
+# Pixel sizes that differ by less are taken as they are: resampling would cost more than it gives.
+_SAME_SCALE = 0.02
+
+
+class Segmentation(NamedTuple):
+    """What was found in an image: cells, ids from 1 without gaps, and the map that they were cut from."""
+
+    labels: Int32[np.ndarray, "h w"]
+    distance: Float32[np.ndarray, "h w"]
 
 
 class DINOCellPipeline:
-    """Segment images with a `dinocell.DINOCell`. Reserved: constructing it says that this version does not have it."""
+    """Segment images with a segmenter.
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        raise NotImplementedError(
-            "DINOCellPipeline is not in this version of dinocell: it comes with the segment command, after fine-tuning"
+    Parameters
+    ----------
+    model
+        A `dinocell.DINOCell` of target ``distance``; put on ``device`` and into eval mode.
+    device
+        None: CUDA if there is one, else the CPU.
+    crop_size
+        Side of the windows that the network sees.
+    cells_max, cell_fill
+        Thresholds; None: those stored in the model.
+    stride
+        From window to window; None: ``crop_size - 64`` (SAMCell's).
+    batch_size
+        Windows at a time.
+    """
+
+    def __init__(
+        self,
+        model: DINOCell,
+        device: str | torch.device | None = None,
+        crop_size: int = 256,
+        cells_max: int | float | None = None,
+        cell_fill: int | float | None = None,
+        *,
+        stride: int | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        if model.target != "distance":
+            raise DinocellError(f"expected a segmenter by distance maps, this one was trained for {model.target}")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.crop_size, self.stride, self.batch_size = crop_size, stride, batch_size
+        settings = model.settings
+        self.cells_max, self.cell_fill = checked_thresholds(
+            settings.cells_max if cells_max is None else cells_max,
+            settings.cell_fill if cell_fill is None else cell_fill,
         )
+
+    @overload
+    def run(
+        self,
+        image: Shaped[np.ndarray, "..."],
+        return_dist_map: Literal[False] = False,
+        cells_max: int | float | None = None,
+        cell_fill: int | float | None = None,
+        *,
+        channel: int | None = None,
+        pixel_size_um: int | float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray: ...
+
+    @overload
+    def run(
+        self,
+        image: Shaped[np.ndarray, "..."],
+        return_dist_map: Literal[True],
+        cells_max: int | float | None = None,
+        cell_fill: int | float | None = None,
+        *,
+        channel: int | None = None,
+        pixel_size_um: int | float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Segmentation: ...
+
+    def run(
+        self,
+        image: Shaped[np.ndarray, "..."],
+        return_dist_map: bool = False,
+        cells_max: int | float | None = None,
+        cell_fill: int | float | None = None,
+        *,
+        channel: int | None = None,
+        pixel_size_um: int | float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Int32[np.ndarray, "h w"] | Segmentation:
+        """Return the cells of an image, int32 (h w), and with ``return_dist_map`` the map too.
+
+        Parameters
+        ----------
+        image
+            (h w), (c h w) or (h w c), of any real type; RGB with or without alpha.
+        cells_max, cell_fill
+            For this call alone.
+        channel
+            Of several channels the one to look at; None: their mean, each brought to its own range first.
+        pixel_size_um
+            Of the image. If the model knows the size that it was trained at, the image is scaled to that, and the
+            labels back.
+        progress
+            Called after each batch with the windows that are done and their total.
+
+        Raises
+        ------
+        ImageError
+            If the image is empty, of another shape, or not finite.
+        DinocellError
+            If thresholds are out of range.
+        """
+        distance = self.distance(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
+        labels = self.cells(distance, cells_max=cells_max, cell_fill=cell_fill)
+        return Segmentation(labels, distance) if return_dist_map else labels
+
+    def run_batch(self, images: Sequence[Shaped[np.ndarray, "..."]]) -> list[np.ndarray]:
+        """Return the cells of several images, which may differ in size."""
+        return [self.run(image) for image in images]
+
+    def run_batch_thresholds(
+        self, images: Sequence[Shaped[np.ndarray, "..."]], thresholds: Sequence[tuple[float, float]]
+    ) -> list[list[np.ndarray]]:
+        """Return for each pair (cells_max, cell_fill) the cells of every image; the network sees each image once."""
+        maps = [self.distance(image) for image in images]
+        return [[self.cells(each, cells_max=peak, cell_fill=fill) for each in maps] for peak, fill in thresholds]
+
+    def distance(
+        self,
+        image: Shaped[np.ndarray, "..."],
+        *,
+        channel: int | None = None,
+        pixel_size_um: int | float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Float32[np.ndarray, "h w"]:
+        """Return the distance map of an image; parameters as for `run`."""
+        plane = _one_plane(image, channel)
+        scale = self._scale(pixel_size_um)
+        prepared = prepare(_scaled(plane, scale), self.model.settings)
+        maps = predict(
+            prepared[None],
+            self.model,
+            window=self.crop_size,
+            stride=self.stride,
+            batch_size=self.batch_size,
+            device=self.device,
+            progress=progress,
+        )
+        found = np.clip(maps[0], 0, 1)
+        return found if scale == 1 else _resized(found, plane.shape)
+
+    def cells(
+        self,
+        distance: Float32[np.ndarray, "h w"],
+        *,
+        cells_max: int | float | None = None,
+        cell_fill: int | float | None = None,
+    ) -> Int32[np.ndarray, "h w"]:
+        """Return the cells of a distance map, by the model's settings unless told otherwise."""
+        settings = self.model.settings
+        return distance_to_labels(
+            distance,
+            cells_max=self.cells_max if cells_max is None else cells_max,
+            cell_fill=self.cell_fill if cell_fill is None else cell_fill,
+            merge_px=settings.merge_px,
+            min_area_px=settings.min_area_px,
+        )
+
+    def _scale(self, pixel_size_um: int | float | None) -> float:
+        trained = self.model.settings.pixel_size_um
+        if pixel_size_um is None or trained is None:
+            return 1.0
+        if not pixel_size_um > 0:
+            raise DinocellError(f"pixel_size_um: expected more than 0, got {pixel_size_um}")
+        scale = float(pixel_size_um) / trained
+        return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
+
+
+def _one_plane(image: np.ndarray, channel: int | None) -> Real[np.ndarray, "h w"]:
+    if image.size == 0 or image.ndim not in (2, 3):
+        raise ImageError(f"expected an image (h w), (c h w) or (h w c), got an array of shape {image.shape}")
+    if image.ndim == 2:
+        if channel not in (None, 0):
+            raise ImageError(f"channel {channel}: the image has one channel, number 0")
+        plane: np.ndarray = image
+        return plane
+    if image.shape[0] > _MOST_CHANNELS and image.shape[2] <= _MOST_CHANNELS:
+        image = np.moveaxis(image, 2, 0)
+    if image.shape[0] > _MOST_CHANNELS:
+        raise ImageError(f"expected at most {_MOST_CHANNELS} channels, got an array of shape {image.shape}")
+    names = COLOURS if len(image) == 3 else (*COLOURS, "alpha") if len(image) == 4 and image.dtype == np.uint8 else ()
+    picture = Picture(pixels=image, channel_names=names)
+    chosen: np.ndarray = (picture.mean() if channel is None else picture.select(channel)).pixels[0]
+    return chosen
+
+
+def _scaled(plane: np.ndarray, scale: float) -> np.ndarray:
+    if scale == 1:
+        return plane
+    height, width = (max(1, round(side * scale)) for side in plane.shape)
+    return _resized(plane.astype(np.float32), (height, width))
+
+
+def _resized(plane: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    import cv2
+
+    method = cv2.INTER_AREA if size[0] < plane.shape[0] else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(plane, (size[1], size[0]), interpolation=method))

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dinocell.finetune.preprocess import Target
 from dinocell.models.config import VARIANTS
 
 
@@ -241,7 +240,7 @@ class FinetuneConfig:
     batch_size
         Crops a step, over all ranks. Null: 8 with a frozen backbone, else 4.
     target
-        ``distance`` (to the cell's boundary) or ``flows`` (Cellpose's flows and the chance of a cell).
+        ``distance``: each pixel's distance to its cell's boundary over the cell's largest. The only one so far.
     log_every, picture_every
         Steps between numbers; epochs between pictures.
     validate_every, score_every
@@ -255,7 +254,7 @@ class FinetuneConfig:
     seed: int = 0
     epochs: int = 100
     batch_size: int | None = None
-    target: Target = "distance"
+    target: Literal["distance"] = "distance"
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -187,13 +187,15 @@ class _Training:
             run.log(step, metrics)
             if rest == 0 and epoch % self.config.checkpoint_every == 0:
                 self.save()
-            if stop.agreed():
+            patience = self.config.stopping.patience
+            is_done = step == self.total_steps or (patience and self.progress["stale"] >= patience)
+            if stop.agreed() and not is_done:
                 self.save()
                 self.checkpointer.wait()
                 if self.world.is_main:
                     stop.finish()
                 raise RunStopped(f"stopped after step {step} ({stop.reason}); the same command goes on from there")
-            if self.config.stopping.patience and self.progress["stale"] >= self.config.stopping.patience:
+            if is_done and step < self.total_steps:
                 run.note(f"the validation error has not fallen for {self.progress['stale']} epochs: done")
                 break
 

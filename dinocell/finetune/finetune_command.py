@@ -1,0 +1,36 @@
+"""``dinocell finetune``: labelled images and a backbone become a segmenter."""
+
+import argparse
+from typing import Any
+
+
+def register(subparsers: Any) -> None:
+    """Add ``finetune`` to the commands."""
+    summary = "train a segmenter on labelled images, from a backbone or another segmenter"
+    parser = subparsers.add_parser(
+        "finetune",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="example:\n"
+        "  dinocell finetune own_folder data.images='mine/images/{name}.tif' data.masks='mine/masks/{name}.png' "
+        "model.weights=teacher_checkpoint.pth output=runs/mine\n"
+        "  dinocell finetune generalist data.sets='[datasets/LIVECell-train,datasets/Cellpose-train]' --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a shipped recipe or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="time two steps and say how long the run takes")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.eval.scoring import score_segmenter
+    from dinocell.finetune.config import FinetuneConfig
+    from dinocell.finetune.train import dry_run, finetune
+
+    config = load_config(FinetuneConfig, find_recipe("finetune", options.recipe), options.overrides)
+    if options.dry_run:
+        print(dry_run(config))
+    else:
+        print(f"segmenter: {finetune(config, score=score_segmenter)}")
