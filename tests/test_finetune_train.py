@@ -128,7 +128,7 @@ def test_the_split_is_by_image_fixed_by_the_seed_and_recorded(folder: Path, tmp_
 
 
 def test_one_image_cannot_be_divided(tmp_path: Path, folder: Path) -> None:
-    pairs = folder_pairs(folder, images="images/f0{name}.tif", masks="masks/f0{name}.tif")
+    pairs = folder_pairs(folder, images="images/f0.{name}", masks="masks/f0.{name}")
     build_labelled(pairs, tmp_path / "one")
     with pytest.raises(DinocellError, match="one image cannot be divided"):
         split([tmp_path / "one"], DataConfig(sets=("x",)), seed=0, record=None)
