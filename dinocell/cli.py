@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as interrupt:  # a run that was told to stop says how it goes on
-        print(f"dinocell: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"dinocell: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -100,24 +100,27 @@ def _add_demo(commands: Any) -> None:
     parser = _command(
         commands,
         "demo",
-        "run the road as far as it stands on generated data, in minutes on 2 CPU cores",
-        "dinocell demo quick output=demo seed=1",
+        "go the whole road on generated images or on your own, in minutes on 2 CPU cores",
+        "dinocell demo\n  dinocell demo --data my_images/ --output my_demo",
     )
-    parser.add_argument("recipe", nargs="?", default="quick", help="a shipped recipe or a YAML file (default: quick)")
+    parser.add_argument("recipe", nargs="?", default="standard", help="standard (default), quick, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    parser.add_argument("--data", metavar="FOLDER", help="your images: FOLDER/images and, for scores, FOLDER/masks")
+    parser.add_argument("--output", metavar="FOLDER", help="where everything goes (demo)")
     parser.set_defaults(run=_run_demo)
 
 
 def _run_demo(options: argparse.Namespace) -> None:
     from dinocell.configs.load import find_recipe, load_config
-    from dinocell.demo.old import DemoConfig, run_demo
+    from dinocell.demo.config import DemoConfig
+    from dinocell.demo.run import run_demo
 
     # `dinocell demo seed=1` means the default recipe with an override.
     recipe, overrides = options.recipe, list(options.overrides)
     if "=" in recipe:
-        recipe, overrides = "quick", [recipe, *overrides]
-    config = load_config(DemoConfig, find_recipe("demo", recipe), overrides)
-    print(run_demo(config))
+        recipe, overrides = "standard", [recipe, *overrides]
+    overrides += [f"{key}={getattr(options, key)}" for key in ("data", "output") if getattr(options, key) is not None]
+    print(run_demo(load_config(DemoConfig, find_recipe("demo", recipe), overrides)))
 
 
 def _add_info(commands: Any) -> None:

@@ -1,69 +1,110 @@
-"""The demo, as `make demo` runs it, on smaller fields."""
+"""The demo, as `make demo` runs it, in its shortest form."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from dinocell.demo.old import DemoConfig, channel_consistency
-
-
-def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "dinocell", "demo", "quick", f"output={folder}", "num_fields=2", "field.size=[64,96]"]
-    return subprocess.run([*line, *overrides], capture_output=True, text=True, check=False, env=dict(os.environ))
+from dinocell.data_shards.images import write_labels, write_tiff
+from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.data import FieldCounts, own_material
+from dinocell.errors import DinocellError
 
 
-def test_demo_ends_with_a_picture_and_scores_and_can_be_run_again(tmp_path: Path) -> None:
-    first, again = run(tmp_path / "demo"), run(tmp_path / "demo")
-    for result in (first, again):
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.splitlines()[-1] == f"picture: {tmp_path / 'demo' / 'demo.png'}"
-    picture = np.asarray(Image.open(tmp_path / "demo" / "demo.png"))
-    assert picture.shape == (18 + 2 * 68, 13 * 100 + 4, 3)
-    assert picture.std() > 20
-    last = json.loads((tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert all(-1 <= last[f"consistency/{which}_field"] <= 1 for which in ("same", "different"))
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "dinocell", "demo", "quick", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=dict(os.environ))
 
 
-def test_demo_refuses_fields_that_the_patch_does_not_divide(tmp_path: Path) -> None:
-    result = run(tmp_path / "demo", "field.size=[60,64]")
-    assert result.returncode == 2
-    assert "multiples of the patch size 8" in result.stderr
-    assert not (tmp_path / "demo").exists()
-
-
-def test_demo_looks_through_a_given_checkpoint(tmp_path: Path) -> None:
-    assert run(tmp_path / "demo").returncode == 0
-    result = run(tmp_path / "other", f"weights={tmp_path / 'demo' / 'random_vit16_rgb.pth'}")
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the folder and what was printed of a demo."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    result = run("--output", folder)
     assert result.returncode == 0, result.stderr
-    assert "licence of the backbone" in result.stdout
+    return folder, result.stdout
 
 
-def test_consistency_of_features_that_ignore_the_channel_is_1() -> None:
-    fields = torch.randn(5, 1, 64).expand(5, 3, 64)
-    same, different = channel_consistency(fields)
-    assert same == pytest.approx(1, abs=1e-5)
-    assert different < 0.1
+def test_the_demo_ends_with_scores_and_the_path_of_its_page(demo: tuple[Path, str]) -> None:
+    folder, printed = demo
+    assert printed.splitlines()[-1] == f"report: {folder / 'report.html'}"
+    for name in ("DINOCell", "Otsu + watershed"):
+        [line] = [line for line in printed.splitlines() if line.startswith(f"{name}: SEG")]
+        score = float(line.split("OP_CSB ")[1].split()[0])
+        assert 0 <= score <= 1
 
 
-def test_consistency_equals_a_plain_loop() -> None:
-    features = torch.randn(3, 2, 8, dtype=torch.float64)
-    centred = (features - features.mean((0, 1))).reshape(6, 8).numpy()
-    pairs = {True: [], False: []}
-    for i in range(6):
-        for j in range(6):
-            if i != j:
-                cosine = centred[i] @ centred[j] / np.linalg.norm(centred[i]) / np.linalg.norm(centred[j])
-                pairs[i // 2 == j // 2].append(cosine)
-    assert channel_consistency(features) == pytest.approx((np.mean(pairs[True]), np.mean(pairs[False])))
+def test_the_page_holds_everything_itself(demo: tuple[Path, str]) -> None:
+    page = (demo[0] / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") >= 2 + 2 + 2 * 4 - 1
+    assert all(source.startswith("data:image/png;base64,") for source in page.split('<img src="')[1:])
+    assert "http" not in page.replace("http-equiv", "")
 
 
-def test_one_field_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="num_fields"):
-        DemoConfig(num_fields=1)
+def test_a_second_call_keeps_what_is_done(demo: tuple[Path, str]) -> None:
+    folder = demo[0]
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("**/*.pth")} | {
+        path: path.stat().st_mtime_ns for path in folder.glob("finetune/*.pt")
+    }
+    (folder / "report.html").unlink()
+    assert run("--output", folder).returncode == 0
+    assert (folder / "report.html").exists()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(demo: tuple[Path, str]) -> None:
+    result = run("--output", demo[0], "seed=5")
+    assert result.returncode == 2
+    assert "other settings" in result.stderr
+
+
+def test_nothing_that_is_scored_was_in_a_training(demo: tuple[Path, str]) -> None:
+    split = json.loads((demo[0] / "finetune" / "split.json").read_text())
+    assert not any("unseen" in name for names in split.values() for name in names)
+    shards = [json.loads(path.read_text()) for path in demo[0].glob("shards/*labelled/manifest.json")]
+    assert sum(manifest["num_samples"] for manifest in shards) == 8 + 4
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    folder = tmp_path / "mine"
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for number in range(5):
+        made = make_field(number, SyntheticConfig(size=(96, 96), channels=("DNA", "ER"), num_cells=(3, 6)))
+        write_tiff(folder / "images" / f"n{number}.ome.tif", made.pixels, channel_names=made.channel_names)
+        write_labels(folder / "masks" / f"n{number}.png.tif", made.labels)
+    return folder
+
+
+def test_own_images_are_divided_and_the_unseen_ones_stay_out_of_the_shards(own: Path, tmp_path: Path) -> None:
+    material = own_material(own, tmp_path / "out", workers=1)
+    manifest = json.loads((material.shards[0] / "manifest.json").read_text())
+    assert manifest["num_samples"] == 4
+    assert [path.name for path in material.unseen_images] == ["n0.ome.tif"]
+    assert material.channels == ("DNA", "ER")
+    assert material.class_shards is None
+
+
+def test_own_images_without_masks_still_make_shards(own: Path, tmp_path: Path) -> None:
+    shutil.rmtree(own / "masks")
+    material = own_material(own, tmp_path / "out", workers=1)
+    assert material.train is None
+    assert json.loads((material.shards[0] / "manifest.json").read_text())["num_samples"] == 5
+
+
+def test_too_few_images_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    write_tiff(tmp_path / "one" / "a.tif", np.zeros((1, 64, 64), np.uint8))
+    with pytest.raises(DinocellError, match="at least 2 images"):
+        own_material(tmp_path / "one", tmp_path / "out", workers=1)
+
+
+def test_counts_that_cannot_be_used_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 labelled"):
+        FieldCounts(labelled=1)

@@ -69,13 +69,13 @@ def test_nothing_shadows_the_standard_library() -> None:
 
 def recipe_schemas() -> dict[str, tuple[type, list[str]]]:
     """By folder: the schema, and what a user always adds."""
-    from dinocell.demo.old import DemoConfig
+    from dinocell.demo.config import DemoConfig
     from dinocell.finetune.config import FinetuneConfig
     from dinocell.ssl.config import PretrainConfig
 
     return {
         "demo": (DemoConfig, []),
-        "pretrain": (PretrainConfig, ["data.shards=[shards]"]),
+        "pretrain": (PretrainConfig, ["data.shards=[shards]", "output=run"]),
         "finetune": (FinetuneConfig, ["output=run"]),
     }
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,13 @@ class Checkpointer:
         Besides, those whose step this divides stay for good; 0: none.
     is_async
         Write in the background. Each save first waits for the one before.
+    timeout_s
+        How long ranks wait for one another while they write.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, is_async: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, is_async: bool = True, timeout_s: float = 1800.0
+    ) -> None:
         if keep_last < 1 or keep_every < 0:
             raise ValueError(f"expected keep_last >= 1 and keep_every >= 0, got {keep_last} and {keep_every}")
         self._folder = folder
@@ -71,7 +76,7 @@ class Checkpointer:
         self._pending: tuple[Future[Any], Path, Path, str] | None = None
         self._writer: ThreadPoolExecutor | None = None
         # Background writing talks between ranks while the training does: it needs a group of its own, on the host.
-        self._group = None if is_alone() else dist.new_group(backend="gloo")
+        self._group = None if is_alone() else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def save(self, step: int, tensors: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Save a state.
@@ -147,12 +152,8 @@ class Checkpointer:
             try:
                 description = json.loads((path / "state.json").read_text(encoding="utf-8"))
                 self._read(path, tensors, description["ranks"])
-            except Exception as error:
-                if not isinstance(
-                    error, CheckpointException | OSError | ValueError | KeyError | EOFError | RuntimeError
-                ):
-                    raise
-                _log.warning("%s: damaged (%s); taking the one before", path, " ".join(str(error).split())[:160])
+            except (CheckpointException, OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
+                _log.warning("%s: damaged (%s); taking the one before", path, _cause(error))
                 continue
             return Restored(step=description["step"], values=description["values"])
         if found:
@@ -222,6 +223,12 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _cause(error: BaseException) -> str:
+    """Return the last line of what torch tells in many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
 
 
 def _copied(state: Any) -> Any:

@@ -97,6 +97,6 @@ class StopRequest:
         self._previous = {}
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._reason is not None:
+        if number == signal.SIGINT and self._reason == "Ctrl-C":
             raise KeyboardInterrupt
         self.request("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)

@@ -1,0 +1,226 @@
+"""The demo, stage by stage; each leaves its results on the disk, and a demo that was interrupted goes on from there."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from dinocell.configs.load import diff_configs, find_recipe, load_config, read_mapping, to_dict, to_yaml
+from dinocell.data_shards.labelled import LabelledImage, open_labelled
+from dinocell.data_shards.picture import Picture
+from dinocell.data_shards.read import stream
+from dinocell.demo.config import DemoConfig
+from dinocell.demo.data import Material, generate, generated_material, own_material
+from dinocell.demo.report import Result, write_report
+from dinocell.errors import ConfigError
+from dinocell.eval.baseline import otsu_baseline
+from dinocell.eval.consistency import channel_consistency
+from dinocell.eval.ctc import ctc_score
+from dinocell.eval.knn import knn_scores
+from dinocell.eval.pipeline import DINOCellPipeline
+from dinocell.eval.scoring import score_segmenter
+from dinocell.finetune.config import FinetuneConfig
+from dinocell.finetune.model import DINOCell
+from dinocell.finetune.train import finetune
+from dinocell.models.vit import VisionTransformer, variant_config
+from dinocell.models.weights import load_backbone
+from dinocell.runtime.atomic import write_atomically
+from dinocell.ssl.config import PretrainConfig
+from dinocell.ssl.train import pretrain
+
+# Neighbours that vote on the class of a field.
+_NEIGHBOURS = 5
+
+
+def run_demo(config: DemoConfig) -> str:
+    """Run the demo and return a summary that ends with the path of its page.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds a demo with other settings.
+    """
+    start, console = time.monotonic(), Console()
+    _claim(config)
+    output = config.output
+
+    console.print("[1/5] images, shards and labelled sets", highlight=False)
+    material = _material(config)
+    console.print("[2/5] pretraining", highlight=False)
+    teacher = config.weights or str(_pretrain(config, material))
+    console.print("[3/5] what the features know", highlight=False)
+    backbone = load_backbone(teacher, patch_size=8, in_channels=1)
+    probes = {"pretrained": _probe(backbone, material), "random weights": _probe(_random(config, backbone), material)}
+    console.print("[4/5] fine-tuning", highlight=False)
+    model = _finetune(config, material, teacher)
+    console.print("[5/5] segmenting images that no training has seen", highlight=False)
+    results = _segment(model, material) if model is not None else []
+    page = write_report(output / "report.html", output, config, material, probes, results)
+
+    lines = [f"{number} fields in {len(material.channels)} stains" for number in [_count(material)]]
+    for name, (margin, accuracy) in probes.items():
+        known = "" if accuracy is None else f", class of cells by {_NEIGHBOURS} neighbours {accuracy:.2f}"
+        lines.append(
+            f"features, {name}: margin of channel consistency {margin:.3f}{known}" if margin is not None else ""
+        )
+    for name, scores in _scores(results).items():
+        lines.append(
+            f"{name}: SEG {scores[0]:.3f}, DET {scores[1]:.3f}, OP_CSB {scores[2]:.3f} on {len(results)} images"
+        )
+    minutes = (time.monotonic() - start) / 60
+    lines.append(
+        f"segmenter: {output / 'finetune' / 'best.pt'}" if model is not None else "no masks: nothing to learn from"
+    )
+    return "\n".join([*filter(None, lines), f"{minutes:.1f} minutes", f"report: {page}"])
+
+
+def _claim(config: DemoConfig) -> None:
+    """Take the folder, or go on in it if it is of the same demo."""
+    path = config.output / "demo.yaml"
+    if path.exists():
+        differing = diff_configs(read_mapping(path), to_dict(config), ())
+        if differing:
+            raise ConfigError(
+                f"{config.output} holds a demo with other settings ({'; '.join(differing)}); "
+                "remove it, or choose another output"
+            )
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, to_yaml(config))
+
+
+def _material(config: DemoConfig) -> Material:
+    workers = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if config.data is not None:
+        return own_material(config.data, config.output, workers=workers)
+    done = config.output / "images" / "done"
+    if not done.exists():
+        generate(config.output, config.counts, config.field, seed=config.seed, workers=workers, progress=lambda _: None)
+        done.touch()
+    return generated_material(config.output, workers=workers)
+
+
+def _pretrain(config: DemoConfig, material: Material) -> Path:
+    output = config.output / "pretrain"
+    checkpoint = output / "eval" / f"training_{config.pretrain_steps}" / "teacher_checkpoint.pth"
+    if checkpoint.exists():
+        return checkpoint
+    shutil.rmtree(output, ignore_errors=True)  # a few steps: they are taken again
+    policy = "consistency" if len(material.channels) > 1 else "average"
+    shards = ",".join(map(str, material.shards))
+    overrides = [f"output={output}", f"data.shards=[{shards}]", f"steps={config.pretrain_steps}"]
+    overrides += [f"seed={config.seed}", f"views.policy={policy}"]
+    return pretrain(load_config(PretrainConfig, find_recipe("pretrain", "demo"), overrides))
+
+
+def _finetune(config: DemoConfig, material: Material, teacher: str) -> DINOCell | None:
+    if material.train is None:
+        return None
+    overrides = [f"output={config.output / 'finetune'}", f"data.sets=[{material.train}]", f"model.weights={teacher}"]
+    overrides += [f"epochs={config.finetune_epochs}", f"seed={config.seed}"]
+    if config.weights is not None:
+        overrides.append(f"model.size={_size_of(teacher)}")
+    recipe = load_config(FinetuneConfig, find_recipe("finetune", "demo"), overrides)
+    return DINOCell.from_pretrained(finetune(recipe, score=score_segmenter))
+
+
+def _size_of(source: str) -> str:
+    from dinocell.models.config import VARIANTS
+
+    got = load_backbone(source, patch_size=8, in_channels=1).config
+    return next(name for name, known in VARIANTS.items() if (known.width, known.depth) == (got.width, got.depth))
+
+
+def _random(config: DemoConfig, like: VisionTransformer) -> VisionTransformer:
+    torch.manual_seed(config.seed)
+    model = VisionTransformer(variant_config("tiny", patch_size=8, in_channels=1) if like is None else like.config)
+    return model.eval()
+
+
+class Probe(NamedTuple):
+    """Margin of channel consistency, and accuracy of the nearest neighbours; None where there is nothing to measure."""
+
+    margin: float | None
+    accuracy: float | None
+
+
+def _probe(backbone: VisionTransformer, material: Material) -> Probe:
+    margin = accuracy = None
+    if material.class_shards is not None:
+        train, train_classes = _features(backbone, material.class_shards[0])
+        test, test_classes = _features(backbone, material.class_shards[1])
+        names = sorted(set(train_classes) | set(test_classes))
+        number = {name: index for index, name in enumerate(names)}
+        # A field is looked up through each single stain among the means of the others.
+        known = torch.tensor([number[name] for name in train_classes])
+        wanted = torch.tensor([number[name] for name in test_classes])
+        votes = [
+            knn_scores(train.mean(1), known, test[:, channel], ks=[_NEIGHBOURS], num_classes=len(names))[_NEIGHBOURS]
+            for channel in range(test.shape[1])
+        ]
+        accuracy = float(torch.stack([(each.argmax(1) == wanted).float().mean() for each in votes]).mean())
+        margin = channel_consistency(test).margin
+    elif len(material.channels) > 1:
+        features, _ = _features(backbone, material.shards[0])
+        margin = channel_consistency(features).margin if len(features) > 1 else None
+    return Probe(margin, accuracy)
+
+
+@torch.no_grad()
+def _features(backbone: VisionTransformer, shards: Path) -> tuple[torch.Tensor, list[str]]:
+    """Return CLS and mean patch token of every field through every channel alone (b c d), and its class."""
+    rows, classes = [], []
+    for batch in stream(shards, batch_size=1, shuffle=False, stop=_num_samples(shards)):
+        channels = batch.tile(0).to(torch.float32)
+        height, width = (side // 8 * 8 for side in channels.shape[1:])
+        views = channels[:, None, :height, :width]
+        views = (views - views.mean((2, 3), keepdim=True)) / (views.std((2, 3), keepdim=True) + 1e-5)
+        out = backbone(views)
+        rows.append(torch.cat((out.cls, out.patches.mean(1)), dim=1))
+        classes.append(str(batch.infos[0].labels.get("cell_class", "")))
+    return torch.stack(rows), classes
+
+
+def _num_samples(shards: Path) -> int:
+    return int(json.loads((shards / "manifest.json").read_text(encoding="utf-8"))["num_samples"])
+
+
+def _segment(model: DINOCell, material: Material) -> list[Result]:
+    pipeline = DINOCellPipeline(model)
+    results = []
+    assert material.unseen is not None
+    opened = open_labelled(material.unseen)
+    for image in (opened[index] for index in range(len(opened))):
+        plane = _grey(image)
+        found = pipeline.run(plane, return_dist_map=True)
+        reference = np.ascontiguousarray(image.labels, dtype=np.int32)
+        results.append(Result(image.name, plane, reference, found.labels, found.distance, otsu_baseline(plane)))
+    return results
+
+
+def _grey(image: LabelledImage) -> np.ndarray:
+    plane: np.ndarray = (
+        Picture(pixels=np.asarray(image.pixels), channel_names=("red", "green", "blue")).grey().pixels[0]
+    )
+    return plane
+
+
+def _scores(results: Sequence[Result]) -> dict[str, tuple[float, float, float]]:
+    if not results:
+        return {}
+    truth = [result.reference for result in results]
+    found = {
+        "DINOCell": ctc_score(truth, [result.labels for result in results]),
+        "Otsu + watershed": ctc_score(truth, [result.baseline for result in results]),
+    }
+    return {name: (score.seg, score.det, score.op_csb) for name, score in found.items()}
+
+
+def _count(material: Material) -> int:
+    return sum(_num_samples(shards) for shards in material.shards)
