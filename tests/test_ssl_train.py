@@ -1,6 +1,7 @@
 """The pretraining run: repeatable, watched, exported, and deaf to what is not finite."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from dinocell.cli import main
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.models.weights import load_backbone, read_weights
+from dinocell.runtime.preemption import RunStopped
 from dinocell.runtime.schedules import Freeze, Schedule
 from dinocell.ssl import train
 from dinocell.ssl.config import (
@@ -200,3 +202,57 @@ def test_the_command_trains_the_debug_recipe(
     assert not (tmp_path / "run").exists()
     assert main(line) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("training_2/teacher_checkpoint.pth")
+
+
+def test_a_gram_weight_is_refused_rather_than_ignored(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"schedules\.gram_weight: expected 0"):
+        config_of(tmp_path, tmp_path / "run", schedules=Schedules(gram_weight=Schedule(peak=1.0)))
+
+
+@pytest.mark.parametrize("centring", ["sinkhorn", "softmax"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_losses_bit_for_bit(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, centring: str
+) -> None:
+    options: dict[str, Any] = {"losses": LossConfig(centring=centring), "checkpoint_every": 3}
+    pretrain(config_of(shard_set, tmp_path / "whole", **options))
+    step = train._Trainer.step
+
+    def told_to_stop_in_the_fifth(self: train._Trainer, number: int, *rest: Any, **more: Any) -> dict[str, Any]:
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number, *rest, **more)
+
+    parts = config_of(shard_set, tmp_path / "parts", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Trainer, "step", told_to_stop_in_the_fifth)
+        with pytest.raises(RunStopped, match=r"stopped after step 5 \(SIGTERM\)"):
+            pretrain(parts)
+    assert len(losses(tmp_path / "parts")) == 5
+    teacher = pretrain(parts)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    ends = [read_weights(tmp_path / n / "eval/training_10/teacher_checkpoint.pth").tensors for n in ("whole", "parts")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    before = teacher.stat().st_mtime_ns
+    assert pretrain(parts) == teacher  # it has finished
+    assert teacher.stat().st_mtime_ns == before
+
+
+def test_after_a_hard_fault_the_steps_since_the_last_state_are_taken_again(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(shard_set, tmp_path / "run", checkpoint_every=3)
+    step = train._Trainer.step
+
+    def dies_in_the_eighth(self: train._Trainer, number: int, *rest: Any, **more: Any) -> dict[str, Any]:
+        if number == 7:
+            raise MemoryError
+        return step(self, number, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Trainer, "step", dies_in_the_eighth)
+        with pytest.raises(MemoryError):
+            pretrain(config)
+    pretrain(config)
+    assert "goes on after step 6" in (tmp_path / "run" / "log.txt").read_text()
+    pretrain(config_of(shard_set, tmp_path / "whole", checkpoint_every=3))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinocell.models.config import VARIANTS
-from dinocell.runtime.schedules import Freeze
+from dinocell.runtime.schedules import Freeze, Schedule
 from dinocell.ssl.masking import MaskingConfig
 from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.view_plan import ViewsConfig
@@ -136,6 +136,9 @@ class PretrainConfig:
         Length of the run; tiles a step.
     log_every, picture_every, export_every
         Steps between numbers, pictures and teacher checkpoints; the last step always exports.
+    checkpoint_every, keep_checkpoints, keep_checkpoint_every
+        Steps between training states, from which a run goes on; how many of the newest stay, and those whose step the
+        last number divides (0: no others).
     """
 
     output: Path
@@ -153,12 +156,18 @@ class PretrainConfig:
     log_every: int = 10
     picture_every: int = 1000
     export_every: int = 9000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    keep_checkpoint_every: int = 0
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "picture_every", "export_every"):
+        counts = ("steps", "batch_size", "log_every", "picture_every", "export_every")
+        for name in (*counts, "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.schedules.gram_weight != Schedule(peak=0.0):
+            raise ValueError("schedules.gram_weight: expected 0 throughout, for no step adds the Gram loss yet")
         for name in ("global_size", "local_size"):
             size = getattr(self.views, name)
             if size % self.model.patch_size:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from dinocell.configs.load import to_yaml
 from dinocell.data_shards.read import Batch, Origin, SampleStream, loader, stream
@@ -19,6 +21,7 @@ from dinocell.errors import ConfigError, DinocellError
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import Weights, load_backbone, save_weights
+from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.optim import (
     adamw,
     clip_gradients,
@@ -27,6 +30,7 @@ from dinocell.runtime.optim import (
     set_rates,
     update_teacher,
 )
+from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.runtime.schedules import value_at
 from dinocell.ssl.config import PretrainConfig
@@ -70,6 +74,9 @@ def dry_run(config: PretrainConfig) -> str:
 def pretrain(config: PretrainConfig, *, on_export: Callable[[Path], None] = lambda _: None) -> Path:
     """Train a teacher and return its last checkpoint.
 
+    A run that was interrupted goes on from its last training state, and computes what it would have computed; one that
+    has finished is not touched.
+
     Parameters
     ----------
     on_export
@@ -79,23 +86,44 @@ def pretrain(config: PretrainConfig, *, on_export: Callable[[Path], None] = lamb
     ------
     DinocellError
         If shards, weights and settings do not fit together, or the training diverges.
+    RunStopped
+        If it was told to stop; it has saved and can be continued.
     """
+    Run.check(config.output, config)
     device = _device(config)
     samples, model, trainer = _prepare(config, device)
     levels = channel_levels([each.manifest for each in samples.sets], config.views)
-    with Run.start(
-        config.output, config, total_steps=config.steps, log_every=config.log_every, batch_size=config.batch_size
-    ) as run:
+    checkpointer = Checkpointer(
+        config.output / "checkpoints", keep_last=config.keep_checkpoints, keep_every=config.keep_checkpoint_every
+    )
+    first = trainer.restore(checkpointer)
+    last_export = _folder(config, config.steps) / _TEACHER
+    if first >= config.steps and last_export.exists():
+        return last_export
+    # A step takes its samples from its place in the stream, so the position is no more than this.
+    samples = _open_shards(config, position=first * config.batch_size)
+    with (
+        closing(checkpointer),
+        StopRequest() as stop,
+        Run.start(
+            config.output,
+            config,
+            total_steps=config.steps,
+            resume_step=first,
+            log_every=config.log_every,
+            batch_size=config.batch_size,
+        ) as run,
+    ):
         run.text(0, "config", f"```yaml\n{to_yaml(config)}\n```")
-        for line in _facts(config, samples, model):
+        for line in [*_facts(config, samples, model), *([f"goes on after step {first}"] if first else [])]:
             run.note(line)
         checkpoint = Path()
         batches = loader(samples, workers=config.compute.workers, pin_memory=device.type == "cuda")
-        for step, batch in enumerate(batches, start=1):
+        for step, batch in enumerate(batches, start=first + 1):
             for line in batch.damaged:
                 run.note(f"replaced a damaged sample: {line}")
             views = make_views(batch, config.views, levels, seed=config.seed, device=device)
-            is_log_step = step % config.log_every == 0 or step in (1, config.steps)
+            is_log_step = run.is_log_step(step)
             metrics = trainer.step(step - 1, batch, views, watch=is_log_step)
             run.log(step, metrics)
             if step == 1 or step % config.picture_every == 0:
@@ -104,8 +132,15 @@ def pretrain(config: PretrainConfig, *, on_export: Callable[[Path], None] = lamb
                 checkpoint = _export(config, model, step)
                 run.note(f"teacher: {checkpoint}")
                 on_export(checkpoint)
+            if step == config.steps or step % config.checkpoint_every == 0:
+                trainer.save(checkpointer, step)
             if step == config.steps:
                 break
+            if stop.agreed():
+                trainer.save(checkpointer, step)
+                checkpointer.wait()
+                stop.finish()
+                raise RunStopped(f"stopped after step {step} ({stop.reason}); the same command goes on from there")
     return checkpoint
 
 
@@ -172,6 +207,27 @@ class _Trainer:
         metrics |= {"schedule/backbone_factor": backbone_factor, "health/skipped_steps": self._bad.clone()}
         return metrics
 
+    def save(self, checkpointer: Checkpointer, step: int) -> None:
+        """Save everything that the next step depends on, besides the recipe and the data."""
+        checkpointer.save(step, self._state(), {})
+
+    def restore(self, checkpointer: Checkpointer) -> int:
+        """Go back to the newest checkpoint, and return its step; 0 if there is none."""
+        if not checkpointer.steps():
+            return 0
+        state = self._state()
+        restored = checkpointer.restore(state)
+        assert restored is not None
+        set_state_dict(
+            self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        self._bad, self._bad_in_a_row = state["bad"].to(self._device)
+        return restored.step
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self._model, self._optimizer)
+        return {"model": model, "optimizer": optimizer, "bad": torch.stack((self._bad, self._bad_in_a_row))}
+
     def _update(self, output: StepOutput, norms: dict[str, Tensor], momentum: float) -> Tensor:
         """Take the step, unless something is not finite, and return whether it was; nothing is read back for this."""
         finite = torch.stack([output.losses.total.detach(), *norms.values()]).isfinite().all()
@@ -225,11 +281,12 @@ def _prepare(config: PretrainConfig, device: torch.device) -> tuple[SampleStream
     return samples, model, _Trainer(config, model, device)
 
 
-def _open_shards(config: PretrainConfig) -> SampleStream:
+def _open_shards(config: PretrainConfig, *, position: int = 0) -> SampleStream:
     data = config.data
     samples = stream(
         data.shards,
         batch_size=config.batch_size,
+        position=position,
         weights=data.weights,
         seed=config.seed,
         stop=config.steps * config.batch_size,
@@ -284,7 +341,7 @@ def _backbone(config: PretrainConfig) -> VisionTransformer:
 
 
 def _export(config: PretrainConfig, model: StudentTeacher, step: int) -> Path:
-    folder = config.output / "eval" / f"training_{step}"
+    folder = _folder(config, step)
     folder.mkdir(parents=True, exist_ok=True)
     backbone = model.teacher["backbone"]
     assert isinstance(backbone, VisionTransformer)
@@ -292,9 +349,17 @@ def _export(config: PretrainConfig, model: StudentTeacher, step: int) -> Path:
     weights = Weights.of(backbone, heads)
     line = f"DINOCell pretraining, {config.views.policy}, {step} steps of {config.batch_size}"
     card = replace(weights.card, derived_from=(*weights.card.derived_from, line))
-    path = folder / "teacher_checkpoint.pth"
+    path = folder / _TEACHER
     save_weights(path, replace(weights, card=card))
     return path
+
+
+# Where Meta's evaluators look.
+_TEACHER = "teacher_checkpoint.pth"
+
+
+def _folder(config: PretrainConfig, step: int) -> Path:
+    return config.output / "eval" / f"training_{step}"
 
 
 def _facts(config: PretrainConfig, samples: SampleStream, model: StudentTeacher) -> list[str]:
