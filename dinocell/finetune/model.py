@@ -128,8 +128,21 @@ class DINOCell(nn.Module):
             assert self.decoder.head.bias is not None
             nn.init.constant_(self.decoder.head.bias, math.log(_FIRST_GUESS / (1 - _FIRST_GUESS)))
         self.card: WeightsCard = backbone.card
-        self.freeze_backbone = freeze_backbone
-        backbone.requires_grad_(not freeze_backbone)
+        self.set_frozen(freeze_backbone)
+
+    def set_frozen(self, frozen: bool) -> None:
+        """Freeze the backbone or let it learn; what the maps do not depend on never gets a gradient."""
+        self.freeze_backbone = frozen
+        self.requires_grad_(True)
+        self.backbone.requires_grad_(not frozen)
+        for unused in (
+            *self.backbone.blocks[self.blocks[-1] + 1 :],
+            self.backbone.cls_norm,
+            self.backbone.local_cls_norm,
+        ):
+            if unused is not None:
+                unused.requires_grad_(False)
+        self.backbone.mask_token.requires_grad_(False)
         self.train()
 
     @property
@@ -250,7 +263,7 @@ class DINOCell(nn.Module):
             self.load_state_dict(
                 {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True
             )
-            self.backbone.requires_grad_(not self.freeze_backbone)
+            self.set_frozen(self.freeze_backbone)
         else:
             self.load_state_dict(tensors)
 

@@ -82,7 +82,10 @@ def prepare(image: Shaped[np.ndarray, "h w"], settings: SegmenterSettings) -> Fl
     if image.dtype.kind not in "biuf":
         raise ImageError(f"expected real numbers, got values of type {image.dtype}")
     low, high = percentile_range(image, *settings.percentiles)
-    grey = equalised(to_uint8(image, low, high), settings)
+    grey = to_uint8(image, low, high)
+    if not grey.any():  # equalisation would lift it: 0.008 instead of 0
+        return np.zeros(image.shape, np.float32)
+    grey = equalised(grey, settings)
     return levels_of(grey, settings).apply(grey)
 
 

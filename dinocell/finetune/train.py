@@ -351,9 +351,7 @@ def _model(config: FinetuneConfig) -> DINOCell:
         model = DINOCell.from_pretrained(chosen.segmenter)
         if model.target != config.target:
             raise ConfigError(f"target: {chosen.segmenter} is a segmenter by {model.target}, not {config.target}")
-        model.freeze_backbone = chosen.freeze_backbone
-        model.requires_grad_(True)
-        model.backbone.requires_grad_(not chosen.freeze_backbone)
+        model.set_frozen(chosen.freeze_backbone)
         return model
     return create_dinocell_model(
         chosen.size,

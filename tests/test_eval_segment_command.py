@@ -1,0 +1,125 @@
+"""``dinocell segment`` as its user types it."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from dinocell.cli import main
+from dinocell.data_shards.images import read_image, write_tiff
+from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.finetune.model import DINOCell
+from dinocell.models.config import VARIANTS, variant_config
+
+SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.setitem(VARIANTS, "tiny", variant_config("tiny", width=32, depth=4, heads=2, mlp_hidden=64))
+    torch.manual_seed(1)
+    built = DINOCell("vitt8", pretrained=False)
+    torch.nn.init.normal_(built.decoder.head.weight, std=1.0)  # maps with peaks and valleys
+    built.save_pretrained(tmp_path / "model.pt")
+    return str(tmp_path / "model.pt")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Return a folder with a five-channel OME-TIFF of known pixel size, a PNG with an odd name, and a sub-folder."""
+    folder = tmp_path / "bilder mit ü"
+    (folder / "sub").mkdir(parents=True)
+    write_tiff(folder / "a.ome.tif", make_field(1, SMALL).pixels, pixel_size_um=0.5)
+    Image.fromarray((make_field(2, SMALL).pixels[0] >> 8).astype(np.uint8)).save(folder / "sub" / "zwei größen.png")
+    return folder
+
+
+def segment(*words: object) -> int:
+    try:
+        return main(["segment", *map(str, words)])
+    except SystemExit as exit_:
+        return 1 if isinstance(exit_.code, str) else int(exit_.code or 0)
+
+
+def test_every_output_comes_from_one_call_and_fits_the_others(images: Path, model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert segment(images, "--model", model, "--output", out, "--csv", "--save-viz", "--save-dist-map") == 0
+    labels = tifffile.imread(out / "a_labels.tif")
+    assert labels.dtype == np.uint16
+    assert labels.shape == (96, 130)
+    assert read_image(out / "a_labels.tif").pixel_size_um == pytest.approx(0.5)
+    distance = tifffile.imread(out / "a_distance.tif")
+    assert distance.dtype == np.float32
+    assert 0 <= distance.min() <= distance.max() <= 1
+    with (out / "a_cells.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["cell"]) for row in rows] == list(np.unique(labels[labels > 0]))
+    areas = np.bincount(labels.ravel())[1:] * 0.25
+    np.testing.assert_allclose([float(row["area_um2"]) for row in rows], areas, rtol=1e-5)
+    picture = np.asarray(Image.open(out / "a_overlay.png"))
+    assert picture.shape == (96, 130, 3)
+    coloured = picture[..., 0] != picture[..., 2]
+    assert (labels[coloured] > 0).all()
+    with (out / "summary.csv").open(encoding="utf-8") as file:
+        summary = {row["image"]: int(row["cells"]) for row in csv.DictReader(file)}
+    assert summary == {"a": labels.max(), "zwei größen": tifffile.imread(out / "zwei größen_labels.tif").max()}
+
+
+def test_what_is_there_is_not_computed_again_unless_asked(images: Path, model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = (images / "a.ome.tif", "--model", model, "--output", out)
+    assert segment(*line) == 0
+    (out / "a_labels.tif").write_bytes(b"mine")
+    assert segment(*line) == 0
+    assert (out / "a_labels.tif").read_bytes() == b"mine"
+    assert segment(*line, "--overwrite") == 0
+    assert tifffile.imread(out / "a_labels.tif").shape == (96, 130)
+
+
+def test_one_bad_file_is_named_and_the_others_are_done(
+    images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "broken.tif").write_bytes((images / "a.ome.tif").read_bytes()[:900])
+    assert segment(images, "--model", model, "--output", tmp_path / "out") == 1
+    assert "broken.tif" in capsys.readouterr().out
+    assert (tmp_path / "out" / "a_labels.tif").exists()
+    assert not (tmp_path / "out" / "broken_labels.tif").exists()
+
+
+def test_names_that_collide_are_refused_before_anything_is_done(images: Path, model: str, tmp_path: Path) -> None:
+    (images / "sub" / "a.png").write_bytes((images / "sub" / "zwei größen.png").read_bytes())
+    assert segment(images, "--model", model, "--output", tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_frames_of_a_stack_are_segmented_on_request(model: str, tmp_path: Path) -> None:
+    planes = np.stack([make_field(seed, SMALL).pixels[0] for seed in range(3)])
+    tifffile.imwrite(tmp_path / "film.tif", planes, imagej=True, metadata={"axes": "TYX"})
+    out = tmp_path / "out"
+    assert segment(tmp_path / "film.tif", "--model", model, "--output", out) == 1
+    assert segment(tmp_path / "film.tif", "--model", model, "--output", out, "--frames") == 0
+    assert sorted(path.name for path in out.glob("*_labels.tif")) == [f"film_f{n:04d}_labels.tif" for n in range(3)]
+
+
+def test_a_dry_run_lists_and_writes_nothing(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert segment(images, "--model", "missing.pt", "--output", tmp_path / "out", "--dry-run") == 0
+    assert "2 images; nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [("nothing/*.tif",), ("missing.tif",)])
+def test_an_input_that_means_nothing_is_one_line(
+    words: tuple[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(*words, "--model", model, "--output", tmp_path / "out") == 2
+    assert "no image there" in capsys.readouterr().err
+
+
+def test_a_backbone_is_no_segmenter(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"teacher": {"backbone.cls_token": torch.zeros(1, 1, 4)}}, tmp_path / "teacher.pth")
+    assert segment(images, "--model", tmp_path / "teacher.pth", "--output", tmp_path / "out") == 2
+    assert "'dinocell finetune' makes a segmenter of a backbone" in capsys.readouterr().err

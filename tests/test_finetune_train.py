@@ -1,0 +1,221 @@
+"""Fine-tuning: crops, targets, the run, going on after an interruption."""
+
+import json
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dinocell.configs.load import load_config
+from dinocell.data_shards.distance import labels_to_distance
+from dinocell.data_shards.images import write_labels, write_tiff
+from dinocell.data_shards.labelled_build import build_labelled
+from dinocell.data_shards.labelled_sources import folder_pairs
+from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.errors import ConfigError, DinocellError
+from dinocell.eval.scoring import score_segmenter
+from dinocell.finetune import train
+from dinocell.finetune.augment import cut, plain
+from dinocell.finetune.config import AugmentConfig, DataConfig, FinetuneConfig
+from dinocell.finetune.data import Crops, loader, split
+from dinocell.finetune.losses import map_loss
+from dinocell.finetune.model import DINOCell
+from dinocell.finetune.preprocess import SegmenterSettings
+from dinocell.finetune.train import dry_run, finetune
+from dinocell.models.config import VARIANTS, variant_config
+from dinocell.runtime.preemption import RunStopped
+
+SMALL = SyntheticConfig(size=(96, 112), channels=("AGP",), num_cells=(6, 10), cell_radius_px=12.0)
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the size `tiny` four narrow blocks."""
+    monkeypatch.setitem(VARIANTS, "tiny", variant_config("tiny", width=32, depth=4, heads=2, mlp_hidden=64))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of six images with masks, and their labelled set."""
+    root = tmp_path_factory.mktemp("own")
+    for kind in ("images", "masks"):
+        (root / kind).mkdir()
+    for number in range(6):
+        made = make_field(number, SMALL)
+        write_tiff(root / "images" / f"f{number}.tif", made.pixels)
+        write_labels(root / "masks" / f"f{number}.tif", made.labels)
+    build_labelled(folder_pairs(root, images="images/{name}.tif", masks="masks/{name}.tif"), root / "set")
+    return root
+
+
+def recipe(folder: Path, output: Path, *overrides: str) -> FinetuneConfig:
+    fixed = ["model.size=tiny", "model.pretrained=false", "augment.crop=64", "batch_size=4", "epochs=2"]
+    fixed += ["compute.workers=0", "log_every=1", "data.crops_per_image=2", "optim.warmup_steps=1"]
+    return load_config(FinetuneConfig, None, [f"output={output}", f"data.sets=[{folder / 'set'}]", *fixed, *overrides])
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss/train"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_target_of_an_unturned_crop_is_the_map_of_the_whole_image() -> None:
+    made = make_field(3, SMALL)
+    image = (made.pixels[0] >> 8).astype(np.uint8)
+    still = AugmentConfig(
+        crop=64, flip=0.0, rotation_deg=0.0, scale=(1.0, 1.0), brightness=(1.0, 1.0), inversion=0.0, with_cells=0.0
+    )
+    crop = cut(image, made.labels, still, np.random.default_rng(0))
+    found = cv2.matchTemplate(image.astype(np.float32), crop.image, cv2.TM_SQDIFF)
+    top, left = np.unravel_index(found.argmin(), found.shape)
+    whole = labels_to_distance(made.labels)[top : top + 64, left : left + 64]
+    # The crop's place is not a whole pixel, so cells at its edges may differ by one.
+    assert np.abs(crop.distance() - whole).mean() < 0.03
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_target_is_computed_from_the_turned_cells(seed: int) -> None:
+    made = make_field(4, SMALL)
+    image = (made.pixels[0] >> 8).astype(np.uint8)
+    crop = cut(image, made.labels, AugmentConfig(crop=64), np.random.default_rng(seed))
+    inner = crop.labels[crop.context : crop.context + 64, crop.context : crop.context + 64]
+    distance = crop.distance()
+    np.testing.assert_array_equal(distance > 0, inner > 0)
+    assert set(np.unique(crop.labels)) <= set(np.unique(made.labels))
+    np.testing.assert_array_equal(distance, labels_to_distance(crop.labels)[crop.context :, crop.context :][:64, :64])
+
+
+def test_plain_crops_cover_the_image_in_order() -> None:
+    made = make_field(5, SMALL)
+    image = (made.pixels[0] >> 8).astype(np.uint8)
+    crops = plain(image, made.labels, 64)
+    rows = [np.concatenate([crop.image for crop in crops[start : start + 2]], axis=1) for start in (0, 2)]
+    np.testing.assert_array_equal(np.concatenate(rows)[:96, :112], image)
+    maps = [np.concatenate([crop.distance() for crop in crops[start : start + 2]], axis=1) for start in (0, 2)]
+    np.testing.assert_allclose(np.concatenate(maps)[:90, :106], labels_to_distance(made.labels)[:90, :106], atol=0.5)
+
+
+def test_every_image_comes_equally_often_whatever_the_epoch(folder: Path) -> None:
+    divided = split([folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
+    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
+    for epoch in range(3):
+        numbers = range(epoch * crops.epoch_length, (epoch + 1) * crops.epoch_length)
+        counts = np.bincount([crops.chosen(number).image for number in numbers], minlength=6)
+        assert sorted(counts) == [0, 3, 3, 3, 3, 3]
+
+
+def test_two_ranks_see_together_what_one_sees(folder: Path) -> None:
+    divided = split([folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
+    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=2)
+    settings = {"first_step": 1, "last_step": 3, "batch_size": 4, "workers": 0}
+    alone = list(loader(crops, rank=0, ranks=1, **settings))
+    halves = [list(loader(crops, rank=rank, ranks=2, **settings)) for rank in range(2)]
+    for whole, first, second in zip(alone, *halves, strict=True):
+        torch.testing.assert_close(whole.images[0::2], first.images)
+        torch.testing.assert_close(whole.targets[1::2], second.targets)
+
+
+def test_the_split_is_by_image_fixed_by_the_seed_and_recorded(folder: Path, tmp_path: Path) -> None:
+    record = tmp_path / "split.json"
+    config = DataConfig(sets=("x",), validation_share=0.4)
+    divided = split([folder / "set"], config, seed=3, record=record)
+    assert split([folder / "set"], config, seed=3, record=None).validation == divided.validation
+    names = json.loads(record.read_text())
+    assert len(names["validation"]) == 2
+    assert not set(names["validation"]) & set(names["training"])
+
+
+def test_one_image_cannot_be_divided(tmp_path: Path, folder: Path) -> None:
+    pairs = folder_pairs(folder, images="images/f0.{name}", masks="masks/f0.{name}")
+    build_labelled(pairs, tmp_path / "one")
+    with pytest.raises(DinocellError, match="one image cannot be divided"):
+        split([tmp_path / "one"], DataConfig(sets=("x",)), seed=0, record=None)
+
+
+def test_a_run_writes_a_segmenter_that_says_where_it_comes_from(folder: Path, tmp_path: Path) -> None:
+    path = finetune(recipe(folder, tmp_path / "run", "score_every=2"), score=score_segmenter)
+    model = DINOCell.from_pretrained(path)
+    assert model.settings.trained_on == ("set",)
+    assert "fine-tuning" in model.card.derived_from[-1]
+    assert len(losses(tmp_path / "run")) == 6
+    before = path.read_bytes()
+    assert finetune(recipe(folder, tmp_path / "run", "score_every=2"), score=score_segmenter) == path
+    assert path.read_bytes() == before  # a finished run is not touched
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune(recipe(folder, tmp_path / "whole", "optim.ema=0.9", "model.freeze_backbone=false"))
+    step = train._Training.step
+
+    def stopped_in_the_third(self: train._Training, number: int, batch: object) -> dict[str, object]:
+        if number == 2:
+            signal.raise_signal(signal.SIGUSR2)
+        return step(self, number, batch)  # type: ignore[arg-type]
+
+    parts = recipe(folder, tmp_path / "parts", "optim.ema=0.9", "model.freeze_backbone=false")
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Training, "step", stopped_in_the_third)
+        with pytest.raises(RunStopped, match=r"stopped after step 3 \(SIGUSR2\)"):
+            finetune(parts)
+    assert len(losses(tmp_path / "parts")) == 3
+    finetune(parts)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    weights = [DINOCell.from_pretrained(tmp_path / name / "last.pt").state_dict() for name in ("whole", "parts")]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_a_frozen_backbone_does_not_change(folder: Path, tmp_path: Path) -> None:
+    config = recipe(folder, tmp_path / "run", "epochs=1")
+    start = train._Training(config, train.World()).model.backbone.state_dict()
+    end = DINOCell.from_pretrained(finetune(config)).backbone.state_dict()
+    assert all(torch.equal(end[name], tensor) for name, tensor in start.items())
+
+
+def test_another_recipe_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    finetune(recipe(folder, tmp_path / "run", "epochs=1"))
+    with pytest.raises(ConfigError, match="other settings"):
+        finetune(recipe(folder, tmp_path / "run", "epochs=1", "optim.learning_rate=0.5"))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    training = train._Training(recipe(folder, tmp_path / "run"), train.World())
+    batch = next(iter(training.batches(0)))
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    metrics = training.step(0, batch._replace(images=batch.images * torch.nan))
+    assert float(metrics["health/skipped_steps"]) == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in training.model.state_dict().items())
+
+
+def test_a_folder_of_pairs_needs_no_set(folder: Path, tmp_path: Path) -> None:
+    overrides = [f"output={tmp_path / 'run'}", f"data.images={folder}/images/{{name}}.tif"]
+    overrides += [f"data.masks={folder}/masks", "model.size=tiny", "model.pretrained=false", "augment.crop=64"]
+    text = dry_run(load_config(FinetuneConfig, None, [*overrides, "compute.workers=0", "compute.device=cpu"]))
+    assert "5 images to learn from, 1 to validate on" in text
+    assert "a step takes" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.sets=[a]", "data.images=b", "data.masks=c"], "got both"),
+        (["data.images=b"], "go together"),
+        (["data.sets=[a]", "model.weights=w", "model.pretrained=false"], "random weights"),
+        (["data.sets=[a]", "data.weights=[1,2]"], "expected one a set"),
+    ],
+)
+def test_impossible_combinations_are_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(FinetuneConfig, None, [f"output={tmp_path}", *overrides])
+
+
+def test_the_loss_weighs_cells_and_differences() -> None:
+    maps, targets = torch.zeros(1, 1, 1, 4), torch.tensor([0.0, 0.0, 1.0, 1.0]).view(1, 1, 1, 4)
+    assert float(map_loss(maps, targets, "distance")) == pytest.approx(0.5)
+    assert float(map_loss(maps, targets, "distance", foreground_weight=1.0)) == pytest.approx(4 / 4 / 1.5)
+    with_edges = float(map_loss(maps.expand(1, 1, 2, 4), targets.expand(1, 1, 2, 4), "distance", gradient_weight=3.0))
+    assert with_edges == pytest.approx(0.5 + 3 * (1 / 3))
