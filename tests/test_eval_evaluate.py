@@ -198,6 +198,7 @@ def test_report_holds_its_pictures_and_says_undefined_where_there_is_no_cell(tmp
     assert "&lt;one&gt;" in page
     assert "a &amp; b" in page
     assert "<one>" not in page
+    assert page.count("<small>") == page.count("</small>") > 0
     assert "| DINOCell | 1 | undefined |" in (output / "scores.md").read_text(encoding="utf-8")
     kept = json.loads((output / "scores.json").read_text(encoding="utf-8"))
     row = next(each for each in kept["pooled"] if (each["dataset"], each["method"]) == ("empty", OURS))
@@ -230,7 +231,7 @@ def test_command_scores_a_model_and_stores_the_thresholds_found(
     output, before = tmp_path / "out", read_segmenter(model_file)
     arguments = ["evaluate", "--model", str(model_file), "--dataset", str(tmp_path / "one"), "--output", str(output)]
     arguments += ["--predictions", f"Tool={tmp_path / 'tool'}", "--device", "cpu", "--threshold-search"]
-    arguments += ["--cells-max-range", "0.2", "0.3", "--cell-fill-range", "0.05", "0.1", "--save-to-model"]
+    arguments += ["--cells-max-range", "0.02", "0.06", "--cell-fill-range", "0.01", "0.02", "--save-to-model"]
     assert main(arguments) == 0
     assert "Tool" in capsys.readouterr().out
     assert sorted(path.name for path in output.iterdir()) == [
@@ -242,13 +243,21 @@ def test_command_scores_a_model_and_stores_the_thresholds_found(
         "threshold_search.csv",
         "threshold_search.png",
     ]
-    best = json.loads((output / "scores.json").read_text(encoding="utf-8"))["threshold_search"]
+    kept = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    scores = {each["method"]: each["scores"]["op_csb"] for each in kept["pooled"]}
+    assert scores[FOUND] > scores[OURS], "else nothing would be stored"
+    best = kept["threshold_search"]
     after = read_segmenter(model_file)
     assert (after.settings.cells_max, after.settings.cell_fill) == (best["cells_max"], best["cell_fill"])
-    assert 0.2 <= after.settings.cells_max <= 0.3
+    assert 0.02 <= after.settings.cells_max <= 0.06
     for name, tensor in before.tensors.items():
         assert after.tensors[name].dtype == torch.float16
         assert torch.equal(after.tensors[name], tensor)
+    # Now the model has the best point: it stays as it is.
+    untouched = model_file.read_bytes()
+    assert main(arguments) == 0
+    assert "keeps its thresholds" in capsys.readouterr().out
+    assert model_file.read_bytes() == untouched
 
 
 def test_command_scores_other_tools_without_a_model(tmp_path: Path) -> None:
@@ -271,6 +280,11 @@ def test_command_scores_other_tools_without_a_model(tmp_path: Path) -> None:
         (["--predictions", "T=a", "T=b"], "two folders are called 'T'"),
         (["--predictions", "T=a", "--cells-max", "0.4"], "--cells-max: only a model has use for it"),
         (["--predictions", "T=a", "--threshold-search"], "--threshold-search: only a model has use for it"),
+        (["--model", "m.pt", "--threshold-search", "--save-to-model"], "expected a model on this disk, got m.pt"),
+        (
+            ["--model", "m.pt", "--threshold-search", "--save-to-model", "--cell-fill", "0.1"],
+            "compares with the model's",
+        ),
         (["--model", "m.pt", "--save-to-model"], "--save-to-model: add --threshold-search"),
         (["--model", "m.pt", "--cell-fill-range", "0", "1"], "--cell-fill-range: add --threshold-search"),
     ],

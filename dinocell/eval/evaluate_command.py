@@ -85,8 +85,7 @@ def _run(options: argparse.Namespace) -> None:
         best = evaluation.threshold_search.best
         print(f"best thresholds: --cells-max {best.cells_max:.4g} --cell-fill {best.cell_fill:.4g}")
         if options.save_to_model:
-            _save_thresholds(Path(options.model), best.cells_max, best.cell_fill)
-            print(f"stored in {options.model}")
+            print(_save_thresholds(Path(options.model), evaluation))
     print(f"wrote {', '.join(path.name for path in written)} to {options.output}")
 
 
@@ -111,6 +110,8 @@ def _check(options: argparse.Namespace) -> None:
     for option, is_given in of_search.items():
         if is_given and not options.threshold_search:
             raise DinocellError(f"{option}: add --threshold-search, or leave it out")
+    if options.save_to_model and (options.cells_max is not None or options.cell_fill is not None):
+        raise DinocellError("--save-to-model: compares with the model's thresholds; leave out --cells-max, --cell-fill")
     if options.save_to_model and not Path(options.model).exists():
         raise DinocellError(f"--save-to-model: expected a model on this disk, got {options.model}")
 
@@ -151,15 +152,22 @@ def _pipeline(options: argparse.Namespace) -> Any:
     )
 
 
-def _save_thresholds(source: Path, cells_max: float, cell_fill: float) -> None:
-    """Change the two settings in a segmenter's file and nothing else."""
+def _save_thresholds(source: Path, evaluation: Any) -> str:
+    """Change the two settings in a segmenter's file and nothing else, if they score better; say what was done."""
     from dataclasses import replace
 
+    from dinocell.eval.evaluate import FOUND, OURS
     from dinocell.finetune.files import read_segmenter, write_segmenter
 
-    file = read_segmenter(source)
+    # The last row of a method is that of all sets.
+    score = {each.method: each.scores.op_csb for each in evaluation.pooled}
+    if not score[FOUND] > score[OURS]:
+        return f"{source} keeps its thresholds: none scores better"
+    best, file = evaluation.threshold_search.best, read_segmenter(source)
     path = source / "model.safetensors" if source.is_dir() else source
-    write_segmenter(path, replace(file, settings=replace(file.settings, cells_max=cells_max, cell_fill=cell_fill)))
+    settings = replace(file.settings, cells_max=best.cells_max, cell_fill=best.cell_fill)
+    write_segmenter(path, replace(file, settings=settings))
+    return f"stored in {path}"
 
 
 @contextmanager

@@ -46,7 +46,7 @@ _STYLE = (
     "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
     "th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}"
     "small{color:#666}img{max-width:100%}figure{margin:1.5rem 0}.false{color:#c81e1e}.missed{color:#2255dd}"
-    ".right{color:#2e8b2e}"
+    ".right{color:#2e8b2e}.table{overflow-x:auto}"
 )
 
 
@@ -221,11 +221,14 @@ def _list(items: dict[str, str]) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell).replace(' (', '<br><small>(')}</td>" for cell in row) + "</tr>"
-        for row in rows[1:]
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f"<div class=table><table><tr>{head}</tr>{body}</table></div>"
+
+
+def _cell(text: str) -> str:
+    """Put what stands in parentheses on a line of its own, in small print."""
+    value, parenthesis, rest = text.partition(" (")
+    return escape(value) + (f"<br><small>({escape(rest)}</small>" if parenthesis else "")
 
 
 def _figure(png: bytes, caption: str) -> str:
