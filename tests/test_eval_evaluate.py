@@ -170,12 +170,13 @@ def test_missing_and_ambiguous_predictions_are_named(tmp_path: Path, files: list
         find_predictions(tmp_path, "one", ["a", "b"])
 
 
-def test_predictions_of_another_size_are_named(tmp_path: Path) -> None:
-    data = make_set(tmp_path / "one", num_images=1)
+def test_predictions_of_another_size_are_named_before_the_network_runs(tmp_path: Path) -> None:
+    data, pipeline = make_set(tmp_path / "one", num_images=1), MapInImage()
     (tmp_path / "tool").mkdir()
     write_labels(tmp_path / "tool" / "000000.tif", np.eye(8, dtype=np.int32))
     with pytest.raises(DinocellError, match=r"000000.tif: expected the labelled set's size, 72 x 80, got 8 x 8"):
-        evaluate_sets({"one": data}, predictions={"Tool": tmp_path / "tool"})
+        evaluate_sets({"one": data}, pipeline=pipeline, predictions={"Tool": tmp_path / "tool"})
+    assert not pipeline.seen
 
 
 def test_report_holds_its_pictures_and_says_undefined_where_there_is_no_cell(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def evaluate_sets(
     Raises
     ------
     DinocellError
-        If there is nothing to score, names collide, or files are missing or do not fit. All files are looked for before
+        If there is nothing to score, names collide, or files are missing or do not fit. All files are read once before
         the network runs.
     """
     predictions = dict(predictions or {})
@@ -120,6 +120,9 @@ def evaluate_sets(
     }
     for tool, of_sets in files.items():
         _check_distinct(predictions[tool], [file for each in of_sets.values() for file in each])
+        if pipeline is not None:  # a file that does not fit is found before the network's long work, not after it
+            for dataset, index, image in _all_images(sets):
+                _read(of_sets[dataset][index], image.labels.shape)
     found: ThresholdSearch | None = None
     maps = _maps(sets, pipeline, progress) if pipeline is not None else None
     if grid is not None and maps is not None and pipeline is not None and scratch is not None:
