@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from dinocell import __version__
 from dinocell.data_shards import dataset_command, shards_command
 from dinocell.errors import DinocellError
-from dinocell.eval import segment_command
+from dinocell.eval import evaluate_command, segment_command
 from dinocell.finetune import finetune_command
 from dinocell.ssl import pretrain_command
 
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain_command.register(commands)
     finetune_command.register(commands)
     segment_command.register(commands)
+    evaluate_command.register(commands)
     _add_info(commands)
     _add_export(commands)
     return parser

@@ -8,7 +8,7 @@ from jaxtyping import Float64
 
 from dinocell.data_shards.images import write_png
 
-_CELL_PX, _LEFT_PX, _TOP_PX, _LINE_PX = 32, 84, 44, 14
+_CELL_PX, _LEFT_PX, _TOP_PX, _LINE_PX = 32, 84, 62, 14
 _SHOWN_LABELS = 10
 
 
@@ -42,7 +42,7 @@ def draw_heat_map(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     low, high = np.nanmin(scores), np.nanmax(scores)
     draw.text((4, 4), f"{title} (range {low:.3f} to {high:.3f})", fill="black", font=font)
-    draw.text((4, _TOP_PX - _LINE_PX - 4), f"{rows[0]} / {columns[0]}", fill="black", font=font)
+    draw.text((4, _TOP_PX - 2 * _LINE_PX - 8), f"{rows[0]} down, {columns[0]} across", fill="black", font=font)
     for number in _shown(len(columns[1])):
         draw.text((_LEFT_PX + number * _CELL_PX, _TOP_PX - _LINE_PX - 4), f"{columns[1][number]:.2f}", "black", font)
     for number in _shown(len(rows[1])):

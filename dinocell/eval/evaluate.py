@@ -1,0 +1,304 @@
+"""Score a segmenter, and the label images of any other tool, on labelled sets: each image, and all images pooled.
+
+A segmenter is scored twice: with its mended watershed, and with the plain one (``merge_px=None``,
+``restore_border=False``), so that what the network gives and what the mending adds can be told apart. The network sees
+every image once.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Integer, UInt8
+
+from dinocell.data_shards.labelled import LabelledImage, LabelledSet
+from dinocell.data_shards.masks import read_labels
+from dinocell.errors import DinocellError, ImageError
+from dinocell.eval.mending import Mending
+from dinocell.eval.mistakes import draw_mistakes
+from dinocell.eval.overlaps import Overlaps, find_overlaps
+from dinocell.eval.pipeline import DINOCellPipeline
+from dinocell.eval.predicted_files import find_predictions
+from dinocell.eval.score_rows import ImageScores, PooledScores, Scores, pool, score_tables
+from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, ThresholdSearch, keep_maps, search
+from dinocell.eval.watershed import distance_to_labels
+from dinocell.finetune.preprocess import grey_of
+
+OURS, PLAIN, FOUND = "DINOCell", "DINOCell, plain rule", "DINOCell, thresholds found here"
+ALL_SETS = "all"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mistakes:
+    """A picture of an image on which the first method did badly, see `draw_mistakes`."""
+
+    dataset: str
+    image: str
+    method: str
+    scores: Scores
+    picture: UInt8[np.ndarray, "3 h w"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What came out.
+
+    Attributes
+    ----------
+    methods
+        Name of each method, and how its labels were made.
+    images, pooled
+        Scores, in the order of the sets, then of their images, then of the methods.
+    worst
+        The images with the lowest F1 of the first method, the lowest first.
+    threshold_search
+        None if none was asked for.
+    """
+
+    methods: dict[str, str]
+    images: tuple[ImageScores, ...]
+    pooled: tuple[PooledScores, ...]
+    worst: tuple[Mistakes, ...]
+    threshold_search: ThresholdSearch | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchGrid:
+    """Least and largest value of each threshold to try, and how many of each."""
+
+    cells_max_range: tuple[int | float, int | float] = CELLS_MAX_RANGE
+    cell_fill_range: tuple[int | float, int | float] = CELL_FILL_RANGE
+    steps: int = STEPS
+
+
+def evaluate_sets(
+    sets: Mapping[str, LabelledSet],
+    *,
+    pipeline: DINOCellPipeline | None = None,
+    predictions: Mapping[str, Path] | None = None,
+    grid: SearchGrid | None = None,
+    scratch: Path | None = None,
+    num_worst: int = 6,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> Evaluation:
+    """Score each method on each image of each set.
+
+    Parameters
+    ----------
+    sets
+        Labelled sets, by the name that tables show. Crowd regions count as background.
+    pipeline
+        A segmenter; None scores ``predictions`` alone.
+    predictions
+        Folders of label images by other tools, by the tool's name; see `find_predictions` for the files' names.
+    grid
+        Search thresholds, and score those that are best for these images as a method of their own. They are fitted to
+        the images that they are scored on: only for choosing, not for comparing.
+    scratch
+        A folder for the distance maps of a search, 4 bytes a pixel of all images.
+    num_worst
+        Pictures of mistakes to draw.
+    progress
+        Called with what is done, how much of it, and of how much.
+
+    Raises
+    ------
+    DinocellError
+        If there is nothing to score, names collide, or files are missing or do not fit. All files are read once before
+        the network runs.
+    """
+    predictions = dict(predictions or {})
+    _check(sets, pipeline, predictions, grid, scratch)
+    files = {
+        tool: {name: find_predictions(folder, name, each.names) for name, each in sets.items()}
+        for tool, folder in predictions.items()
+    }
+    for tool, of_sets in files.items():
+        _check_distinct(predictions[tool], [file for each in of_sets.values() for file in each])
+        if pipeline is not None:  # a file that does not fit is found before the network's long work, not after it
+            for dataset, index, image in _all_images(sets):
+                _read(of_sets[dataset][index], image.labels.shape)
+    found: ThresholdSearch | None = None
+    maps = _maps(sets, pipeline, progress) if pipeline is not None else None
+    if grid is not None and maps is not None and pipeline is not None and scratch is not None:
+        kept = keep_maps(scratch, maps)
+        found = _search(sets, kept, pipeline, grid, progress)
+        maps = iter(kept)
+    rules = _rules(pipeline, found) if pipeline is not None else {}
+    methods = {name: rule.description for name, rule in rules.items()}
+    methods |= {tool: f"label images in {folder}" for tool, folder in predictions.items()}
+
+    tables: dict[tuple[str, str], list[Overlaps]] = {(name, method): [] for name in sets for method in methods}
+    images: list[ImageScores] = []
+    worst: list[Mistakes] = []
+    total = sum(map(len, sets.values()))
+    for number, (dataset, index, image) in enumerate(_all_images(sets)):
+        reference = np.ascontiguousarray(image.labels)
+        distance = np.asarray(next(maps)) if maps is not None else None
+        for method in methods:
+            if method in rules and distance is not None:
+                labels = rules[method].labels(distance)
+            else:
+                labels = _read(files[method][dataset][index], reference.shape)
+            table = find_overlaps(reference, labels)
+            tables[dataset, method].append(table)
+            row = ImageScores(method=method, dataset=dataset, image=image.name, scores=score_tables([table]))
+            images.append(row)
+            if method == next(iter(methods)):
+                worst = _with(worst, row, image, labels, table, num_worst)
+        progress("scored", number + 1, total)
+    groups: dict[str, tuple[str, ...]] = {name: (name,) for name in sets}
+    if len(sets) > 1:
+        groups[ALL_SETS] = tuple(sets)
+    pooled = [
+        pool(method, group, [table for name in names for table in tables[name, method]])
+        for group, names in groups.items()
+        for method in methods
+    ]
+    return Evaluation(
+        methods=methods, images=tuple(images), pooled=tuple(pooled), worst=tuple(worst), threshold_search=found
+    )
+
+
+def _check(
+    sets: Mapping[str, LabelledSet],
+    pipeline: DINOCellPipeline | None,
+    predictions: Mapping[str, Path],
+    grid: SearchGrid | None,
+    scratch: Path | None,
+) -> None:
+    if not any(len(each) for each in sets.values()):
+        raise DinocellError("expected a labelled set with an image in it, got none")
+    if pipeline is None and not predictions:
+        raise DinocellError("nothing to score: give a model, or predictions")
+    if grid is not None and pipeline is None:
+        raise DinocellError("a threshold search needs a model: label images of other tools have no thresholds")
+    if grid is not None and scratch is None:
+        raise ValueError("scratch: a threshold search needs a folder for the maps")
+    ours = {OURS, PLAIN, FOUND} & set(predictions) if pipeline is not None else set()
+    if ours:
+        raise DinocellError(f"predictions: {ours.pop()!r} is what the model's own scores are called; take another name")
+    if ALL_SETS in sets and len(sets) > 1:
+        raise DinocellError(
+            f"a set cannot be called {ALL_SETS!r}: the pooled scores of all sets are; rename the folder"
+        )
+
+
+def _check_distinct(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse to score one label image as that of two images."""
+    twice = [file for file, times in Counter(files).items() if times > 1]
+    if twice:
+        raise DinocellError(
+            f"{twice[0]}: several images have this name; sort the label images into {folder}/SET, one folder a set"
+        )
+
+
+def _all_images(sets: Mapping[str, LabelledSet]) -> Iterator[tuple[str, int, LabelledImage]]:
+    for name, each in sets.items():
+        for index in range(len(each)):
+            yield name, index, each[index]
+
+
+def _maps(
+    sets: Mapping[str, LabelledSet], pipeline: DINOCellPipeline, progress: Progress
+) -> Iterator[Float32[np.ndarray, "h w"]]:
+    total = sum(map(len, sets.values()))
+    for number, (_, _, image) in enumerate(_all_images(sets)):
+        yield pipeline.distance(np.asarray(image.pixels), pixel_size_um=image.pixel_size_um)
+        progress("predicted", number + 1, total)
+
+
+def _search(
+    sets: Mapping[str, LabelledSet],
+    maps: Sequence[np.ndarray],
+    pipeline: DINOCellPipeline,
+    grid: SearchGrid,
+    progress: Progress,
+) -> ThresholdSearch:
+    settings = pipeline.model.settings
+    return search(
+        maps,
+        [np.asarray(image.labels) for _, _, image in _all_images(sets)],
+        cells_max_range=grid.cells_max_range,
+        cell_fill_range=grid.cell_fill_range,
+        steps=grid.steps,
+        mending=Mending(min_area_px=settings.min_area_px, merge_px=settings.merge_px),
+        progress=lambda done, total: progress("searched", done, total),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    """How cells are cut from a map."""
+
+    cells_max: float
+    cell_fill: float
+    merge_px: float | None
+    min_area_px: int
+    restore_border: bool
+
+    @property
+    def description(self) -> str:
+        merged = f"pieces up to {self.merge_px:g} px apart merged" if self.merge_px is not None else "nothing merged"
+        border = "borders restored" if self.restore_border else "borders as cut"
+        smallest = f", cells below {self.min_area_px} px dropped" if self.min_area_px else ""
+        return f"cells_max {self.cells_max:.3g}, cell_fill {self.cell_fill:.3g}, {merged}, {border}{smallest}"
+
+    def labels(self, distance: Float32[np.ndarray, "h w"]) -> Integer[np.ndarray, "h w"]:
+        return distance_to_labels(
+            distance,
+            cells_max=self.cells_max,
+            cell_fill=self.cell_fill,
+            merge_px=self.merge_px,
+            min_area_px=self.min_area_px,
+            restore_border=self.restore_border,
+        )
+
+
+def _rules(pipeline: DINOCellPipeline, found: ThresholdSearch | None) -> dict[str, _Rule]:
+    settings, peak, fill = pipeline.model.settings, pipeline.cells_max, pipeline.cell_fill
+    merge_px, min_area_px = settings.merge_px, settings.min_area_px
+    rules = {
+        OURS: _Rule(cells_max=peak, cell_fill=fill, merge_px=merge_px, min_area_px=min_area_px, restore_border=True),
+        PLAIN: _Rule(cells_max=peak, cell_fill=fill, merge_px=None, min_area_px=0, restore_border=False),
+    }
+    if found is not None:
+        peak, fill, merge_px = found.best
+        rules[FOUND] = _Rule(
+            cells_max=peak, cell_fill=fill, merge_px=merge_px, min_area_px=min_area_px, restore_border=True
+        )
+    return rules
+
+
+def _read(file: Path, shape: tuple[int, ...]) -> Integer[np.ndarray, "h w"]:
+    labels = read_labels(file)
+    if labels.shape != shape:
+        raise ImageError(f"{file}: expected the labelled set's size, {_size(shape)}, got {_size(labels.shape)}")
+    return labels
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _with(
+    worst: Sequence[Mistakes],
+    row: ImageScores,
+    image: LabelledImage,
+    labels: Integer[np.ndarray, "h w"],
+    table: Overlaps,
+    number: int,
+) -> list[Mistakes]:
+    """Put an image among the worst if it belongs there; images without a mistake, or without a cell, never do."""
+    score = row.scores.f1
+    is_worse = len(worst) < number or (number > 0 and score < worst[-1].scores.f1)
+    if math.isnan(score) or score == 1 or not is_worse:
+        return list(worst)
+    picture = draw_mistakes(grey_of(np.asarray(image.pixels)), np.asarray(image.labels), labels, table)
+    mistakes = Mistakes(dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, picture=picture)
+    return sorted([*worst, mistakes], key=lambda each: each.scores.f1)[:number]
