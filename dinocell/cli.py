@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 from dinocell import __version__
 from dinocell.data_shards import dataset_command, shards_command
 from dinocell.errors import DinocellError
-from dinocell.eval import evaluate_command, segment_command
-from dinocell.finetune import finetune_command
+from dinocell.eval import evaluate_command, finetune_command, segment_command
 from dinocell.ssl import pretrain_command
 
 

@@ -37,6 +37,8 @@ from dinocell.ssl.train import pretrain
 
 # Neighbours that vote on the class of a field.
 _NEIGHBOURS = 5
+# Side of the middle of a field that is looked at.
+_PROBED_PX = 128
 
 
 def run_demo(config: DemoConfig) -> str:
@@ -174,12 +176,13 @@ def _probe(backbone: VisionTransformer, material: Material) -> Probe:
 
 @torch.no_grad()
 def _features(backbone: VisionTransformer, shards: Path) -> tuple[torch.Tensor, list[str]]:
-    """Return CLS and mean patch token of every field through every channel alone (b c d), and its class."""
+    """Return CLS and mean patch token of the middle of every field through each channel alone (b c d), its class."""
     rows, classes = [], []
     for batch in stream(shards, batch_size=1, shuffle=False, stop=_num_samples(shards)):
         channels = batch.tile(0).to(torch.float32)
-        height, width = (side // 8 * 8 for side in channels.shape[1:])
-        views = channels[:, None, :height, :width]
+        height, width = (min(side // 8 * 8, _PROBED_PX) for side in channels.shape[1:])
+        top, left = (channels.shape[1] - height) // 2, (channels.shape[2] - width) // 2
+        views = channels[:, None, top : top + height, left : left + width]
         views = (views - views.mean((2, 3), keepdim=True)) / (views.std((2, 3), keepdim=True) + 1e-5)
         out = backbone(views)
         rows.append(torch.cat((out.cls, out.patches.mean(1)), dim=1))

@@ -1,4 +1,7 @@
-"""``dinocell finetune``: labelled images and a backbone become a segmenter."""
+"""``dinocell finetune``: labelled images and a backbone become a segmenter.
+
+It lies beside evaluation because it hands the training a scorer; the training itself imports none.
+"""
 
 import argparse
 from typing import Any
