@@ -124,7 +124,7 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(commands, "info", "say what a checkpoint is", "dinocell info dinov3_vits16.pth")
+    parser = _command(commands, "info", "say what a checkpoint or a segmenter is", "dinocell info dinov3_vits16.pth")
     _add_source(parser)
     parser.add_argument(
         "--image-size", type=_positive, default=224, metavar="PX", help="cost for this side (default 224)"
@@ -134,10 +134,15 @@ def _add_info(commands: Any) -> None:
 
 
 def _run_info(options: argparse.Namespace) -> None:
+    from dinocell.finetune.describe import describe_segmenter
+    from dinocell.finetune.files import is_segmenter, read_segmenter
     from dinocell.models.describe import describe
     from dinocell.models.weights import read_weights
 
-    lines = describe(read_weights(options.source), image_size=options.image_size)
+    if is_segmenter(options.source):
+        lines = describe_segmenter(read_segmenter(options.source))
+    else:
+        lines = describe(read_weights(options.source), image_size=options.image_size)
     if options.json:
         import json
 

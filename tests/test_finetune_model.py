@@ -1,5 +1,6 @@
 """The segmenter: what comes out, what a frozen backbone keeps still, and its file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,14 @@ def test_unknown_names_sizes_and_blocks_are_refused() -> None:
         tiny(blocks=(3, 2, 1, 0))
     with pytest.raises(ValueError, match="random weights"):
         tiny(backbone_weights="somewhere.pt")
+
+
+def test_info_tells_a_segmenter_from_a_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dinocell.cli import main
+
+    DINOCell("vitt8", pretrained=False).save_pretrained(tmp_path / "cells.pt", dtype=torch.float16)
+    assert main(["info", "--json", str(tmp_path / "cells.pt")]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert lines["format"] == "DINOCell segmenter"
+    assert "decoder (float16)" in lines["parameters"]
+    assert lines["cells"] == "peaks above 0.47, fill above 0.09, merging at 3 px"

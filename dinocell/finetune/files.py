@@ -6,7 +6,6 @@ Read like every exported weight: as tensors only, nothing in a file is ever run.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -37,9 +36,14 @@ class SegmenterFile:
     tensors: dict[str, Tensor]
 
 
-def is_segmenter(metadata: Any) -> bool:
-    """Say whether a file's own block of metadata is that of a segmenter."""
-    return isinstance(metadata, dict) and metadata.get("kind") == KIND
+def is_segmenter(source: str | Path) -> bool:
+    """Say whether a source is a segmenter of ours; whatever cannot be read is none."""
+    try:
+        path = locate(source)
+        raw = read_raw(path / "model.safetensors" if (path / "model.safetensors").is_file() else path)
+    except WeightsError:
+        return False
+    return isinstance(raw.metadata, dict) and raw.metadata.get("kind") == KIND
 
 
 def write_segmenter(path: Path, file: SegmenterFile) -> None:
