@@ -58,7 +58,7 @@ def test_a_second_call_keeps_what_is_done(demo: tuple[Path, str]) -> None:
 
 
 def test_other_settings_in_the_same_folder_are_refused(demo: tuple[Path, str]) -> None:
-    result = run("--output", demo[0], "seed=5")
+    result = run("seed=5", "--output", demo[0])
     assert result.returncode == 2
     assert "other settings" in result.stderr
 
