@@ -145,6 +145,12 @@ def test_a_run_writes_a_segmenter_that_says_where_it_comes_from(folder: Path, tm
     assert path.read_bytes() == before  # a finished run is not touched
 
 
+def test_the_validation_error_is_written_whatever_the_log_steps(folder: Path, tmp_path: Path) -> None:
+    finetune(recipe(folder, tmp_path / "run", "log_every=1000", "epochs=3"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss/validation" in row] == [3, 6, 9]
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

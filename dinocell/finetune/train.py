@@ -184,7 +184,7 @@ class _Training:
             epoch, rest = divmod(step, self.steps_per_epoch)
             if rest == 0:
                 metrics |= self._end_of_epoch(run, step, epoch, score, batch)
-            run.log(step, metrics)
+            run.log(step, metrics, always=rest == 0)
             if rest == 0 and epoch % self.config.checkpoint_every == 0:
                 self.save()
             patience = self.config.stopping.patience

@@ -173,7 +173,7 @@ class Run:
         """Say whether :meth:`log` writes the numbers of ``step``; the same answer on every rank."""
         return step % self._log_every == 0 or step in (self._first_step, self._total_steps)
 
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat], *, always: bool = False) -> None:
         """Write the numbers of a step that is done; call it every step.
 
         On steps that are no log step only the progress moves, and no tensor is read. On log steps all
@@ -188,6 +188,8 @@ class Run:
         metrics
             Name (``group/name``) to number or one-element tensor. Names starting with ``loss/`` show
             on the console.
+        always
+            Write them even if this is no log step: what is measured rarely, such as a validation error.
 
         Raises
         ------
@@ -196,7 +198,7 @@ class Run:
         """
         if self._outputs is None:
             return
-        if not self.is_log_step(step):
+        if not (always or self.is_log_step(step)):
             self._outputs.progress.advance(step)
             return
         reserved = {"step", "time"} & set(metrics)
