@@ -127,7 +127,7 @@ def test_a_corrupt_file_is_reported_and_strict_stops(
 
 
 def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(folder: Path, tmp_path: Path) -> None:
-    for number in range(10, 120):
+    for number in range(10, 600):
         for name in ("DNA", "ER", "AGP"):
             (folder / f"f{number:03d}_{name}.tif").write_bytes((folder / f"f{number % 10:03d}_{name}.tif").read_bytes())
     line = [sys.executable, "-m", "dinocell", *build(folder, tmp_path / "set", "--workers", "2")]
