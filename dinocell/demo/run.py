@@ -29,7 +29,7 @@ from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
-from dinocell.models.vit import VisionTransformer, variant_config
+from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import load_backbone
 from dinocell.runtime.atomic import write_atomically
 from dinocell.ssl.config import PretrainConfig
@@ -141,8 +141,7 @@ def _size_of(source: str) -> str:
 
 def _random(config: DemoConfig, like: VisionTransformer) -> VisionTransformer:
     torch.manual_seed(config.seed)
-    model = VisionTransformer(variant_config("tiny", patch_size=8, in_channels=1) if like is None else like.config)
-    return model.eval()
+    return VisionTransformer(like.config).eval()
 
 
 class Probe(NamedTuple):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -82,7 +83,8 @@ def finetune(config: FinetuneConfig, *, score: Scorer | None = None) -> Path:
 
 def dry_run(config: FinetuneConfig) -> str:
     """Open the data, build the model, take two steps, and say what a run would be; nothing stays in the run folder."""
-    with together("cpu" if config.compute.device == "cpu" else "auto") as world:
+    with tempfile.TemporaryDirectory() as scratch, together(config.compute.device) as world:
+        config = replace(config, output=Path(scratch))  # a set made of images and masks goes there
         training = _Training(config, world, is_dry=True)
         seconds = 0.0
         for number, batch in zip(range(2), training.batches(0), strict=False):
@@ -138,7 +140,7 @@ class _Training:
         self.optimizer = adamw(groups, betas=config.optim.betas)
         self._bad = torch.zeros((), device=world.device)
         self._bad_in_a_row = torch.zeros((), device=world.device)
-        self.checkpointer = Checkpointer(config.output / "checkpoints")
+        self.checkpointer = Checkpointer(config.output / "checkpoints", timeout_s=config.compute.timeout_s)
         self.progress: dict[str, Any] = {"step": 0, "best": math.inf, "best_epoch": 0, "stale": 0, "finished": False}
 
     def _pixel_size(self) -> float | None:
@@ -151,6 +153,10 @@ class _Training:
             name: sum(p.numel() for p in part.parameters()) / 1e6
             for name, part in (("backbone", self.model.backbone), ("decoder", self.model.decoder))
         }
+        skipped = [line for each in self.split.sets for line in each.description.get("skipped", [])]
+        left_out = (
+            [f"left out when the sets were made: {len(skipped)}, the first {skipped[0]['reason']}"] if skipped else []
+        )
         frozen = " (frozen)" if self.model.freeze_backbone else ""
         return [
             f"backbone {count['backbone']:.1f} M{frozen}, decoder {count['decoder']:.1f} M parameters; "
@@ -158,6 +164,7 @@ class _Training:
             f"{len(self.split.training)} images to learn from, {len(self.split.validation)} to validate on; "
             f"{self.crops.epoch_length} crops an epoch, {self.config.epochs} epochs at most: "
             f"{self.total_steps} steps of {self.config.crops_a_step}",
+            *left_out,
         ]
 
     def batches(self, first_step: int) -> Any:

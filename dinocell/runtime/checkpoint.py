@@ -131,11 +131,6 @@ class Checkpointer:
             raise DinocellError(f"{final}: cannot be written ({' '.join(str(error).split())[:200]})") from error
         self._finish(part, final, description)
 
-    def poll(self) -> None:
-        """Put a checkpoint in place if it has been written meanwhile; alone only, as ranks would have to agree."""
-        if self._pending is not None and is_alone() and self._pending[0].done():
-            self.wait()
-
     def restore(self, tensors: dict[str, Any]) -> Restored | None:
         """Read the newest whole checkpoint into ``tensors``, in place; None if there is none.
 

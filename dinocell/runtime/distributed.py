@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 
 from dinocell.errors import DinocellError
@@ -45,13 +44,6 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
-
-    def mesh(self, *, shard_within_machines: bool = False) -> DeviceMesh:
-        """Return the mesh of all ranks, one dimension; or (machines, ranks of a machine), to shard within machines."""
-        if shard_within_machines:
-            shape, names = (self.size // self.local_size, self.local_size), ("replicate", "shard")
-            return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
 
 
 def start(device: str = "auto", *, timeout_s: float = 1800.0, rendezvous: Path | None = None) -> World:
