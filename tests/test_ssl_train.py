@@ -11,23 +11,32 @@ import pytest
 import torch
 
 from dinocell.cli import main
+from dinocell.data_shards.read import SampleStream
 from dinocell.errors import ConfigError, DinocellError
+from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone, read_weights
+from dinocell.runtime.distributed import World
 from dinocell.runtime.preemption import RunStopped
 from dinocell.runtime.schedules import Freeze, Schedule
-from dinocell.ssl import train
+from dinocell.ssl import prepare
 from dinocell.ssl.config import (
     ComputeConfig,
     DataConfig,
+    GramConfig,
     HeadsConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    WatchConfig,
 )
+from dinocell.ssl.masking import MaskingConfig
+from dinocell.ssl.pictures import draw_features, principal_colours
 from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import dry_run, pretrain
+from dinocell.ssl.trainer import Trainer
 from dinocell.ssl.view_plan import ViewsConfig
+from dinocell.ssl.views import Views, channel_levels, make_views
 
 
 def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
@@ -46,6 +55,11 @@ def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
         compute=ComputeConfig(workers=0),
     )
     return replace(base, **changes)
+
+
+def prepared(config: PretrainConfig) -> tuple[SampleStream, prepare.StudentTeacher, Trainer]:
+    samples, model = prepare.open_shards(config, World()), prepare.build_model(config, World())
+    return samples, model, Trainer(config, model, World())
 
 
 def losses(output: Path) -> list[float]:
@@ -80,12 +94,12 @@ def test_the_same_recipe_gives_the_same_run_whatever_the_workers(shard_set: Path
 def test_the_teacher_file_holds_the_teacher(shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = []
 
-    class Spy(train.StudentTeacher):
+    class Spy(prepare.StudentTeacher):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             models.append(self)
 
-    monkeypatch.setattr(train, "StudentTeacher", Spy)
+    monkeypatch.setattr(prepare, "StudentTeacher", Spy)
     path = pretrain(config_of(shard_set, tmp_path / "run"))
     vit = load_backbone(path)
     images = torch.randn(2, 1, 32, 32)
@@ -120,23 +134,23 @@ def test_every_setting_trains(shard_set: Path, tmp_path: Path, changes: dict[str
 
 def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: Path) -> None:
     config = config_of(shard_set, tmp_path / "run", optim=OptimConfig(max_bad_steps=2))
-    samples, model, trainer = train._prepare(config, torch.device("cpu"))
-    levels = train.channel_levels([each.manifest for each in samples.sets], config.views)
+    samples, model, trainer = prepared(config)
+    levels = channel_levels([each.manifest for each in samples.sets], config.views)
     batch = next(iter(samples))
-    views = train.make_views(batch, config.views, levels, seed=0, device=torch.device("cpu"))
-    trainer.step(0, batch, views, watch=False)
+    views = make_views(batch, config.views, levels, seed=0, device=torch.device("cpu"))
+    trainer.step(0, [(batch, views)], watch=False)
     before = {name: parameter.clone() for name, parameter in model.student.named_parameters()}
     views.global_views[0, 0, 0, 3, 3] = float("nan")
-    metrics = trainer.step(1, batch, views, watch=True)
+    metrics = trainer.step(1, [(batch, views)], watch=True)
     assert int(metrics["health/skipped_steps"]) == 1
     assert "cls/std" not in metrics
     for name, parameter in model.student.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert all(parameter.isfinite().all() for parameter in model.teacher.parameters())
     with pytest.raises(DinocellError, match="2 steps in a row had a loss or gradient that is not finite"):
-        trainer.step(2, batch, views, watch=True)
+        trainer.step(2, [(batch, views)], watch=True)
     views.global_views[0, 0, 0, 3, 3] = 0.0
-    trainer.step(3, batch, views, watch=True)
+    trainer.step(3, [(batch, views)], watch=True)
     assert any(not torch.equal(parameter, before[name]) for name, parameter in model.student.named_parameters())
 
 
@@ -144,13 +158,13 @@ def test_from_weights_the_backbone_rests_at_first(shard_set: Path, tmp_path: Pat
     start = pretrain(config_of(shard_set, tmp_path / "start", steps=2))
     model = ModelConfig(variant="tiny", weights=str(start), drop_path=0.0, start_freeze=Freeze(hold=3, warmup=2))
     config = config_of(shard_set, tmp_path / "run", model=model)
-    samples, both, trainer = train._prepare(config, torch.device("cpu"))
-    levels = train.channel_levels([each.manifest for each in samples.sets], config.views)
+    samples, both, trainer = prepared(config)
+    levels = channel_levels([each.manifest for each in samples.sets], config.views)
     want = load_backbone(start).state_dict()
     moved = []
     for number, batch in zip(range(6), samples, strict=False):
-        views = train.make_views(batch, config.views, levels, seed=0, device=torch.device("cpu"))
-        trainer.step(number, batch, views, watch=False)
+        views = make_views(batch, config.views, levels, seed=0, device=torch.device("cpu"))
+        trainer.step(number, [(batch, views)], watch=False)
         now = both.student["backbone"].state_dict()
         moved.append(any(not torch.equal(now[name], tensor) for name, tensor in want.items()))
     # Held for three steps; the fourth begins the rise, at 0.
@@ -204,9 +218,63 @@ def test_the_command_trains_the_debug_recipe(
     assert capsys.readouterr().out.splitlines()[-1].endswith("training_2/teacher_checkpoint.pth")
 
 
-def test_a_gram_weight_is_refused_rather_than_ignored(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"schedules\.gram_weight: expected 0"):
-        config_of(tmp_path, tmp_path / "run", schedules=Schedules(gram_weight=Schedule(peak=1.0)))
+def test_the_gram_teacher_is_taken_when_its_weight_begins(shard_set: Path, tmp_path: Path) -> None:
+    schedules = Schedules(
+        learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2), teacher_momentum=Schedule(peak=0.5)
+    )
+    config = config_of(
+        shard_set, tmp_path / "run", schedules=schedules, gram=GramConfig(refresh_every=3, max_refreshes=1)
+    )
+    samples, model, trainer = prepared(config)
+    levels = channel_levels([each.manifest for each in samples.sets], config.views)
+    teachers, grams, values = [], [], []
+    for number, batch in zip(range(7), samples, strict=False):
+        views = make_views(batch, config.views, levels, seed=0, device=torch.device("cpu"))
+        teachers.append(model.teacher["backbone"].norm.weight.clone())
+        values.append(float(trainer.step(number, [(batch, views)], watch=True)["loss/gram"]))
+        grams.append(model.gram["backbone"].norm.weight.clone())
+    # Steps 2 and 5 begin with a new one; the student differs from it, so there is a loss.
+    assert all(torch.equal(grams[number], teachers[2]) for number in (2, 3, 4))
+    assert all(torch.equal(grams[number], teachers[5]) for number in (5, 6))
+    assert not torch.equal(teachers[2], teachers[5])
+    assert values[:2] == [0.0, 0.0]
+    assert min(values[2:]) > 0
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole(shard_set: Path, tmp_path: Path) -> None:
+    """With what looks across a batch left out: Sinkhorn's balance and KoLeo's neighbours."""
+    norms, weights = [], []
+    for parts in (1, 2):
+        config = config_of(
+            shard_set,
+            tmp_path / "run",
+            optim=OptimConfig(accumulate=parts),
+            masking=MaskingConfig(samples_per_group=2),
+            losses=LossConfig(centring="softmax", koleo_weight=0.0, centre_momentum=1.0),
+            model=ModelConfig(variant="tiny", layer_scale=0.1, drop_path=0.0),
+        )
+        samples, model, trainer = prepared(config)
+        levels = channel_levels([each.manifest for each in samples.sets], config.views)
+        batches = iter(samples)
+        for number in range(3):
+            made = []
+            for _ in range(parts):
+                batch = next(batches)
+                views = make_views(batch, config.views, levels, seed=0, device=torch.device("cpu"))
+                made.append((batch, views))
+            metrics = trainer.step(number, made, watch=True)
+        norms.append([float(metrics["gradient_norm/backbone"]), float(metrics["loss/total"])])
+        weights.append(torch.cat([each.detach().flatten() for each in model.student.parameters()]))
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=2e-4)
+
+
+def test_a_step_that_recomputes_takes_the_same_step(shard_set: Path, tmp_path: Path) -> None:
+    for name, compute in (("kept", ComputeConfig(workers=0)), ("anew", ComputeConfig(workers=0, recompute=True))):
+        pretrain(config_of(shard_set, tmp_path / name, steps=3, compute=compute))
+    assert losses(tmp_path / "kept") == losses(tmp_path / "anew")
+    teachers = [read_weights(tmp_path / n / "eval/training_3/teacher_checkpoint.pth").tensors for n in ("kept", "anew")]
+    assert all(torch.equal(teachers[0][name], teachers[1][name]) for name in teachers[0])
 
 
 @pytest.mark.parametrize("centring", ["sinkhorn", "softmax"])
@@ -215,16 +283,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses_bit_for_bit(
 ) -> None:
     options: dict[str, Any] = {"losses": LossConfig(centring=centring), "checkpoint_every": 3}
     pretrain(config_of(shard_set, tmp_path / "whole", **options))
-    step = train._Trainer.step
+    step = Trainer.step
 
-    def told_to_stop_in_the_fifth(self: train._Trainer, number: int, *rest: Any, **more: Any) -> dict[str, Any]:
+    def told_to_stop_in_the_fifth(self: Trainer, number: int, *rest: Any, **more: Any) -> dict[str, Any]:
         if number == 4:
             signal.raise_signal(signal.SIGTERM)
         return step(self, number, *rest, **more)
 
     parts = config_of(shard_set, tmp_path / "parts", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(train._Trainer, "step", told_to_stop_in_the_fifth)
+        patch.setattr(Trainer, "step", told_to_stop_in_the_fifth)
         with pytest.raises(RunStopped, match=r"stopped after step 5 \(SIGTERM\)"):
             pretrain(parts)
     assert len(losses(tmp_path / "parts")) == 5
@@ -241,18 +309,69 @@ def test_after_a_hard_fault_the_steps_since_the_last_state_are_taken_again(
     shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(shard_set, tmp_path / "run", checkpoint_every=3)
-    step = train._Trainer.step
+    step = Trainer.step
 
-    def dies_in_the_eighth(self: train._Trainer, number: int, *rest: Any, **more: Any) -> dict[str, Any]:
+    def dies_in_the_eighth(self: Trainer, number: int, *rest: Any, **more: Any) -> dict[str, Any]:
         if number == 7:
             raise MemoryError
         return step(self, number, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Trainer, "step", dies_in_the_eighth)
+        patch.setattr(Trainer, "step", dies_in_the_eighth)
         with pytest.raises(MemoryError):
             pretrain(config)
     pretrain(config)
     assert "goes on after step 6" in (tmp_path / "run" / "log.txt").read_text()
     pretrain(config_of(shard_set, tmp_path / "whole", checkpoint_every=3))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_the_teacher_is_drawn_and_measured_while_it_learns(shard_set: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def watch(teacher: VisionTransformer) -> dict[str, float]:
+        seen.append(teacher.training)
+        return {"probe/answer": 42.0}
+
+    config = config_of(shard_set, tmp_path / "run", watch=WatchConfig(every=4), log_every=3)
+    pretrain(config, watch=watch)
+    assert seen == [False] * 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "probe/answer" in line] == [4, 8, 10]
+    last = lines[-2] if "loss/total" in lines[-2] else lines[-1]
+    assert {"speed/data_wait_share", "speed/tflops", "memory/peak_gb"} <= last.keys()
+
+
+def test_pictures_of_features_show_one_colour_for_one_feature() -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(variant_config("tiny", patch_size=8, in_channels=1)).eval()
+    blank = torch.zeros(2, 2, 1, 32, 32)
+    blank[:, 1] = torch.randn(1, 1, 32, 32)
+    drawn = draw_features(vit, Views(blank, torch.zeros(0, 2, 1, 16, 16)))
+    assert drawn["patch_pca"].shape == (4 * 34, 2 * 34, 3)
+    assert drawn["cls_attention"].shape == (2 * 34, 2 * 34)
+    # The second view is like the first, so its colours are as well.
+    np.testing.assert_array_equal(drawn["patch_pca"][34:66], drawn["patch_pca"][102:134])
+    features = torch.randn(50, 8)
+    colours = principal_colours(torch.cat((features, features)))
+    assert torch.equal(colours[:50], colours[50:])
+    assert colours.min() == 0
+    assert colours.max() == 1
+
+
+def test_where_cls_looks_is_the_attention_of_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(variant_config("tiny", patch_size=8, in_channels=1)).eval()
+    vit.init_weights(layer_scale=1.0)
+    images = torch.randn(2, 1, 24, 16)
+    wanted: list[torch.Tensor] = []
+
+    def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+        wanted.append(weights)
+        return weights @ value
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain)
+    vit(images)
+    found = vit.cls_attention(images)
+    torch.testing.assert_close(found.flatten(2), wanted[vit.config.depth - 1][:, :, 0, vit.config.num_prefix :])

@@ -76,6 +76,13 @@ class Attention(nn.Module):
         lengths = [segment.tokens for segment in segments for _ in range(segment.batch)]
         return _first_queries(_PACKED[self.kernel](query, key, value, lengths).flatten(1), segments)
 
+    def cls_weights(self, rows: Float[Tensor, "n d"], segment: Segment) -> Float[Tensor, "b k t"]:
+        """Return the weights that the first token of each sequence gives to all of its tokens, by head."""
+        qkv = F.linear(rows, self.qkv.weight, self._bias()).view(len(rows), 3, self.heads, self.width // self.heads)
+        query, key, _ = _rotated(qkv, segment)
+        products = torch.einsum("bke,btke->bkt", query[:, 0], key) * query.shape[-1] ** -0.5
+        return torch.softmax(products, -1)
+
     def _bias(self) -> Tensor | None:
         bias: Tensor | None = self.qkv.bias
         if bias is None or self.key_bias:

@@ -62,7 +62,8 @@ class VisionTransformer(nn.Module):
         How attention is computed, see `dinocell.models.attention`. With ``sdpa`` each resolution is a pass of its
         own on the CPU; otherwise the rows of all resolutions share every linear layer.
 
-    ``card`` holds what travels with the weights besides tensors: input settings, ancestry, licence.
+    ``card`` holds what travels with the weights besides tensors: input settings, ancestry, licence. With ``one_pass``
+    all inputs go through each block in one call on the CPU too, which sharding needs.
 
     Built under ``torch.device("meta")`` the parameters take no memory: follow with ``to_empty(device=...)`` and
     `init_weights`, or load a state dict with ``assign=True``.
@@ -75,6 +76,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.noise = noise or TrainingNoise()
         self.kernel = kernel
+        self.one_pass = False
         self.card = WeightsCard()
         width = config.width
         self.patch_embed = PatchEmbedding(config.patch_size, config.in_channels, width)
@@ -214,6 +216,24 @@ class VisionTransformer(nn.Module):
         outputs = self.forward_blocks(images, blocks, norm=norm)
         return [out.patches.transpose(1, 2).unflatten(2, grid).contiguous() for out in outputs]
 
+    def set_kernel(self, kernel: AttentionKernel) -> None:
+        """Compute attention in another way, see `dinocell.models.attention`."""
+        self.kernel = kernel
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.kernel = kernel
+
+    def cls_attention(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads rows columns"]:
+        """Return how much the CLS token of the last block attends to every patch, by head; a row sums to at most 1."""
+        grid = self.grid(images)
+        rows, segments = self._rows([_Input(images, None, None)])
+        for after in self._run(rows, segments, None, stop=len(self.blocks) - 1):
+            rows = after
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        weights: Tensor = last.attn.cls_weights(last.norm1(rows), segments[0])
+        return torch.unflatten(weights[:, :, self.config.num_prefix :], 2, grid)
+
     def grid(self, images: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         """Return the rows and columns of patches, after checking that the model can take the images."""
         _, channels, height, width = images.shape
@@ -232,8 +252,7 @@ class VisionTransformer(nn.Module):
         generator: torch.Generator | None,
     ) -> list[ViTOutput]:
         inputs = [_Input(*triple) for triple in zip(images, masks, select, strict=True)]
-        together = self.kernel != "sdpa" or images[0].device.type != "cpu"
-        if together:
+        if self.one_pass or self.kernel != "sdpa" or images[0].device.type != "cpu":
             return self._pass(inputs, generator, local=[index > 0 for index in range(len(inputs))])
         outputs = []
         for index, each in enumerate(inputs):

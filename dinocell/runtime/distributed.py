@@ -134,6 +134,11 @@ def _numbers(named: Mapping[str, str]) -> list[int]:
         raise DinocellError(f"the environment's ranks are not numbers: {shown}") from None
 
 
+def rank() -> int:
+    """Return the number of this process; alone, 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_alone() -> bool:
     """Say whether there is no other rank."""
     return not dist.is_initialized() or dist.get_world_size() == 1

@@ -150,6 +150,11 @@ class Run:
             run.note(f"metrics.jsonl: dropped {outputs.metrics.num_unreadable} broken line(s) of an earlier start")
         return run
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self._outputs is not None
+
     @staticmethod
     def check(folder: Path, config: object, *, ignore: Collection[str] = ("compute",)) -> None:
         """Refuse a folder that holds a run with another configuration, before anything is built or read; as `start`.

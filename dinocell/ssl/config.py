@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dinocell.models.attention import AttentionKernel
 from dinocell.models.config import VARIANTS
 from dinocell.runtime.schedules import Freeze, Schedule
+from dinocell.runtime.sharding import Parallel
 from dinocell.ssl.masking import MaskingConfig
 from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.view_plan import ViewsConfig
@@ -86,11 +88,38 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GramConfig:
+    """The Gram teacher, an earlier state of the teacher's backbone; it is there while ``schedules.gram_weight`` is.
+
+    It is taken when the weight first is above 0, and again ``refresh_every`` steps later, at most ``max_refreshes``
+    times (DINOv3). It sees the teacher's global crops, unmasked; DINOv3 shows it larger ones.
+
+    Attributes
+    ----------
+    negatives
+        What negative cosines count for, see `dinocell.ssl.losses.gram_loss`.
+    """
+
+    refresh_every: int = 10_000
+    max_refreshes: int = 3
+    negatives: Literal["keep", "drop", "drop_in_teacher"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.refresh_every < 1 or self.max_refreshes < 0:
+            raise ValueError("refresh_every: expected at least 1, and max_refreshes at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and what is around it.
 
     Attributes
     ----------
+    accumulate
+        Parts in which a rank takes its share of a step, one after the other: less memory, the same gradient. Targets
+        are balanced, masks dealt, and KoLeo's neighbours looked for within a part.
+    head_weight_decay_factor
+        On the heads' weight decay.
     rule
         How the learning rate of the schedule, which is for a batch of 1,024, follows the batch.
     clip
@@ -103,7 +132,9 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     layer_decay: float = 0.9
     patch_embedding_factor: float = 0.2
+    head_weight_decay_factor: float = 1.0
     clip: float = 3.0
+    accumulate: int = 1
     max_bad_steps: int = 10
 
 
@@ -118,12 +149,59 @@ class ComputeConfig:
     dtype
         Of matrix products; ``auto``: bfloat16 on CUDA, float32 on the CPU.
     workers
-        Processes that read and decode ahead.
+        Processes of each rank that read and decode ahead.
+    parallel
+        How the model lies on several ranks, see `dinocell.runtime.sharding`.
+    attention
+        How attention is computed, see `dinocell.models.attention`; other than ``sdpa``: CUDA.
+    compile
+        Compile each block. Off on the CPU, where it gains nothing.
+    recompute
+        Keep only the input of each block for the backward pass and compute the rest again: about a third more time,
+        a fraction of the memory.
+    timeout_s
+        How long ranks wait for one another before all stop with an error.
     """
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     workers: int = 2
+    parallel: Parallel = "auto"
+    attention: AttentionKernel = "sdpa"
+    compile: bool = False
+    recompute: bool = False
+    timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What is measured of the teacher while it is trained, besides losses.
+
+    Attributes
+    ----------
+    every
+        Steps between measurements; 0: never.
+    tiles
+        Of the training shards, for channel consistency: each through every channel.
+    knn_train, knn_test, label
+        Shard sets whose samples have the label ``label``: neighbours of the first name the samples of the second.
+    neighbours
+        That vote.
+    """
+
+    every: int = 1000
+    tiles: int = 64
+    knn_train: str | None = None
+    knn_test: str | None = None
+    label: str | None = None
+    neighbours: int = 10
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("knn_train", "knn_test", "label") if getattr(self, name) is not None]
+        if given and len(given) < 3:
+            raise ValueError(f"knn_train, knn_test, label: expected all three or none, got {', '.join(given)}")
+        if self.every < 0 or self.tiles < 2 or self.neighbours < 1:
+            raise ValueError("every: expected at least 0, tiles at least 2, neighbours at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +211,7 @@ class PretrainConfig:
     Attributes
     ----------
     steps, batch_size
-        Length of the run; tiles a step.
+        Length of the run; tiles a step, over all ranks.
     log_every, picture_every, export_every
         Steps between numbers, pictures and teacher checkpoints; the last step always exports.
     checkpoint_every, keep_checkpoints, keep_checkpoint_every
@@ -151,8 +229,10 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
     losses: LossConfig = field(default_factory=LossConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
     schedules: Schedules = field(default_factory=Schedules)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     log_every: int = 10
     picture_every: int = 1000
     export_every: int = 9000
@@ -166,9 +246,16 @@ class PretrainConfig:
         for name in (*counts, "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.schedules.gram_weight != Schedule(peak=0.0):
-            raise ValueError("schedules.gram_weight: expected 0 throughout, for no step adds the Gram loss yet")
+        if self.optim.accumulate < 1 or self.batch_size % self.optim.accumulate:
+            raise ValueError(
+                f"optim.accumulate: expected a divisor of batch_size {self.batch_size}, got {self.optim.accumulate}"
+            )
         for name in ("global_size", "local_size"):
             size = getattr(self.views, name)
             if size % self.model.patch_size:
                 raise ValueError(f"views.{name}: expected a multiple of patch_size {self.model.patch_size}, got {size}")
+
+    @property
+    def uses_gram(self) -> bool:
+        """Whether the Gram loss counts at any time."""
+        return self.schedules.gram_weight != Schedule(peak=0.0)

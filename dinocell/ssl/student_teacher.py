@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dinocell.models.vit import VisionTransformer
-from dinocell.ssl.config import HeadsConfig, LossConfig
+from dinocell.runtime.distributed import gather, is_alone, rank, sum_over_ranks
+from dinocell.ssl.config import GramConfig, HeadsConfig, LossConfig
 from dinocell.ssl.heads import Projection, ProjectionHead
-from dinocell.ssl.losses import dino_loss, ibot_loss, koleo_loss
+from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.targets import Centre, Targets, TeacherLogits, sinkhorn_targets
 from dinocell.ssl.views import Views
@@ -28,6 +29,7 @@ class Losses(NamedTuple):
     dino_local: Float[Tensor, ""]
     ibot: Float[Tensor, ""]
     koleo: Float[Tensor, ""]
+    gram: Float[Tensor, ""]
 
 
 class StepOutput(NamedTuple):
@@ -47,11 +49,18 @@ class StudentTeacher(nn.Module):
         The student's, with its training noise; the teacher starts as a copy of it.
     heads, losses
         Of the recipe.
+    gram
+        Of the recipe, if the Gram loss is to count at some time.
+
+    On several ranks each takes its part of the batch: targets are balanced over all of them, and the mean of their
+    losses is the loss of one process with the whole batch.
     """
 
-    def __init__(self, backbone: VisionTransformer, heads: HeadsConfig, losses: LossConfig) -> None:
+    def __init__(
+        self, backbone: VisionTransformer, heads: HeadsConfig, losses: LossConfig, gram: GramConfig | None = None
+    ) -> None:
         super().__init__()
-        self._losses = losses
+        self._losses, self._gram = losses, gram
         names = ("dino_head",) if heads.shared else ("dino_head", "ibot_head")
         self.student = nn.ModuleDict({"backbone": backbone})
         for name in names:
@@ -64,6 +73,8 @@ class StudentTeacher(nn.Module):
                 weight_norm=heads.weight_norm,
             )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        # Like the teacher's backbone at first; `take_gram_teacher` renews it.
+        self.gram = nn.ModuleDict({"backbone": copy.deepcopy(self.teacher["backbone"])} if gram is not None else {})
         self.centres: nn.ModuleList | None = None
         if losses.centring == "softmax":
             self.centres = nn.ModuleList(
@@ -74,7 +85,14 @@ class StudentTeacher(nn.Module):
         """Set the mode of the student; the teacher always predicts without noise."""
         super().train(mode)
         self.teacher.eval()
+        self.gram.eval()
         return self
+
+    @torch.no_grad()
+    def take_gram_teacher(self) -> None:
+        """Let the Gram teacher be the teacher as it is now."""
+        for ours, theirs in zip(self.gram.parameters(), self.teacher["backbone"].parameters(), strict=True):
+            ours.copy_(theirs)
 
     def forward(
         self,
@@ -83,6 +101,7 @@ class StudentTeacher(nn.Module):
         *,
         teacher_temperature: float,
         local_weight: float = 1.0,
+        gram_weight: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> StepOutput:
         """Return the losses of a batch.
@@ -93,7 +112,7 @@ class StudentTeacher(nn.Module):
             Standardised crops, view by view.
         masks
             Of the global crops, in the same order; on the device of the views.
-        teacher_temperature, local_weight
+        teacher_temperature, local_weight, gram_weight
             Of this step.
         generator
             Source of the student's training noise.
@@ -104,13 +123,16 @@ class StudentTeacher(nn.Module):
         cls_targets, patch_targets = self._targets(images, masks, teacher_temperature)
 
         crops = [images] if num_locals == 0 else [images, views.local_views.flatten(0, 1)]
-        nothing = masks.indices[:0]
+        # The Gram loss wants every patch of the global crops; without it the last block computes the masked ones alone.
+        with_gram = gram_weight > 0
         outputs = self.student["backbone"](
             crops,
             [masks.masks.flatten(1), None][: len(crops)],
-            select=[masks.indices, nothing][: len(crops)],
+            select=[None if with_gram else masks.indices, masks.indices[:0]][: len(crops)],
             generator=generator,
         )
+        patches = outputs[0].patches
+        masked = patches.flatten(0, 1)[masks.indices] if with_gram else patches
         cls = torch.cat([output.cls for output in outputs])
         dino = dino_loss(
             self.student["dino_head"](cls),
@@ -121,15 +143,27 @@ class StudentTeacher(nn.Module):
             local_weight=local_weight,
         )
         ibot = ibot_loss(
-            self._patch_head(self.student)(outputs[0].patches),
+            self._patch_head(self.student)(masked),
             patch_targets,
             masks.weights,
             num_images=num_globals * batch,
             temperature=self._losses.student_temperature,
         )
-        koleo = torch.stack([koleo_loss(view) for view in outputs[0].cls.split(batch)]).sum()
+        koleo = torch.stack([_koleo(own) for own in outputs[0].cls.split(batch)]).sum()
         total = dino.total + self._losses.ibot_weight * ibot + self._losses.koleo_weight * koleo
-        return StepOutput(Losses(total, dino.global_crops, dino.local_crops, ibot, koleo), cls_targets, outputs[0].cls)
+        gram = total.new_zeros(())
+        if with_gram:
+            gram = self._gram_loss(images, patches)
+            total = total + gram_weight * gram
+        losses = Losses(total, dino.global_crops, dino.local_crops, ibot, koleo, gram)
+        return StepOutput(losses, cls_targets, outputs[0].cls)
+
+    def _gram_loss(self, images: Tensor, patches: Tensor) -> Tensor:
+        if self._gram is None:
+            raise ValueError("gram_weight: expected 0, for the model was built without a Gram teacher")
+        with torch.no_grad():
+            wanted = self.gram["backbone"](images).patches
+        return gram_loss(patches, wanted, negatives=self._gram.negatives)
 
     @torch.no_grad()
     def _targets(self, images: Tensor, masks: PatchMasks, temperature: float) -> tuple[Targets, Targets]:
@@ -140,14 +174,23 @@ class StudentTeacher(nn.Module):
         ]
         logits = [TeacherLogits(projection) for projection in projections]
         if self.centres is None:
-            cls, patches = sinkhorn_targets(logits, temperature, iterations=self._losses.sinkhorn_iterations)
+            cls, patches = sinkhorn_targets(
+                logits, temperature, iterations=self._losses.sinkhorn_iterations, sum_over_ranks=sum_over_ranks
+            )
             return cls, patches
         centres = [cast("Centre", centre) for centre in self.centres]
         cls, patches = (centre(each, temperature) for centre, each in zip(centres, logits, strict=True))
         for centre, each in zip(centres, logits, strict=True):
-            centre.update(each)
+            centre.update(each, sum_over_ranks=sum_over_ranks)
         return cls, patches
 
     @staticmethod
     def _patch_head(side: nn.ModuleDict) -> nn.Module:
         return side["ibot_head"] if "ibot_head" in side else side["dino_head"]
+
+
+def _koleo(cls: Tensor) -> Tensor:
+    """Look for neighbours among the tokens of all ranks."""
+    if is_alone():
+        return koleo_loss(cls)
+    return koleo_loss(cls, everyone=gather(cls), first=rank() * len(cls))

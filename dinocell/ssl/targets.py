@@ -175,7 +175,9 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def update(self, logits: TeacherLogits, *, sum_over_ranks: SumOverRanks = one_rank) -> None:
-        """Move the centre towards the mean logits of all rows of all ranks; no rows leave it where it is.
+        """Move the centre towards the mean logits of all rows of all ranks.
+
+        No rows leave it where it is, and so do rows that are not finite: such a step changes nothing else either.
 
         The mean of the logits is the mean row times the prototypes: the ranks exchange one row.
         """
@@ -184,9 +186,10 @@ class Centre(nn.Module):
             count = rows.new_tensor([logits.num_rows])
             total = sum_over_ranks(torch.cat((rows.sum(0), count)))
             mean = logits.prototypes.to(rows.dtype) @ (total[:-1] / total[-1].clamp(min=1))
-            keep = torch.where(total[-1] > 0, self.momentum, 1.0).to(self.centre.dtype)
+            moves = (total[-1] > 0) & total.isfinite().all()
+            moved = self.momentum * self.centre + (1 - self.momentum) * mean.to(self.centre.dtype)
             # A new tensor, not in place: targets of this step may still hold the old one.
-            self.centre = keep * self.centre + (1 - keep) * mean.to(self.centre.dtype)
+            self.centre = torch.where(moves, moved, self.centre)
 
 
 def pieces(num_rows: int, num_prototypes: int, device: torch.device, elements: int | None = None) -> Iterator[slice]:

@@ -1,0 +1,115 @@
+"""Several ranks share a step: the same losses as one process, whatever their number and however the model lies on them.
+
+Real processes, started as a user would: torchrun, two of them for two machines.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dinocell.configs.load import to_yaml
+from dinocell.models.weights import read_weights
+from dinocell.runtime.schedules import Freeze, Schedule
+from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
+from dinocell.ssl.schedules import Schedules
+from dinocell.ssl.train import pretrain
+from dinocell.ssl.view_plan import ViewsConfig
+
+STEPS = 4
+
+
+def config_of(shard_set: Path, output: Path, **compute: object) -> PretrainConfig:
+    return PretrainConfig(
+        output=output,
+        data=DataConfig(shards=(str(shard_set),)),
+        steps=STEPS,
+        batch_size=12,
+        views=ViewsConfig(global_size=32, local_size=16, num_local=2),
+        model=ModelConfig(variant="tiny", layer_scale=0.3, drop_path=0.0),
+        heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
+        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=1), last_layer=Freeze(hold=1)),
+        log_every=1,
+        picture_every=4,
+        export_every=100,
+        checkpoint_every=2,
+        compute=ComputeConfig(workers=0, **compute),  # type: ignore[arg-type]
+    )
+
+
+def torchrun(config: PretrainConfig, ranks: int, *, machines: int = 1) -> None:
+    """Run the command in ``ranks`` processes on each of ``machines``, all here."""
+    recipe = config.output.with_suffix(".yaml")
+    recipe.write_text("# test\n" + to_yaml(config))
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *(f"--nproc-per-node={ranks}", f"--nnodes={machines}", f"--node-rank={number}"),
+                *("--master-addr=127.0.0.1", f"--master-port={port}"),
+                *("-m", "dinocell", "pretrain", str(recipe)),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(machines)
+    ]
+    outputs = [each.communicate(timeout=250)[0] for each in started]
+    assert all(each.returncode == 0 for each in started), "\n".join(outputs)
+
+
+def numbers(output: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def teacher(output: Path) -> dict[str, torch.Tensor]:
+    return read_weights(output / "eval" / f"training_{STEPS}" / "teacher_checkpoint.pth").tensors
+
+
+@pytest.fixture
+def alone(shard_set: Path, tmp_path: Path) -> Path:
+    pretrain(config_of(shard_set, tmp_path / "alone"))
+    return tmp_path / "alone"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "machines", "parallel"), [(2, 1, "ddp"), (3, 1, "fsdp"), (2, 2, "hsdp")], ids=["ddp", "fsdp", "hsdp"]
+)
+def test_ranks_give_the_losses_of_one_process(
+    shard_set: Path, tmp_path: Path, alone: Path, ranks: int, machines: int, parallel: str
+) -> None:
+    output = tmp_path / parallel
+    torchrun(config_of(shard_set, output, parallel=parallel), ranks, machines=machines)
+    for name in ("loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo", "gradient_norm/backbone"):
+        np.testing.assert_allclose(numbers(output, name), numbers(alone, name), rtol=1e-4, err_msg=name)
+    ours, wanted = teacher(output), teacher(alone)
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+    said = (output / "log.txt").read_text()
+    assert f"{ranks * machines} processes, {parallel}" in said
+
+
+def test_a_state_of_two_ranks_is_taken_up_by_one(shard_set: Path, tmp_path: Path, alone: Path) -> None:
+    output = tmp_path / "run"
+    torchrun(config_of(shard_set, output, parallel="fsdp"), 2)
+    # As if it had died after the state of step 2.
+    for path in (output / "checkpoints").glob(f"step_*{STEPS}"):
+        path.rename(tmp_path / "gone")
+    for path in (output / "eval").iterdir():
+        path.rename(tmp_path / "gone_too")
+    pretrain(config_of(shard_set, output))
+    assert "goes on after step 2" in (output / "log.txt").read_text()
+    assert numbers(output, "step") == [1, 2, 3, 4]
+    np.testing.assert_allclose(numbers(output, "loss/total"), numbers(alone, "loss/total"), rtol=1e-4)
