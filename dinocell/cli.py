@@ -8,7 +8,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dinocell {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
-    shards_command.register(commands)
+    shards_command.register(commands, preview_views=_preview_views)
     dataset_command.register(commands)
-    pretrain_command.register(commands)
+    pretrain_command.register(commands, probe=_online_probe)
     finetune_command.register(commands)
     segment_command.register(commands)
     evaluate_command.register(commands)
@@ -121,6 +121,37 @@ def _run_demo(options: argparse.Namespace) -> None:
         recipe, overrides = "standard", [recipe, *overrides]
     overrides += [f"{key}={getattr(options, key)}" for key in ("data", "output") if getattr(options, key) is not None]
     print(run_demo(load_config(DemoConfig, find_recipe("demo", recipe), overrides)))
+
+
+def _preview_views(
+    shards: str, output: Path, recipe: str, overrides: Sequence[str], num_samples: int, seed: int
+) -> None:
+    """Draw what a pretraining recipe makes of a shard set, for the command that knows nothing of pretraining."""
+    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.ssl.config import PretrainConfig
+    from dinocell.ssl.preview import preview_views
+
+    fixed = ["output=none", f"data.shards=[{shards}]", f"seed={seed}"]
+    config = load_config(PretrainConfig, find_recipe("pretrain", recipe), [*fixed, *overrides])
+    preview_views(config, output, num_samples=num_samples)
+
+
+def _online_probe(config: Any) -> Callable[[Any], Mapping[str, float]] | None:
+    """Return what measures the teacher of a pretraining run, which itself knows no evaluation; None: nothing is to."""
+    from dinocell.eval.online import OnlineProbe
+
+    if not config.watch.every:
+        return None
+    watch = config.watch
+    return OnlineProbe(
+        config.data.shards[0],
+        tiles=watch.tiles,
+        crop_size=config.views.global_size,
+        knn_train=watch.knn_train,
+        knn_test=watch.knn_test,
+        label=watch.label,
+        neighbours=watch.neighbours,
+    )
 
 
 def _add_info(commands: Any) -> None:

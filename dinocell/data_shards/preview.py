@@ -47,7 +47,7 @@ def preview(
         }
         empty = np.full((tile_px, tile_px), _GROUND, np.uint8)
         planes = [shown.get(name, empty) for name in names]
-        rows.append(np.concatenate([_caption(_text(info), planes), _side_by_side(planes)]))
+        rows.append(np.concatenate([caption(_text(info), planes), side_by_side(planes)]))
     header = _header(names, tile_px)
     write_png(output, np.concatenate([header, *rows]))
 
@@ -66,12 +66,14 @@ def _thumbnail(plane: np.ndarray, name: str, manifest: Manifest, size: int) -> n
     return framed
 
 
-def _side_by_side(planes: list[np.ndarray]) -> np.ndarray:
+def side_by_side(planes: list[np.ndarray]) -> np.ndarray:
+    """Put pictures of one height next to one another, with a gap after each."""
     padded = [np.pad(plane, ((0, _GAP_PX), (0, _GAP_PX)), constant_values=_GROUND) for plane in planes]
     return np.concatenate(padded, axis=1)
 
 
-def _caption(text: str, planes: list[np.ndarray]) -> np.ndarray:
+def caption(text: str, planes: list[np.ndarray]) -> np.ndarray:
+    """Return a line of text as wide as the pictures side by side."""
     return _line([(0, text)], sum(plane.shape[1] + _GAP_PX for plane in planes))
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,10 @@ if TYPE_CHECKING:
 _MAX_KINDS = 12
 
 
-def register(subparsers: Any) -> None:
+PreviewViews = Callable[[str, Path, str, Sequence[str], int, int], None]
+
+
+def register(subparsers: Any, *, preview_views: PreviewViews | None = None) -> None:
     """Add ``shards`` and what can be done with them to the commands."""
     summary = "turn microscope images into shards for pretraining, and look into them"
     parser = subparsers.add_parser(
@@ -30,7 +35,7 @@ def register(subparsers: Any) -> None:
     _add_merge(actions)
     _add_info(actions)
     _add_verify(actions)
-    _add_preview(actions)
+    _add_preview(actions, preview_views)
 
 
 def _action(actions: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -273,24 +278,37 @@ def _run_verify(options: argparse.Namespace) -> None:
     print(f"{options.set}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards, all as they should be")
 
 
-def _add_preview(actions: Any) -> None:
+def _add_preview(actions: Any, preview_views: PreviewViews | None) -> None:
     parser = _action(
         actions,
         "preview",
-        "draw some samples with all their channels",
-        "dinocell shards preview shards/jump --output p.png",
+        "draw some samples with all their channels, or the views that a pretraining recipe makes of them",
+        "dinocell shards preview shards/jump --output p.png\n"
+        "  dinocell shards preview shards/jump --views debug views.policy=bag --output views.png",
     )
     parser.add_argument("set", metavar="SET", help="folder or address of a set")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), metavar="PNG", help="(preview.png)")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="rows (8)")
     parser.add_argument("--seed", type=int, default=0, help="which samples (0)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="for remote sets: where copies of shards may lie")
-    parser.set_defaults(run=_run_preview)
+    if preview_views is not None:
+        parser.add_argument(
+            "--views",
+            nargs="+",
+            metavar=("RECIPE", "key=value"),
+            help="a pretraining recipe and settings: draw its global and local crops, each with its channel",
+        )
+    parser.set_defaults(run=partial(_run_preview, preview_views))
 
 
-def _run_preview(options: argparse.Namespace) -> None:
+def _run_preview(preview_views: PreviewViews | None, options: argparse.Namespace) -> None:
     from dinocell.data_shards.preview import preview
 
+    if preview_views is not None and options.views:
+        recipe, *overrides = options.views
+        preview_views(options.set, options.output, recipe, overrides, options.samples, options.seed)
+        print(f"wrote {options.output}")
+        return
     preview(options.set, options.output, num_samples=options.samples, seed=options.seed, cache=options.cache)
     print(f"wrote {options.output}")
 

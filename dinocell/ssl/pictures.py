@@ -21,7 +21,7 @@ def draw_views(views: Views, tiles: int = _SHOWN_TILES) -> UInt8[np.ndarray, "h 
     for tile in range(min(tiles, views.global_views.shape[1])):
         crops = [view[tile] for kind in views for view in kind]
         for channel in range(crops[0].shape[0]):
-            planes = [_grey(crop[channel]) for crop in crops]
+            planes = [grey(crop[channel]) for crop in crops]
             height = max(len(plane) for plane in planes)
             padded = [np.pad(plane, ((0, height + _GAP_PX - len(plane)), (0, _GAP_PX))) for plane in planes]
             rows.append(np.concatenate(padded, axis=1))
@@ -43,11 +43,11 @@ def draw_features(teacher: VisionTransformer, views: Views) -> dict[str, UInt8[n
     size = shown[0].shape[-1]
     rows = []
     for view, of_view in zip(shown, colours, strict=True):
-        rows.append(_row([np.repeat(_grey(image[0])[..., None], 3, axis=2) for image in view]))
+        rows.append(_row([np.repeat(grey(image[0])[..., None], 3, axis=2) for image in view]))
         rows.append(_row([_enlarged((each.unflatten(0, grid) * 255).byte(), size) for each in of_view]))
     attention = teacher.cls_attention(shown[0]).float().mean(1)
     attention = attention / attention.amax((1, 2), keepdim=True).clamp_min(1e-12)
-    seen = _row([_grey(image[0]) for image in shown[0]])
+    seen = _row([grey(image[0]) for image in shown[0]])
     looked = _row([_enlarged((each * 255).byte(), size) for each in attention])
     return {"patch_pca": np.concatenate(rows), "cls_attention": np.concatenate((seen, looked))}
 
@@ -72,6 +72,7 @@ def _enlarged(small: Tensor, size: int) -> np.ndarray:
     return enlarged
 
 
-def _grey(plane: Tensor) -> np.ndarray:
-    grey: np.ndarray = (np.clip(plane.float().cpu().numpy() / 5 + 0.5, 0, 1) * 255).astype(np.uint8)
-    return grey
+def grey(plane: Tensor) -> np.ndarray:
+    """Draw a standardised channel, from -2.5 deviations (0) to 2.5 (255)."""
+    drawn: np.ndarray = (np.clip(plane.float().cpu().numpy() / 5 + 0.5, 0, 1) * 255).astype(np.uint8)
+    return drawn

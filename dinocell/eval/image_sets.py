@@ -1,0 +1,173 @@
+"""What a probe looks at: the images of a shard set, of a source (HPA, CHAMMI, ...), or of a folder of class folders.
+
+All give the same: channels scaled to [0, 1], their names, and what is known about the image, by number, from any number
+on, so that extraction can be shared out and taken up again.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Shaped
+
+from dinocell.data_shards.fields import Field, FieldFile, LabelValue, Rejected, Source, read_field
+from dinocell.data_shards.images import IMAGE_SUFFIXES
+from dinocell.data_shards.read import stream
+from dinocell.errors import DinocellError, ImageError
+
+_log = logging.getLogger(__name__)
+_READ_AHEAD, _READERS = 16, 4
+# Of a channel's values: what the views of the pretraining map to 0 and 1.
+_PERCENTILES = ("0.1", "99.9")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProbeImage:
+    """One image: channels in [0, 1], (c h w); ``pixels`` is None if it could not be read, and ``problem`` says why."""
+
+    id: str
+    pixels: Float32[np.ndarray, "c h w"] | None
+    channel_names: tuple[str, ...]
+    labels: Mapping[str, LabelValue]
+    problem: str = ""
+
+
+@runtime_checkable
+class ImageSet(Protocol):
+    """Images by number, always in the same order."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
+        """Return those from ``start`` to before ``stop``, one for each number."""
+
+
+class ShardImages:
+    """The samples of a shard set; levels are the percentiles of each channel over the set."""
+
+    def __init__(self, location: str | Path) -> None:
+        self.name = str(location)
+        opened = stream(location, batch_size=1, shuffle=False)
+        self._manifest = opened.sets[0].manifest
+        self._levels = {}
+        for channel, known in self._manifest.channels.items():
+            low, high = (known.percentiles.get(each) for each in _PERCENTILES)
+            if low is None or high is None or high <= low:
+                low, high = known.minimum, max(known.maximum, known.minimum + 1)
+            self._levels[channel] = (float(low), float(high))
+
+    def __len__(self) -> int:
+        return self._manifest.num_samples
+
+    def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
+        """Return samples in the order of the set; a damaged one is reported, and no other takes its place."""
+        for batch in stream(self.name, batch_size=1, shuffle=False, position=start, stop=stop):
+            info = batch.infos[0]
+            known = dict(info.labels)
+            for key in ("plate", "well", "site"):
+                value = getattr(info, key)
+                if value is not None:
+                    known.setdefault(key, value)
+            name = f"{info.field}@{info.row},{info.column}"
+            if batch.damaged:
+                yield ProbeImage(id=name, pixels=None, channel_names=(), labels=known, problem=batch.damaged[0])
+                continue
+            low, high = np.array([self._levels[channel] for channel in info.channels], np.float32).T[:, :, None, None]
+            pixels = np.clip((batch.tile(0).numpy().astype(np.float32) - low) / (high - low), 0, 1)
+            yield ProbeImage(id=name, pixels=pixels, channel_names=info.channels, labels=known)
+
+
+class FieldImages:
+    """The fields of a source. 8-bit images keep their scale; others are scaled by their own percentiles."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self.name = name
+        listed = list(source.fields())
+        self._fields = [each for each in listed if isinstance(each, Field)]
+        rejected = [each for each in listed if isinstance(each, Rejected)]
+        if rejected:
+            _log.warning("%s: %d inputs left out; the first: %s", name, len(rejected), rejected[0].reason)
+        if not self._fields:
+            raise DinocellError(f"{name}: no image found")
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
+        """Return fields in the order of the source, read ahead by a few threads."""
+        waiting = islice(self._fields, start, stop)
+        with ThreadPoolExecutor(_READERS) as readers:
+            ahead = [readers.submit(_read, each) for each in islice(waiting, _READ_AHEAD)]
+            while ahead:
+                done = ahead.pop(0)
+                ahead.extend(readers.submit(_read, each) for each in islice(waiting, 1))
+                yield done.result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFolders:
+    """A source: a folder with a folder of images for each class; the class is the label ``class``."""
+
+    input: Path
+
+    def fields(self) -> Iterator[Field | Rejected]:
+        """List the images, class by class.
+
+        Raises
+        ------
+        DinocellError
+            If the folder has no folders.
+        """
+        folders = sorted(path for path in self.input.iterdir() if path.is_dir()) if self.input.is_dir() else []
+        if not folders:
+            raise DinocellError(f"{self.input}: expected a folder with one folder of images a class")
+        for folder in folders:
+            for path in sorted(folder.rglob("*")):
+                if path.name.lower().endswith(IMAGE_SUFFIXES):
+                    name = path.relative_to(self.input).as_posix()
+                    yield Field(id=name, files=(FieldFile(path=str(path)),), labels={"class": folder.name})
+
+
+def _read(field: Field) -> ProbeImage:
+    known = dict(field.labels)
+    for key in ("plate", "well", "site"):
+        value = getattr(field, key)
+        if value is not None:
+            known.setdefault(key, value)
+    try:
+        picture = read_field(field)
+    except ImageError as error:
+        return ProbeImage(id=field.id, pixels=None, channel_names=(), labels=known, problem=str(error))
+    return ProbeImage(id=field.id, pixels=to_unit(picture.pixels), channel_names=picture.channel_names, labels=known)
+
+
+def to_unit(pixels: Shaped[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h w"]:
+    """Scale channels to [0, 1]: 8 bit by 255, others by their own percentiles 0.1 and 99.9."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 255
+    values = pixels.astype(np.float32)
+    low, high = np.percentile(values, (0.1, 99.9), axis=(1, 2), keepdims=True).astype(np.float32)
+    scaled: np.ndarray = np.clip((values - low) / np.maximum(high - low, np.float32(1e-12)), 0, 1)
+    return scaled
+
+
+def labels_of(rows: Sequence[Mapping[str, LabelValue]], column: str, name: str) -> list[str]:
+    """Return a column of labels as text.
+
+    Raises
+    ------
+    DinocellError
+        If no image has it; the message names the columns that there are.
+    """
+    if not any(column in row for row in rows):
+        columns = sorted({key for row in rows for key in row})
+        raise DinocellError(f"{name}: no label {column!r}; there are {', '.join(columns) or 'none'}")
+    return [str(row.get(column, "")) for row in rows]

@@ -1,0 +1,239 @@
+"""Features of images: the same whichever way they are asked for, taken up where they stopped."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dinocell.data_shards.images import write_png
+from dinocell.errors import ConfigError, DinocellError
+from dinocell.eval.features import (
+    FeatureSettings,
+    extract,
+    extract_to,
+    read_features,
+    to_input,
+    tokens_to_feature,
+)
+from dinocell.eval.image_sets import ClassFolders, FieldImages, ProbeImage, ShardImages, labels_of, to_unit
+from dinocell.eval.online import OnlineProbe
+from dinocell.models.vit import VisionTransformer, variant_config
+from dinocell.runtime.distributed import World
+
+
+def tiny(in_channels: int = 1, seed: int = 0) -> VisionTransformer:
+    torch.manual_seed(seed)
+    vit = VisionTransformer(variant_config("tiny", patch_size=8, in_channels=in_channels)).eval()
+    vit.init_weights(layer_scale=1.0)
+    return vit
+
+
+def an_image(*sizes: int, seed: int = 0) -> ProbeImage:
+    pixels = np.random.default_rng(seed).random(sizes, np.float32)
+    return ProbeImage(id="i", pixels=pixels, channel_names=tuple("abcdef"[: sizes[0]]), labels={})
+
+
+def test_a_shard_set_gives_each_sample_with_its_labels(shard_set: Path) -> None:
+    images = ShardImages(shard_set)
+    assert len(images) == 60
+    found = list(images.images(10, 13))
+    assert [each.id for each in found] == [each.id for each in list(images.images(0, 60))[10:13]]
+    pixels = found[0].pixels
+    assert pixels is not None
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+    assert {"number", "plate", "well", "site"} <= found[0].labels.keys()
+
+
+def test_settings_make_the_feature_that_plain_code_makes() -> None:
+    vit, image = tiny(), an_image(3, 40, 50)
+    assert image.pixels is not None
+    for settings in (
+        FeatureSettings(channels="bag", crop_size=32),
+        FeatureSettings(channels="bag", crop_size=32, n_last_blocks=3, avgpool=True),
+        FeatureSettings(channels="mean", crop_size=32),
+    ):
+        inputs = to_input(image, vit, settings)
+        middle = torch.from_numpy(image.pixels)[:, 4:36, 9:41]
+        wanted = middle.mean(0, keepdim=True) if settings.channels == "mean" else middle
+        wanted = (wanted - wanted.mean((1, 2), keepdim=True)) / wanted.std((1, 2), keepdim=True, correction=0)
+        torch.testing.assert_close(inputs[:, 0], wanted, atol=1e-5, rtol=1e-5)
+        blocks = vit.forward_blocks(wanted[:, None], range(12 - settings.n_last_blocks, 12))
+        parts = [out.cls for out in blocks] + ([blocks[-1].patches.mean(1)] if settings.avgpool else [])
+        found = tokens_to_feature(vit, inputs, settings)
+        torch.testing.assert_close(found, torch.cat(parts, 1).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_images_are_scaled_padded_and_cut_to_whole_patches() -> None:
+    vit = tiny()
+    assert to_input(an_image(1, 40, 50), vit, FeatureSettings(channels="bag")).shape == (1, 1, 40, 48)
+    assert to_input(an_image(1, 40, 80), vit, FeatureSettings(channels="bag", resize_size=24)).shape == (1, 1, 24, 48)
+    padded = to_input(an_image(1, 40, 50), vit, FeatureSettings(channels="bag", crop_size=64))
+    assert padded.shape == (1, 1, 64, 64)
+    assert torch.equal(padded[0, 0, 0], padded[0, 0, 0, :1].expand(64))  # the padding is even
+    blank = ProbeImage(id="i", pixels=np.zeros((1, 16, 16), np.float32), channel_names=("a",), labels={})
+    assert not to_input(blank, vit, FeatureSettings(channels="bag")).any()
+
+
+def test_a_stack_is_put_into_the_order_of_the_model() -> None:
+    vit, image = tiny(2), an_image(2, 16, 16)
+    plain = to_input(image, vit, FeatureSettings())
+    vit.card = replace(vit.card, input=replace(vit.card.input, channel_names=("b", "a")))
+    torch.testing.assert_close(to_input(image, vit, FeatureSettings()), plain.flip(1))
+    vit.card = replace(vit.card, input=replace(vit.card.input, channel_names=("b", "x")))
+    with pytest.raises(DinocellError, match=r"i: has the channels a, b, c, the model takes 2 \(b, x\)"):
+        to_input(an_image(3, 16, 16), vit, FeatureSettings())
+    with pytest.raises(DinocellError, match="channels bag: needs a model of one channel, this one has 2"):
+        to_input(image, vit, FeatureSettings(channels="bag"))
+
+
+def test_features_on_disk_equal_those_in_memory_on_any_number_of_ranks(shard_set: Path, tmp_path: Path) -> None:
+    vit, images = tiny(), ShardImages(shard_set)
+    settings = FeatureSettings(channels="each", batch_size=7)
+    wanted = extract(vit, images, settings)
+    assert wanted.values.shape == (60, 3, 192)
+    one = extract_to(tmp_path / "one", vit, images, settings, weights="seed 0")
+    np.testing.assert_allclose(one.values, wanted.values, rtol=1e-5, atol=1e-5)
+    assert one.ids == wanted.ids
+    assert one.channel_names == ("DNA", "ER", "AGP")
+    assert [row["number"] for row in one.labels] == [str(row["number"]) for row in wanted.labels]
+    # Rank 1 first, then rank 0, which joins the parts.
+    (tmp_path / "two").mkdir()
+    for rank in (1, 0):
+        world = World(rank=rank, size=2)
+        if rank == 1:
+            with pytest.raises(DinocellError, match="holds no features"):
+                extract_to(tmp_path / "two", vit, images, settings, weights="seed 0", world=world)
+        else:
+            two = extract_to(tmp_path / "two", vit, images, settings, weights="seed 0", world=world)
+    np.testing.assert_allclose(two.values, wanted.values, rtol=1e-5, atol=1e-5)
+    half = extract_to(tmp_path / "half", vit, images, settings, weights="seed 0", half=True)
+    assert half.values.dtype == np.float16
+
+
+def test_an_interrupted_extraction_goes_on(shard_set: Path, tmp_path: Path) -> None:
+    vit, images = tiny(), ShardImages(shard_set)
+    settings = FeatureSettings(channels="bag", batch_size=4)
+    wanted = extract(vit, images, settings)
+
+    def stops(number: int) -> None:
+        if number == 23:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=stops)
+    part = tmp_path / "out" / ".features-0-of-1.jsonl"
+    with part.open("a") as file:
+        file.write('{"id": "half a li')  # as a machine that died left it
+    seen: list[int] = []
+    found = extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=seen.append)
+    assert seen[0] == 24
+    np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5, atol=1e-5)
+    assert not list((tmp_path / "out").glob(".features*"))
+    again = extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=seen.append)
+    assert seen[-1] == 60
+    np.testing.assert_array_equal(again.values, found.values)
+
+
+def test_features_of_something_else_are_not_mixed_in(shard_set: Path, tmp_path: Path) -> None:
+    vit, images = tiny(), ShardImages(shard_set)
+    extract_to(tmp_path / "out", vit, images, FeatureSettings(channels="bag"), weights="w")
+    with pytest.raises(DinocellError, match="out holds features with other weights; remove it"):
+        extract_to(tmp_path / "out", vit, images, FeatureSettings(channels="bag"), weights="v")
+    with pytest.raises(DinocellError, match="out holds features with other settings"):
+        extract_to(tmp_path / "out", vit, images, FeatureSettings(channels="mean"), weights="w")
+    with pytest.raises(DinocellError, match=r"nothing: holds no features"):
+        read_features(tmp_path / "nothing")
+
+
+def test_a_file_that_cannot_be_read_is_said_and_left_out(tmp_path: Path) -> None:
+    for name in ("round", "long"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            pixels = np.random.default_rng(number).integers(0, 255, (24, 24), np.uint8)
+            write_png(tmp_path / name / f"{number}.png", pixels)
+    (tmp_path / "long" / "1.png").write_bytes(b"not a picture")
+    images = FieldImages(ClassFolders(input=tmp_path), str(tmp_path))
+    found = extract_to(tmp_path / "out", tiny(), images, FeatureSettings(channels="bag"), weights="w")
+    assert len(found.values) == 5
+    assert labels_of(found.labels, "class", "x") == ["long", "long", "round", "round", "round"]
+    assert len(found.problems) == 1
+    assert "long/1.png" in found.problems[0]
+    with pytest.raises(DinocellError, match=r"x: no label 'colour'; there are class"):
+        labels_of(found.labels, "colour", "x")
+
+
+def test_images_of_other_channels_are_refused(tmp_path: Path) -> None:
+    class Mixed:
+        name = "mixed"
+
+        def __len__(self) -> int:
+            return 2
+
+        def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
+            yield from [an_image(2, 16, 16), an_image(3, 16, 16)][start:stop]
+
+    with pytest.raises(DinocellError, match=r"mixed: i has the channels a, b, c, the first image has a, b"):
+        extract(tiny(), Mixed(), FeatureSettings(channels="bag"))
+    with pytest.raises(DinocellError, match=r"mixed: i has the channels a, b, c, the first image has a, b"):
+        extract_to(tmp_path / "o", tiny(), Mixed(), FeatureSettings(channels="bag"), weights="w")
+
+
+def test_eight_bit_keeps_its_scale_and_sixteen_is_stretched() -> None:
+    assert to_unit(np.full((1, 2, 2), 51, np.uint8)).tolist() == [[[pytest.approx(0.2)] * 2] * 2]
+    ramp = np.arange(10_000, dtype=np.uint16).reshape(1, 100, 100)
+    scaled = to_unit(ramp)
+    assert scaled.min() == 0
+    assert scaled.max() == 1
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError):
+        FeatureSettings(n_last_blocks=0)
+    with pytest.raises(ConfigError, match="n_last_blocks: the model has 12"):
+        tokens_to_feature(tiny(), torch.zeros(1, 1, 16, 16), FeatureSettings(n_last_blocks=13))
+
+
+def test_the_online_probe_knows_the_samples_again(shard_set: Path) -> None:
+    probe = OnlineProbe(
+        str(shard_set), tiles=12, crop_size=32, knn_train=str(shard_set), knn_test=str(shard_set), label="number",
+        neighbours=1,
+    )  # fmt: skip
+    found = probe(tiny())
+    assert found["probe/knn_accuracy"] == 1.0  # each sample is its own nearest neighbour
+    assert found["probe/consistency_margin"] == pytest.approx(
+        found["probe/consistency_same"] - found["probe/consistency_different"]
+    )
+    few = OnlineProbe(
+        str(shard_set), tiles=2, crop_size=32, knn_train=str(shard_set), knn_test=str(shard_set), label="number",
+        neighbours=100,
+    )  # fmt: skip
+    with pytest.raises(DinocellError, match=r"watch\.neighbours: 100, but .* has 60 samples"):
+        few(tiny())
+
+
+def test_the_command_watches_and_draws_views(
+    shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], draw: Callable[[int], np.ndarray]
+) -> None:
+    from dinocell.cli import main
+
+    line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", "steps=2", "batch_size=2"]
+    line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
+    assert main([*line, "watch.every=1", "watch.tiles=4"]) == 0
+    said = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("probe/consistency_margin" in row for row in said) == 2
+    views = ["--views", "debug", "views.global_size=32", "views.local_size=16"]
+    for policy in ("consistency", "stack"):
+        picture = tmp_path / f"{policy}.png"
+        extra = [f"views.policy={policy}", "views.channels=[DNA,ER]"] if policy == "stack" else []
+        arguments = ["shards", "preview", str(shard_set), "--output", str(picture), "--samples", "3"]
+        assert main([*arguments, *views, *extra]) == 0
+        assert picture.stat().st_size > 1000
+    capsys.readouterr()
+    assert main([*arguments, "--views", "nonesuch"]) == 2
+    assert "nonesuch" in capsys.readouterr().err
