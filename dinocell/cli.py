@@ -16,6 +16,8 @@ from dinocell import __version__
 from dinocell.data_shards import dataset_command, shards_command
 from dinocell.errors import DinocellError
 from dinocell.eval import evaluate_command, finetune_command, segment_command
+from dinocell.launch import launch_command
+from dinocell.launch.hooks import exported
 from dinocell.ssl import pretrain_command
 
 
@@ -50,10 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     shards_command.register(commands, preview_views=_preview_views)
     dataset_command.register(commands)
-    pretrain_command.register(commands, probe=_online_probe)
+    pretrain_command.register(commands, probe=_online_probe, on_export=exported)
     finetune_command.register(commands)
     segment_command.register(commands)
     evaluate_command.register(commands)
+    launch_command.register(commands, main=main)
     _add_info(commands)
     _add_export(commands)
     return parser

@@ -45,12 +45,24 @@ def test_the_end_of_a_slurm_job_counts_less_the_margin(monkeypatch: pytest.Monke
         assert stop.agreed()
 
 
-def test_the_launcher_is_called_after_the_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preemption, "_on_stop", [])
+def test_the_launcher_is_called_after_the_save() -> None:
     called: list[str] = []
-    preemption.on_stop(lambda: called.append("requeue"))
-    StopRequest().finish()
-    assert called == ["requeue"]
+    preemption.on_stop(called.append)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR2)
+        assert stop.agreed()
+        stop.finish()
+    assert called == ["SIGUSR2"]
+    preemption.on_stop(None)
+    stop.finish()
+    assert called == ["SIGUSR2"]
+
+
+def test_being_ended_counts_more_than_a_warning() -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR2)
+        assert stop.reason == "SIGTERM"
 
 
 @pytest.mark.parametrize(

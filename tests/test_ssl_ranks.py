@@ -70,7 +70,8 @@ def torchrun(config: PretrainConfig, ranks: int, *, machines: int = 1) -> None:
 
 
 def numbers(output: Path, name: str) -> list[float]:
-    return [json.loads(line)[name] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
+    return [said[name] for said in lines if "loss/total" in said]  # not those of the probes
 
 
 def teacher(output: Path) -> dict[str, torch.Tensor]:

@@ -199,8 +199,7 @@ class _Training:
             if stop.agreed() and not is_done:
                 self.save()
                 self.checkpointer.wait()
-                if self.world.is_main:
-                    stop.finish()
+                stop.finish()
                 raise RunStopped(f"stopped after step {step} ({stop.reason}); the same command goes on from there")
             if is_done and step < self.total_steps:
                 run.note(f"the validation error has not fallen for {self.progress['stale']} epochs: done")

@@ -369,7 +369,9 @@ class VisionTransformer(nn.Module):
             if norm and prefix_norm is not self.norm:
                 before, patches, chosen_patches = prefix_norm(before), self.norm(patches), self.norm(chosen_patches)
             cls, registers = before.split((1, self.config.registers), dim=1)
-            outputs.append(ViTOutput(cls.squeeze(1), registers, patches if chosen is None else chosen_patches))
+            output = ViTOutput(cls.squeeze(1), registers, patches if chosen is None else chosen_patches)
+            # A wrapper hooks into what comes out, and cannot hook into a view safely (FSDP2 says so).
+            outputs.append(ViTOutput(*(part.clone() for part in output)) if self.one_pass else output)
         return outputs
 
     def _prefix_norm(self, is_local: bool) -> nn.LayerNorm:

@@ -1,23 +1,27 @@
 """Ranks: who am I, who else is there, and the few things that all do together.
 
-`start` reads what torchrun or SLURM (``srun``, submitit) put into the environment; without either it is one process
+`start` reads what torchrun, SLURM (``srun``) or our launcher put into the environment; without any it is one process
 alone, and every function here does nothing. Gloo on the CPU, NCCL on CUDA.
 """
 
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dinocell.errors import DinocellError
+from dinocell.runtime.atomic import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "auto", *, timeout_s: float = 1800.0, rendezvous: Path | None = None) -> World:
+def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     """Join the other processes, if there are any.
 
     Parameters
@@ -55,8 +59,6 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0, rendezvous: Path |
         ``auto`` (CUDA if there is one), ``cpu``, ``cuda``.
     timeout_s
         How long a collective waits for a rank that does not come, before all stop with an error.
-    rendezvous
-        A file on a disk that all see, to meet at instead of ``MASTER_ADDR`` and ``MASTER_PORT``.
 
     Raises
     ------
@@ -73,20 +75,47 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0, rendezvous: Path |
         chosen = torch.device("cuda", local_rank % torch.cuda.device_count()) if chosen.index is None else chosen
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        if rendezvous is None and "MASTER_ADDR" not in os.environ:
+        if RENDEZVOUS not in os.environ and "MASTER_ADDR" not in os.environ:
             raise DinocellError(
                 f"{size} processes, but MASTER_ADDR is not set: start them with torchrun or 'dinocell launch'"
             )
         dist.init_process_group(
             # Gloo as well: flags and names between hosts need not wait for the device.
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            init_method=f"file://{rendezvous}" if rendezvous is not None else "env://",
+            store=_meet(Path(os.environ[RENDEZVOUS]), rank, size, timeout_s) if RENDEZVOUS in os.environ else None,
+            init_method=None if RENDEZVOUS in os.environ else "env://",
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen)
+
+
+# Set by the launcher: a file, new for each start, on a disk that all see.
+RENDEZVOUS = "DINOCELL_RENDEZVOUS"
+_POLL_S = 0.1
+
+
+def _meet(place: Path, rank: int, size: int, timeout_s: float) -> TCPStore:
+    """Return the store of all ranks: the main one takes a port that is free and writes address and port to a file.
+
+    So no port has to be agreed on beforehand, and none can be in use.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    if rank == 0:
+        store = TCPStore(host, 0, size, is_master=True, wait_for_workers=False, timeout=timeout)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, f"{host} {store.port}\n")
+        return store
+    end = time.monotonic() + timeout_s
+    while not place.exists():
+        if time.monotonic() > end:
+            raise DinocellError(f"rank {rank}: the main rank did not come within {timeout_s:g} s ({place} is missing)")
+        time.sleep(_POLL_S)
+    host, port = place.read_text(encoding="utf-8").split()
+    return TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def stop() -> None:
@@ -166,7 +195,26 @@ def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "a d"]:
     """Return the rows of all ranks, in their order, with gradient to each rank's own; equal numbers on every rank."""
     if is_alone():
         return rows
-    return torch.cat(all_gather_with_gradient(rows.contiguous()))
+    gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; backward, a rank's rows get what all ranks' losses say of them."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        context.num_rows = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        first = dist.get_rank() * context.num_rows
+        return total[first : first + context.num_rows]
 
 
 def barrier() -> None:

@@ -2,7 +2,8 @@
 
 A handler only sets a flag; every rank asks `StopRequest.agreed` once a step, which compares the flags, so that all
 ranks stop after the same step, save together, and nothing is lost. What happens then, such as putting the job back into
-the queue, is the launcher's: it hands a function to `on_stop`, which the run calls on the main rank after the save.
+the queue, is the launcher's: it hands a function to `on_stop`, which is called with the reason, on the main rank, after
+the save.
 
 ========  ==================================================================
 SIGINT    Ctrl-C: stop after this step; a second one ends at once
@@ -21,21 +22,28 @@ from typing import Any
 
 import torch
 
-from dinocell.runtime.distributed import max_over_ranks
+from dinocell.runtime.distributed import barrier, max_over_ranks, rank
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+CTRL_C, TIME_LIMIT = "Ctrl-C", "time limit"
+# What ranks tell one another, by number; where they differ the last one of these counts.
+_REASONS = ("", CTRL_C, TIME_LIMIT, "SIGUSR1", "SIGUSR2", "SIGTERM")
 
 
 class RunStopped(KeyboardInterrupt):
     """A run was told to stop, has saved, and can be continued; the message says how."""
 
 
-_on_stop: list[Callable[[], None]] = []
+_on_stop: Callable[[str], None] | None = None
 
 
-def on_stop(callback: Callable[[], None]) -> None:
-    """Let ``callback`` be called on the main rank after a run was told to stop and has saved."""
-    _on_stop.append(callback)
+def on_stop(callback: Callable[[str], None] | None) -> None:
+    """Let ``callback`` be called with the reason, on the main rank, after a run was told to stop and has saved.
+
+    There is one; None takes it away.
+    """
+    global _on_stop
+    _on_stop = callback
 
 
 class StopRequest:
@@ -61,27 +69,30 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why this rank wants to stop, None if it does not; ``another rank`` if it only was told."""
+        """Why this rank wants to stop, and once all agreed, why they all do; None if it does not.
+
+        ``Ctrl-C``, ``time limit``, ``SIGUSR1``, ``SIGUSR2`` or ``SIGTERM``.
+        """
         return self._reason
 
-    def request(self, reason: str) -> None:
-        """Ask all ranks to stop after this step."""
-        self._reason = self._reason or reason
+    def _request(self, reason: str) -> None:
+        """Ask all ranks to stop after this step; what comes last counts."""
+        self._reason = reason if self._reason is None else max(reason, self._reason, key=_REASONS.index)
 
     def agreed(self) -> bool:
         """Say whether any rank wants to stop; every rank calls it after every step and gets the same answer."""
         if self._deadline is not None and time.time() >= self._deadline:
-            self.request("time limit")
+            self._request(TIME_LIMIT)
         # In main memory, through gloo: the device is not waited for.
-        stop = bool(max_over_ranks(torch.tensor(float(self._reason is not None))))
-        if stop:
-            self.request("another rank")
-        return stop
+        reason = int(max_over_ranks(torch.tensor(float(_REASONS.index(self._reason or "")))))
+        self._reason = _REASONS[reason] or None
+        return reason > 0
 
     def finish(self) -> None:
-        """Call what the launcher left for after the save; on the main rank only."""
-        for callback in _on_stop:
-            callback()
+        """Call what the launcher left for after the save, on the main rank; the others wait for it."""
+        if rank() == 0 and _on_stop is not None:
+            _on_stop(self._reason or "")
+        barrier()
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -97,6 +108,6 @@ class StopRequest:
         self._previous = {}
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._reason == "Ctrl-C":
+        if number == signal.SIGINT and self._reason == CTRL_C:
             raise KeyboardInterrupt
-        self.request("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        self._request(CTRL_C if number == signal.SIGINT else signal.Signals(number).name)

@@ -3,14 +3,17 @@
 import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 Probe = Callable[[Any], Callable[[Any], Mapping[str, float]] | None]
 """From a configuration to what measures its teacher while it is trained."""
 
 
-def register(subparsers: Any, *, probe: Probe = lambda _: None) -> None:
-    """Add ``pretrain`` to the commands; ``probe`` comes from above, for pretraining knows no evaluation."""
+def register(
+    subparsers: Any, *, probe: Probe = lambda _: None, on_export: Callable[[Path], None] = lambda _: None
+) -> None:
+    """Add ``pretrain`` to the commands; what looks at its teachers comes from above."""
     summary = "pretrain a backbone on shards by self-supervision (DINO, iBOT, channel consistency)"
     parser = subparsers.add_parser(
         "pretrain",
@@ -25,10 +28,10 @@ def register(subparsers: Any, *, probe: Probe = lambda _: None) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="time two steps, say how long the run takes, and write nothing"
     )
-    parser.set_defaults(run=partial(_run, probe))
+    parser.set_defaults(run=partial(_run, probe, on_export))
 
 
-def _run(probe: Probe, options: argparse.Namespace) -> None:
+def _run(probe: Probe, on_export: Callable[[Path], None], options: argparse.Namespace) -> None:
     from dinocell.configs.load import find_recipe, load_config
     from dinocell.ssl.config import PretrainConfig
     from dinocell.ssl.train import dry_run, pretrain
@@ -37,4 +40,4 @@ def _run(probe: Probe, options: argparse.Namespace) -> None:
     if options.dry_run:
         print(dry_run(config))
     else:
-        print(f"teacher: {pretrain(config, watch=probe(config))}")
+        print(f"teacher: {pretrain(config, on_export=on_export, watch=probe(config))}")

@@ -149,8 +149,7 @@ def pretrain(
                 if step < config.steps and stop.agreed():
                     trainer.save(checkpointer, step)
                     checkpointer.wait()
-                    if world.is_main:
-                        stop.finish()
+                    stop.finish()
                     raise RunStopped(f"stopped after step {step} ({stop.reason}); the same command goes on from there")
         return last
 

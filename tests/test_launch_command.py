@@ -1,0 +1,209 @@
+"""Launching without a cluster: the script that would be handed in, processes on this machine, mistakes in one line."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinocell.cli import main
+from dinocell.errors import ConfigError, DinocellError
+from dinocell.launch.hooks import exported, set_export_hook
+from dinocell.launch.job import fill_in
+from dinocell.launch.launch_command import _folder_of, _minutes
+from dinocell.launch.slurm import SlurmSettings, _belongs_to_job, script
+from dinocell.launch.watch import last_step, launches, log_of
+
+
+def test_the_script_says_what_was_asked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = [
+        "launch",
+        "--nodes",
+        "4",
+        "--gpus-per-node",
+        "8",
+        "--cpus-per-task",
+        "6",
+        "--mem",
+        "480G",
+        "--time",
+        "1-2:30:00",
+    ]
+    line += ["--partition", "gpu", "--account", "a", "--qos", "q", "--constraint", "a100", "--exclude", "n7"]
+    line += [
+        "--dependency",
+        "afterok:5",
+        "--comment",
+        "why not",
+        "--sbatch",
+        "reservation=r",
+        "--setup",
+        "module load x",
+    ]
+    line += ["--env", "KEY=a b", "--container-image", "img.sqsh", "--signal-before", "200", "--dry-run"]
+    assert (
+        main([*line, "--folder", str(tmp_path / "f"), "--", "pretrain", "debug", "output=o", "data.shards=[a b]"]) == 0
+    )
+    said = capsys.readouterr().out
+    for wanted in (
+        "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=6", "--mem=480G", "--time=1590",
+        "--partition=gpu", "--account=a", "--qos=q", "--constraint=a100", "--exclude=n7", "--dependency=afterok:5",
+        "--comment='why not'", "--reservation=r", "--signal=USR2@200", "--requeue",
+    ):  # fmt: skip
+        assert f"#SBATCH {wanted}\n" in said, wanted
+    assert "export KEY='a b'\nmodule load x\n" in said
+    assert "--container-image=img.sqsh" in said
+    assert "dinocell pretrain debug output=o 'data.shards=[a b]'" in said
+    assert not (tmp_path / "f").exists()
+
+
+def test_the_end_of_the_script_tells_what_comes_back(tmp_path: Path) -> None:
+    """The shell itself decides: run it with each exit code and a stand-in for scontrol."""
+    said = script(["info"], SlurmSettings(max_requeues=3), tmp_path)
+    after = said[said.index("code=$?") : said.index("# which runs")].replace("sleep 60", "")
+    for code, restarts, comes_back in ((0, 0, False), (1, 0, False), (2, 0, False), (130, 0, False), (143, 0, False),
+                                       (137, 0, True), (139, 2, True), (137, 3, False)):  # fmt: skip
+        shell = (
+            f"scontrol() {{ echo CALLED $@; }}\nSLURM_JOB_ID=7\nSLURM_RESTART_COUNT={restarts}\n(exit {code})\n{after}"
+        )
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert ("CALLED requeue 7" in done.stdout) is comes_back, (code, restarts, done)
+        array = f"SLURM_ARRAY_JOB_ID=5\nSLURM_ARRAY_TASK_ID=2\n{shell}"
+        done = subprocess.run(["bash", "-c", array], capture_output=True, text=True, check=False)
+        assert ("CALLED requeue 5_2" in done.stdout) is comes_back
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"), [("90", 90), ("1:30", 90), ("1:30:00", 90), ("0:00:30", 1), ("2-0:00:00", 2880)]
+)
+def test_time_limits(text: str, minutes: int) -> None:
+    assert _minutes(text) == minutes
+
+
+def test_a_time_limit_that_is_none() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="got 'soon'"):
+        _minutes("soon")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ([], "expected a command after --"),
+        (["--nodes", "0", "--", "info", "x"], "--nodes: expected at least 1, got 0"),
+        (["--array", "0", "--", "info", "x"], "--array: expected at least 1, got 0"),
+        (["--env", "A", "--", "info", "x"], "--env: expected KEY=VALUE, got 'A'"),
+        (["--on-export", "knn", "--", "info", "x"], "--on-export: expected {checkpoint} somewhere"),
+        (["--cluster", "local", "--then", "info y", "--", "info", "x"], "--then: is for SLURM"),
+        (["status", "nowhere"], "nowhere: nothing was launched into this folder"),
+    ],
+)
+def test_mistakes_are_one_line(line: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", *line]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_without_slurm_it_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["launch", "--folder", str(tmp_path / "f"), "--", "info", "x"]) == 2
+    assert "sbatch: not found; submit from a machine of the cluster, or use --cluster local" in capsys.readouterr().err
+
+
+def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None:
+    command = ["pretrain", "debug", f"data.shards=[{shard_set}]", "steps=3", "batch_size=4", "log_every=1"]
+    command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
+    command += ["watch.every=0"]
+    rows = {}
+    for processes in (1, 2):
+        output = tmp_path / f"run{processes}"
+        line = [sys.executable, "-m", "dinocell", "launch", "--cluster", "local", "--processes", str(processes), "--"]
+        done = subprocess.run([*line, *command, f"output={output}"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        rows[processes] = [json.loads(each)["loss/total"] for each in lines]
+    np.testing.assert_allclose(rows[1], rows[2], rtol=2e-4)
+    assert "2 processes, ddp" in done.stdout
+    assert "training_3" in next((tmp_path / "run2" / "launch").rglob("rank_1.log")).read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_what_happens_to_one_process_happens_to_all(number: signal.Signals, shard_set: Path, tmp_path: Path) -> None:
+    """A process that is killed takes the others along; Ctrl-C reaches all, and they save together."""
+    output = tmp_path / "run"
+    command = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={output}", "steps=4000", "batch_size=4"]
+    command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
+    line = [sys.executable, "-m", "dinocell", "launch", "--cluster", "local", "--processes", "2", "--", *command]
+    launched = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not (output / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    if number == signal.SIGKILL:
+        children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+    else:
+        launched.send_signal(number)
+    said, _ = launched.communicate(timeout=60)
+    assert launched.returncode == (137 if number == signal.SIGKILL else 130), said
+    states = list((output / "checkpoints").glob("step_*"))
+    assert len(states) == (0 if number == signal.SIGKILL else 1)
+
+
+def test_numbers_are_put_into_the_command_and_other_braces_left() -> None:
+    assert fill_in(["--slice", "{task}/{tasks}", "{plate}/{well}.tif"], 2, 8) == [
+        "--slice",
+        "2/8",
+        "{plate}/{well}.tif",
+    ]
+
+
+def test_a_launch_lies_in_the_run_folder() -> None:
+    assert _folder_of(["pretrain", "debug", "output=runs/a"]).parent == Path("runs/a/launch").absolute()
+    assert _folder_of(["segment", "x.tif", "--output", "o"]).parent == Path("launches").absolute()
+
+
+def test_only_the_clusters_own_address_is_left_to_a_new_job() -> None:
+    assert _belongs_to_job("SLURM_JOB_ID")
+    assert _belongs_to_job("RANK")
+    assert not _belongs_to_job("SLURM_CONF")
+    assert not _belongs_to_job("PATH")
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="--gpus-per-node: expected at least 1, got 0"):
+        SlurmSettings(gpus_per_node=0)
+    assert SlurmSettings(nodes=3, gpus_per_node=8).num_tasks == 24
+
+
+def test_what_was_said_last(tmp_path: Path) -> None:
+    assert last_step(tmp_path) == ""
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "loss/total": 1.5}\n{"step": 3, "probe/x": 1}\n{"step": 4, "lo'
+    )
+    assert last_step(tmp_path) == "step 3  loss/total 1.5"
+    with pytest.raises(DinocellError, match="nothing was launched"):
+        launches(tmp_path)
+    (tmp_path / "launch" / "a").mkdir(parents=True)
+    (tmp_path / "launch" / "a" / "launch.json").write_text("{}")
+    with pytest.raises(DinocellError, match="rank 0 has written nothing yet"):
+        log_of(tmp_path)
+
+
+def test_the_export_hook_is_called_while_it_is_set(tmp_path: Path) -> None:
+    seen: list[Path] = []
+    set_export_hook(seen.append)
+    exported(tmp_path)
+    set_export_hook(None)
+    exported(tmp_path)
+    assert seen == [tmp_path]

@@ -1,0 +1,318 @@
+"""Jobs on a real SLURM of two nodes: what runs, what comes back by itself, and that nothing is lost or done twice.
+
+One cluster for all; without SLURM on this machine the tests are skipped, visibly.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from dinocell import cli
+from dinocell.cli import main
+from dinocell.configs.load import to_yaml
+from dinocell.data_shards.images import write_tiff
+from dinocell.data_shards.shard import ShardSettings
+from dinocell.data_shards.sources_images import MultichannelSource
+from dinocell.data_shards.tiles import TileSettings
+from dinocell.data_shards.write import build
+from dinocell.runtime.schedules import Freeze, Schedule
+from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
+from dinocell.ssl.schedules import Schedules
+from dinocell.ssl.train import pretrain
+from dinocell.ssl.view_plan import ViewsConfig
+
+
+def _load_cluster() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("slurm_cluster", Path(__file__).with_name("slurm_cluster.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+slurm = _load_cluster()
+pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"no SLURM here: {slurm.missing()}")
+
+STEPS = 24
+_NUMBER = re.compile(r"submitted (\d+)")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as folder:
+        yield folder
+
+
+def config_of(shard_set: Path, output: Path, **changes: object) -> PretrainConfig:
+    base = PretrainConfig(
+        output=output,
+        data=DataConfig(shards=(str(shard_set),)),
+        steps=STEPS,
+        batch_size=4,
+        views=ViewsConfig(global_size=32, local_size=16, num_local=2),
+        model=ModelConfig(variant="tiny", layer_scale=0.3, drop_path=0.0),
+        heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
+        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=1), last_layer=Freeze(hold=1)),
+        log_every=1,
+        picture_every=1000,
+        export_every=1000,
+        checkpoint_every=1000,
+        compute=ComputeConfig(workers=0, parallel="fsdp", timeout_s=60.0),
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 4000, (3, 32, 32)).astype(np.uint16)
+        write_tiff(folder / "images" / f"f{number:02d}.ome.tif", pixels, channel_names=("a", "b", "c"))
+    settings = ShardSettings(tiles=TileSettings(size=0, min_size=16, min_structure=0))
+    build(MultichannelSource(input=str(folder / "images")), folder / "set", settings=settings, workers=1)
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def wanted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Return the losses of the uninterrupted run of one process."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    pretrain(config_of(shards, output))
+    return losses(output)
+
+
+def losses(output: Path) -> list[float]:
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    said = [json.loads(line) for line in lines if line.endswith("}") and "loss/total" in line]
+    assert [row["step"] for row in said] == list(range(1, len(said) + 1))
+    return [row["loss/total"] for row in said]
+
+
+def launch(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["launch", *arguments]) == 0, capsys.readouterr().err
+    found = _NUMBER.search(capsys.readouterr().out)
+    assert found is not None
+    return found[1]
+
+
+def start(config: PretrainConfig, capsys: pytest.CaptureFixture[str], *options: str, nodes: int = 2) -> str:
+    recipe = config.output.with_suffix(".yaml")
+    recipe.write_text("# test\n" + to_yaml(config))
+    line = ["--nodes", str(nodes), "--cpus-per-task", "1", "--env", "OMP_NUM_THREADS=1", *options]
+    return launch([*line, "--", "pretrain", str(recipe), f"output={config.output}"], capsys)
+
+
+def until(condition: Callable[[], bool], limit_s: float = 90.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.1)
+
+
+def logs(output: Path) -> str:
+    return "".join(path.read_text(errors="replace") for path in sorted(output.rglob("*_log.out")))
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Let the steps of what is launched last, and return the settings that this needs."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr(cli, "main", importlib.import_module("slurm_main").slow_main)
+    return ("--env", f"PYTHONPATH={Path(__file__).parent}")
+
+
+def test_two_nodes_share_a_run_and_its_words_are_found(
+    cluster: Path, shards: Path, wanted: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(shards, tmp_path / "run")
+    job = start(config, capsys, "--on-export", "info {checkpoint}")
+    assert slurm.wait_for(job, ("COMPLETED", "FAILED")) == "COMPLETED", logs(config.output)
+    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+    assert (config.output / "eval" / f"training_{STEPS}" / "teacher_checkpoint.pth").exists()
+    assert main(["launch", "status", str(config.output)]) == 0
+    said = capsys.readouterr().out
+    assert f"{job}  COMPLETED  n[1-2]" in said
+    assert f"step {STEPS}" in said
+    assert main(["launch", "logs", str(config.output)]) == 0
+    assert "2 processes, fsdp" in capsys.readouterr().out
+    assert main(["launch", "logs", str(config.output), "--follow", "--rank", "1"]) == 0
+    record = json.loads(next(config.output.glob("launch/*/launch.json")).read_text())
+    assert record["jobs"] == [job]
+    assert (next(config.output.glob("launch/*")) / "run.yaml").exists()
+    # The probe that the export submitted.
+    probe = next(config.output.rglob("probes/**/launch.json"))
+    number = json.loads(probe.read_text())["jobs"][0]
+    assert slurm.wait_for(number, ("COMPLETED", "FAILED")) == "COMPLETED", logs(config.output)
+    assert "ViT" in next(probe.parent.glob("*_log.out")).read_text()
+    # It has finished: started again it says so and does nothing.
+    again = start(config, capsys)
+    assert slurm.wait_for(again, ("COMPLETED", "FAILED")) == "COMPLETED"
+    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+
+
+def test_before_its_time_limit_a_run_saves_and_comes_back(
+    cluster: Path,
+    shards: Path,
+    wanted: list[float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    slowly: tuple[str, ...],
+) -> None:
+    """SLURM's warning signal, sent as it sends it: to every task of the step. No step is taken twice."""
+    config = config_of(shards, tmp_path / "run")
+    job = start(config, capsys, *slowly)
+    until(lambda: len(losses(config.output)) >= 5)
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(config.output)
+    assert slurm.job_field(job, "Restarts") == "1"
+    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+    said = logs(config.output)
+    assert "goes back into the queue (SIGUSR2)" in said
+    stopped = re.search(r"goes on after step (\d+)", said)
+    assert stopped is not None
+    assert f"step {int(stopped[1])}/{STEPS}" in said
+    assert said.count(f"step {int(stopped[1])}/{STEPS} ") == 1  # not taken again
+
+
+def test_a_job_that_is_requeued_goes_on(
+    cluster: Path,
+    shards: Path,
+    wanted: list[float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    slowly: tuple[str, ...],
+) -> None:
+    """As the administrator's, or a more important job's: SIGTERM, little time, SIGKILL."""
+    config = config_of(shards, tmp_path / "run", checkpoint_every=2)
+    job = start(config, capsys, *slowly)
+    until(lambda: len(losses(config.output)) >= 6)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(config.output)
+    assert slurm.job_field(job, "Restarts") == "1"
+    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+    assert "goes on after step" in logs(config.output)
+
+
+def test_a_killed_process_takes_the_others_along_and_the_job_comes_back(
+    cluster: Path,
+    shards: Path,
+    wanted: list[float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    slowly: tuple[str, ...],
+) -> None:
+    config = config_of(shards, tmp_path / "run", checkpoint_every=2)
+    job = start(config, capsys, *slowly)
+    until(lambda: len(losses(config.output)) >= 6)
+    kill_a_rank(job)
+    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(config.output)
+    assert slurm.job_field(job, "Restarts") == "1"
+    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+
+
+def kill_a_rank(job: str) -> None:
+    """Kill -9 the second task's Python."""
+    for entry in Path("/proc").iterdir():
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            words = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"SLURM_JOB_ID={job}".encode() in variables and b"SLURM_PROCID=1" in variables and b"_submit" in words:
+            os.kill(int(entry.name), signal.SIGKILL)
+            return
+    raise AssertionError("the task is not running")
+
+
+def test_a_lost_node_brings_the_job_back(
+    cluster: Path,
+    shards: Path,
+    wanted: list[float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    slowly: tuple[str, ...],
+) -> None:
+    config = config_of(shards, tmp_path / "run", checkpoint_every=2)
+    job = start(config, capsys, *slowly, nodes=1)
+    until(lambda: len(losses(config.output)) >= 6)
+    node = slurm.job_field(job, "NodeList")
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"], check=True)
+    try:
+        assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(config.output)
+        assert slurm.job_field(job, "Restarts") == "1"
+    finally:  # it may have come back by itself
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
+    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+
+
+def test_what_two_nodes_saved_one_goes_on_with(
+    cluster: Path,
+    shards: Path,
+    wanted: list[float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    slowly: tuple[str, ...],
+) -> None:
+    config = config_of(shards, tmp_path / "run")
+    job = start(config, capsys, *slowly)
+    until(lambda: len(losses(config.output)) >= 5)
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)
+    # It was told to end, not warned: it saves, and does not come back.
+    assert slurm.wait_for(job, ("FAILED", "COMPLETED", "CANCELLED")) == "FAILED"
+    done = len(losses(config.output))
+    assert 5 <= done < STEPS
+    again = start(config, capsys, *slowly, nodes=1)
+    assert slurm.wait_for(again, ("COMPLETED", "FAILED")) == "COMPLETED", logs(config.output)
+    assert f"goes on after step {done}" in logs(config.output)
+    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+
+
+def test_an_array_builds_a_set_and_the_last_job_merges_it(
+    cluster: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, output = shards.parent / "images", tmp_path / "set"
+    line = ["shards", "build", "--source", "multichannel", "--input", str(images), "--output", str(output)]
+    line += ["--tile-size", "0", "--min-structure", "0", "--workers", "1", "--slice", "{task}/{tasks}"]
+    line += ["--min-size", "16"]
+    folder = tmp_path / "launch"
+    launch(["--array", "2", "--then", f"shards merge {output}", "--folder", str(folder), "--", *line], capsys)
+    after = json.loads((folder / "then" / "launch.json").read_text())["jobs"][0]
+    assert slurm.wait_for(after, ("COMPLETED", "FAILED", "CANCELLED"), 120) == "COMPLETED", logs(folder)
+    assert json.loads((output / "manifest.json").read_text())["num_samples"] == 20
+    assert main(["shards", "verify", str(output)]) == 0
+
+
+def test_an_error_of_the_command_does_not_come_back(
+    cluster: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "launch"
+    job = launch(["--folder", str(folder), "--", "pretrain", "debug", "data.shards=[nowhere]"], capsys)
+    assert slurm.wait_for(job, ("COMPLETED", "FAILED")) == "FAILED"
+    assert slurm.job_field(job, "Restarts") == "0"
+    assert "nowhere" in logs(folder)
+
+
+def test_a_request_that_slurm_refuses_is_one_line(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "--partition", "nonesuch", "--folder", str(tmp_path), "--", "info", "x"]) == 2
+    assert "sbatch refuses: " in capsys.readouterr().err
+    assert main(["launch", "status", str(tmp_path / "empty")]) == 2
+    assert "nothing was launched" in capsys.readouterr().err
