@@ -34,7 +34,7 @@ from dinocell.ssl.train import pretrain
 STAINS = ("DNA", "RNA", "ER", "AGP", "Mito")
 WITHHELD = "Mito"
 NEIGHBOURS = 10
-GALLERY, QUERIES = 400, 400
+GALLERY, QUERIES = 200, 200
 # A field shows a handful of cells, all of one class.
 FIELD = SyntheticConfig(size=(128, 128), num_cells=(6, 12), channels=STAINS, num_classes=len(CELL_TYPES))
 ARMS = ("consistency", "average")

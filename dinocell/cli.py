@@ -15,7 +15,14 @@ from typing import Any, NoReturn
 from dinocell import __version__
 from dinocell.data_shards import dataset_command, shards_command
 from dinocell.errors import DinocellError
-from dinocell.eval import evaluate_command, finetune_command, segment_command
+from dinocell.eval import (
+    consistency_command,
+    evaluate_command,
+    finetune_command,
+    linear_command,
+    probe_command,
+    segment_command,
+)
 from dinocell.launch import launch_command
 from dinocell.launch.hooks import exported
 from dinocell.ssl import pretrain_command
@@ -56,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     finetune_command.register(commands)
     segment_command.register(commands)
     evaluate_command.register(commands)
+    probe_command.register(commands)
+    linear_command.register(commands)
+    consistency_command.register(commands)
     launch_command.register(commands, main=main)
     _add_info(commands)
     _add_export(commands)

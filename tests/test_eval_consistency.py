@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinocell.eval.consistency import channel_consistency
+from dinocell.eval.consistency import channel_consistency, consistency_by_field
 
 
 @pytest.mark.parametrize("centre", [True, False])
@@ -57,3 +57,10 @@ def test_nothing_to_compare_is_refused(shape: tuple[int, int, int]) -> None:
 def test_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         channel_consistency(torch.full((2, 2, 2), torch.inf))
+
+
+def test_the_mean_over_fields_is_the_whole() -> None:
+    features = torch.randn(9, 4, 6, generator=torch.Generator().manual_seed(0))
+    whole, by_field = channel_consistency(features), consistency_by_field(features).mean(0)
+    wanted = torch.tensor([whole.same_field, whole.different_field, whole.margin, whole.retrieval])
+    torch.testing.assert_close(by_field, wanted)

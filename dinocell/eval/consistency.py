@@ -80,3 +80,29 @@ def channel_consistency(features: Float[Tensor, "b c d"], *, centre: bool = True
         different_field_pairs=different,
         retrieval_pairs=found,
     )
+
+
+@torch.no_grad()
+def consistency_by_field(features: Float[Tensor, "b c d"], *, centre: bool = True) -> Float[Tensor, "b 4"]:
+    """Return for each field what `channel_consistency` averages over fields, for intervals.
+
+    Columns: mean cosine to itself through other channels, mean cosine to other fields through any channel, their
+    difference, and the share of ordered channel pairs in which it is found. The means over fields are the whole's
+    ``same_field``, ``different_field``, ``margin`` and ``retrieval``.
+    """
+    fields, channels, _ = features.shape
+    features = features.float()
+    if centre:
+        features = features - features.mean((0, 1))
+    by_channel = normalize(features, dim=-1).transpose(0, 1)
+    same, different, found = (features.new_zeros(fields) for _ in range(3))
+    for asking in range(channels):
+        for searched in range(channels):
+            cosine = by_channel[asking] @ by_channel[searched].T
+            itself = cosine.diagonal().clone()
+            different += (cosine.sum(1) - itself) / (fields - 1) / channels**2
+            if asking != searched:
+                best_other = cosine.fill_diagonal_(-torch.inf).amax(1)
+                same += itself / (channels * (channels - 1))
+                found += (itself > best_other).float() / (channels * (channels - 1))
+    return torch.stack((same, different, same - different, found), dim=1)

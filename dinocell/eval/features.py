@@ -70,7 +70,7 @@ class Features:
 
     def tensor(self) -> Float[Tensor, "n *c d"]:
         """Return the values in float32."""
-        return torch.from_numpy(np.asarray(self.values, np.float32))
+        return torch.from_numpy(np.array(self.values, np.float32))
 
 
 def default_channels(backbone: VisionTransformer) -> Channels:

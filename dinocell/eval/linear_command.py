@@ -1,0 +1,156 @@
+"""``dinocell linear``: linear classifiers on frozen features, a whole grid of them at once."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dinocell.errors import DinocellError
+from dinocell.eval.probe_command import (
+    Material,
+    add_task_arguments,
+    command,
+    describe,
+    metric_name,
+    open_material,
+)
+from dinocell.eval.probe_sets import add_feature_arguments, add_set_arguments
+
+
+def register(subparsers: Any) -> None:
+    """Add ``linear`` to the commands."""
+    parser = command(
+        subparsers,
+        "linear",
+        "train linear classifiers on the features of a backbone, a whole grid at once",
+        "dinocell linear --weights W --hpaone D --task PROTEIN_LOCALIZATION --loss binary_cross_entropy --avgpool "
+        "--n-last-blocks 4 --output probes/linear",
+    )
+    add_feature_arguments(parser)
+    add_set_arguments(parser)
+    add_task_arguments(parser)
+    group = parser.add_argument_group("training")
+    group.add_argument("--loss", choices=("cross_entropy", "binary_cross_entropy"), help="(by the task)")
+    group.add_argument("--epochs", type=int, default=30, metavar="N", help="(30)")
+    group.add_argument("--epoch-steps", type=int, default=145, metavar="N", help="batches an epoch; 0: one pass (145)")
+    group.add_argument("--train-batch-size", type=int, default=64, metavar="N", help="(64)")
+    group.add_argument("--learning-rates", type=float, nargs="+", metavar="X", help="(16 from 1e-5 to 1)")
+    group.add_argument("--weight-decays", type=float, nargs="+", metavar="X", help="(0 1e-5 1e-4)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--validation-share", type=float, default=0.1, help="of the training images, to choose on (0.1)")
+    group.add_argument(
+        "--choose-on-test",
+        action="store_true",
+        help="choose the classifier on the test images, as Cell-DINO does; the report says so",
+    )
+    group.add_argument("--classifier", type=Path, metavar="FILE", help="score a saved classifier; nothing is trained")
+    parser.set_defaults(run=_run_linear)
+
+
+def _run_linear(options: argparse.Namespace) -> None:
+    material = open_material(options)
+    if material is None:
+        return
+    if options.classifier is not None:
+        _score_saved(options, material)
+    else:
+        _train(options, material)
+
+
+def _train(options: argparse.Namespace, material: Material) -> None:
+    from dinocell.eval.classification import confusion, metric_of
+    from dinocell.eval.linear import (
+        LEARNING_RATES,
+        WEIGHT_DECAYS,
+        Classifier,
+        LinearSettings,
+        choose,
+        split_off,
+        train_grid,
+    )
+    from dinocell.eval.probe_report import draw_confusion, log_to_run, write_classes, write_scores
+
+    task = material.task
+    settings = LinearSettings(
+        loss=options.loss or ("binary_cross_entropy" if task.multilabel else "cross_entropy"),
+        learning_rates=tuple(options.learning_rates or LEARNING_RATES),
+        weight_decays=tuple(options.weight_decays or WEIGHT_DECAYS),
+        epochs=options.epochs,
+        epoch_steps=options.epoch_steps or None,
+        batch_size=options.train_batch_size,
+        validation_share=options.validation_share,
+        seed=options.seed,
+    )
+    name = metric_name(options, task)
+    metric = metric_of(name, multilabel=task.multilabel)
+    train = material.train.tensor()[task.train_kept]
+    test = material.test.tensor()[task.test_kept]
+    learn, held = split_off(len(train), settings.validation_share, seed=settings.seed)
+    if options.choose_on_test:
+        learn = learn.new_tensor(range(len(train)))
+    count = len(settings.grid)
+
+    def progress(done: int, of: int) -> None:
+        if done == of or done % max(1, of // 10) == 0:
+            print(f"{count} classifiers, step {done}/{of}", flush=True)
+
+    classifiers = train_grid(
+        train[learn], task.train[learn], settings, num_classes=len(task.classes), progress=progress
+    )
+    by = (test, task.test) if options.choose_on_test else (train[held], task.train[held])
+    choice = choose(classifiers, *by, settings, metric)
+    scores = classifiers.scores(test, which=choice.which)
+    found = metric(scores, task.test)
+    chosen_on = "the test images (as Cell-DINO)" if options.choose_on_test else f"{len(held)} held-out training images"
+    about = describe(options, material) | {
+        "trained": f"{settings.epochs} epochs of {settings.epoch_steps or 'one pass'}, batch {settings.batch_size}, "
+        f"{settings.loss}",
+        "chosen": f"learning rate {choice.learning_rate:g}, weight decay {choice.weight_decay:g}; there were {count}",
+        "chosen on": chosen_on,
+        name: f"{found.value:.4f}",
+    }
+    grid = [
+        {"learning_rate": rate, "weight_decay": decay, f"{name}, where chosen": value}
+        for (rate, decay), value in zip(settings.grid, choice.all_scores, strict=True)
+    ]
+    paths = write_scores(options.output, "linear", about, grid, note=f"The classifier was chosen on {chosen_on}.")
+    write_classes(options.output, "linear", task.classes, found)
+    if not task.multilabel:
+        draw_confusion(options.output / "linear_confusion.png", task.classes, confusion(scores, task.test))
+    saved = options.output / "classifier.safetensors"
+    Classifier(
+        weight=classifiers.weight[choice.which],
+        bias=classifiers.bias[choice.which],
+        classes=task.classes,
+        task=options.task,
+        features={"channels": material.settings.channels, "n_last_blocks": material.settings.n_last_blocks,
+                  "avgpool": material.settings.avgpool},
+    ).save(saved)  # fmt: skip
+    logged = log_to_run(options.weights, {f"linear/{options.task}_{name}": found.value})
+    print(f"{name} {found.value:.4f}; chosen on {chosen_on}: {choice.chosen_by:.4f}")
+    print(f"scores: {paths[2]}; classifier: {saved}" + (f"; TensorBoard: {logged}" if logged else ""))
+
+
+def _score_saved(options: argparse.Namespace, material: Material) -> None:
+    import torch
+
+    from dinocell.eval.classification import metric_of
+    from dinocell.eval.linear import Classifier
+    from dinocell.eval.probe_report import write_classes, write_scores
+
+    task, saved = material.task, Classifier.load(options.classifier)
+    unknown = (
+        sorted({task.classes[label] for label in task.test.tolist()} - set(saved.classes))
+        if not task.multilabel
+        else []
+    )
+    if unknown or (task.multilabel and task.classes != saved.classes):
+        raise DinocellError(f"{options.classifier}: was trained on other classes: {', '.join(saved.classes)}")
+    name = metric_name(options, task)
+    labels = task.test
+    if not task.multilabel:
+        labels = torch.tensor([saved.classes.index(task.classes[label]) for label in task.test.tolist()])
+    found = metric_of(name, multilabel=task.multilabel)(saved.scores(material.test.tensor()[task.test_kept]), labels)
+    about = describe(options, material) | {"classifier": str(options.classifier)}
+    paths = write_scores(options.output, "linear", about, [{name: found.value}])
+    write_classes(options.output, "linear", saved.classes, found)
+    print(f"{name} {found.value:.4f}; scores: {paths[2]}")

@@ -1,0 +1,272 @@
+"""The probes as commands: on class folders, on folders shaped as HPAone and CHAMMI are published, on shards."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dinocell.cli import main
+from dinocell.data_shards.images import write_png
+from dinocell.eval.tasks import make_task
+
+PLACES = ("nucleoplasm", "cytosol")
+LINES = ("A-431", "U-2 OS")
+
+
+def striped(kind: int, seed: int, channels: int = 1, side: int = 32) -> np.ndarray:
+    """Stripes along rows or columns, on noise: two classes that any backbone tells apart."""
+    rng = np.random.default_rng(seed)
+    waves = np.sin(np.arange(side) * 0.9 + rng.uniform(0, 6))
+    plane = waves[:, None] if kind else waves[None, :]
+    pixels = 120 + 80 * plane + rng.normal(0, 8, (channels, side, side))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    for part, first in (("train", 0), ("test", 100)):
+        for kind, name in enumerate(("columns", "rows")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(12):
+                image = striped(kind, first + number)[0]
+                write_png(tmp_path / part / name / f"{number}.png", image)
+    return tmp_path
+
+
+@pytest.fixture
+def hpaone(tmp_path: Path) -> Path:
+    folder = tmp_path / "hpaone"
+    images = folder / "fixed_size_masked_single_cells_HPA"
+    images.mkdir(parents=True)
+    for table, first in (("pretrain", 0), ("evaluation", 50)):
+        path = folder / f"fixed_size_masked_single_cells_{table}_20240507.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", *PLACES, *LINES])
+            for number in range(first, first + 20):
+                kind = number % 2
+                wide = np.concatenate(list(striped(kind, number, 4)), axis=1)
+                write_png(images / f"c{number}.png", wide)
+                writer.writerow([f"c{number}.png", kind == 0, number % 4 < 3, kind == 0, kind == 1])
+    return folder
+
+
+@pytest.fixture
+def chammi(tmp_path: Path) -> Path:
+    folder = tmp_path / "chammi"
+    (folder / "CP").mkdir(parents=True)
+    with (folder / "morphem70k_v2.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_path", "label", "train_test_split", "chan_name", "plate"])
+        for number in range(32):
+            # A third class that training does not have.
+            kind = number % 2 if number < 16 else number % 3
+            pixels = striped(min(kind, 1), number, 5)
+            if kind == 2:
+                pixels = np.full_like(pixels, 100) + (np.indices((32, 32)).sum(0) % 8 < 4).astype(np.uint8) * 80
+            write_png(folder / "CP" / f"c{number}.png", np.concatenate(list(pixels), axis=1))
+            split = "Train" if number < 16 else "Task_four"
+            writer.writerow([f"CP/c{number}.png", f"class{kind}", split, "CP", f"p{number // 3 % 2}"])
+    return folder
+
+
+def scores(folder: Path, name: str) -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / f"{name}.json").read_text())
+    return content
+
+
+def test_knn_names_class_folders(class_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = class_folders / "out"
+    line = ["knn", "--weights", "random:tiny", "--train", str(class_folders / "train"), "--test"]
+    line += [str(class_folders / "test"), "--crop-size", "32", "--nb-knn", "1", "5", "--output", str(output)]
+    assert main(line) == 0
+    rows = scores(output, "knn")["rows"]
+    assert isinstance(rows, list)
+    assert [row["k"] for row in rows] == [1, 5]
+    assert rows[0]["mean_per_class_multiclass_f1"] > 0.8
+    for name in (
+        "knn.csv",
+        "knn.md",
+        "knn_classes.csv",
+        "knn_classes.png",
+        "knn_confusion.png",
+        "features/train/rows.csv",
+    ):
+        assert (output / name).stat().st_size > 20, name
+    before = (output / "features" / "train" / "features.npy").stat().st_mtime_ns
+    assert main([*line, "--metric", "accuracy"]) == 0  # the features are there
+    assert (output / "features" / "train" / "features.npy").stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert main([*line, "--metric", "mean_per_class_multilabel_f1"]) == 2
+    assert "that one is for multi-label rows" in capsys.readouterr().err
+    assert main([*line[:-5], "--nb-knn", "99", "--output", str(output)]) == 2
+    assert "--nb-knn: expected 1 to 24" in capsys.readouterr().err
+
+
+def test_linear_learns_says_what_it_was_chosen_on_and_is_used_again(
+    class_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = class_folders / "linear"
+    line = ["linear", "--weights", "random:tiny", "--train", str(class_folders / "train"), "--test"]
+    line += [
+        str(class_folders / "test"),
+        "--crop-size",
+        "32",
+        "--avgpool",
+        "--n-last-blocks",
+        "2",
+        "--output",
+        str(output),
+    ]
+    fast = ["--epochs", "4", "--epoch-steps", "10", "--train-batch-size", "8", "--metric", "accuracy"]
+    assert main([*line, *fast]) == 0
+    about = scores(output, "linear")["about"]
+    assert isinstance(about, dict)
+    assert about["chosen on"] == "2 held-out training images"
+    assert float(about["accuracy"]) > 0.8
+    assert len(scores(output, "linear")["rows"]) == 48  # type: ignore[arg-type]
+    saved = output / "classifier.safetensors"
+    capsys.readouterr()
+    assert main([*line, "--classifier", str(saved), "--metric", "accuracy"]) == 0
+    assert f"accuracy {float(about['accuracy']):.4f}" in capsys.readouterr().out
+    assert main([*line, *fast, "--choose-on-test"]) == 0
+    assert "the test images (as Cell-DINO)" in (output / "linear.md").read_text()
+
+
+def test_hpaone_as_published(hpaone: Path, tmp_path: Path) -> None:
+    common = ["--weights", "random:tiny", "--hpaone", str(hpaone), "--crop-size", "32", "--channels", "bag"]
+    line = ["knn", *common, "--task", "CELL_TYPE", "--nb-knn", "3"]
+    assert main([*line, "--output", str(tmp_path / "a")]) == 0
+    rows = scores(tmp_path / "a", "knn")["rows"]
+    assert rows[0]["mean_per_class_multiclass_f1"] > 0.8  # type: ignore[index]
+    with (tmp_path / "a" / "knn_classes.csv").open() as file:
+        assert {row["class"] for row in csv.DictReader(file)} == set(LINES)
+    assert (
+        main(["knn", *common, "--task", "PROTEIN_LOCALIZATION", "--nb-knn", "3", "--output", str(tmp_path / "b")]) == 0
+    )
+    with (tmp_path / "b" / "knn_classes.csv").open() as file:
+        assert {row["class"] for row in csv.DictReader(file)} == set(PLACES)
+    line = ["linear", *common, "--task", "PROTEIN_LOCALIZATION", "--loss", "binary_cross_entropy", "--epochs", "2"]
+    line += ["--epoch-steps", "5", "--train-batch-size", "8", "--metric", "mean_per_class_multilabel_f1"]
+    assert main([*line, "--output", str(tmp_path / "c")]) == 0
+
+
+def test_chammi_leaves_a_group_out(chammi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["knn", "--weights", "random:tiny", "--chammi", str(chammi), "--subset", "CP", "--chammi-task", "Task_four"]
+    line += ["--task", "label", "--crop-size", "32", "--nb-knn", "1", "--output", str(tmp_path / "o")]
+    assert main([*line, "--leave-one-out", "plate"]) == 0
+    with (tmp_path / "o" / "knn_classes.csv").open() as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    # Only the class that training lacks is scored; it is found among the other plate's images.
+    assert int(rows["class2"]["images"]) > 0
+    assert int(rows["class0"]["images"]) == 0
+    assert float(rows["class2"]["f1"]) == 1.0
+    capsys.readouterr()
+    assert main([*line, "--leave-one-out", "chan_name"]) == 2
+    assert "expected several groups" in capsys.readouterr().err
+
+
+def test_features_consistency_and_profiles_of_a_shard_set(
+    shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "features"
+    line = [
+        "features",
+        "--weights",
+        "random:tiny",
+        "--data",
+        str(shard_set),
+        "--crop-size",
+        "0",
+        "--output",
+        str(output),
+    ]
+    assert main([*line, "--parquet", "--half"]) == 0
+    values = np.load(output / "features.npy")
+    assert values.shape == (60, 3 * 192)
+    assert values.dtype == np.float16
+    from pyarrow import parquet
+
+    table = parquet.read_table(output / "rows.parquet").to_pydict()
+    assert len(table["id"]) == 60
+    assert set(table["plate"]) == {"P0", "P1"}
+
+    assert main(["profiles", str(output), "--treatment", "number", "--well", "site", "--same-plate", "--output",
+                 str(tmp_path / "p")]) == 2  # fmt: skip
+    assert "no well has a replicate to find" in capsys.readouterr().err
+    found = tmp_path / "consistency"
+    line = ["consistency", "--weights", "random:tiny", "random:small", "--data", str(shard_set), "--crop-size", "32"]
+    assert main([*line, "--limit", "10", "--output", str(found)]) == 0
+    rows = scores(found, "consistency")["rows"]
+    assert isinstance(rows, list)
+    assert [row["weights"] for row in rows] == ["random:tiny", "random:small"]
+    low, high = (float(each) for each in rows[0]["margin 95 %"].split(" to "))
+    assert low <= rows[0]["margin"] <= high
+    for name in ("same_field_1.png", "retrieval_2.png", "consistency.md"):
+        assert (found / name).stat().st_size > 100
+
+
+def test_scores_land_in_the_run_that_made_the_teacher(shard_set: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    line = [
+        "pretrain",
+        "debug",
+        f"data.shards=[{shard_set}]",
+        f"output={run}",
+        "steps=2",
+        "batch_size=2",
+        "watch.every=0",
+    ]
+    line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
+    assert main(line) == 0
+    teacher = run / "eval" / "training_2" / "teacher_checkpoint.pth"
+    line = ["knn", "--weights", str(teacher), "--train", str(shard_set), "--test", str(shard_set), "--task", "number"]
+    assert (
+        main([*line, "--crop-size", "32", "--nb-knn", "1", "--metric", "accuracy", "--output", str(tmp_path / "o")])
+        == 0
+    )
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    [entry] = events.Scalars("knn/number_accuracy_k1")
+    assert (entry.step, entry.value) == (2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            ["knn", "--weights", "random:tiny", "--train", "a", "--output", "o"],
+            "expected --train and --test, or one of",
+        ),
+        (["knn", "--weights", "random:tiny", "--chammi", "a", "--output", "o"], "--subset: expected Allen, HPA or CP"),
+        (["features", "--weights", "random:none", "--data", "{}", "--output", "o"], "expected one of tiny"),
+        (["consistency", "--weights", "random:tiny", "--data", "nowhere", "--output", "o"], "nowhere"),
+        (["profiles", "nowhere", "--treatment", "x", "--output", "o"], "nowhere: holds no features"),
+    ],
+)
+def test_mistakes_are_one_line(
+    line: list[str], said: str, shard_set: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main([each.format(shard_set) for each in line]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_cell_types_of_a_column_and_of_several(draw: Callable[[int], np.ndarray]) -> None:
+    rows = [{"cell_type": "a"}, {"cell_type": ""}, {"cell_type": "b"}]
+    task = make_task("CELL_TYPE", rows, rows, train_name="t", test_name="u")
+    assert task.classes == ("a", "b")
+    assert task.train.tolist() == [0, 1]
+    assert task.train_kept.tolist() == [True, False, True]
+    both = make_task(
+        "x", [{"p": True, "q": 0}], [{"p": "False", "q": "1"}], train_name="t", test_name="u", columns=["p", "q"]
+    )
+    assert both.train.tolist() == [[1.0, 0.0]]
+    assert both.test.tolist() == [[0.0, 1.0]]
