@@ -146,6 +146,39 @@ def write_reference(
     write_atomically(markers / "man_track.txt", "".join(lines))
 
 
+def check_ids(labels: LabelImage, path: Path, *, where: str = "") -> None:
+    """Raise, naming the path, if ids do not fit into the challenge's 16 bits.
+
+    Raises
+    ------
+    ImageError
+        If an id exceeds 65,535.
+    """
+    if labels.size and int(labels.max()) > _MAX_ID:
+        raise ImageError(
+            f"{path}: id {int(labels.max())}{where}; the challenge's masks have 16 bits: "
+            f"expected ids up to {_MAX_ID}, renumber the cells or split the set"
+        )
+
+
+def write_mask(path: Path, labels: LabelImage) -> None:
+    """Write one mask with ids up to 65,535.
+
+    Raises
+    ------
+    ImageError
+        If the file cannot be written.
+    """
+    import tifffile
+
+    try:
+        with replacing(path) as temporary:
+            # LZW as in the challenge's own masks, and nothing that an old libtiff could stumble over.
+            tifffile.imwrite(temporary, labels.astype(np.uint16), photometric="minisblack", compression="lzw")
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def official_scores(folder: Path, sequence: str, *, binary_path: Path) -> OfficialScores:
     """Run the challenge's ``SEGMeasure`` and ``DETMeasure`` on a sequence; they write their logs into ``01_RES``.
 
@@ -251,21 +284,6 @@ def _write_frames(
     for number, frame in enumerate(frames):
         if len(str(number)) > num_digits:
             raise ImageError(f"{folder}: more frames than {num_digits} digits can number; ask for more digits")
-        if frame.size and int(frame.max()) > _MAX_ID:
-            raise ImageError(
-                f"{folder}: id {int(frame.max())} in frame {number}; the challenge's masks have 16 bits: "
-                f"expected ids up to {_MAX_ID}, renumber the cells or split the set"
-            )
+        check_ids(frame, folder, where=f" in frame {number}")
         for place, name in targets:
-            _write_mask(place / f"{name}{number:0{num_digits}d}.tif", frame)
-
-
-def _write_mask(path: Path, labels: np.ndarray) -> None:
-    import tifffile
-
-    try:
-        with replacing(path) as temporary:
-            # LZW as in the challenge's own masks, and nothing that an old libtiff could stumble over.
-            tifffile.imwrite(temporary, labels.astype(np.uint16), photometric="minisblack", compression="lzw")
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be written ({error.strerror or error})") from error
+            write_mask(place / f"{name}{number:0{num_digits}d}.tif", frame)

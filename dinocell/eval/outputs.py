@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Integer, Real, UInt8
 from skimage.measure import regionprops_table
-from skimage.segmentation import find_boundaries
 
 from dinocell.data_shards.image_writers import write_png, write_tiff
 from dinocell.data_shards.picture import percentile_range, to_uint8
+from dinocell.eval.contours import inner_edges
 from dinocell.runtime.atomic import replacing
 
 # Outlines: a yellow that is seen on dark fluorescence and on bright phase contrast.
@@ -43,14 +43,20 @@ def overlay(image: Real[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"]) 
     """Return the image as grey levels (percentiles 0.5 to 99.8) with the cells' inner outlines in yellow."""
     low, high = percentile_range(image, *_PERCENTILES)
     picture = np.repeat(to_uint8(image, low, high)[None], 3, axis=0)
-    edges = find_boundaries(labels, mode="inner")  # type: ignore[no-untyped-call]
-    picture[:, edges] = np.array(_OUTLINE, np.uint8)[:, None]
+    picture[:, inner_edges(labels)] = np.array(_OUTLINE, np.uint8)[:, None]
     return picture
 
 
 def write_overlay(path: Path, image: Real[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"]) -> None:
     """Write `overlay` as PNG."""
     write_png(path, overlay(image, labels))
+
+
+def write_outlines(path: Path, labels: Integer[np.ndarray, "h w"]) -> None:
+    """Write the cells' inner outlines in yellow as PNG, transparent elsewhere: to lay upon any picture."""
+    picture = np.zeros((4, *labels.shape), np.uint8)
+    picture[:, inner_edges(labels)] = np.array((*_OUTLINE, 255), np.uint8)[:, None]
+    write_png(path, picture)
 
 
 def write_distance(path: Path, distance: Float32[np.ndarray, "h w"], *, pixel_size_um: float | None) -> None:
