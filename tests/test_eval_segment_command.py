@@ -12,6 +12,7 @@ from PIL import Image
 from dinocell.cli import main
 from dinocell.data_shards.images import read_image, write_tiff
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.eval.outputs import write_cells
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 
@@ -53,6 +54,9 @@ def test_every_output_comes_from_one_call_and_fits_the_others(images: Path, mode
     assert [int(row["cell"]) for row in rows] == list(np.unique(labels[labels > 0]))
     areas = np.bincount(labels.ravel())[1:] * 0.25
     np.testing.assert_allclose([float(row["area_um2"]) for row in rows], areas, rtol=1e-5)
+    for number, plane in enumerate(read_image(images / "a.ome.tif").pixels):
+        means = np.bincount(labels.ravel(), plane.ravel())[1:] / np.bincount(labels.ravel())[1:]
+        np.testing.assert_allclose([float(row[f"mean_intensity_{number}"]) for row in rows], means, rtol=1e-6)
     picture = np.asarray(Image.open(out / "a_overlay.png"))
     assert picture.shape == (96, 130, 3)
     coloured = picture[..., 0] != picture[..., 2]
@@ -116,3 +120,19 @@ def test_a_backbone_is_no_segmenter(images: Path, tmp_path: Path, capsys: pytest
     torch.save({"teacher": {"backbone.cls_token": torch.zeros(1, 1, 4)}}, tmp_path / "teacher.pth")
     assert segment(images, "--model", tmp_path / "teacher.pth", "--output", tmp_path / "out") == 2
     assert "'dinocell finetune' makes a segmenter of a backbone" in capsys.readouterr().err
+
+
+def test_the_table_of_cells_names_units_and_channels(tmp_path: Path) -> None:
+    labels = np.array([[1, 1, 0, 2], [1, 1, 0, 2]], np.int32)
+    pixels = np.arange(16, dtype=np.uint16).reshape(2, 2, 4)
+    write_cells(tmp_path / "a.csv", labels, pixels, channel_names=("DNA stain", "ER"), pixel_size_um=0.5)
+    write_cells(tmp_path / "b.csv", labels, pixels[:1])
+    with (tmp_path / "a.csv").open() as file:
+        first, second = csv.DictReader(file)
+    with (tmp_path / "b.csv").open() as file:
+        plain = next(csv.DictReader(file))
+    assert {"area_um2": "1", "box_right_px": "2", "neighbours": "0"}.items() <= first.items()
+    assert {"cell": "2", "min_intensity_DNA_stain": "3", "max_intensity_ER": "15"}.items() <= second.items()
+    assert {"area_px2": "4", "mean_intensity": "2.5", "centroid_row_px": "0.5"}.items() <= plain.items()
+    assert "major_axis_um" in first
+    assert "major_axis_px" in plain

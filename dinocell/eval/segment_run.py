@@ -48,6 +48,7 @@ class _Found(NamedTuple):
 
     read: _Read
     target: Target
+    picture: Picture
     plane: np.ndarray
     labels: np.ndarray
     distance: np.ndarray
@@ -212,7 +213,7 @@ def _compute(read: _Read, pipeline: DINOCellPipeline, options: Any, writer: Thre
             check_ids(labels, target.paths["save_ctc"])
     except ImageError as error:
         return _Waiting(read, error=error)
-    found = _Found(read, target, plane, labels, distance, size)
+    found = _Found(read, target, picture, plane, labels, distance, size)
     return _Waiting(read, writing=writer.submit(_write, found, options.output, with_coco=options.save_coco))
 
 
@@ -221,7 +222,9 @@ def _write(found: _Found, output: Path, *, with_coco: bool) -> _Written:
     file = found.read.job.file
     with _output_errors(output, "written"):
         if "csv" in paths:
-            write_cells(paths["csv"], labels, found.plane, pixel_size_um=size)
+            shown = found.picture.grey()
+            names = shown.channel_names
+            write_cells(paths["csv"], labels, shown.pixels, channel_names=names, pixel_size_um=size)
         if "save_dist_map" in paths:
             write_distance(paths["save_dist_map"], found.distance, pixel_size_um=size)
         if "save_viz" in paths:
