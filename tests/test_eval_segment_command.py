@@ -136,3 +136,50 @@ def test_the_table_of_cells_names_units_and_channels(tmp_path: Path) -> None:
     assert {"area_px2": "4", "mean_intensity": "2.5", "centroid_row_px": "0.5"}.items() <= plain.items()
     assert "major_axis_um" in first
     assert "major_axis_px" in plain
+
+
+@pytest.mark.parametrize("how", ["@", "--list"])
+def test_a_list_names_files_folders_and_patterns(
+    how: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images)
+    (tmp_path / "list.txt").write_text("\ufeff# from the microscope\na.ome.tif\n\n  sub/*.png\n", encoding="utf-8")
+    words = ("--list", tmp_path / "list.txt") if how == "--list" else (f"@{tmp_path / 'list.txt'}",)
+    assert segment(*words, "--model", "missing.pt", "--output", tmp_path / "out", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "a.ome.tif -> " in shown
+    assert "zwei größen.png -> " in shown
+    assert "2 images" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read"), (b"# nothing\n", "is empty"), (b"II*\x00\xff\xfe", "is it an image?")],
+)
+def test_a_list_that_is_none_is_one_line(
+    content: bytes | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "list.txt").write_bytes(content)
+    assert segment(f"@{tmp_path / 'list.txt'}", "--model", "missing.pt", "--dry-run") == 2
+    shown = capsys.readouterr().err
+    assert "list.txt" in shown
+    assert said in shown
+    assert segment("--model", "missing.pt", "--dry-run") == 2
+    assert "no images" in capsys.readouterr().err
+
+
+def test_arrays_and_ome_zarr_are_images_in_a_folder(model: str, tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr", reason="the optional package zarr is not installed")
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    pixels = make_field(1, SMALL).pixels[0]
+    np.save(folder / "array.npy", pixels)
+    axes = [{"name": "y", "type": "space"}, {"name": "x", "type": "space"}]
+    scales = {"axes": axes, "datasets": [{"path": "0"}], "version": "0.4"}
+    group = zarr.open_group(folder / "b.zarr", mode="w", zarr_format=2, attributes={"multiscales": [scales]})
+    group.create_array("0", data=pixels)
+    assert segment(folder, "--model", model, "--output", out) == 0
+    first, second = (tifffile.imread(out / f"{name}_labels.tif") for name in ("array", "b"))
+    np.testing.assert_array_equal(first, second)
+    assert first.any()

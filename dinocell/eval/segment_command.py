@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dinocell.errors import DinocellError
+
 
 def register(subparsers: Any) -> None:
     """Add ``segment`` to the commands."""
@@ -16,7 +18,13 @@ def register(subparsers: Any) -> None:
         epilog="example:\n  dinocell segment images/ more/*.tif --model best.pt --output results/ --csv --save-viz",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched all through) or patterns")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="files, folders (searched all through) or patterns; @FILE: a list of those, one a line",
+    )
+    parser.add_argument("--list", action="append", default=[], metavar="FILE", help="the same as @FILE")
     parser.add_argument("--model", required=True, metavar="M", help="a segmenter: a path, a folder or hf://owner/name")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="(results)")
     parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
@@ -47,7 +55,10 @@ def register(subparsers: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from dinocell.eval.segment_jobs import LABELS, find_images, plan_jobs
 
-    jobs = plan_jobs(find_images(options.images, without=options.output), options)
+    inputs = [*options.images, *(f"@{file}" for file in options.list)]
+    if not inputs:
+        raise DinocellError("no images: give files, folders, patterns, or a list of them with --list FILE")
+    jobs = plan_jobs(find_images(inputs, without=options.output), options)
     if options.dry_run:
         for job in jobs:
             print(f"{job.file} -> {options.output / job.stem}{LABELS}")

@@ -47,7 +47,7 @@ class Target:
 
 
 def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
-    """Return the image files that paths, folders and patterns mean, each once.
+    """Return the image files that paths, folders, patterns and lists of those (``@list.txt``) mean, each once.
 
     What a folder holds below ``without``, where results go, is left out; a folder inside of that is taken as it is.
 
@@ -59,7 +59,8 @@ def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
     from dinocell.data_shards.images import IMAGE_SUFFIXES
 
     found: dict[Path, None] = {}
-    for text in inputs:
+    texts = [each for text in inputs for each in (_read_list(Path(text[1:])) if text.startswith("@") else [text])]
+    for text in texts:
         path = Path(text)
         if path.is_dir() and path.suffix.lower() != ".zarr":
             results = None if without.resolve() in path.resolve().parents else without.resolve()
@@ -71,6 +72,20 @@ def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
             raise DinocellError(f"{text}: no image there ({', '.join(IMAGE_SUFFIXES)})")
         found |= dict.fromkeys(sorted(matches))
     return list(found)
+
+
+def _read_list(path: Path) -> list[str]:
+    """Return the lines of a list, which mean what they would on the command line; # begins a remark."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DinocellError(f"{path}: the list cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DinocellError(f"{path}: expected a list of images, one a line, in UTF-8; is it an image?") from error
+    entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not entries:
+        raise DinocellError(f"{path}: the list is empty; expected images, folders or patterns, one a line")
+    return entries
 
 
 def _matching(pattern: Path) -> list[Path]:
