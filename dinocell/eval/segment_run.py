@@ -5,6 +5,8 @@ has been computed by then is written, and the next run goes on from it.
 """
 
 import csv
+import errno
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +19,7 @@ import numpy as np
 
 from dinocell.data_shards.image_writers import write_labels
 from dinocell.data_shards.images import count_frames, read_image, read_stack
+from dinocell.data_shards.masks import read_labels
 from dinocell.data_shards.picture import Picture
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.coco_file import CocoImage, coco_image, read_coco_file, write_coco_file
@@ -32,8 +35,20 @@ from dinocell.runtime.atomic import replacing
 _MOST_WAITING = 2
 
 
+class _Written(NamedTuple):
+    """What is kept of a picture after its files were written."""
+
+    name: str
+    num_cells: int
+    covered_share: float
+    coco: CocoImage | None
+
+
 class _Read(NamedTuple):
-    """A picture that was read; without one, its file is done (or was before), or cannot be read."""
+    """A picture that was read; without one, its file is done (or was before), or cannot be read.
+
+    ``found_done`` is what the summary lacks of results that are on the disk: their run was killed.
+    """
 
     job: Job
     target: Target | None = None
@@ -41,6 +56,7 @@ class _Read(NamedTuple):
     frame: int | None = None
     error: ImageError | None = None
     is_last: bool = True
+    found_done: tuple[_Written, ...] = ()
 
 
 class _Found(NamedTuple):
@@ -53,15 +69,6 @@ class _Found(NamedTuple):
     labels: np.ndarray
     distance: np.ndarray
     pixel_size_um: float | None
-
-
-class _Written(NamedTuple):
-    """What is kept of a picture after its files were written."""
-
-    name: str
-    num_cells: int
-    covered_share: float
-    coco: CocoImage | None
 
 
 class _Waiting(NamedTuple):
@@ -82,8 +89,10 @@ def segment_files(
     DinocellError
         If results cannot be written.
     """
-    with _output_errors(options.output, "made"):
+    with _output_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
+        if not os.access(options.output, os.W_OK):  # before the network's long work, not after it
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     tables = _Tables(
         rows=_read_summary(options.output / SUMMARY),
         coco=read_coco_file(options.output / COCO) if options.save_coco else None,
@@ -169,6 +178,8 @@ def _segment(
 def _settle(waiting: deque[_Waiting], tables: _Tables, progress: _Progress) -> None:
     """Wait until the first picture's results are written, and book them."""
     first = waiting.popleft()
+    for each in first.read.found_done:
+        tables.add(each)
     written = first.writing.result() if first.writing is not None else None
     if written is not None:
         tables.add(written)
@@ -184,7 +195,7 @@ def _pictures(jobs: Sequence[Job], options: Any, tables: _Tables) -> Iterator[_R
                 continue
             target = target_of(job, options)
             if tables.is_done(target) and not options.overwrite:
-                yield _Read(job)
+                yield _Read(job, found_done=tuple(_unlisted([target], tables)))
             else:
                 yield _Read(job, target, read_image(job.file))
         except ImageError as error:
@@ -193,11 +204,20 @@ def _pictures(jobs: Sequence[Job], options: Any, tables: _Tables) -> Iterator[_R
 
 def _frames(job: Job, options: Any, tables: _Tables) -> Iterator[_Read]:
     targets = list(targets_of_frames(job, count_frames(job.file), options))
-    if options.overwrite or not all(map(tables.is_done, targets)):
+    done = [target for target in targets if tables.is_done(target) and not options.overwrite]
+    if len(done) < len(targets):
         for number, (target, picture) in enumerate(zip(targets, read_stack(job.file), strict=True)):
-            if options.overwrite or not tables.is_done(target):
+            if target not in done:
                 yield _Read(job, target, picture, frame=number, is_last=False)
-    yield _Read(job)
+    yield _Read(job, found_done=tuple(_unlisted(done, tables)))
+
+
+def _unlisted(done: Sequence[Target], tables: _Tables) -> Iterator[_Written]:
+    for target in done:
+        if target.name not in tables.rows:
+            labels = read_labels(target.paths["labels"])
+            num_cells = int(np.count_nonzero(np.unique(labels)))
+            yield _Written(target.name, num_cells, float((labels > 0).mean()), None)
 
 
 def _compute(read: _Read, pipeline: DINOCellPipeline, options: Any, writer: ThreadPoolExecutor) -> _Waiting:
@@ -220,7 +240,7 @@ def _compute(read: _Read, pipeline: DINOCellPipeline, options: Any, writer: Thre
 def _write(found: _Found, output: Path, *, with_coco: bool) -> _Written:
     paths, labels, size = found.target.paths, found.labels, found.pixel_size_um
     file = found.read.job.file
-    with _output_errors(output, "written"):
+    with _output_errors(output):
         if "csv" in paths:
             shown = found.picture.grey()
             names = shown.channel_names
@@ -246,18 +266,18 @@ def _write(found: _Found, output: Path, *, with_coco: bool) -> _Written:
 
 
 @contextmanager
-def _output_errors(output: Path, what: str) -> Iterator[None]:
+def _output_errors(output: Path) -> Iterator[None]:
     """Whatever keeps results from the disk ends the run: the next picture would only fail as well."""
     try:
         yield
     except OSError as error:
-        raise DinocellError(f"{output}: cannot be {what} ({error.strerror or error})") from error
+        raise DinocellError(f"{output}: cannot be written ({error.strerror or error})") from error
     except ImageError as error:  # the picture writers' own, which name the file and the cause
         raise DinocellError(str(error)) from error
 
 
 def _write_tables(output: Path, tables: _Tables) -> None:
-    with _output_errors(output, "written"):
+    with _output_errors(output):
         if tables.coco is not None:
             write_coco_file(output / COCO, tables.coco)
         with replacing(output / SUMMARY) as part, part.open("w", encoding="utf-8", newline="") as file:
