@@ -111,6 +111,24 @@ def test_what_does_not_fit_is_said_before_anything_is_computed(tmp_path: Path) -
         open_evaluation_set(tmp_path / "b")
 
 
+def test_masks_in_colours_are_read_as_regions_where_that_is_said(tmp_path: Path) -> None:
+    write_folders(tmp_path / "a")
+    for path in (tmp_path / "a/masks").iterdir():
+        path.unlink()
+    for number, labels in enumerate(LABELS):
+        write_png(
+            tmp_path / "a/masks" / f"größe {number}.png",
+            np.stack([labels % 7 * 30, labels, labels * 0]).astype(np.uint8),
+        )
+    with pytest.raises(DinocellError, match="the encoding is 'regions'"):
+        open_evaluation_set(tmp_path / "a")
+    found = open_evaluation_set(tmp_path / "a", encoding="regions")
+    np.testing.assert_array_equal(found[0].labels != 0, LABELS[0] != 0)
+    write_cellpose(tmp_path / "b")
+    with pytest.raises(DinocellError, match="masks encoded as regions are read from images/ with masks/ only"):
+        open_evaluation_set(tmp_path / "b", encoding="regions")
+
+
 def test_masks_of_some_cells_only_are_noted(tmp_path: Path) -> None:
     write_sequence(tmp_path)
     assert open_evaluation_set(tmp_path).note == ""  # type: ignore[attr-defined]

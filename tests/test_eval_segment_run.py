@@ -190,6 +190,18 @@ def test_a_folder_that_is_read_only_is_said_before_the_network_runs(
     assert not seen
 
 
+def test_a_folder_without_permission_is_said_before_the_network_runs(
+    images: Path, segmenter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, access = tmp_path / "out", os.access
+    monkeypatch.setattr(segment_run.os, "access", lambda path, mode: Path(path) != out and access(path, mode))
+    distance, seen = at_image(-1, lambda: None)
+    monkeypatch.setattr(DINOCellPipeline, "distance", distance)
+    assert segment(images, "--model", segmenter, "--output", out) == 2
+    assert f"{out}: cannot be written ({os.strerror(errno.EACCES)})" in capsys.readouterr().err
+    assert not seen
+
+
 def test_an_output_that_cannot_be_a_folder_is_one_line(
     images: Path, segmenter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

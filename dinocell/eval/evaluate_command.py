@@ -43,6 +43,12 @@ def register(subparsers: Any) -> None:
         "or in FOLDER/SET; for the challenge's frames 01_RES/mask000.tif too",
     )
     parser.add_argument(
+        "--encoding",
+        choices=("labels", "regions"),
+        default="labels",
+        help="of the masks of images/ with masks/: one number a cell (default), or regions of one colour",
+    )
+    parser.add_argument(
         "--binary-path",
         type=Path,
         metavar="P",
@@ -72,7 +78,8 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.binary_path is not None:
         check_programs(options.binary_path)
-    sets = {name: open_evaluation_set(folder) for name, folder in _set_names(options.dataset).items()}
+    folders = _set_names(options.dataset)
+    sets = {name: open_evaluation_set(folder, encoding=options.encoding) for name, folder in folders.items()}
     pipeline = _pipeline(options) if options.model is not None else None
     grid = None
     if options.threshold_search:

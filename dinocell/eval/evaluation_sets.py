@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, SupportsIndex, runtime_checkable
+from typing import Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -76,8 +76,14 @@ class PairSet:
         )
 
 
-def open_evaluation_set(folder: Path) -> EvaluationSet:
+def open_evaluation_set(folder: Path, *, encoding: Literal["labels", "regions"] = "labels") -> EvaluationSet:
     """Open a folder of any layout that is known, by what is in it; see `_LAYOUTS`.
+
+    Parameters
+    ----------
+    encoding
+        Of the masks in ``images/`` with ``masks/``: one number a cell, or connected regions of one colour. Other
+        layouts have their own, and take none but ``labels``.
 
     Raises
     ------
@@ -86,11 +92,13 @@ def open_evaluation_set(folder: Path) -> EvaluationSet:
     """
     if not folder.is_dir():
         raise DinocellError(f"{folder}: no such folder")
+    if encoding != "labels" and (_sequences(folder) or not _FOLDERS(folder)):
+        raise DinocellError(f"{folder}: masks encoded as {encoding} are read from images/ with masks/ only")
     if (folder / "imgs.npy").exists() or next(folder.glob("*/imgs.npy"), None) is not None:
         return open_labelled(folder)
     for is_one, opened in _LAYOUTS:
         if is_one(folder):
-            found = opened(folder)
+            found = opened(folder) if opened is not _open_folders else _open_folders(folder, encoding)
             for index in range(len(found)):
                 try:
                     _ = found[index]
@@ -156,7 +164,7 @@ def _mask_alone(mask: Path) -> PairContent:
     return PairContent(picture=Picture(pixels=np.zeros((1, *labels.shape), np.uint8)), labels=labels)
 
 
-def _open_folders(folder: Path) -> PairSet:
+def _open_folders(folder: Path, encoding: str = "labels") -> PairSet:
     images = [
         path
         for path in sorted((folder / "images").iterdir())
@@ -171,7 +179,7 @@ def _open_folders(folder: Path) -> PairSet:
     masks = find_predictions(folder / "masks", "", names)
     return PairSet(
         pairs=tuple(
-            Pair(name=name, read=partial(read_pair, name, image, [mask], "labels"))
+            Pair(name=name, read=partial(read_pair, name, image, [mask], encoding))
             for name, image, mask in zip(names, images, masks, strict=True)
         )
     )
@@ -193,10 +201,11 @@ def _has(*patterns: str) -> Callable[[Path], bool]:
     return lambda folder: all(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
+_FOLDERS = _has("images/*", "masks/*")
 # In this order: what is in the folder, and how it is opened then.
 _LAYOUTS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], PairSet]]] = (
     (lambda folder: bool(_sequences(folder)), _open_ctc),
-    (_has("images/*", "masks/*"), _open_folders),
+    (_FOLDERS, _open_folders),
     (_has("*_img.*", "*_masks.*"), _open_cellpose),
     (_has("*/images/*", "*/masks/*"), _open_dsb2018),
 )
