@@ -225,6 +225,26 @@ def test_a_corrupt_file_among_others_is_listed_at_the_end(
     assert not list((tmp_path / "out").glob("t1*"))
 
 
+def test_results_of_another_image_of_the_same_name_are_not_taken_for_this_ones(
+    images: Path, segmenter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    write_tiff(other / "t3.tif", make_field(9, SMALL).pixels[0])
+    assert segment(images, "--model", segmenter, "--output", out) == 0
+    before = (out / "t3_labels.tif").read_bytes()
+    assert segment(other, "--model", segmenter, "--output", out) == 2
+    assert "results named t3 are there, of in/t3.tif, not of" in capsys.readouterr().err
+    assert (out / "t3_labels.tif").read_bytes() == before
+    assert segment(other, "--model", segmenter, "--output", out, "--overwrite") == 0
+    assert (out / "t3_labels.tif").read_bytes() != before
+    images.rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "elsewhere" / "in")
+    assert segment(tmp_path / "elsewhere/in/t1.tif", "--model", segmenter, "--output", out) == 0
+    assert "there already" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_names_may_have_spaces_and_umlauts(form: str, segmenter: str, tmp_path: Path) -> None:
     name = unicodedata.normalize(form, "Müllers Zellen, größte (1) 007")

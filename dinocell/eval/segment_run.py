@@ -33,12 +33,15 @@ from dinocell.runtime.atomic import replacing
 
 # Pictures whose results wait to be written: more would only fill the memory.
 _MOST_WAITING = 2
+_COLUMNS = ("image", "cells", "covered_share", "file")
+_SOURCE = _COLUMNS.index("file")
 
 
 class _Written(NamedTuple):
     """What is kept of a picture after its files were written."""
 
     name: str
+    file: Path
     num_cells: int
     covered_share: float
     coco: CocoImage | None
@@ -97,6 +100,7 @@ def segment_files(
         rows=_read_summary(options.output / SUMMARY),
         coco=read_coco_file(options.output / COCO) if options.save_coco else None,
     )
+    _check_sources(jobs, tables, options)
     progress = _Progress(num_files=len(jobs), say=say)
     try:
         _segment(jobs, pipeline, options, tables, progress)
@@ -117,7 +121,8 @@ class _Tables:
     coco: dict[str, CocoImage] | None
 
     def add(self, written: _Written) -> None:
-        self.rows[written.name] = (written.name, written.num_cells, f"{written.covered_share:.4f}")
+        share = f"{written.covered_share:.4f}"
+        self.rows[written.name] = (written.name, written.num_cells, share, _source(written.file))
         if self.coco is not None and written.coco is not None:
             self.coco[written.name] = written.coco
 
@@ -195,7 +200,7 @@ def _pictures(jobs: Sequence[Job], options: Any, tables: _Tables) -> Iterator[_R
                 continue
             target = target_of(job, options)
             if tables.is_done(target) and not options.overwrite:
-                yield _Read(job, found_done=tuple(_unlisted([target], tables)))
+                yield _Read(job, found_done=tuple(_unlisted(job, [target], tables)))
             else:
                 yield _Read(job, target, read_image(job.file))
         except ImageError as error:
@@ -204,20 +209,21 @@ def _pictures(jobs: Sequence[Job], options: Any, tables: _Tables) -> Iterator[_R
 
 def _frames(job: Job, options: Any, tables: _Tables) -> Iterator[_Read]:
     targets = list(targets_of_frames(job, count_frames(job.file), options))
-    done = [target for target in targets if tables.is_done(target) and not options.overwrite]
-    if len(done) < len(targets):
-        for number, (target, picture) in enumerate(zip(targets, read_stack(job.file), strict=True)):
-            if target not in done:
-                yield _Read(job, target, picture, frame=number, is_last=False)
-    yield _Read(job, found_done=tuple(_unlisted(done, tables)))
+    is_done = [tables.is_done(target) and not options.overwrite for target in targets]
+    if not all(is_done):
+        for number, picture in enumerate(read_stack(job.file)):
+            if not is_done[number]:
+                yield _Read(job, targets[number], picture, frame=number, is_last=False)
+    done = [target for target, is_one in zip(targets, is_done, strict=True) if is_one]
+    yield _Read(job, found_done=tuple(_unlisted(job, done, tables)))
 
 
-def _unlisted(done: Sequence[Target], tables: _Tables) -> Iterator[_Written]:
+def _unlisted(job: Job, done: Sequence[Target], tables: _Tables) -> Iterator[_Written]:
     for target in done:
         if target.name not in tables.rows:
             labels = read_labels(target.paths["labels"])
             num_cells = int(np.count_nonzero(np.unique(labels)))
-            yield _Written(target.name, num_cells, float((labels > 0).mean()), None)
+            yield _Written(target.name, job.file, num_cells, float((labels > 0).mean()), None)
 
 
 def _compute(read: _Read, pipeline: DINOCellPipeline, options: Any, writer: ThreadPoolExecutor) -> _Waiting:
@@ -262,7 +268,25 @@ def _write(found: _Found, output: Path, *, with_coco: bool) -> _Written:
             write_mask(paths["save_ctc"], labels)
         write_labels(paths["labels"], labels, pixel_size_um=size)
     coco = coco_image(labels, file_name=file.name, frame=found.read.frame) if with_coco else None
-    return _Written(found.target.name, int(labels.max()), float((labels > 0).mean()), coco)
+    return _Written(found.target.name, file, int(labels.max()), float((labels > 0).mean()), coco)
+
+
+def _source(file: Path) -> str:
+    """Return what tells an image from others of its name, wherever the folders are moved to: ``01/t000.tif``."""
+    return f"{file.resolve().parent.name}/{file.name}"
+
+
+def _check_sources(jobs: Sequence[Job], tables: _Tables, options: Any) -> None:
+    """Refuse to take the results of another image, of the same name in another folder, for this one's."""
+    if options.overwrite:
+        return
+    for job in jobs:
+        row = tables.rows.get(f"{job.stem}_f0000" if options.frames else job.stem, ())
+        if len(row) > _SOURCE and row[_SOURCE] != _source(job.file):
+            raise DinocellError(
+                f"{options.output}: results named {job.stem} are there, of {row[_SOURCE]}, not of {job.file}; choose "
+                "another --output, or replace them with --overwrite"
+            )
 
 
 @contextmanager
@@ -282,7 +306,7 @@ def _write_tables(output: Path, tables: _Tables) -> None:
             write_coco_file(output / COCO, tables.coco)
         with replacing(output / SUMMARY) as part, part.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
-            table.writerow(("image", "cells", "covered_share"))
+            table.writerow(_COLUMNS)
             table.writerows(tables.rows[name] for name in sorted(tables.rows))
 
 
