@@ -103,8 +103,12 @@ def test_frames_of_a_stack_are_segmented_on_request(model: str, tmp_path: Path) 
 
 
 def test_a_dry_run_lists_and_writes_nothing(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert segment(images, "--model", "missing.pt", "--output", tmp_path / "out", "--dry-run") == 0
-    assert "2 images; nothing was written" in capsys.readouterr().out
+    line = (images, "--model", "missing.pt", "--output", tmp_path / "out", "--dry-run", "--save-rois", "--save-coco")
+    assert segment(*line) == 0
+    shown = capsys.readouterr().out
+    assert f"a.ome.tif -> {tmp_path / 'out' / 'a_labels.tif'}, {tmp_path / 'out' / 'a_rois.zip'}\n" in shown
+    assert f"all images -> {tmp_path / 'out' / 'summary.csv'}, {tmp_path / 'out' / 'coco.json'}\n" in shown
+    assert "2 images; nothing was written" in shown
     assert not (tmp_path / "out").exists()
 
 

@@ -53,7 +53,7 @@ def register(subparsers: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dinocell.eval.segment_jobs import LABELS, find_images, plan_jobs
+    from dinocell.eval.segment_jobs import COCO, SUMMARY, find_images, names_of_results, plan_jobs
 
     inputs = [*options.images, *(f"@{file}" for file in options.list)]
     if not inputs:
@@ -61,7 +61,9 @@ def _run(options: argparse.Namespace) -> None:
     jobs = plan_jobs(find_images(inputs, without=options.output), options)
     if options.dry_run:
         for job in jobs:
-            print(f"{job.file} -> {options.output / job.stem}{LABELS}")
+            print(f"{job.file} -> {', '.join(names_of_results(job, options))}")
+        tables = [SUMMARY, *([COCO] if options.save_coco else [])]
+        print(f"all images -> {', '.join(str(options.output / name) for name in tables)}")
         print(f"{len(jobs)} images; nothing was written")
         return
     from dinocell.eval.pipeline import DINOCellPipeline

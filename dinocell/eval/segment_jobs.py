@@ -135,6 +135,14 @@ def _ctc_mask(file: Path, stem: str, options: Any) -> Path:
     return Path(f"{file.resolve().parent.name}_RES") / f"mask{number[0]}.tif"
 
 
+def names_of_results(job: Job, options: Any) -> list[str]:
+    """Return the files of one image for people to read, the labels first; of a stack those of its first frame."""
+    target = next(targets_of_frames(job, 1, options)) if options.frames else target_of(job, options)
+    *others, labels = target.paths.values()
+    more = ["..."] if options.frames else []
+    return [*map(str, (labels, *others)), *more, *(["(there already)"] if target.is_done else [])]
+
+
 def target_of(job: Job, options: Any) -> Target:
     """Return where the results of a file of one picture go."""
     return _target(job.stem, job.ctc_mask, options)
