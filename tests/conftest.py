@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dinocell.data_shards.fields import Field, FieldFile, Rejected
 from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
+from dinocell.finetune.model import DINOCell
+from dinocell.models.config import VARIANTS, variant_config
 
 NAMES = ("DNA", "ER", "AGP")
 
@@ -82,3 +85,14 @@ def shard_set(tmp_path: Path, fields: Callable[..., FolderOfFields]) -> Path:
 def draw() -> Callable[[int], np.ndarray]:
     """Return what draws the pixels of a field by its number."""
     return field_pixels
+
+
+@pytest.fixture
+def segmenter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Return the file of a very small segmenter whose random maps have peaks and valleys."""
+    monkeypatch.setitem(VARIANTS, "tiny", variant_config("tiny", width=32, depth=4, heads=2, mlp_hidden=64))
+    torch.manual_seed(1)
+    built = DINOCell("vitt8", pretrained=False)
+    torch.nn.init.normal_(built.decoder.head.weight, std=1.0)
+    built.save_pretrained(tmp_path / "model.pt")
+    return str(tmp_path / "model.pt")

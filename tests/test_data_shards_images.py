@@ -361,7 +361,7 @@ def test_an_ome_set_that_misses_a_file_is_an_error_not_black(tmp_path: Path) -> 
         ("page.tif", b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
         ("zeros.tif", bytes(4000), "never fully written"),
         ("lfs.tif", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
-        ("cells.nd2", b"\xda\xce\xbe\x0a" + bytes(100), "a .nd2 file"),
+        ("cells.lif", b"\x70\x00\x00\x00" + bytes(100), "a .lif file"),
         ("notes.tif", b"hello", "not a picture"),
         ("header.tif", b"II*\x00", "damaged"),
         ("nowhere.tif", b"II*\x00\x00\x00\x00\x00", "no picture in it"),

@@ -12,20 +12,14 @@ from PIL import Image
 from dinocell.cli import main
 from dinocell.data_shards.images import read_image, write_tiff
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.finetune.model import DINOCell
-from dinocell.models.config import VARIANTS, variant_config
+from dinocell.eval.outputs import write_cells
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    monkeypatch.setitem(VARIANTS, "tiny", variant_config("tiny", width=32, depth=4, heads=2, mlp_hidden=64))
-    torch.manual_seed(1)
-    built = DINOCell("vitt8", pretrained=False)
-    torch.nn.init.normal_(built.decoder.head.weight, std=1.0)  # maps with peaks and valleys
-    built.save_pretrained(tmp_path / "model.pt")
-    return str(tmp_path / "model.pt")
+def model(segmenter: str) -> str:
+    return segmenter
 
 
 @pytest.fixture
@@ -60,6 +54,9 @@ def test_every_output_comes_from_one_call_and_fits_the_others(images: Path, mode
     assert [int(row["cell"]) for row in rows] == list(np.unique(labels[labels > 0]))
     areas = np.bincount(labels.ravel())[1:] * 0.25
     np.testing.assert_allclose([float(row["area_um2"]) for row in rows], areas, rtol=1e-5)
+    for number, plane in enumerate(read_image(images / "a.ome.tif").pixels):
+        means = np.bincount(labels.ravel(), plane.ravel())[1:] / np.bincount(labels.ravel())[1:]
+        np.testing.assert_allclose([float(row[f"mean_intensity_{number}"]) for row in rows], means, rtol=1e-6)
     picture = np.asarray(Image.open(out / "a_overlay.png"))
     assert picture.shape == (96, 130, 3)
     coloured = picture[..., 0] != picture[..., 2]
@@ -106,8 +103,12 @@ def test_frames_of_a_stack_are_segmented_on_request(model: str, tmp_path: Path) 
 
 
 def test_a_dry_run_lists_and_writes_nothing(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert segment(images, "--model", "missing.pt", "--output", tmp_path / "out", "--dry-run") == 0
-    assert "2 images; nothing was written" in capsys.readouterr().out
+    line = (images, "--model", "missing.pt", "--output", tmp_path / "out", "--dry-run", "--save-rois", "--save-coco")
+    assert segment(*line) == 0
+    shown = capsys.readouterr().out
+    assert f"a.ome.tif -> {tmp_path / 'out' / 'a_labels.tif'}, {tmp_path / 'out' / 'a_rois.zip'}\n" in shown
+    assert f"all images -> {tmp_path / 'out' / 'summary.csv'}, {tmp_path / 'out' / 'coco.json'}\n" in shown
+    assert "2 images; nothing was written" in shown
     assert not (tmp_path / "out").exists()
 
 
@@ -123,3 +124,66 @@ def test_a_backbone_is_no_segmenter(images: Path, tmp_path: Path, capsys: pytest
     torch.save({"teacher": {"backbone.cls_token": torch.zeros(1, 1, 4)}}, tmp_path / "teacher.pth")
     assert segment(images, "--model", tmp_path / "teacher.pth", "--output", tmp_path / "out") == 2
     assert "'dinocell finetune' makes a segmenter of a backbone" in capsys.readouterr().err
+
+
+def test_the_table_of_cells_names_units_and_channels(tmp_path: Path) -> None:
+    labels = np.array([[1, 1, 0, 2], [1, 1, 0, 2]], np.int32)
+    pixels = np.arange(16, dtype=np.uint16).reshape(2, 2, 4)
+    write_cells(tmp_path / "a.csv", labels, pixels, channel_names=("DNA stain", "ER"), pixel_size_um=0.5)
+    write_cells(tmp_path / "b.csv", labels, pixels[:1])
+    with (tmp_path / "a.csv").open() as file:
+        first, second = csv.DictReader(file)
+    with (tmp_path / "b.csv").open() as file:
+        plain = next(csv.DictReader(file))
+    assert {"area_um2": "1", "box_right_px": "2", "neighbours": "0"}.items() <= first.items()
+    assert {"cell": "2", "min_intensity_DNA_stain": "3", "max_intensity_ER": "15"}.items() <= second.items()
+    assert {"area_px2": "4", "mean_intensity": "2.5", "centroid_row_px": "0.5"}.items() <= plain.items()
+    assert "major_axis_um" in first
+    assert "major_axis_px" in plain
+
+
+@pytest.mark.parametrize("how", ["@", "--list"])
+def test_a_list_names_files_folders_and_patterns(
+    how: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images)
+    (tmp_path / "list.txt").write_text("\ufeff# from the microscope\na.ome.tif\n\n  sub/*.png\n", encoding="utf-8")
+    words = ("--list", tmp_path / "list.txt") if how == "--list" else (f"@{tmp_path / 'list.txt'}",)
+    assert segment(*words, "--model", "missing.pt", "--output", tmp_path / "out", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "a.ome.tif -> " in shown
+    assert "zwei größen.png -> " in shown
+    assert "2 images" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read"), (b"# nothing\n", "is empty"), (b"II*\x00\xff\xfe", "is it an image?")],
+)
+def test_a_list_that_is_none_is_one_line(
+    content: bytes | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "list.txt").write_bytes(content)
+    assert segment(f"@{tmp_path / 'list.txt'}", "--model", "missing.pt", "--dry-run") == 2
+    shown = capsys.readouterr().err
+    assert "list.txt" in shown
+    assert said in shown
+    assert segment("--model", "missing.pt", "--dry-run") == 2
+    assert "no images" in capsys.readouterr().err
+
+
+def test_arrays_and_ome_zarr_are_images_in_a_folder(model: str, tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr", reason="the optional package zarr is not installed")
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    pixels = make_field(1, SMALL).pixels[0]
+    np.save(folder / "array.npy", pixels)
+    axes = [{"name": "y", "type": "space"}, {"name": "x", "type": "space"}]
+    scales = {"axes": axes, "datasets": [{"path": "0"}], "version": "0.4"}
+    group = zarr.open_group(folder / "b.zarr", mode="w", zarr_format=2, attributes={"multiscales": [scales]})
+    group.create_array("0", data=pixels)
+    assert segment(folder, "--model", model, "--output", out) == 0
+    first, second = (tifffile.imread(out / f"{name}_labels.tif") for name in ("array", "b"))
+    np.testing.assert_array_equal(first, second)
+    assert first.any()

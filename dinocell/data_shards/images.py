@@ -9,6 +9,7 @@ they are stored, in their own type. A file that is cut short is an error, never 
 - JPEG, BMP: 8 bit.
 - .npy: (h w), (h w 3), (h w 4), or (c h w) with up to 16 channels.
 - OME-Zarr: the folder or address of a group (needs the package ``zarr``), at its highest resolution.
+- ND2, CZI: on this disk (needs the extra ``microscopes``); scenes, time points and slices are frames.
 """
 
 import io
@@ -40,10 +41,11 @@ __all__ = [
     "write_tiff",
 ]
 
-IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy", ".zarr")
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy", ".zarr", ".nd2", ".czi")
 
 _MAX_NPY_CHANNELS = 16
 _PNG, _JPEG, _BMP, _NPY = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"\x93NUMPY"
+_ND2, _OLD_ND2, _CZI = b"\xda\xce\xbe\x0a", b"\x00\x00\x00\x0cjP  ", b"ZISRAWFILE"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 
 # What the decoders raise on damaged files. imagecodecs' own errors are RuntimeErrors; Pillow adds SyntaxError; tifffile
@@ -170,6 +172,12 @@ def _open(path: str | Path, *, palette_as_colour: bool = True) -> Frames:
         from dinocell.data_shards.tiff import TiffFrames
 
         return TiffFrames(str(local) if content is None else io.BytesIO(content))
+    if head.startswith((_ND2, _CZI)) or (head.startswith(_OLD_ND2) and str(path).lower().endswith(".nd2")):
+        from dinocell.data_shards.microscope_files import MicroscopeFrames
+
+        if local is None:
+            raise ImageError("ND2 and CZI are read from this disk only; download it first")
+        return MicroscopeFrames(str(local))
     _check_known(head, str(path))
     return _OneFrame(_decode(content if content is not None else open_bytes(path), palette_as_colour))
 
@@ -199,7 +207,9 @@ def _check_known(head: bytes, name: str) -> None:
         raise ImageError(f"{name}: begins with zeros only; the file was never fully written, copy it again")
     suffix = Path(name).suffix.lower()
     what = f"a {suffix} file" if suffix and suffix not in IMAGE_SUFFIXES else "not a picture that can be read"
-    raise ImageError(f"{name}: {what}; convert it to TIFF or PNG (readable: TIFF, PNG, JPEG, BMP, .npy, OME-Zarr)")
+    raise ImageError(
+        f"{name}: {what}; convert it to TIFF or PNG (readable: TIFF, PNG, JPEG, BMP, .npy, OME-Zarr, ND2, CZI)"
+    )
 
 
 def _decode(content: bytes, palette_as_colour: bool) -> Picture:

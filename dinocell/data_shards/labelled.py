@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Float32, Integer, UInt8
+from jaxtyping import Bool, Float32, Integer, Real
 
 from dinocell.errors import ImageError
 
@@ -37,7 +37,8 @@ class LabelledImage:
     Attributes
     ----------
     pixels
-        Red, green, blue (equal in a grey picture), or one grey channel in sets whose file holds only that.
+        Red, green, blue (equal in a grey picture), or one grey channel in sets whose file holds only that: uint8 in
+        labelled sets, what the file holds where image files are read one by one.
     labels
         0 is background, each other number one cell.
     distance
@@ -46,7 +47,7 @@ class LabelledImage:
         Regions in which cells were not told apart; None if the set does not say.
     """
 
-    pixels: UInt8[np.ndarray, "c h w"]
+    pixels: Real[np.ndarray, "c h w"]
     labels: Integer[np.ndarray, "h w"]
     distance: Float32[np.ndarray, "h w"] | None
     crowd: Bool[np.ndarray, "h w"] | None

@@ -111,7 +111,7 @@ def ctc_pairs(folder: Path, *, truth: str = "gold", sequences: Sequence[str] = (
         masks = {_frame_number(path, r"man_seg(\d+)"): path for path in sorted(seg.glob("man_seg*.tif*"))}
         for number, mask in sorted((number, mask) for number, mask in masks.items() if number is not None):
             name = f"{sequence}/{mask.stem.removeprefix('man_seg')}"
-            pairs.append(Pair(name=name, read=partial(_read_pair, name, raw.get(number), [mask], "labels")))
+            pairs.append(Pair(name=name, read=partial(read_pair, name, raw.get(number), [mask], "labels")))
     if not pairs:
         raise PairError("no pairs", f"{folder}: no {suffix}/SEG/man_seg*.tif of a sequence, such as 01{suffix}/SEG")
     return pairs
@@ -132,7 +132,7 @@ def dsb2018_pairs(folder: Path) -> list[Pair]:
         found = [path for path in sorted(_visible(images.iterdir())) if path.suffix.lower() in IMAGE_SUFFIXES]
         masks = sorted(_visible(images.parent.glob("masks/*")))
         masks = [path for path in masks if path.suffix.lower() in IMAGE_SUFFIXES]
-        pairs.append(Pair(name=name, read=partial(_read_pair, name, found[0] if found else None, masks, "instances")))
+        pairs.append(Pair(name=name, read=partial(read_pair, name, found[0] if found else None, masks, "instances")))
     if not pairs:
         raise PairError("no pairs", f"{folder}: no <id>/images/<id>.png in it")
     return pairs
@@ -189,10 +189,17 @@ def _read_matched(name: str, images: list[Path], masks: list[Path], encoding: st
         _fail("several files", f"{name}: {len(images)} images fit the pattern, such as {images[0]} and {images[1]}")
     if len(masks) > 1 and encoding != "instances":
         _fail("several files", f"{name}: {len(masks)} masks fit the pattern, such as {masks[0]} and {masks[1]}")
-    return _read_pair(name, images[0] if images else None, masks, encoding)
+    return read_pair(name, images[0] if images else None, masks, encoding)
 
 
-def _read_pair(name: str, image: Path | None, masks: list[Path], encoding: str) -> PairContent:
+def read_pair(name: str, image: Path | None, masks: list[Path], encoding: str) -> PairContent:
+    """Read an image and its mask, of one of the `ENCODINGS`.
+
+    Raises
+    ------
+    ImageError
+        If one is missing (PairError) or cannot be read.
+    """
     if image is None:
         _fail("no image", f"{name}: {masks[0]} has no image" if masks else f"{name}: no image")
     if not masks:

@@ -10,6 +10,7 @@
 SEG is measured on SEG, DET on TRA, as the challenge does. Sets with one mask a cell have the same images in both.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -77,12 +78,12 @@ def score_sequence(folder: Path, sequence: str, *, truth: Literal["gold", "silve
     if truth not in ("gold", "silver"):
         raise ValueError(f"truth: expected gold or silver, got {truth!r}")
     seg_folder = folder / f"{sequence}_{'GT' if truth == 'gold' else 'ST'}" / "SEG"
-    masks = _frames(seg_folder, "man_seg")
+    masks = frame_files(seg_folder, "man_seg")
     if not masks:
         raise ImageError(f"{seg_folder}: no man_seg*.tif; expected reference masks such as man_seg000.tif")
-    markers = _frames(folder / f"{sequence}_GT" / "TRA", "man_track")
+    markers = frame_files(folder / f"{sequence}_GT" / "TRA", "man_track")
     results = folder / f"{sequence}_RES"
-    predicted = _frames(results, "mask")
+    predicted = frame_files(results, "mask")
     segmentation = ctc_score_from(_tables(masks, predicted, results))
     detection = ctc_score_from(_tables(markers, predicted, results)) if markers else segmentation
     return SequenceScore(segmentation=segmentation, detection=detection)
@@ -146,6 +147,53 @@ def write_reference(
     write_atomically(markers / "man_track.txt", "".join(lines))
 
 
+def check_ids(labels: LabelImage, path: Path, *, where: str = "") -> None:
+    """Raise, naming the path, if ids do not fit into the challenge's 16 bits.
+
+    Raises
+    ------
+    ImageError
+        If an id exceeds 65,535.
+    """
+    if labels.size and int(labels.max()) > _MAX_ID:
+        raise ImageError(
+            f"{path}: id {int(labels.max())}{where}; the challenge's masks have 16 bits: "
+            f"expected ids up to {_MAX_ID}, renumber the cells or split the set"
+        )
+
+
+def write_mask(path: Path, labels: LabelImage) -> None:
+    """Write one mask with ids up to 65,535.
+
+    Raises
+    ------
+    ImageError
+        If the file cannot be written.
+    """
+    import tifffile
+
+    try:
+        with replacing(path) as temporary:
+            # LZW as in the challenge's own masks, and nothing that an old libtiff could stumble over.
+            tifffile.imwrite(temporary, labels.astype(np.uint16), photometric="minisblack", compression="lzw")
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def check_programs(binary_path: Path) -> None:
+    """Raise unless the challenge's two programs are there and may be run.
+
+    Raises
+    ------
+    DinocellError
+        If not; the message names the program.
+    """
+    for name in ("SEG", "DET"):
+        program = _program(binary_path, f"{name}Measure")
+        if not os.access(program, os.X_OK):
+            raise DinocellError(f"{program}: not executable; allow it with 'chmod +x {program}'")
+
+
 def official_scores(folder: Path, sequence: str, *, binary_path: Path) -> OfficialScores:
     """Run the challenge's ``SEGMeasure`` and ``DETMeasure`` on a sequence; they write their logs into ``01_RES``.
 
@@ -160,7 +208,7 @@ def official_scores(folder: Path, sequence: str, *, binary_path: Path) -> Offici
     DinocellError
         If a program is not there, does not run, or prints no score.
     """
-    masks = _frames(folder / f"{sequence}_GT" / "SEG", "man_seg")
+    masks = frame_files(folder / f"{sequence}_GT" / "SEG", "man_seg")
     if not masks:
         raise ImageError(f"{folder / f'{sequence}_GT' / 'SEG'}: no man_seg*.tif; the official programs need them")
     digits = re.sub(r"\D", "", next(iter(masks.values())).stem)
@@ -218,7 +266,7 @@ def _tables(references: dict[int, Path], predicted: dict[int, Path], results: Pa
         yield find_overlaps(reference, prediction)
 
 
-def _frames(folder: Path, prefix: str) -> dict[int, Path]:
+def frame_files(folder: Path, prefix: str) -> dict[int, Path]:
     """Return the files by their frame number, growing. Masks of single slices (man_seg_000_001.tif) are refused."""
     frames: dict[int, Path] = {}
     for path in sorted(folder.glob(f"{prefix}*.tif")):
@@ -251,21 +299,6 @@ def _write_frames(
     for number, frame in enumerate(frames):
         if len(str(number)) > num_digits:
             raise ImageError(f"{folder}: more frames than {num_digits} digits can number; ask for more digits")
-        if frame.size and int(frame.max()) > _MAX_ID:
-            raise ImageError(
-                f"{folder}: id {int(frame.max())} in frame {number}; the challenge's masks have 16 bits: "
-                f"expected ids up to {_MAX_ID}, renumber the cells or split the set"
-            )
+        check_ids(frame, folder, where=f" in frame {number}")
         for place, name in targets:
-            _write_mask(place / f"{name}{number:0{num_digits}d}.tif", frame)
-
-
-def _write_mask(path: Path, labels: np.ndarray) -> None:
-    import tifffile
-
-    try:
-        with replacing(path) as temporary:
-            # LZW as in the challenge's own masks, and nothing that an old libtiff could stumble over.
-            tifffile.imwrite(temporary, labels.astype(np.uint16), photometric="minisblack", compression="lzw")
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be written ({error.strerror or error})") from error
+            write_mask(place / f"{name}{number:0{num_digits}d}.tif", frame)

@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Integer, UInt8
 
-from dinocell.data_shards.labelled import LabelledImage, LabelledSet
+from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.masks import read_labels
 from dinocell.errors import DinocellError, ImageError
+from dinocell.eval.ctc_folders import OfficialScores, check_programs
+from dinocell.eval.evaluation_sets import EvaluationSet, PairSet
 from dinocell.eval.mending import Mending
 from dinocell.eval.mistakes import draw_mistakes
+from dinocell.eval.official import LabelStore, check_few_enough
 from dinocell.eval.overlaps import Overlaps, find_overlaps
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.predicted_files import find_predictions
@@ -77,12 +80,13 @@ class SearchGrid:
 
 
 def evaluate_sets(
-    sets: Mapping[str, LabelledSet],
+    sets: Mapping[str, EvaluationSet],
     *,
     pipeline: DINOCellPipeline | None = None,
     predictions: Mapping[str, Path] | None = None,
     grid: SearchGrid | None = None,
     scratch: Path | None = None,
+    binary_path: Path | None = None,
     num_worst: int = 6,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Evaluation:
@@ -100,7 +104,10 @@ def evaluate_sets(
         Search thresholds, and score those that are best for these images as a method of their own. They are fitted to
         the images that they are scored on: only for choosing, not for comparing.
     scratch
-        A folder for the distance maps of a search, 4 bytes a pixel of all images.
+        A folder for the distance maps of a search and the label images for the official programs, 4 bytes a pixel of
+        all images each.
+    binary_path
+        The folder of the Cell Tracking Challenge's ``SEGMeasure`` and ``DETMeasure``: they are run on each set.
     num_worst
         Pictures of mistakes to draw.
     progress
@@ -114,6 +121,14 @@ def evaluate_sets(
     """
     predictions = dict(predictions or {})
     _check(sets, pipeline, predictions, grid, scratch)
+    if binary_path is not None and scratch is None:
+        raise ValueError("scratch: the official programs need a folder for the label images")
+    store = None
+    if binary_path is not None and scratch is not None:
+        check_programs(binary_path)
+        for name, each in sets.items():
+            check_few_enough(name, each)
+        store = LabelStore(scratch / "labels")
     files = {
         tool: {name: find_predictions(folder, name, each.names) for name, each in sets.items()}
         for tool, folder in predictions.items()
@@ -147,6 +162,8 @@ def evaluate_sets(
                 labels = _read(files[method][dataset][index], reference.shape)
             table = find_overlaps(reference, labels)
             tables[dataset, method].append(table)
+            if store is not None:
+                store.add(dataset, method, labels)
             row = ImageScores(method=method, dataset=dataset, image=image.name, scores=score_tables([table]))
             images.append(row)
             if method == next(iter(methods)):
@@ -155,8 +172,18 @@ def evaluate_sets(
     groups: dict[str, tuple[str, ...]] = {name: (name,) for name in sets}
     if len(sets) > 1:
         groups[ALL_SETS] = tuple(sets)
+    official: dict[tuple[str, str], OfficialScores] = {}
+    if store is not None and binary_path is not None:
+        for number, (dataset, method) in enumerate(tables):
+            official[dataset, method] = store.scores(dataset, method, sets[dataset], binary_path=binary_path)
+            progress("scored by the official programs", number + 1, len(tables))
     pooled = [
-        pool(method, group, [table for name in names for table in tables[name, method]])
+        pool(
+            method,
+            group,
+            [table for name in names for table in tables[name, method]],
+            official=official.get((group, method)),
+        )
         for group, names in groups.items()
         for method in methods
     ]
@@ -166,7 +193,7 @@ def evaluate_sets(
 
 
 def _check(
-    sets: Mapping[str, LabelledSet],
+    sets: Mapping[str, EvaluationSet],
     pipeline: DINOCellPipeline | None,
     predictions: Mapping[str, Path],
     grid: SearchGrid | None,
@@ -180,6 +207,9 @@ def _check(
         raise DinocellError("a threshold search needs a model: label images of other tools have no thresholds")
     if grid is not None and scratch is None:
         raise ValueError("scratch: a threshold search needs a folder for the maps")
+    for name, each in sets.items():
+        if pipeline is not None and isinstance(each, PairSet) and not each.has_images:
+            raise DinocellError(f"{name}: masks without images; a model cannot be scored on them, --predictions can")
     ours = {OURS, PLAIN, FOUND} & set(predictions) if pipeline is not None else set()
     if ours:
         raise DinocellError(f"predictions: {ours.pop()!r} is what the model's own scores are called; take another name")
@@ -198,14 +228,14 @@ def _check_distinct(folder: Path, files: Sequence[Path]) -> None:
         )
 
 
-def _all_images(sets: Mapping[str, LabelledSet]) -> Iterator[tuple[str, int, LabelledImage]]:
+def _all_images(sets: Mapping[str, EvaluationSet]) -> Iterator[tuple[str, int, LabelledImage]]:
     for name, each in sets.items():
         for index in range(len(each)):
             yield name, index, each[index]
 
 
 def _maps(
-    sets: Mapping[str, LabelledSet], pipeline: DINOCellPipeline, progress: Progress
+    sets: Mapping[str, EvaluationSet], pipeline: DINOCellPipeline, progress: Progress
 ) -> Iterator[Float32[np.ndarray, "h w"]]:
     total = sum(map(len, sets.values()))
     for number, (_, _, image) in enumerate(_all_images(sets)):
@@ -214,7 +244,7 @@ def _maps(
 
 
 def _search(
-    sets: Mapping[str, LabelledSet],
+    sets: Mapping[str, EvaluationSet],
     maps: Sequence[np.ndarray],
     pipeline: DINOCellPipeline,
     grid: SearchGrid,

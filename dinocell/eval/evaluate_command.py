@@ -24,7 +24,14 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--model", metavar="M", help="a segmenter: a path, a folder or hf://owner/name")
     parser.add_argument(
-        "--dataset", nargs="+", action="extend", required=True, type=Path, metavar="D", help="labelled sets (folders)"
+        "--dataset",
+        nargs="+",
+        action="extend",
+        required=True,
+        type=Path,
+        metavar="D",
+        help="folders: labelled sets (imgs.npy), Cell Tracking Challenge (01 with 01_GT/SEG), images/ with masks/, "
+        "Cellpose or Data Science Bowl pairs",
     )
     parser.add_argument(
         "--predictions",
@@ -33,7 +40,19 @@ def register(subparsers: Any) -> None:
         default=[],
         metavar="NAME=FOLDER",
         help="label images of another tool: NAME.tif, NAME_labels.tif, NAME_cp_masks.png... of each image, in FOLDER "
-        "or in FOLDER/SET",
+        "or in FOLDER/SET; for the challenge's frames 01_RES/mask000.tif too",
+    )
+    parser.add_argument(
+        "--encoding",
+        choices=("labels", "regions"),
+        default="labels",
+        help="of the masks of images/ with masks/: one number a cell (default), or regions of one colour",
+    )
+    parser.add_argument(
+        "--binary-path",
+        type=Path,
+        metavar="P",
+        help="folder of the Cell Tracking Challenge's SEGMeasure and DETMeasure: shows their scores beside ours",
     )
     parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
     parser.add_argument("--cell-fill", type=float, metavar="T", help="threshold of cells (default: the model's)")
@@ -51,12 +70,16 @@ def register(subparsers: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     _check(options)
     predictions = _named_folders(options.predictions)
-    from dinocell.data_shards.labelled import open_labelled
+    from dinocell.eval.ctc_folders import check_programs
     from dinocell.eval.evaluate import SearchGrid, evaluate_sets
+    from dinocell.eval.evaluation_sets import PairSet, open_evaluation_set
     from dinocell.eval.report import write_report
     from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE
 
-    sets = {name: open_labelled(folder) for name, folder in _set_names(options.dataset).items()}
+    if options.binary_path is not None:
+        check_programs(options.binary_path)
+    folders = _set_names(options.dataset)
+    sets = {name: open_evaluation_set(folder, encoding=options.encoding) for name, folder in folders.items()}
     pipeline = _pipeline(options) if options.model is not None else None
     grid = None
     if options.threshold_search:
@@ -66,6 +89,10 @@ def _run(options: argparse.Namespace) -> None:
         )
     about = {"model": str(options.model)} if options.model is not None else {}
     about["sets"] = ", ".join(map(str, options.dataset))
+    notes = {f"note on {name}": each.note for name, each in sets.items() if isinstance(each, PairSet) and each.note}
+    about |= notes
+    if options.binary_path is not None:
+        about["official programs"] = str(options.binary_path)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.output, prefix=".maps-") as scratch, _progress() as progress:
@@ -75,12 +102,15 @@ def _run(options: argparse.Namespace) -> None:
                 predictions=predictions,
                 grid=grid,
                 scratch=Path(scratch),
+                binary_path=options.binary_path,
                 progress=progress,
             )
         written = write_report(options.output, evaluation, about=about)
     except OSError as error:
         raise DinocellError(f"{options.output}: cannot be written ({error.strerror or error})") from error
     _print_table(evaluation)
+    for name, note in notes.items():
+        print(f"{name}: {note}")
     if evaluation.threshold_search is not None:
         best = evaluation.threshold_search.best
         print(f"best thresholds: --cells-max {best.cells_max:.4g} --cell-fill {best.cell_fill:.4g}")
@@ -203,9 +233,12 @@ def _print_table(evaluation: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("set", "method", "SEG", "DET", "OP_CSB", "AP@0.5", "F1@0.5", "PQ", box=None, pad_edge=False)
+    is_official = any(each.official is not None for each in evaluation.pooled)
+    columns = ["set", "method", "SEG", "DET", "OP_CSB", "AP@0.5", "F1@0.5", "PQ"]
+    table = Table(*columns, *(("SEG official", "DET official") if is_official else ()), box=None, pad_edge=False)
     for each in evaluation.pooled:
         scores = each.scores
-        shown = (scores.seg, scores.det, scores.op_csb, scores.ap_50, scores.f1, scores.panoptic_quality)
+        shown = [scores.seg, scores.det, scores.op_csb, scores.ap_50, scores.f1, scores.panoptic_quality]
+        shown += [each.official.seg, each.official.det] if each.official is not None else []
         table.add_row(each.dataset, each.method, *(f"{value:.3f}" for value in shown))
     Console().print(table, highlight=False, markup=False)

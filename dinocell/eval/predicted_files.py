@@ -14,7 +14,8 @@ _NAMED = 3
 def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[Path]:
     """Return the label image of each name: ``NAME.tif``, ``NAME_labels.tif``, ``NAME_cp_masks.png`` and the like.
 
-    They lie in ``folder/dataset`` if there is such a folder, else in ``folder``.
+    They lie in ``folder/dataset`` if there is such a folder, else in ``folder``. Of ``01/007``, a frame of the Cell
+    Tracking Challenge, it may be ``01_RES/mask007.tif`` as well.
 
     Raises
     ------
@@ -28,6 +29,8 @@ def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[P
     missing: list[str] = []
     for name in names:
         candidates = [inside / f"{name}{end}{suffix}" for end in ENDINGS for suffix in IMAGE_SUFFIXES]
+        sequence, _, number = name.rpartition("/")
+        candidates += [inside / f"{sequence}_RES" / f"mask{number}.tif"] if sequence and number.isdecimal() else []
         there = [path for path in candidates if path.exists()]
         if len(there) > 1:
             raise DinocellError(f"{inside}: expected one label image of {name}, got {there[0].name}, {there[1].name}")

@@ -40,6 +40,7 @@ _COUNTS = {
     "num_splits": "merged",
 }
 _ALL = tuple(field.name for field in fields(Scores))
+_OFFICIAL = ("seg_official", "det_official")
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
@@ -97,13 +98,17 @@ def _datasets(evaluation: Evaluation) -> list[str]:
 
 def _rows(evaluation: Evaluation, dataset: str) -> list[list[str]]:
     """Return a header and a row for each method, as text."""
-    rows = [["method", "images", *_SHOWN.values(), *_COUNTS.values()]]
-    for pooled in evaluation.pooled:
-        if pooled.dataset == dataset:
-            scores = [_with_interval(pooled, name) for name in _SHOWN]
-            rows.append(
-                [pooled.method, str(pooled.num_images), *scores, *(str(getattr(pooled.scores, n)) for n in _COUNTS)]
-            )
+    chosen = [pooled for pooled in evaluation.pooled if pooled.dataset == dataset]
+    is_official = any(pooled.official is not None for pooled in chosen)
+    official = ["SEG official", "DET official"] if is_official else []
+    rows = [["method", "images", *_SHOWN.values(), *official, *_COUNTS.values()]]
+    for pooled in chosen:
+        scores = [_with_interval(pooled, name) for name in _SHOWN]
+        if pooled.official is not None:
+            scores += [f"{pooled.official.seg:.3f}", f"{pooled.official.det:.3f}"]
+        rows.append(
+            [pooled.method, str(pooled.num_images), *scores, *(str(getattr(pooled.scores, n)) for n in _COUNTS)]
+        )
     return rows
 
 
@@ -129,6 +134,11 @@ def _notes(evaluation: Evaluation) -> list[str]:
             "Thresholds found here are fitted to the images that they are scored on: that row is too good for a "
             "comparison. Score them on images that the search has not seen."
         )
+    if any(pooled.official is not None for pooled in evaluation.pooled):
+        notes.append(
+            "Official: by the Cell Tracking Challenge's own SEGMeasure and DETMeasure, on the same masks, each set as "
+            "one sequence."
+        )
     notes.append("Crowd regions count as background. Missed, spurious and merged are the Cell Tracking Challenge's.")
     return notes
 
@@ -139,12 +149,14 @@ def _write_pooled(path: Path, evaluation: Evaluation) -> None:
         bounded = list(evaluation.pooled[0].intervals)
         bounds = [f"{name}_{end}" for name in bounded for end in ("low", "high")]
         means = [f"{name}_mean_over_images" for name in SCORE_NAMES]
-        table.writerow(["dataset", "method", "num_images", *_ALL, *bounds, *means, "interval_drawn_over"])
+        table.writerow(["dataset", "method", "num_images", *_ALL, *bounds, *means, "interval_drawn_over", *_OFFICIAL])
         for each in evaluation.pooled:
             ends = [end for name in bounded for end in (each.intervals[name].low, each.intervals[name].high)]
             averaged = [each.mean_over_images[name] for name in SCORE_NAMES]
             values = [*(getattr(each.scores, name) for name in _ALL), *ends, *averaged]
-            table.writerow([each.dataset, each.method, each.num_images, *map(_shown, values), each.drawn])
+            official = (each.official.seg, each.official.det) if each.official is not None else (math.nan, math.nan)
+            shown = [*map(_shown, values), each.drawn, *map(_shown, official)]
+            table.writerow([each.dataset, each.method, each.num_images, *shown])
 
 
 def _write_images(path: Path, evaluation: Evaluation) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dinocell.eval.bootstrap import Interval, ctc_intervals, matching_intervals
 from dinocell.eval.ctc import ctc_score_from
+from dinocell.eval.ctc_folders import OfficialScores
 from dinocell.eval.matching import matching_score_from
 from dinocell.eval.overlaps import Overlaps
 
@@ -69,6 +70,8 @@ class PooledScores:
         ``f1`` and ``panoptic_quality``.
     drawn
         What the bootstrap drew: ``images``, or ``cells`` where there are fewer than 12 images.
+    official
+        SEG and DET by the Cell Tracking Challenge's own programs; None where they were not run.
     """
 
     method: str
@@ -78,6 +81,7 @@ class PooledScores:
     mean_over_images: dict[str, float]
     intervals: dict[str, Interval]
     drawn: Literal["images", "cells"]
+    official: OfficialScores | None = None
 
 
 def score_tables(tables: Sequence[Overlaps]) -> Scores:
@@ -105,7 +109,9 @@ def score_tables(tables: Sequence[Overlaps]) -> Scores:
     )
 
 
-def pool(method: str, dataset: str, tables: Sequence[Overlaps]) -> PooledScores:
+def pool(
+    method: str, dataset: str, tables: Sequence[Overlaps], *, official: OfficialScores | None = None
+) -> PooledScores:
     """Return the row of a method on a set, of which each image's overlaps are given."""
     drawn: Literal["images", "cells"] = "images" if len(tables) >= _ENOUGH_IMAGES else "cells"
     matching = matching_intervals(tables, over=drawn)
@@ -120,6 +126,7 @@ def pool(method: str, dataset: str, tables: Sequence[Overlaps]) -> PooledScores:
         mean_over_images=means,
         intervals=intervals,
         drawn=drawn,
+        official=official,
     )
 
 

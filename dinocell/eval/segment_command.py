@@ -1,12 +1,10 @@
 """``dinocell segment``: images become label images, and on request maps, overlays and tables of cells."""
 
 import argparse
-import csv
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import DinocellError
 
 
 def register(subparsers: Any) -> None:
@@ -20,7 +18,13 @@ def register(subparsers: Any) -> None:
         epilog="example:\n  dinocell segment images/ more/*.tif --model best.pt --output results/ --csv --save-viz",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched all through) or patterns")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="files, folders (searched all through) or patterns; @FILE: a list of those, one a line",
+    )
+    parser.add_argument("--list", action="append", default=[], metavar="FILE", help="the same as @FILE")
     parser.add_argument("--model", required=True, metavar="M", help="a segmenter: a path, a folder or hf://owner/name")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="(results)")
     parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
@@ -32,6 +36,16 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: the best there is)")
     parser.add_argument("--save-viz", action="store_true", help="write NAME_overlay.png")
     parser.add_argument("--save-dist-map", action="store_true", help="write NAME_distance.tif, 32-bit floats")
+    parser.add_argument("--save-outlines", action="store_true", help="write NAME_outlines.png, transparent elsewhere")
+    parser.add_argument("--save-geojson", action="store_true", help="write NAME_cells.geojson, polygons for QuPath")
+    parser.add_argument("--save-rois", action="store_true", help="write NAME_rois.zip, regions of interest for ImageJ")
+    parser.add_argument("--save-coco", action="store_true", help="write coco.json, all images with run lengths")
+    parser.add_argument(
+        "--save-ctc",
+        action="store_true",
+        help="write FOLDER_RES/mask000.tif for FOLDER/t000.tif, or with --frames NAME_RES/mask000.tif for a stack, as "
+        "the Cell Tracking Challenge has it",
+    )
     parser.add_argument("--csv", action="store_true", help="write NAME_cells.csv, one line a cell")
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there")
     parser.add_argument("--dry-run", action="store_true", help="list what would be done")
@@ -39,14 +53,21 @@ def register(subparsers: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    files = find_images(options.images, without=options.output)
-    jobs = _jobs(files, options.output)
+    from dinocell.eval.segment_jobs import COCO, SUMMARY, find_images, names_of_results, plan_jobs
+
+    inputs = [*options.images, *(f"@{file}" for file in options.list)]
+    if not inputs:
+        raise DinocellError("no images: give files, folders, patterns, or a list of them with --list FILE")
+    jobs = plan_jobs(find_images(inputs, without=options.output), options)
     if options.dry_run:
-        for file, stem in jobs.items():
-            print(f"{file} -> {options.output / stem}_labels.tif")
+        for job in jobs:
+            print(f"{job.file} -> {', '.join(names_of_results(job, options))}")
+        tables = [SUMMARY, *([COCO] if options.save_coco else [])]
+        print(f"all images -> {', '.join(str(options.output / name) for name in tables)}")
         print(f"{len(jobs)} images; nothing was written")
         return
     from dinocell.eval.pipeline import DINOCellPipeline
+    from dinocell.eval.segment_run import segment_files
     from dinocell.finetune.model import DINOCell
 
     pipeline = DINOCellPipeline(
@@ -56,134 +77,7 @@ def _run(options: argparse.Namespace) -> None:
         cell_fill=options.cell_fill,
         stride=options.stride,
     )
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DinocellError(f"{options.output}: cannot be made ({error.strerror})") from error
-    failed: list[str] = []
-    rows: list[tuple[str, int, float]] = []
-    for number, (file, stem) in enumerate(jobs.items(), start=1):
-        try:
-            found = _segment_file(file, options.output / stem, pipeline, options)
-        except ImageError as error:
-            failed.append(str(error) if str(file) in str(error) else f"{file}: {error}")
-            print(f"[{number}/{len(jobs)}] {failed[-1]}")
-            continue
-        rows += found
-        cells = sum(count for _, count, _ in found)
-        print(f"[{number}/{len(jobs)}] {file}: " + (f"{cells} cells" if found else "there already"))
-    _write_summary(options.output / "summary.csv", rows)
+    failed = segment_files(jobs, pipeline, options, say=print)
     if failed:
-        listed = "\n".join(f"  {line}" for line in failed)
+        listed = "\n".join(f"  {line}" for line in failed.values())
         raise SystemExit(f"dinocell: {len(failed)} of {len(jobs)} images could not be segmented:\n{listed}")
-
-
-def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
-    """Return the image files that paths, folders and patterns mean, each once; what lies below ``without`` is left out.
-
-    Raises
-    ------
-    DinocellError
-        If an input means nothing.
-    """
-    from dinocell.data_shards.images import IMAGE_SUFFIXES
-
-    found: dict[Path, None] = {}
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir() and path.suffix.lower() != ".zarr":
-            inside = (each for each in path.rglob("*") if without.resolve() not in each.resolve().parents)
-            matches = [each for each in inside if each.name.lower().endswith(IMAGE_SUFFIXES) and each.name[0] != "."]
-        else:
-            matches = [path] if path.exists() else _matching(path)
-        if not matches:
-            raise DinocellError(f"{text}: no image there ({', '.join(IMAGE_SUFFIXES)})")
-        found |= dict.fromkeys(sorted(matches))
-    return list(found)
-
-
-def _matching(pattern: Path) -> list[Path]:
-    """Return what a pattern such as ``plate*/**/*.tif`` means: a shell that does not expand it hands it on as it is."""
-    try:
-        return list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    except (NotImplementedError, ValueError, IndexError):
-        return []
-
-
-def _jobs(files: Sequence[Path], output: Path) -> dict[Path, str]:
-    """Return the stem of each file's results; two files that would write the same are an error."""
-    stems: dict[str, Path] = {}
-    for file in files:
-        stem = file.name.split(".")[0] if file.name.lower().endswith((".ome.tif", ".ome.tiff")) else file.stem
-        if stem in stems:
-            raise DinocellError(
-                f"{stems[stem]} and {file} would both write {output / stem}_labels.tif; segment them to two folders"
-            )
-        stems[stem] = file
-    return {file: stem for stem, file in stems.items()}
-
-
-def _segment_file(file: Path, target: Path, pipeline: Any, options: argparse.Namespace) -> list[tuple[str, int, float]]:
-    """Segment one file, or each of its frames; return name, cells and covered share of what was computed."""
-    from dinocell.data_shards.images import read_image, read_stack
-
-    if not options.frames:
-        if _is_done(target, options):
-            return []
-        return [_segment_picture(read_image(file), target, pipeline, options)]
-    found = []
-    for number, picture in enumerate(read_stack(file)):
-        each = target.with_name(f"{target.name}_f{number:04d}")
-        if not _is_done(each, options):
-            found.append(_segment_picture(picture, each, pipeline, options))
-    return found
-
-
-def _outputs(target: Path, options: argparse.Namespace) -> dict[str, Path]:
-    wanted = {
-        "csv": (options.csv, "_cells.csv"),
-        "distance": (options.save_dist_map, "_distance.tif"),
-        "overlay": (options.save_viz, "_overlay.png"),
-        "labels": (True, "_labels.tif"),  # last: where it is, all is
-    }
-    return {kind: target.with_name(target.name + end) for kind, (is_wanted, end) in wanted.items() if is_wanted}
-
-
-def _is_done(target: Path, options: argparse.Namespace) -> bool:
-    return not options.overwrite and all(path.exists() for path in _outputs(target, options).values())
-
-
-def _segment_picture(picture: Any, target: Path, pipeline: Any, options: argparse.Namespace) -> tuple[str, int, float]:
-    from dinocell.data_shards.image_writers import write_labels
-    from dinocell.eval.outputs import write_cells, write_distance, write_overlay
-
-    plane = (picture.mean() if options.channel is None else picture.select(options.channel)).pixels[0]
-    size = options.pixel_size if options.pixel_size is not None else picture.pixel_size_um
-    labels, distance = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
-    outputs = _outputs(target, options)
-    try:
-        if "csv" in outputs:
-            write_cells(outputs["csv"], labels, plane, pixel_size_um=size)
-        if "distance" in outputs:
-            write_distance(outputs["distance"], distance, pixel_size_um=size)
-        if "overlay" in outputs:
-            write_overlay(outputs["overlay"], plane, labels)
-        write_labels(outputs["labels"], labels, pixel_size_um=size)
-    except OSError as error:
-        raise DinocellError(f"{target.parent}: cannot be written ({error.strerror or error})") from error
-    return target.name, int(labels.max()), float((labels > 0).mean())
-
-
-def _write_summary(path: Path, rows: Sequence[tuple[str, int, float]]) -> None:
-    """Write one line an image; lines of earlier calls for other images stay."""
-    from dinocell.runtime.atomic import replacing
-
-    known: dict[str, Sequence[object]] = {}
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            known = {row[0]: row for row in list(csv.reader(file))[1:] if row}
-    known |= {name: (name, cells, f"{share:.4f}") for name, cells, share in rows}
-    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("image", "cells", "covered_share"))
-        table.writerows(known[name] for name in sorted(known))

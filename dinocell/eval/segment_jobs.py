@@ -1,0 +1,164 @@
+"""What `dinocell segment` is asked for: which files, and under which names their results are written."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinocell.errors import DinocellError
+
+SUMMARY, COCO = "summary.csv", "coco.json"
+# What can be written of each image, by option: the end of the file's name.
+ENDINGS = {
+    "csv": "_cells.csv",
+    "save_dist_map": "_distance.tif",
+    "save_viz": "_overlay.png",
+    "save_outlines": "_outlines.png",
+    "save_geojson": "_cells.geojson",
+    "save_rois": "_rois.zip",
+}
+LABELS = "_labels.tif"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A file, the stem of its results' names, and where its mask goes in the Cell Tracking Challenge's layout.
+
+    ``ctc_mask`` is None where that layout is not asked for; of a stack it is the folder of its frames' masks.
+    """
+
+    file: Path
+    stem: str
+    ctc_mask: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where the results of one picture go, by what they are: the names of `ENDINGS`, ``save_ctc``, ``labels``."""
+
+    name: str
+    paths: dict[str, Path]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every file is there."""
+        return all(path.exists() for path in self.paths.values())
+
+
+def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
+    """Return the image files that paths, folders, patterns and lists of those (``@list.txt``) mean, each once.
+
+    What a folder holds below ``without``, where results go, is left out; a folder inside of that is taken as it is.
+
+    Raises
+    ------
+    DinocellError
+        If an input means nothing.
+    """
+    from dinocell.data_shards.images import IMAGE_SUFFIXES
+
+    found: dict[Path, None] = {}
+    texts = [each for text in inputs for each in (_read_list(Path(text[1:])) if text.startswith("@") else [text])]
+    for text in texts:
+        path = Path(text)
+        if path.is_dir() and path.suffix.lower() != ".zarr":
+            results = None if without.resolve() in path.resolve().parents else without.resolve()
+            inside = (each for each in path.rglob("*") if results not in each.resolve().parents)
+            matches = [each for each in inside if each.name.lower().endswith(IMAGE_SUFFIXES) and each.name[0] != "."]
+        else:
+            matches = [path] if path.exists() else _matching(path)
+        if not matches:
+            raise DinocellError(f"{text}: no image there ({', '.join(IMAGE_SUFFIXES)})")
+        found |= dict.fromkeys(sorted(matches))
+    return list(found)
+
+
+def _read_list(path: Path) -> list[str]:
+    """Return the lines of a list, which mean what they would on the command line; # begins a remark."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DinocellError(f"{path}: the list cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DinocellError(f"{path}: expected a list of images, one a line, in UTF-8; is it an image?") from error
+    entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not entries:
+        raise DinocellError(f"{path}: the list is empty; expected images, folders or patterns, one a line")
+    return entries
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Return what a pattern such as ``plate*/**/*.tif`` means: a shell that does not expand it hands it on as it is."""
+    try:
+        return list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    except (NotImplementedError, ValueError, IndexError):
+        return []
+
+
+def plan_jobs(files: Sequence[Path], options: Any) -> list[Job]:
+    """Return what is to be done; two files that would write the same are an error.
+
+    Raises
+    ------
+    DinocellError
+        If names collide, or a name has no frame number where the challenge's layout needs one.
+    """
+    stems: dict[str, Path] = {}
+    masks: dict[Path, Path] = {}
+    jobs = []
+    for file in files:
+        stem = file.name.split(".")[0] if file.name.lower().endswith((".ome.tif", ".ome.tiff")) else file.stem
+        mask = _ctc_mask(file, stem, options) if options.save_ctc else None
+        for wanted, taken in ((f"{stem}{LABELS}", stems.get(stem)), (mask, masks.get(mask) if mask else None)):
+            if taken is not None:
+                raise DinocellError(
+                    f"{taken} and {file} would both write {options.output / str(wanted)}; segment them to two folders"
+                )
+        stems[stem] = file
+        if mask is not None:
+            masks[mask] = file
+        jobs.append(Job(file=file, stem=stem, ctc_mask=mask))
+    return jobs
+
+
+def _ctc_mask(file: Path, stem: str, options: Any) -> Path:
+    """Return ``01_RES/mask007.tif`` for ``01/t007.tif``, and for a stack the folder ``NAME_RES``."""
+    if options.frames:
+        return Path(f"{stem}_RES")
+    number = re.search(r"\d+$", stem)
+    if number is None:
+        raise DinocellError(
+            f"{file}: --save-ctc needs the frame's number at the end of the name, such as t007.tif; of a stack, "
+            "add --frames"
+        )
+    return Path(f"{file.resolve().parent.name}_RES") / f"mask{number[0]}.tif"
+
+
+def names_of_results(job: Job, options: Any) -> list[str]:
+    """Return the files of one image for people to read, the labels first; of a stack those of its first frame."""
+    target = next(targets_of_frames(job, 1, options)) if options.frames else target_of(job, options)
+    *others, labels = target.paths.values()
+    more = ["..."] if options.frames else []
+    return [*map(str, (labels, *others)), *more, *(["(there already)"] if target.is_done else [])]
+
+
+def target_of(job: Job, options: Any) -> Target:
+    """Return where the results of a file of one picture go."""
+    return _target(job.stem, job.ctc_mask, options)
+
+
+def targets_of_frames(job: Job, num_frames: int, options: Any) -> Iterator[Target]:
+    """Yield where the results of each frame of a stack go."""
+    digits = max(3, len(str(num_frames - 1)))
+    for number in range(num_frames):
+        mask = job.ctc_mask / f"mask{number:0{digits}d}.tif" if job.ctc_mask is not None else None
+        yield _target(f"{job.stem}_f{number:04d}", mask, options)
+
+
+def _target(name: str, mask: Path | None, options: Any) -> Target:
+    paths = {key: options.output / f"{name}{end}" for key, end in ENDINGS.items() if getattr(options, key)}
+    if mask is not None:
+        paths["save_ctc"] = options.output / mask
+    paths["labels"] = options.output / f"{name}{LABELS}"  # the last one written: where it is, all is
+    return Target(name=name, paths=paths)
