@@ -25,7 +25,11 @@ def register(subparsers: Any) -> None:
         help="files, folders (searched all through) or patterns; @FILE: a list of those, one a line",
     )
     parser.add_argument("--list", action="append", default=[], metavar="FILE", help="the same as @FILE")
-    parser.add_argument("--model", required=True, metavar="M", help="a segmenter: a path, a folder or hf://owner/name")
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="a segmenter: a path, a folder or hf://owner/name (default: the small one in the box)",
+    )
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="(results)")
     parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
     parser.add_argument("--cell-fill", type=float, metavar="T", help="threshold of cells (default: the model's)")
@@ -68,10 +72,14 @@ def _run(options: argparse.Namespace) -> None:
         return
     from dinocell.eval.pipeline import DINOCellPipeline
     from dinocell.eval.segment_run import segment_files
+    from dinocell.finetune.default_model import default_model, notice
     from dinocell.finetune.model import DINOCell
 
+    model = DINOCell.from_pretrained(options.model) if options.model is not None else default_model()
+    if options.model is None:
+        print(notice(model))
     pipeline = DINOCellPipeline(
-        DINOCell.from_pretrained(options.model),
+        model,
         device=options.device,
         cells_max=options.cells_max,
         cell_fill=options.cell_fill,

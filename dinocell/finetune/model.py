@@ -25,6 +25,7 @@ from dinocell.models.vit import VARIANTS, VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 
 _LETTERS = {
+    "n": "nano",
     "t": "tiny",
     "s": "small",
     "splus": "small_plus",
