@@ -117,7 +117,9 @@ def check_command(arguments: list[str]) -> None:
     command = arguments[0]
     if command in SCHEMAS and options.recipe not in PLANNED:
         required = {"demo": [], "pretrain": ["output=o"], "finetune": ["output=o"]}[command]
-        load_config(SCHEMAS[command], find_recipe(command, options.recipe), [*required, *options.overrides])
+        load_config(
+            SCHEMAS[command], find_recipe(command, options.recipe or "standard"), [*required, *options.overrides]
+        )
     if command == "shards" and getattr(options, "views", None):
         recipe, *overrides = options.views
         load_config(PretrainConfig, find_recipe("pretrain", recipe), ["output=o", "data.shards=[s]", *overrides])
