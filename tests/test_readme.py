@@ -170,6 +170,16 @@ def test_every_file_of_the_tree_and_every_link_exists() -> None:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def test_every_key_that_the_training_guide_names_exists() -> None:
+    known = set(re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs/configuration.md").read_text(), flags=re.MULTILINE))
+    sections = {key.split(".")[0] for key in known if "." in key}
+    words = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", (ROOT / "docs/training.md").read_text())
+    named = {word for word in words if word.split(".")[0] in sections}
+    assert len(named) > 20
+    # A section stands for all its keys.
+    assert not {word for word in named if word not in known and not any(key.startswith(f"{word}.") for key in known)}
+
+
 SMALL = SyntheticConfig(size=(96, 112), channels=("DNA", "RNA", "ER", "AGP", "Mito"), num_cells=(6, 9))
 
 
