@@ -44,7 +44,8 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], *, work
                 running |= {executor.submit(function, task) for task in islice(waiting, 1)}
     except BrokenProcessPool:
         raise ShardError(
-            "a worker process was killed, most often because memory ran out; run again with fewer --workers to continue"
+            "a worker process was killed, most often because memory ran out; run again with fewer --workers "
+            "to continue (a script that builds shards must do so under 'if __name__ == \"__main__\":')"
         ) from None
     finally:
         alive.close()  # at this, workers that are still busy end at once
