@@ -16,7 +16,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 	@echo "  make check   format, lint, types, import contract, tests: what CI runs"
 	@echo "  make format  rewrite the sources in the house format"
-	@echo "  make bench   every benchmark in its short form"
+	@echo "  make bench   every benchmark in its short form, and one table of ratios"
 
 demo: $(RUN)
 	$(BIN)/dinocell demo
@@ -41,7 +41,7 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 
 bench: $(DEV)
-	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+	$(BIN)/python benchmarks/_all.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -41,14 +41,18 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> str:
 
 def write_result(name: str, text: str, packages: Sequence[str]) -> Path:
     """Write ``results/NAME.md``: the text, then hardware, versions and date."""
+    path = RESULTS / f"{name}.md"
+    path.write_text(f"{text.rstrip()}\n\n{measured_on(packages)}\n")
+    return path
+
+
+def measured_on(packages: Sequence[str]) -> str:
+    """Return one sentence with date, hardware and versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     threads = f"{torch.get_num_threads()} threads"
     stamp = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    path = RESULTS / f"{name}.md"
-    where = f"Measured {stamp} on {device} ({threads}), Python {platform.python_version()}, {versions}."
-    path.write_text(f"{text.rstrip()}\n\n{where}\n")
-    return path
+    return f"Measured {stamp} on {device} ({threads}), Python {platform.python_version()}, {versions}."
 
 
 def cpu_model() -> str:

@@ -55,8 +55,9 @@ def main() -> None:
     if options.quick:
         options.fields, options.seeds, options.set = 64, 1, [*options.set, "steps=4", "batch_size=4"]
     shards = make_shards(options.folder, options.fields)
-    gallery = make_probe_set(options.folder / "gallery.pt", 10**6, GALLERY)
-    queries = make_probe_set(options.folder / "queries.pt", 2 * 10**6, QUERIES)
+    few = 40 if options.quick else None
+    gallery = make_probe_set(options.folder / "gallery.pt", 10**6, few or GALLERY)
+    queries = make_probe_set(options.folder / "queries.pt", 2 * 10**6, few or QUERIES)
     rows: dict[str, list[Mapping[str, float]]] = {}
     for seed in range(options.seeds):
         none = ["output=none", "data.shards=[none]"]

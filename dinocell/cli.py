@@ -7,6 +7,7 @@ Parsers are built from the standard library alone; each command imports its stag
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ from dinocell.eval import (
 from dinocell.launch import launch_command
 from dinocell.launch.hooks import exported
 from dinocell.ssl import pretrain_command
+
+# What is a setting, not a recipe: a path may hold a "=" as well, but behind a slash.
+_SETTING = re.compile(r"[\w.]+=")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +77,35 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with a suggestion where a word is nearly right."""
+    """An argument parser whose errors are one line, with a suggestion where a word is nearly right.
+
+    Of commands with a recipe, ``key=value`` settings may stand anywhere: before the recipe, before and after options.
+    """
+
+    _is_mixing = False
+
+    # Not annotated as its parent is: typeshed has it overloaded on the kind of namespace.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        takes_settings = any(action.dest == "overrides" for action in self._get_positional_actions())
+        if self._is_mixing or not takes_settings:
+            return super().parse_known_args(args, namespace)
+        self._is_mixing = True  # Python 3.11's intermixed parsing comes back here, twice
+        try:
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_mixing = False
+        words = [word for word in (found.recipe, *found.overrides) if word is not None]
+        recipes = [word for word in words if not _SETTING.match(word)]
+        if len(recipes) > 1:
+            self.error(f"expected one recipe, and settings as key=value; got {', '.join(map(repr, recipes))}")
+        if recipes:
+            found.recipe = recipes[0]
+        elif self.get_default("recipe_is_optional"):
+            found.recipe = None
+        else:
+            self.error("expected a recipe: the name of a shipped one, or a YAML file")
+        found.overrides = [word for word in words if _SETTING.match(word)]
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: " in message:
@@ -114,13 +146,14 @@ def _add_demo(commands: Any) -> None:
         commands,
         "demo",
         "go the whole road on generated images or on your own, in minutes on 2 CPU cores",
-        "dinocell demo\n  dinocell demo --data my_images/ --output my_demo",
+        "dinocell demo\n  dinocell demo --data my_images/ --output my_demo\n  dinocell demo --quick seed=1",
     )
-    parser.add_argument("recipe", nargs="?", default="standard", help="standard (default), quick, or a YAML file")
+    parser.add_argument("recipe", nargs="?", help="standard (default), quick, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    parser.add_argument("--quick", action="store_true", help="the recipe quick: everything runs, nothing is learned")
     parser.add_argument("--data", metavar="FOLDER", help="your images: FOLDER/images and, for scores, FOLDER/masks")
     parser.add_argument("--output", metavar="FOLDER", help="where everything goes (demo)")
-    parser.set_defaults(run=_run_demo)
+    parser.set_defaults(run=_run_demo, recipe_is_optional=True)
 
 
 def _run_demo(options: argparse.Namespace) -> None:
@@ -128,10 +161,9 @@ def _run_demo(options: argparse.Namespace) -> None:
     from dinocell.demo.config import DemoConfig
     from dinocell.demo.run import run_demo
 
-    # `dinocell demo seed=1` means the default recipe with an override.
-    recipe, overrides = options.recipe, list(options.overrides)
-    if "=" in recipe:
-        recipe, overrides = "standard", [recipe, *overrides]
+    if options.quick and options.recipe not in (None, "quick"):
+        raise DinocellError(f"demo: --quick is the recipe 'quick'; expected no other beside it, got {options.recipe!r}")
+    recipe, overrides = options.recipe or ("quick" if options.quick else "standard"), list(options.overrides)
     overrides += [f"{key}={getattr(options, key)}" for key in ("data", "output") if getattr(options, key) is not None]
     print(run_demo(load_config(DemoConfig, find_recipe("demo", recipe), overrides)))
 

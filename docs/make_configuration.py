@@ -22,7 +22,7 @@ dinocell demo quick seed=3 field.photons=200.0
   sets.
 - Mistakes are one line and exit code 2:
 
-```
+```text
 dinocell: override 'field.fotons=200': field.fotons: unknown key; did you mean 'field.photons'?
 ```
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dinocell import __version__
-from dinocell.cli import main
+from dinocell.cli import build_parser, main
 from dinocell.models.vit import VisionTransformer, ViTConfig, variant_config
 from dinocell.models.weights import Weights, load_backbone, save_weights
 
@@ -130,3 +130,29 @@ def test_interrupting_a_command_exits_with_130(checkpoint: Path) -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 130
     assert result.stderr == "dinocell: interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "pretrain", "finetune"])
+def test_settings_may_stand_anywhere_on_the_line(command: str) -> None:
+    option, value = ("--data", "a=b") if command == "demo" else ("--dry-run", None)
+    flag = [option, value] if value else [option]
+    parse = build_parser().parse_args
+    wanted = parse([command, "debug", "x.y=1", "z=2 --k", *flag])
+    assert (wanted.recipe, wanted.overrides) == ("debug", ["x.y=1", "z=2 --k"])
+    lines = [
+        [command, *flag, "debug", "x.y=1", "z=2 --k"],
+        [command, "debug", *flag, "x.y=1", "z=2 --k"],
+        [command, "debug", "x.y=1", *flag, "z=2 --k"],
+        [command, "x.y=1", "debug", *flag, "z=2 --k"],
+        [command, "x.y=1", *flag, "z=2 --k", "debug"],
+    ]
+    for line in lines:
+        assert parse(line) == wanted, line
+
+
+def test_a_path_with_an_equals_sign_is_a_recipe_and_a_missing_or_second_one_is_one_line() -> None:
+    assert build_parser().parse_args(["pretrain", "runs/lr=1/config.yaml"]).recipe == "runs/lr=1/config.yaml"
+    assert build_parser().parse_args(["demo", "seed=1"]).recipe is None
+    assert "expected a recipe" in one_line_error(dinocell("pretrain", "--dry-run", "steps=1"))
+    assert "expected one recipe" in one_line_error(dinocell("finetune", "debug", "--dry-run", "own_folder"))
+    assert "--dryrun" in one_line_error(dinocell("finetune", "debug", "epochs=1", "--dryrun"))

@@ -17,7 +17,7 @@ from dinocell.errors import DinocellError
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "dinocell", "demo", "quick", *map(str, words)]
+    line = [sys.executable, "-m", "dinocell", "demo", "--quick", *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, check=False, env=dict(os.environ))
 
 
@@ -33,6 +33,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_demo_ends_with_scores_and_the_path_of_its_page(demo: tuple[Path, str]) -> None:
     folder, printed = demo
     assert printed.splitlines()[-1] == f"report: {folder / 'report.html'}"
+    assert "step 18/18" in printed, "the images are counted while they are generated"
     for name in ("DINOCell", "Otsu + watershed"):
         [line] = [line for line in printed.splitlines() if line.startswith(f"{name}: SEG")]
         score = float(line.split("OP_CSB ")[1].split()[0])
@@ -58,9 +59,15 @@ def test_a_second_call_keeps_what_is_done(demo: tuple[Path, str]) -> None:
 
 
 def test_other_settings_in_the_same_folder_are_refused(demo: tuple[Path, str]) -> None:
-    result = run("seed=5", "--output", demo[0])
+    result = run("--output", demo[0], "seed=5")
     assert result.returncode == 2
     assert "other settings" in result.stderr
+
+
+def test_quick_is_one_recipe_and_takes_no_other() -> None:
+    result = run("standard")
+    assert result.returncode == 2
+    assert "--quick is the recipe 'quick'" in result.stderr
 
 
 def test_nothing_that_is_scored_was_in_a_training(demo: tuple[Path, str]) -> None:

@@ -1,9 +1,11 @@
 """The package as a whole: names that others rely on, cheap import, no shadows, recipes that fit."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,40 @@ def test_every_shipped_recipe_fits_its_schema_and_says_where_it_comes_from() -> 
             header = [line for line in path.read_text().splitlines() if line.startswith("#")]
             for what in ("source:", "command:", "hardware:", "time:"):
                 assert any(what in line for line in header), f"{path.name}: no '{what}' in its header"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the names of the files in the wheel, built without a network from a copy that has tests and data in it."""
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
+    for name in ("dinocell", "tests", "benchmarks", "examples"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("demo/images/a.tif", "runs/mine/best.pt", "dinocell/weights.pth"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(b"data")
+    line = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    built = subprocess.run(
+        [*line, "--wheel-dir", str(output), str(source)], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    (path,) = output.glob("dinocell_toolkit-*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_the_wheel_holds_the_package_and_every_recipe(wheel: list[str]) -> None:
+    package = ROOT / "dinocell"
+    wanted = {path for kind in ("*.py", "configs/*/*.yaml", "py.typed") for path in package.rglob(kind)}
+    assert {str(path.relative_to(ROOT)) for path in wanted} <= set(wheel)
+    assert sum(name.endswith(".yaml") for name in wheel) == sum(path.suffix == ".yaml" for path in wanted) > 5
+
+
+def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
+    others = [name for name in wheel if not name.startswith("dinocell/")]
+    assert all(name.split("/")[0].endswith(".dist-info") for name in others), others
+    assert {Path(name).suffix for name in wheel if name.startswith("dinocell/")} == {".py", ".yaml", ".typed"}
+    assert any(name.endswith("LICENSE") for name in others)
 
 
 def test_pins_satisfy_the_ranges() -> None:

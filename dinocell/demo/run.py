@@ -32,6 +32,7 @@ from dinocell.finetune.train import finetune
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import load_backbone
 from dinocell.runtime.atomic import write_atomically
+from dinocell.runtime.progress import start_progress
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.train import pretrain
 
@@ -54,7 +55,7 @@ def run_demo(config: DemoConfig) -> str:
     output = config.output
 
     console.print("[1/5] images, shards and labelled sets", highlight=False)
-    material = _material(config)
+    material = _material(config, console)
     console.print("[2/5] pretraining", highlight=False)
     teacher = config.weights or str(_pretrain(config, material))
     console.print("[3/5] what the features know", highlight=False)
@@ -97,15 +98,32 @@ def _claim(config: DemoConfig) -> None:
     write_atomically(path, to_yaml(config))
 
 
-def _material(config: DemoConfig) -> Material:
+def _material(config: DemoConfig, console: Console) -> Material:
     workers = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if config.data is not None:
         return own_material(config.data, config.output, workers=workers)
     done = config.output / "images" / "done"
     if not done.exists():
-        generate(config.output, config.counts, config.field, seed=config.seed, workers=workers, progress=lambda _: None)
+        _generate(config, console, workers)
         done.touch()
     return generated_material(config.output, workers=workers)
+
+
+def _generate(config: DemoConfig, console: Console, workers: int) -> None:
+    """Generate the images, with a bar on a terminal and ten lines elsewhere."""
+    total = sum(vars(config.counts).values())
+    progress = start_progress(console, total_steps=total, batch_size=1)
+
+    def show(done: int) -> None:
+        if done * 10 // total > (done - 1) * 10 // total:
+            progress.report(done, {})
+        else:
+            progress.advance(done)
+
+    try:
+        generate(config.output, config.counts, config.field, seed=config.seed, workers=workers, progress=show)
+    finally:
+        progress.close()
 
 
 def _pretrain(config: DemoConfig, material: Material) -> Path:
