@@ -225,3 +225,14 @@ def test_the_loss_weighs_cells_and_differences() -> None:
     assert float(map_loss(maps, targets, "distance", foreground_weight=1.0)) == pytest.approx(4 / 4 / 1.5)
     with_edges = float(map_loss(maps.expand(1, 1, 2, 4), targets.expand(1, 1, 2, 4), "distance", gradient_weight=3.0))
     assert with_edges == pytest.approx(0.5 + 3 * (1 / 3))
+
+
+def test_a_still_crop_of_the_images_size_is_the_image() -> None:
+    made = make_field(3, SMALL)
+    image, labels = (np.ascontiguousarray(each[:96, :96]) for each in (made.pixels[0] >> 8, made.labels))
+    still = AugmentConfig(
+        crop=96, flip=0.0, rotation_deg=0.0, scale=(1.0, 1.0), brightness=(1.0, 1.0), inversion=0.0, with_cells=0.0
+    )
+    crop = cut(image.astype(np.uint8), labels, still, np.random.default_rng(0))
+    np.testing.assert_array_equal(crop.image, image)
+    np.testing.assert_array_equal(crop.labels[crop.context :, crop.context :][:96, :96], labels)

@@ -100,10 +100,11 @@ def _warped(source: np.ndarray, linear: np.ndarray, centre: np.ndarray, size: in
 
 
 def _centre(labels: np.ndarray, seen: float, with_cells: float, generator: np.random.Generator) -> np.ndarray:
-    """Draw the middle of a crop that shows ``seen`` pixels of the image, as column and row."""
+    """Draw the middle of a crop that shows ``seen`` pixels of the image, as column and row of pixel centres."""
     sides = np.array(labels.shape[::-1])
-    low = np.minimum(seen / 2, sides / 2)
-    anywhere = generator.uniform(low, np.maximum(low, sides - low))
+    low = (np.minimum(seen, sides) - 1) / 2
+    high = np.maximum(low, sides - 1 - low)
+    anywhere: np.ndarray = generator.uniform(low, high)
     aims_at_cell = generator.random() < with_cells
     if not aims_at_cell:
         return anywhere
@@ -112,7 +113,8 @@ def _centre(labels: np.ndarray, seen: float, with_cells: float, generator: np.ra
     for _ in range(32):
         row, column = (int(generator.integers(side)) for side in labels.shape)
         if labels[row, column]:
-            return np.clip(np.array([column, row]) + shift, low, np.maximum(low, sides - low))
+            aimed: np.ndarray = np.clip(np.array([column, row]) + shift, low, high)
+            return aimed
     return anywhere
 
 
