@@ -25,13 +25,20 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="(results)")
     parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
     parser.add_argument("--cell-fill", type=float, metavar="T", help="threshold of cells (default: the model's)")
+    parser.add_argument("--probability", type=float, metavar="T", help="of a model of target flows: chance of a cell")
+    parser.add_argument("--flow-error", type=float, metavar="T", help="of a model of target flows: largest flow error")
     parser.add_argument("--channel", type=int, metavar="C", help="the channel to look at, from 0 (default: their mean)")
     parser.add_argument("--pixel-size", type=float, metavar="UM", help="of the images, where their files do not say")
     parser.add_argument("--frames", action="store_true", help="segment every frame of a stack (NAME_f0000_labels.tif)")
     parser.add_argument("--stride", type=int, metavar="PX", help="from window to window (192; 224 is faster)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: the best there is)")
     parser.add_argument("--save-viz", action="store_true", help="write NAME_overlay.png")
-    parser.add_argument("--save-dist-map", action="store_true", help="write NAME_distance.tif, 32-bit floats")
+    parser.add_argument(
+        "--save-dist-map",
+        action="store_true",
+        help="write NAME_distance.tif, 32-bit floats; by a model of target flows NAME_flows.tif: flow along rows, "
+        "along columns, and the chance of a cell",
+    )
     parser.add_argument("--csv", action="store_true", help="write NAME_cells.csv, one line a cell")
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there")
     parser.add_argument("--dry-run", action="store_true", help="list what would be done")
@@ -54,6 +61,8 @@ def _run(options: argparse.Namespace) -> None:
         device=options.device,
         cells_max=options.cells_max,
         cell_fill=options.cell_fill,
+        probability=options.probability,
+        flow_error=options.flow_error,
         stride=options.stride,
     )
     try:
@@ -127,45 +136,47 @@ def _segment_file(file: Path, target: Path, pipeline: Any, options: argparse.Nam
     """Segment one file, or each of its frames; return name, cells and covered share of what was computed."""
     from dinocell.data_shards.images import read_image, read_stack
 
+    maps = pipeline.model.target
     if not options.frames:
-        if _is_done(target, options):
+        if _is_done(target, options, maps):
             return []
         return [_segment_picture(read_image(file), target, pipeline, options)]
     found = []
     for number, picture in enumerate(read_stack(file)):
         each = target.with_name(f"{target.name}_f{number:04d}")
-        if not _is_done(each, options):
+        if not _is_done(each, options, maps):
             found.append(_segment_picture(picture, each, pipeline, options))
     return found
 
 
-def _outputs(target: Path, options: argparse.Namespace) -> dict[str, Path]:
+def _outputs(target: Path, options: argparse.Namespace, maps: str) -> dict[str, Path]:
+    """Return where what is wanted goes; ``maps`` is the model's target."""
     wanted = {
         "csv": (options.csv, "_cells.csv"),
-        "distance": (options.save_dist_map, "_distance.tif"),
+        "maps": (options.save_dist_map, f"_{maps}.tif"),
         "overlay": (options.save_viz, "_overlay.png"),
         "labels": (True, "_labels.tif"),  # last: where it is, all is
     }
     return {kind: target.with_name(target.name + end) for kind, (is_wanted, end) in wanted.items() if is_wanted}
 
 
-def _is_done(target: Path, options: argparse.Namespace) -> bool:
-    return not options.overwrite and all(path.exists() for path in _outputs(target, options).values())
+def _is_done(target: Path, options: argparse.Namespace, maps: str) -> bool:
+    return not options.overwrite and all(path.exists() for path in _outputs(target, options, maps).values())
 
 
 def _segment_picture(picture: Any, target: Path, pipeline: Any, options: argparse.Namespace) -> tuple[str, int, float]:
     from dinocell.data_shards.image_writers import write_labels
-    from dinocell.eval.outputs import write_cells, write_distance, write_overlay
+    from dinocell.eval.outputs import write_cells, write_maps, write_overlay
 
     plane = (picture.mean() if options.channel is None else picture.select(options.channel)).pixels[0]
     size = options.pixel_size if options.pixel_size is not None else picture.pixel_size_um
-    labels, distance = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
-    outputs = _outputs(target, options)
+    labels, maps = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
+    outputs = _outputs(target, options, pipeline.model.target)
     try:
         if "csv" in outputs:
             write_cells(outputs["csv"], labels, plane, pixel_size_um=size)
-        if "distance" in outputs:
-            write_distance(outputs["distance"], distance, pixel_size_um=size)
+        if "maps" in outputs:
+            write_maps(outputs["maps"], maps, pixel_size_um=size)
         if "overlay" in outputs:
             write_overlay(outputs["overlay"], plane, labels)
         write_labels(outputs["labels"], labels, pixel_size_um=size)

@@ -1,7 +1,7 @@
 """One augmented crop: a single affine map for image and cells, the target computed from the cells that came out.
 
-Distances are never interpolated: cells are turned and scaled by nearest neighbour, over a region so much larger than
-the crop that every cell of the crop is whole in it, and their distance map is computed anew. So the target is what the
+Targets are never interpolated: cells are turned and scaled by nearest neighbour, over a region so much larger than
+the crop that every cell of the crop is whole in it, and their maps are computed anew. So the target is what the
 map of the whole turned image would be.
 """
 
@@ -14,6 +14,7 @@ from jaxtyping import Float32, Integer, UInt8
 from scipy import ndimage
 
 from dinocell.data_shards.distance import labels_to_distance
+from dinocell.data_shards.flows import labels_to_flows
 from dinocell.finetune.config import AugmentConfig
 
 # Of the region whose cells are transformed: twice this and the crop. Only a giant cell is larger than that.
@@ -33,6 +34,15 @@ class Crop(NamedTuple):
         size = self.image.shape[0]
         whole = labels_to_distance(self.labels) if self.labels.any() else np.zeros(self.labels.shape, np.float32)
         return np.ascontiguousarray(whole[self.context : self.context + size, self.context : self.context + size])
+
+    def flows(self) -> Float32[np.ndarray, "3 s s"]:
+        """Return the flow maps of the crop: those of its whole cells; cells that lie outside cost nothing."""
+        size = self.image.shape[0]
+        inner = np.s_[self.context : self.context + size, self.context : self.context + size]
+        is_seen = np.zeros(int(self.labels.max(initial=0)) + 1, bool)
+        is_seen[self.labels[inner]] = True
+        whole = labels_to_flows(np.where(is_seen[self.labels], self.labels, 0))
+        return np.ascontiguousarray(whole[:, inner[0], inner[1]])
 
 
 def cut(
