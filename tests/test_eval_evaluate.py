@@ -43,7 +43,7 @@ class MapInImage(DINOCellPipeline):
         self.model = SimpleNamespace(settings=SegmenterSettings(min_area_px=12))  # type: ignore[assignment]
         self.seen: list[float | int | None] = []
 
-    def distance(self, image: np.ndarray, *, pixel_size_um: float | int | None = None, **_: object) -> np.ndarray:
+    def maps(self, image: np.ndarray, *, pixel_size_um: float | int | None = None, **_: object) -> np.ndarray:
         self.seen.append(pixel_size_um)
         return np.asarray(image[0], np.float32) / 255
 

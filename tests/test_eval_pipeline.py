@@ -9,7 +9,7 @@ import torch
 from dinocell.data_shards.distance import labels_to_distance
 from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import ImageError
 from dinocell.eval.ctc import ctc_score
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.scoring import score_segmenter
@@ -106,12 +106,6 @@ def test_what_is_no_image_raises(mirror: DINOCellPipeline, image: np.ndarray) ->
 
 def test_a_blank_image_has_no_cells(mirror: DINOCellPipeline) -> None:
     assert mirror.run(np.full((70, 40), 300, np.uint16)).max() == 0
-
-
-def test_flows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VARIANTS, "tiny", variant_config("tiny", width=32, depth=4, heads=2, mlp_hidden=64))
-    with pytest.raises(DinocellError, match="flows"):
-        DINOCellPipeline(DINOCell("vitt8", pretrained=False, target="flows"), device="cpu")
 
 
 def test_the_pipeline_prepares_as_the_model_says(model: DINOCell, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Fine-tuning: crops, targets, the run, going on after an interruption."""
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 
 from dinocell.configs.load import load_config
 from dinocell.data_shards.distance import labels_to_distance
+from dinocell.data_shards.flows import labels_to_flows
 from dinocell.data_shards.images import write_labels, write_tiff
+from dinocell.data_shards.labelled import open_labelled
 from dinocell.data_shards.labelled_build import build_labelled
 from dinocell.data_shards.labelled_sources import folder_pairs
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
@@ -225,3 +228,62 @@ def test_the_loss_weighs_cells_and_differences() -> None:
     assert float(map_loss(maps, targets, "distance", foreground_weight=1.0)) == pytest.approx(4 / 4 / 1.5)
     with_edges = float(map_loss(maps.expand(1, 1, 2, 4), targets.expand(1, 1, 2, 4), "distance", gradient_weight=3.0))
     assert with_edges == pytest.approx(0.5 + 3 * (1 / 3))
+
+
+def test_the_loss_of_flows_is_cellposes() -> None:
+    maps = torch.tensor([0.5, -0.5, 0.25]).view(1, 3, 1, 1)
+    targets = torch.tensor([1.0, 0.0, 1.0]).view(1, 3, 1, 1)
+    expected = 0.5 * torch.nn.functional.mse_loss(5 * maps[:, :2], 5 * targets[:, :2]) - math.log(0.25)
+    assert float(map_loss(maps, targets, "flows")) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_flows_of_a_crop_are_computed_from_the_turned_cells(seed: int) -> None:
+    made = make_field(4, SMALL)
+    image = (made.pixels[0] >> 8).astype(np.uint8)
+    crop = cut(image, made.labels, AugmentConfig(crop=64), np.random.default_rng(seed))
+    inner = np.s_[crop.context : crop.context + 64, crop.context : crop.context + 64]
+    np.testing.assert_array_equal(crop.flows(), labels_to_flows(crop.labels)[:, inner[0], inner[1]])
+    np.testing.assert_array_equal(crop.flows()[2] > 0, crop.labels[inner] > 0)
+
+
+def test_options_of_the_other_target_are_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="for target distance; leave them out"):
+        recipe(folder, tmp_path / "run", "target=flows", "loss.gradient_weight=1.0")
+
+
+def test_a_segmenter_of_the_other_target_is_refused(tmp_path: Path, folder: Path) -> None:
+    path = DINOCell("vitt8", pretrained=False).save_pretrained(tmp_path / "cells.pt")
+    with pytest.raises(ConfigError, match="is a segmenter by distance, not flows"):
+        finetune(recipe(folder, tmp_path / "run", "target=flows", f"model.segmenter={path}"))
+
+
+def test_a_model_of_flows_learns_two_images_by_heart(tmp_path: Path) -> None:
+    config = SyntheticConfig(size=(48, 48), channels=("AGP",), num_cells=(4, 6), cell_radius_px=10.0)
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for number in range(2):
+        made = make_field(number, config)
+        write_tiff(tmp_path / "images" / f"f{number}.tif", made.pixels)
+        write_labels(tmp_path / "masks" / f"f{number}.tif", made.labels)
+    build_labelled(folder_pairs(tmp_path, images="images/{name}.tif", masks="masks/{name}.tif"), tmp_path / "set")
+    still = ["augment.flip=0", "augment.rotation_deg=0", "augment.scale=[1,1]", "augment.brightness=[1,1]"]
+    still += ["augment.inversion=0", "augment.with_cells=0", "stopping.patience=0", "score_every=50"]
+    both = [f"data.validation_sets=[{tmp_path / 'set'}]", "data.crops_per_image=16", "batch_size=2", "epochs=10"]
+    quick = ["target=flows", "optim.learning_rate=1e-2", "augment.crop=48", "log_every=100", "checkpoint_every=50"]
+    path = finetune(recipe(tmp_path, tmp_path / "run", *still, *both, *quick), score=score_segmenter)
+    images = open_labelled(tmp_path / "set")
+    scored = score_segmenter(DINOCell.from_pretrained(path), [images[0], images[1]], False)
+    assert scored.metrics["score/op_csb"] > 0.9
+    assert (tmp_path / "run" / "split.json").exists()
+
+
+def test_a_still_crop_of_the_images_size_is_the_image() -> None:
+    made = make_field(3, SMALL)
+    image, labels = (np.ascontiguousarray(each[:96, :96]) for each in (made.pixels[0] >> 8, made.labels))
+    still = AugmentConfig(
+        crop=96, flip=0.0, rotation_deg=0.0, scale=(1.0, 1.0), brightness=(1.0, 1.0), inversion=0.0, with_cells=0.0
+    )
+    crop = cut(image.astype(np.uint8), labels, still, np.random.default_rng(0))
+    np.testing.assert_array_equal(crop.image, image)
+    np.testing.assert_array_equal(crop.labels[crop.context :, crop.context :][:96, :96], labels)

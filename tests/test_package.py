@@ -1,6 +1,7 @@
 """The package as a whole: names that others rely on, cheap import, no shadows, recipes that fit."""
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def test_every_shipped_recipe_fits_its_schema_and_says_where_it_comes_from() -> 
         for name in names:
             path = ROOT / f"dinocell/configs/{command}/{name}.yaml"
             missing = {f"data.{key}" for key in ("sets", "images", "masks") if f"  {key}: ???" in path.read_text()}
-            values = {"data.sets": "[set,set]" if "weights: [" in path.read_text() else "[set]"}
+            weights = re.search(r"  weights: \[(.*)\]", path.read_text())
+            values = {"data.sets": f"[{','.join(['set'] * (weights[1].count(',') + 1 if weights else 1))}]"}
             load_config(schema, path, [*overrides, *(f"{key}={values.get(key, 'x/{name}.tif')}" for key in missing)])
             header = [line for line in path.read_text().splitlines() if line.startswith("#")]
             for what in ("source:", "command:", "hardware:", "time:"):

@@ -218,9 +218,9 @@ def _segment(model: DINOCell, material: Material) -> list[Result]:
     opened = open_labelled(material.unseen)
     for image in (opened[index] for index in range(len(opened))):
         plane = _grey(image)
-        found = pipeline.run(plane, return_dist_map=True)
+        distance = pipeline.distance(plane)
         reference = np.ascontiguousarray(image.labels, dtype=np.int32)
-        results.append(Result(image.name, plane, reference, found.labels, found.distance, otsu_baseline(plane)))
+        results.append(Result(image.name, plane, reference, pipeline.cells(distance), distance, otsu_baseline(plane)))
     return results
 
 

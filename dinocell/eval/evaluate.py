@@ -1,8 +1,8 @@
 """Score a segmenter, and the label images of any other tool, on labelled sets: each image, and all images pooled.
 
 A segmenter is scored twice: with its mended watershed, and with the plain one (``merge_px=None``,
-``restore_border=False``), so that what the network gives and what the mending adds can be told apart. The network sees
-every image once.
+``restore_border=False``), so that what the network gives and what the mending adds can be told apart. For one of target
+``flows`` the plain rule drops no cell for its flow error. The network sees every image once.
 """
 
 import math
@@ -19,18 +19,18 @@ from dinocell.data_shards.masks import read_labels
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.ctc_folders import OfficialScores, check_programs
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet
+from dinocell.eval.flow_thresholds import FlowSearch, search_flows
 from dinocell.eval.mending import Mending
 from dinocell.eval.mistakes import draw_mistakes
 from dinocell.eval.official import LabelStore, check_few_enough
 from dinocell.eval.overlaps import Overlaps, find_overlaps
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.predicted_files import find_predictions
+from dinocell.eval.rules import FOUND, OURS, PLAIN, rules_of
 from dinocell.eval.score_rows import ImageScores, PooledScores, Scores, pool, score_tables
 from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, ThresholdSearch, keep_maps, search
-from dinocell.eval.watershed import distance_to_labels
 from dinocell.finetune.preprocess import grey_of
 
-OURS, PLAIN, FOUND = "DINOCell", "DINOCell, plain rule", "DINOCell, thresholds found here"
 ALL_SETS = "all"
 
 Progress = Callable[[str, int, int], None]
@@ -67,12 +67,15 @@ class Evaluation:
     images: tuple[ImageScores, ...]
     pooled: tuple[PooledScores, ...]
     worst: tuple[Mistakes, ...]
-    threshold_search: ThresholdSearch | None
+    threshold_search: ThresholdSearch | FlowSearch | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchGrid:
-    """Least and largest value of each threshold to try, and how many of each."""
+    """Least and largest value of each threshold of distance maps to try, and how many of each.
+
+    Flows have a grid of their own, see `dinocell.eval.flow_thresholds`; any other than this default is refused then.
+    """
 
     cells_max_range: tuple[int | float, int | float] = CELLS_MAX_RANGE
     cell_fill_range: tuple[int | float, int | float] = CELL_FILL_RANGE
@@ -104,8 +107,8 @@ def evaluate_sets(
         Search thresholds, and score those that are best for these images as a method of their own. They are fitted to
         the images that they are scored on: only for choosing, not for comparing.
     scratch
-        A folder for the distance maps of a search and the label images for the official programs, 4 bytes a pixel of
-        all images each.
+        A folder for the maps of a search (flows: 12 bytes a pixel of all images) and the label images for the official
+        programs, 4 bytes a pixel each.
     binary_path
         The folder of the Cell Tracking Challenge's ``SEGMeasure`` and ``DETMeasure``: they are run on each set.
     num_worst
@@ -138,13 +141,13 @@ def evaluate_sets(
         if pipeline is not None:  # a file that does not fit is found before the network's long work, not after it
             for dataset, index, image in _all_images(sets):
                 _read(of_sets[dataset][index], image.labels.shape)
-    found: ThresholdSearch | None = None
+    found: ThresholdSearch | FlowSearch | None = None
     maps = _maps(sets, pipeline, progress) if pipeline is not None else None
     if grid is not None and maps is not None and pipeline is not None and scratch is not None:
         kept = keep_maps(scratch, maps)
         found = _search(sets, kept, pipeline, grid, progress)
         maps = iter(kept)
-    rules = _rules(pipeline, found) if pipeline is not None else {}
+    rules = rules_of(pipeline, found) if pipeline is not None else {}
     methods = {name: rule.description for name, rule in rules.items()}
     methods |= {tool: f"label images in {folder}" for tool, folder in predictions.items()}
 
@@ -154,10 +157,10 @@ def evaluate_sets(
     total = sum(map(len, sets.values()))
     for number, (dataset, index, image) in enumerate(_all_images(sets)):
         reference = np.ascontiguousarray(image.labels)
-        distance = np.asarray(next(maps)) if maps is not None else None
+        predicted = np.asarray(next(maps)) if maps is not None else None
         for method in methods:
-            if method in rules and distance is not None:
-                labels = rules[method].labels(distance)
+            if method in rules and predicted is not None:
+                labels = rules[method].labels(predicted)
             else:
                 labels = _read(files[method][dataset][index], reference.shape)
             table = find_overlaps(reference, labels)
@@ -210,6 +213,11 @@ def _check(
     for name, each in sets.items():
         if pipeline is not None and isinstance(each, PairSet) and not each.has_images:
             raise DinocellError(f"{name}: masks without images; a model cannot be scored on them, --predictions can")
+    if grid is not None and pipeline is not None and pipeline.model.settings.target == "flows" and grid != SearchGrid():
+        raise DinocellError(
+            "a model of target flows has no cells_max and cell_fill: leave out their ranges (--cells-max-range, "
+            "--cell-fill-range)"
+        )
     ours = {OURS, PLAIN, FOUND} & set(predictions) if pipeline is not None else set()
     if ours:
         raise DinocellError(f"predictions: {ours.pop()!r} is what the model's own scores are called; take another name")
@@ -236,10 +244,10 @@ def _all_images(sets: Mapping[str, EvaluationSet]) -> Iterator[tuple[str, int, L
 
 def _maps(
     sets: Mapping[str, EvaluationSet], pipeline: DINOCellPipeline, progress: Progress
-) -> Iterator[Float32[np.ndarray, "h w"]]:
+) -> Iterator[Float32[np.ndarray, "*_"]]:
     total = sum(map(len, sets.values()))
     for number, (_, _, image) in enumerate(_all_images(sets)):
-        yield pipeline.distance(np.asarray(image.pixels), pixel_size_um=image.pixel_size_um)
+        yield pipeline.maps(np.asarray(image.pixels), pixel_size_um=image.pixel_size_um)
         progress("predicted", number + 1, total)
 
 
@@ -249,60 +257,25 @@ def _search(
     pipeline: DINOCellPipeline,
     grid: SearchGrid,
     progress: Progress,
-) -> ThresholdSearch:
+) -> ThresholdSearch | FlowSearch:
     settings = pipeline.model.settings
+    references = [np.asarray(image.labels) for _, _, image in _all_images(sets)]
+    if pipeline.model.settings.target == "flows":
+        return search_flows(
+            maps,
+            references,
+            min_area_px=settings.min_area_px,
+            progress=lambda done, total: progress("searched", done, total),
+        )
     return search(
         maps,
-        [np.asarray(image.labels) for _, _, image in _all_images(sets)],
+        references,
         cells_max_range=grid.cells_max_range,
         cell_fill_range=grid.cell_fill_range,
         steps=grid.steps,
         mending=Mending(min_area_px=settings.min_area_px, merge_px=settings.merge_px),
         progress=lambda done, total: progress("searched", done, total),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rule:
-    """How cells are cut from a map."""
-
-    cells_max: float
-    cell_fill: float
-    merge_px: float | None
-    min_area_px: int
-    restore_border: bool
-
-    @property
-    def description(self) -> str:
-        merged = f"pieces up to {self.merge_px:g} px apart merged" if self.merge_px is not None else "nothing merged"
-        border = "borders restored" if self.restore_border else "borders as cut"
-        smallest = f", cells below {self.min_area_px} px dropped" if self.min_area_px else ""
-        return f"cells_max {self.cells_max:.3g}, cell_fill {self.cell_fill:.3g}, {merged}, {border}{smallest}"
-
-    def labels(self, distance: Float32[np.ndarray, "h w"]) -> Integer[np.ndarray, "h w"]:
-        return distance_to_labels(
-            distance,
-            cells_max=self.cells_max,
-            cell_fill=self.cell_fill,
-            merge_px=self.merge_px,
-            min_area_px=self.min_area_px,
-            restore_border=self.restore_border,
-        )
-
-
-def _rules(pipeline: DINOCellPipeline, found: ThresholdSearch | None) -> dict[str, _Rule]:
-    settings, peak, fill = pipeline.model.settings, pipeline.cells_max, pipeline.cell_fill
-    merge_px, min_area_px = settings.merge_px, settings.min_area_px
-    rules = {
-        OURS: _Rule(cells_max=peak, cell_fill=fill, merge_px=merge_px, min_area_px=min_area_px, restore_border=True),
-        PLAIN: _Rule(cells_max=peak, cell_fill=fill, merge_px=None, min_area_px=0, restore_border=False),
-    }
-    if found is not None:
-        peak, fill, merge_px = found.best
-        rules[FOUND] = _Rule(
-            cells_max=peak, cell_fill=fill, merge_px=merge_px, min_area_px=min_area_px, restore_border=True
-        )
-    return rules
 
 
 def _read(file: Path, shape: tuple[int, ...]) -> Integer[np.ndarray, "h w"]:

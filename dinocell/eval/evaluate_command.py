@@ -56,8 +56,12 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
     parser.add_argument("--cell-fill", type=float, metavar="T", help="threshold of cells (default: the model's)")
+    parser.add_argument("--probability", type=float, metavar="T", help="of a model of target flows: chance of a cell")
+    parser.add_argument("--flow-error", type=float, metavar="T", help="of a model of target flows: largest flow error")
     parser.add_argument(
-        "--threshold-search", action="store_true", help="find the best pair of thresholds on a grid of 20 x 20"
+        "--threshold-search",
+        action="store_true",
+        help="find the best pair of thresholds on a grid of 20 x 20 (target flows: 9 x 9)",
     )
     parser.add_argument("--cells-max-range", nargs=2, type=float, metavar=("A", "B"), help="to search (0.1 0.9)")
     parser.add_argument("--cell-fill-range", nargs=2, type=float, metavar=("A", "B"), help="to search (0.05 0.5)")
@@ -112,8 +116,8 @@ def _run(options: argparse.Namespace) -> None:
     for name, note in notes.items():
         print(f"{name}: {note}")
     if evaluation.threshold_search is not None:
-        best = evaluation.threshold_search.best
-        print(f"best thresholds: --cells-max {best.cells_max:.4g} --cell-fill {best.cell_fill:.4g}")
+        best = list(evaluation.threshold_search.best._asdict().items())[:2]
+        print("best thresholds: " + " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in best))
         if options.save_to_model:
             print(_save_thresholds(Path(options.model), evaluation))
     print(f"wrote {', '.join(path.name for path in written)} to {options.output}")
@@ -126,6 +130,8 @@ def _check(options: argparse.Namespace) -> None:
     given = {
         "--cells-max": options.cells_max is not None,
         "--cell-fill": options.cell_fill is not None,
+        "--probability": options.probability is not None,
+        "--flow-error": options.flow_error is not None,
         "--threshold-search": options.threshold_search,
         "--device": options.device is not None,
     }
@@ -140,8 +146,9 @@ def _check(options: argparse.Namespace) -> None:
     for option, is_given in of_search.items():
         if is_given and not options.threshold_search:
             raise DinocellError(f"{option}: add --threshold-search, or leave it out")
-    if options.save_to_model and (options.cells_max is not None or options.cell_fill is not None):
-        raise DinocellError("--save-to-model: compares with the model's thresholds; leave out --cells-max, --cell-fill")
+    for option in ("--cells-max", "--cell-fill", "--probability", "--flow-error"):
+        if options.save_to_model and given[option]:
+            raise DinocellError(f"--save-to-model: compares with the model's thresholds; leave out {option}")
     if options.save_to_model and not Path(options.model).exists():
         raise DinocellError(f"--save-to-model: expected a model on this disk, got {options.model}")
 
@@ -179,14 +186,16 @@ def _pipeline(options: argparse.Namespace) -> Any:
         device=options.device,
         cells_max=options.cells_max,
         cell_fill=options.cell_fill,
+        probability=options.probability,
+        flow_error=options.flow_error,
     )
 
 
 def _save_thresholds(source: Path, evaluation: Any) -> str:
-    """Change the two settings in a segmenter's file and nothing else, if they score better; say what was done."""
+    """Change the thresholds in a segmenter's file and nothing else, if they score better; say what was done."""
     from dataclasses import replace
 
-    from dinocell.eval.evaluate import FOUND, OURS
+    from dinocell.eval.rules import FOUND, OURS
     from dinocell.finetune.files import read_segmenter, write_segmenter
 
     # The last row of a method is that of all sets.
@@ -195,7 +204,7 @@ def _save_thresholds(source: Path, evaluation: Any) -> str:
         return f"{source} keeps its thresholds: none scores better"
     best, file = evaluation.threshold_search.best, read_segmenter(source)
     path = source / "model.safetensors" if source.is_dir() else source
-    settings = replace(file.settings, cells_max=best.cells_max, cell_fill=best.cell_fill)
+    settings = replace(file.settings, **best._asdict())
     write_segmenter(path, replace(file, settings=settings))
     return f"stored in {path}"
 

@@ -38,9 +38,11 @@ def write_outlines(path: Path, labels: Integer[np.ndarray, "h w"]) -> None:
     write_png(path, picture)
 
 
-def write_distance(path: Path, distance: Float32[np.ndarray, "h w"], *, pixel_size_um: float | None) -> None:
-    """Write a distance map as TIFF of 32-bit floats."""
-    write_tiff(path, distance[None], pixel_size_um=pixel_size_um)
+def write_maps(
+    path: Path, maps: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"], *, pixel_size_um: float | None
+) -> None:
+    """Write a distance map, or flows and the chance of a cell, as TIFF of 32-bit floats, a channel a map."""
+    write_tiff(path, maps if maps.ndim == 3 else maps[None], pixel_size_um=pixel_size_um)
 
 
 def write_cells(

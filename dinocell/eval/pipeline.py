@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int32, Real, Shaped
 
 from dinocell.data_shards.picture import COLOURS, Picture
 from dinocell.errors import DinocellError, ImageError
+from dinocell.eval.flows import check_flow_thresholds, flows_to_labels
 from dinocell.eval.watershed import checked_thresholds, distance_to_labels
 from dinocell.eval.windows import predict
 from dinocell.finetune.model import DINOCell
@@ -33,23 +34,37 @@ class Segmentation(NamedTuple):
     distance: Float32[np.ndarray, "h w"]
 
 
+class FlowSegmentation(NamedTuple):
+    """What a segmenter of target ``flows`` found; its maps are the flow along rows, along columns, and the chance."""
+
+    labels: Int32[np.ndarray, "h w"]
+    flows: Float32[np.ndarray, "3 h w"]
+
+
 class DINOCellPipeline:
     """Segment images with a segmenter.
 
     Parameters
     ----------
     model
-        A `dinocell.DINOCell` of target ``distance``; put on ``device`` and into eval mode.
+        A `dinocell.DINOCell`; put on ``device`` and into eval mode.
     device
         None: CUDA if there is one, else the CPU.
     crop_size
         Side of the windows that the network sees.
     cells_max, cell_fill
-        Thresholds; None: those stored in the model.
+        Thresholds of a model of target ``distance``; None: those stored in the model.
+    probability, flow_error
+        Thresholds of a model of target ``flows``; None: those stored in the model.
     stride
         From window to window; None: ``crop_size - 64`` (SAMCell's).
     batch_size
         Windows at a time.
+
+    Raises
+    ------
+    DinocellError
+        If a threshold is out of range, or is not one of the model's target.
     """
 
     def __init__(
@@ -60,19 +75,23 @@ class DINOCellPipeline:
         cells_max: int | float | None = None,
         cell_fill: int | float | None = None,
         *,
+        probability: int | float | None = None,
+        flow_error: int | float | None = None,
         stride: int | None = None,
         batch_size: int = 8,
     ) -> None:
-        if model.target != "distance":
-            raise DinocellError(f"expected a segmenter by distance maps, this one was trained for {model.target}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
         self.crop_size, self.stride, self.batch_size = crop_size, stride, batch_size
         settings = model.settings
+        self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
         self.cells_max, self.cell_fill = checked_thresholds(
             settings.cells_max if cells_max is None else cells_max,
             settings.cell_fill if cell_fill is None else cell_fill,
         )
+        self.probability = settings.probability if probability is None else float(probability)
+        self.flow_error = settings.flow_error if flow_error is None else float(flow_error)
+        check_flow_thresholds(self.probability, self.flow_error)
 
     @overload
     def run(
@@ -98,7 +117,7 @@ class DINOCellPipeline:
         channel: int | None = None,
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Segmentation: ...
+    ) -> Segmentation | FlowSegmentation: ...
 
     def run(
         self,
@@ -110,15 +129,18 @@ class DINOCellPipeline:
         channel: int | None = None,
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Int32[np.ndarray, "h w"] | Segmentation:
-        """Return the cells of an image, int32 (h w), and with ``return_dist_map`` the map too.
+    ) -> Int32[np.ndarray, "h w"] | Segmentation | FlowSegmentation:
+        """Return the cells of an image, int32 (h w), and with ``return_dist_map`` the maps too.
+
+        These are the distance map (h w), as `Segmentation`; a model of target ``flows`` has none and returns its flows
+        and the chance of a cell (3 h w), as `FlowSegmentation`.
 
         Parameters
         ----------
         image
             (h w), (c h w) or (h w c), of any real type; RGB with or without alpha.
         cells_max, cell_fill
-            For this call alone.
+            For this call alone; an error for a model of target ``flows``.
         channel
             Of several channels the one to look at; None: their mean, each brought to its own range first.
         pixel_size_um
@@ -132,11 +154,14 @@ class DINOCellPipeline:
         ImageError
             If the image is empty, of another shape, or not finite.
         DinocellError
-            If thresholds are out of range.
+            If thresholds are out of range, or not those of the model's target.
         """
-        distance = self.distance(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
-        labels = self.cells(distance, cells_max=cells_max, cell_fill=cell_fill)
-        return Segmentation(labels, distance) if return_dist_map else labels
+        self._refuse(cells_max=cells_max, cell_fill=cell_fill)
+        maps = self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
+        labels = self.cells(maps, cells_max=cells_max, cell_fill=cell_fill)
+        if not return_dist_map:
+            return labels
+        return Segmentation(labels, maps) if self.model.target == "distance" else FlowSegmentation(labels, maps)
 
     def run_batch(self, images: Sequence[Shaped[np.ndarray, "..."]]) -> list[np.ndarray]:
         """Return the cells of several images, which may differ in size."""
@@ -145,19 +170,24 @@ class DINOCellPipeline:
     def run_batch_thresholds(
         self, images: Sequence[Shaped[np.ndarray, "..."]], thresholds: Sequence[tuple[float, float]]
     ) -> list[list[np.ndarray]]:
-        """Return for each pair (cells_max, cell_fill) the cells of every image; the network sees each image once."""
-        maps = [self.distance(image) for image in images]
+        """Return for each pair of thresholds the cells of every image; the network sees each image once.
+
+        A pair is (cells_max, cell_fill), for a model of target ``flows`` (probability, flow_error).
+        """
+        maps = [self.maps(image) for image in images]
+        if self.model.target == "flows":
+            return [[self.cells(each, probability=one, flow_error=two) for each in maps] for one, two in thresholds]
         return [[self.cells(each, cells_max=peak, cell_fill=fill) for each in maps] for peak, fill in thresholds]
 
-    def distance(
+    def maps(
         self,
         image: Shaped[np.ndarray, "..."],
         *,
         channel: int | None = None,
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Float32[np.ndarray, "h w"]:
-        """Return the distance map of an image; parameters as for `run`."""
+    ) -> Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"]:
+        """Return the distance map of an image, or its flows and chances (3 h w); parameters as for `run`."""
         plane = _one_plane(image, channel)
         scale = self._scale(pixel_size_um)
         prepared = prepare(_scaled(plane, scale), self.model.settings)
@@ -170,25 +200,69 @@ class DINOCellPipeline:
             device=self.device,
             progress=progress,
         )
+        if self.model.target == "flows":
+            np.clip(maps[2], 0, 1, out=maps[2])
+            return maps if scale == 1 else np.stack([_resized(each, plane.shape) for each in maps])
         found = np.clip(maps[0], 0, 1)
         return found if scale == 1 else _resized(found, plane.shape)
 
+    def distance(
+        self,
+        image: Shaped[np.ndarray, "..."],
+        *,
+        channel: int | None = None,
+        pixel_size_um: int | float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Float32[np.ndarray, "h w"]:
+        """Return the distance map of an image; parameters as for `run`.
+
+        Raises
+        ------
+        DinocellError
+            If the model is of target ``flows``: see `maps`.
+        """
+        if self.model.target != "distance":
+            raise DinocellError(
+                f"this segmenter was trained for {self.model.target}, it has no distance map; take maps"
+            )
+        return self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
+
     def cells(
         self,
-        distance: Float32[np.ndarray, "h w"],
+        maps: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"],
         *,
         cells_max: int | float | None = None,
         cell_fill: int | float | None = None,
+        probability: int | float | None = None,
+        flow_error: int | float | None = None,
     ) -> Int32[np.ndarray, "h w"]:
-        """Return the cells of a distance map, by the model's settings unless told otherwise."""
+        """Return the cells of what `maps` gave, by the model's settings unless told otherwise."""
         settings = self.model.settings
+        self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
+        if self.model.target == "flows":
+            return flows_to_labels(
+                maps,
+                probability=self.probability if probability is None else probability,
+                flow_error=self.flow_error if flow_error is None else flow_error,
+                min_area_px=settings.min_area_px,
+            )
         return distance_to_labels(
-            distance,
+            maps,
             cells_max=self.cells_max if cells_max is None else cells_max,
             cell_fill=self.cell_fill if cell_fill is None else cell_fill,
             merge_px=settings.merge_px,
             min_area_px=settings.min_area_px,
         )
+
+    def _refuse(self, **thresholds: int | float | None) -> None:
+        """Refuse thresholds of the other target, which would be ignored."""
+        ours = ("cells_max", "cell_fill") if self.model.target == "distance" else ("probability", "flow_error")
+        for name, value in thresholds.items():
+            if value is not None and name not in ours:
+                raise DinocellError(
+                    f"{name}: this segmenter is one of target {self.model.target}, whose thresholds are "
+                    f"{' and '.join(ours)}"
+                )
 
     def _scale(self, pixel_size_um: int | float | None) -> float:
         trained = self.model.settings.pixel_size_um

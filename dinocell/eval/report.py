@@ -209,8 +209,8 @@ def _to_html(evaluation: Evaluation, about: dict[str, str], heat_map: bytes | No
         parts += [f"<h2>{escape(dataset)}</h2>", _table(_rows(evaluation, dataset))]
     parts += [f"<p><small>{escape(note)}</small></p>" for note in _notes(evaluation)]
     if heat_map is not None and evaluation.threshold_search is not None:
-        best = evaluation.threshold_search.best
-        caption = f"Best: cells_max {best.cells_max:.3g}, cell_fill {best.cell_fill:.3g}."
+        shown = list(evaluation.threshold_search.best._asdict().items())[:2]  # the axes of the picture
+        caption = f"Best: {', '.join(f'{name} {value:.3g}' for name, value in shown)}."
         parts += ["<h2>Threshold search</h2>", _figure(heat_map, caption)]
     if evaluation.worst:
         parts += [

@@ -6,6 +6,7 @@ import numpy as np
 
 from dinocell.data_shards.labelled import LabelledImage
 from dinocell.eval.ctc import ctc_score
+from dinocell.eval.flow_thresholds import search_flows
 from dinocell.eval.matching import matching_score
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.thresholds import search
@@ -19,20 +20,23 @@ _MERGES = (None, 1.5, 3.0, 5.0)
 def score_segmenter(model: DINOCell, images: Sequence[LabelledImage], find_thresholds: bool) -> Scored:
     """Return SEG, DET, OP_CSB and F1 over all images pooled.
 
-    With ``find_thresholds`` the point that scores best on a grid of 20 x 20 thresholds and four ways of merging is
-    taken, put into the model, and returned as settings, unless those of the model score as well; the network sees every
-    image once.
+    With ``find_thresholds`` the point that scores best on a grid of 20 x 20 thresholds and four ways of merging (of
+    target ``flows``: 9 x 9 thresholds) is taken, put into the model, and returned as settings, unless those of the
+    model score as well; the network sees every image once.
     """
     pipeline = DINOCellPipeline(model, device=next(model.parameters()).device)
-    maps = [pipeline.distance(np.asarray(image.pixels)) for image in images]
+    maps = [pipeline.maps(np.asarray(image.pixels)) for image in images]
     references = [np.ascontiguousarray(image.labels, dtype=np.int32) for image in images]
     settings: dict[str, float | None] = {}
     if find_thresholds and any(labels.any() for labels in references):
-        found = search(maps, references, merge_px=_MERGES)
+        found = (
+            search_flows(maps, references, min_area_px=model.settings.min_area_px)
+            if model.target == "flows"
+            else search(maps, references, merge_px=_MERGES)
+        )
         as_they_are = ctc_score(references, [pipeline.cells(each) for each in maps]).op_csb
         if not as_they_are >= found.best_score:
-            best = found.best
-            settings = {"cells_max": best.cells_max, "cell_fill": best.cell_fill, "merge_px": best.merge_px}
+            settings = found.best._asdict()
             replace_settings(model, **settings)
             pipeline = DINOCellPipeline(model, device=pipeline.device)
     labels = [pipeline.cells(each) for each in maps]

@@ -33,13 +33,20 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="(results)")
     parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
     parser.add_argument("--cell-fill", type=float, metavar="T", help="threshold of cells (default: the model's)")
+    parser.add_argument("--probability", type=float, metavar="T", help="of a model of target flows: chance of a cell")
+    parser.add_argument("--flow-error", type=float, metavar="T", help="of a model of target flows: largest flow error")
     parser.add_argument("--channel", type=int, metavar="C", help="the channel to look at, from 0 (default: their mean)")
     parser.add_argument("--pixel-size", type=float, metavar="UM", help="of the images, where their files do not say")
     parser.add_argument("--frames", action="store_true", help="segment every frame of a stack (NAME_f0000_labels.tif)")
     parser.add_argument("--stride", type=int, metavar="PX", help="from window to window (192; 224 is faster)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: the best there is)")
     parser.add_argument("--save-viz", action="store_true", help="write NAME_overlay.png")
-    parser.add_argument("--save-dist-map", action="store_true", help="write NAME_distance.tif, 32-bit floats")
+    parser.add_argument(
+        "--save-dist-map",
+        action="store_true",
+        help="write NAME_distance.tif, 32-bit floats; by a model of target flows NAME_flows.tif: flow along rows, "
+        "along columns, and the chance of a cell",
+    )
     parser.add_argument("--save-outlines", action="store_true", help="write NAME_outlines.png, transparent elsewhere")
     parser.add_argument("--save-geojson", action="store_true", help="write NAME_cells.geojson, polygons for QuPath")
     parser.add_argument("--save-rois", action="store_true", help="write NAME_rois.zip, regions of interest for ImageJ")
@@ -62,6 +69,8 @@ def _run(options: argparse.Namespace) -> None:
     inputs = [*options.images, *(f"@{file}" for file in options.list)]
     if not inputs:
         raise DinocellError("no images: give files, folders, patterns, or a list of them with --list FILE")
+    if options.save_dist_map:
+        options.maps = _target_of_model(options)
     jobs = plan_jobs(find_images(inputs, without=options.output), options)
     if options.dry_run:
         for job in jobs:
@@ -83,9 +92,18 @@ def _run(options: argparse.Namespace) -> None:
         device=options.device,
         cells_max=options.cells_max,
         cell_fill=options.cell_fill,
+        probability=options.probability,
+        flow_error=options.flow_error,
         stride=options.stride,
     )
     failed = segment_files(jobs, pipeline, options, say=print)
     if failed:
         listed = "\n".join(f"  {line}" for line in failed.values())
         raise SystemExit(f"dinocell: {len(failed)} of {len(jobs)} images could not be segmented:\n{listed}")
+
+
+def _target_of_model(options: argparse.Namespace) -> str:
+    """Return ``distance`` or ``flows``: what the model's maps are, and are called."""
+    from dinocell.finetune.files import read_segmenter
+
+    return "distance" if options.model is None else read_segmenter(options.model).settings.target

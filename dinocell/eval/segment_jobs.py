@@ -9,7 +9,8 @@ from typing import Any
 from dinocell.errors import DinocellError
 
 SUMMARY, COCO = "summary.csv", "coco.json"
-# What can be written of each image, by option: the end of the file's name.
+# What can be written of each image, by option: the end of the file's name. Maps are called as the model's target is, as
+# ``options.maps`` says.
 ENDINGS = {
     "csv": "_cells.csv",
     "save_dist_map": "_distance.tif",
@@ -157,7 +158,8 @@ def targets_of_frames(job: Job, num_frames: int, options: Any) -> Iterator[Targe
 
 
 def _target(name: str, mask: Path | None, options: Any) -> Target:
-    paths = {key: options.output / f"{name}{end}" for key, end in ENDINGS.items() if getattr(options, key)}
+    endings = ENDINGS | {"save_dist_map": f"_{getattr(options, 'maps', 'distance')}.tif"}
+    paths = {key: options.output / f"{name}{end}" for key, end in endings.items() if getattr(options, key)}
     if mask is not None:
         paths["save_ctc"] = options.output / mask
     paths["labels"] = options.output / f"{name}{LABELS}"  # the last one written: where it is, all is

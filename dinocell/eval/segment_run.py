@@ -26,7 +26,7 @@ from dinocell.eval.coco_file import CocoImage, coco_image, read_coco_file, write
 from dinocell.eval.contours import trace_cells
 from dinocell.eval.ctc_folders import check_ids, write_mask
 from dinocell.eval.exports import write_geojson, write_rois
-from dinocell.eval.outputs import write_cells, write_distance, write_outlines, write_overlay
+from dinocell.eval.outputs import write_cells, write_maps, write_outlines, write_overlay
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.segment_jobs import COCO, SUMMARY, Job, Target, target_of, targets_of_frames
 from dinocell.runtime.atomic import replacing
@@ -70,7 +70,7 @@ class _Found(NamedTuple):
     picture: Picture
     plane: np.ndarray
     labels: np.ndarray
-    distance: np.ndarray
+    maps: np.ndarray
     pixel_size_um: float | None
 
 
@@ -234,12 +234,12 @@ def _compute(read: _Read, pipeline: DINOCellPipeline, options: Any, writer: Thre
     try:
         plane = (picture.mean() if options.channel is None else picture.select(options.channel)).pixels[0]
         size = options.pixel_size if options.pixel_size is not None else picture.pixel_size_um
-        labels, distance = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
+        labels, maps = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
         if "save_ctc" in target.paths:
             check_ids(labels, target.paths["save_ctc"])
     except ImageError as error:
         return _Waiting(read, error=error)
-    found = _Found(read, target, picture, plane, labels, distance, size)
+    found = _Found(read, target, picture, plane, labels, maps, size)
     return _Waiting(read, writing=writer.submit(_write, found, options.output, with_coco=options.save_coco))
 
 
@@ -252,7 +252,7 @@ def _write(found: _Found, output: Path, *, with_coco: bool) -> _Written:
             names = shown.channel_names
             write_cells(paths["csv"], labels, shown.pixels, channel_names=names, pixel_size_um=size)
         if "save_dist_map" in paths:
-            write_distance(paths["save_dist_map"], found.distance, pixel_size_um=size)
+            write_maps(paths["save_dist_map"], found.maps, pixel_size_um=size)
         if "save_viz" in paths:
             write_overlay(paths["save_viz"], found.plane, labels)
         if "save_outlines" in paths:

@@ -21,7 +21,7 @@ from dinocell.errors import DinocellError
 from dinocell.eval.ctc import MISSED_COST, SPLIT_COST, SPURIOUS_COST, ctc_score_from, seg_and_det
 from dinocell.eval.matching import find_matches
 from dinocell.eval.mending import Mending, mend
-from dinocell.eval.overlaps import find_overlaps
+from dinocell.eval.overlaps import Overlaps, find_overlaps
 from dinocell.eval.threshold_map import draw_heat_map
 from dinocell.eval.watershed import cut, flood
 from dinocell.runtime.atomic import replacing
@@ -73,7 +73,7 @@ class ThresholdSearch:
         if np.isnan(scores).all():
             raise DinocellError(f"no thresholds found: {self.metric} is undefined everywhere (no reference cell?)")
         ties = np.argwhere(scores == np.nanmax(scores)).tolist()
-        around = [_mean_around(scores[..., merge], row, column) for row, column, merge in ties]
+        around = [mean_around(scores[..., merge], row, column) for row, column, merge in ties]
         peak, fill, merge = ties[int(np.argmax(around))]
         return Thresholds(self.cells_max[peak], self.cell_fill[fill], self.merge_px[merge])
 
@@ -153,7 +153,7 @@ def search(
         raise DinocellError(f"expected as many maps as references, got {len(distances)} and {len(references)}")
     if metric not in METRICS:
         raise DinocellError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
-    sums = np.zeros((len(peaks), len(fills), len(merges), len(_Sums._fields)))
+    sums = np.zeros((len(peaks), len(fills), len(merges), len(Sums._fields)))
     tasks = list(product(range(len(distances)), range(len(peaks))))
 
     def run(task: tuple[int, int]) -> tuple[int, np.ndarray]:
@@ -164,17 +164,21 @@ def search(
         for done, (peak, found) in enumerate(pool.map(run, tasks), start=1):
             sums[peak] += found
             progress(done, len(tasks))
+    scores = pooled_scores(sums)
+    impossible = np.array(fills)[None, :] > np.array(peaks)[:, None]
+    for score in scores.values():
+        score[impossible] = np.nan
     return ThresholdSearch(
         cells_max=peaks,
         cell_fill=fills,
         merge_px=merges,
         metric=metric,
-        scores=_scores(sums, peaks, fills),
+        scores=scores,
         num_images=len(distances),
     )
 
 
-def keep_maps(folder: str | Path, maps: Iterable[Float[np.ndarray, "_ _"]]) -> list[np.memmap]:
+def keep_maps(folder: str | Path, maps: Iterable[Float[np.ndarray, "*_"]]) -> list[np.memmap]:
     """Write maps to ``folder`` as they come, one file each, and return them memory-mapped, for ``search``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +191,7 @@ def keep_maps(folder: str | Path, maps: Iterable[Float[np.ndarray, "_ _"]]) -> l
     return kept
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """What is summed over images at each point."""
 
     jaccard: float
@@ -199,11 +203,25 @@ class _Sums(NamedTuple):
     num_matched_50: int
 
 
+def sums_of(table: Overlaps) -> Sums:
+    """Return what one image adds."""
+    score = ctc_score_from([table])
+    return Sums(
+        jaccard=score.seg * score.num_reference if score.num_reference else 0.0,
+        num_splits=score.num_splits,
+        num_missed=score.num_missed,
+        num_spurious=score.num_spurious,
+        num_reference=score.num_reference,
+        num_predicted=score.num_predicted,
+        num_matched_50=len(find_matches(table, 0.5)),
+    )
+
+
 def _scored(
     distance: np.ndarray, reference: np.ndarray, cells_max: float, fills: Sequence[float], mendings: Sequence[Mending]
 ) -> np.ndarray:
     """Flood once, then cut, mend and score at every fill threshold; (f g sums)."""
-    found = np.zeros((len(fills), len(mendings), len(_Sums._fields)))
+    found = np.zeros((len(fills), len(mendings), len(Sums._fields)))
     possible = [(number, fill) for number, fill in enumerate(fills) if fill <= cells_max]
     if not possible:
         return found
@@ -213,21 +231,13 @@ def _scored(
         plain = cut(flooded, fill)
         for which, mending in enumerate(mendings):
             table = find_overlaps(reference, mend(plain, flooded.distance, cell_fill=fill, mending=mending))
-            score = ctc_score_from([table])
-            found[number, which] = _Sums(
-                jaccard=score.seg * score.num_reference if score.num_reference else 0.0,
-                num_splits=score.num_splits,
-                num_missed=score.num_missed,
-                num_spurious=score.num_spurious,
-                num_reference=score.num_reference,
-                num_predicted=score.num_predicted,
-                num_matched_50=len(find_matches(table, 0.5)),
-            )
+            found[number, which] = sums_of(table)
     return found
 
 
-def _scores(sums: np.ndarray, peaks: Sequence[float], fills: Sequence[float]) -> dict[Metric, np.ndarray]:
-    each = dict(zip(_Sums._fields, np.moveaxis(sums, -1, 0), strict=True))
+def pooled_scores(sums: np.ndarray) -> dict[Metric, np.ndarray]:
+    """Return the scores of sums over images, whose last axis is that of `Sums`."""
+    each = dict(zip(Sums._fields, np.moveaxis(sums, -1, 0), strict=True))
     matched, both = each["num_matched_50"], each["num_reference"] + each["num_predicted"]
     cost = SPLIT_COST * each["num_splits"] + MISSED_COST * each["num_missed"] + SPURIOUS_COST * each["num_spurious"]
     flat = seg_and_det(*(np.ravel(values) for values in (each["jaccard"], cost, each["num_reference"])))
@@ -235,9 +245,6 @@ def _scores(sums: np.ndarray, peaks: Sequence[float], fills: Sequence[float]) ->
     with np.errstate(invalid="ignore"):
         ap50, f1_50 = matched / (both - matched), 2 * matched / both
     scores: dict[Metric, np.ndarray] = {"op_csb": (seg + det) / 2, "seg": seg, "det": det, "ap50": ap50, "f1_50": f1_50}
-    impossible = np.array(fills)[None, :] > np.array(peaks)[:, None]
-    for score in scores.values():
-        score[impossible] = np.nan
     return scores
 
 
@@ -249,6 +256,7 @@ def _grid(name: str, low: int | float, high: int | float, steps: int) -> tuple[f
     return tuple(np.linspace(low, high, steps if high > low else 1).round(9).tolist())
 
 
-def _mean_around(scores: np.ndarray, row: int, column: int) -> float:
+def mean_around(scores: np.ndarray, row: int, column: int) -> float:
+    """Return the mean of a point and its eight neighbours."""
     near = scores[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
     return float(np.nanmean(near))

@@ -1,7 +1,7 @@
 """One augmented crop: a single affine map for image and cells, the target computed from the cells that came out.
 
-Distances are never interpolated: cells are turned and scaled by nearest neighbour, over a region so much larger than
-the crop that every cell of the crop is whole in it, and their distance map is computed anew. So the target is what the
+Targets are never interpolated: cells are turned and scaled by nearest neighbour, over a region so much larger than
+the crop that every cell of the crop is whole in it, and their maps are computed anew. So the target is what the
 map of the whole turned image would be.
 """
 
@@ -14,6 +14,7 @@ from jaxtyping import Float32, Integer, UInt8
 from scipy import ndimage
 
 from dinocell.data_shards.distance import labels_to_distance
+from dinocell.data_shards.flows import labels_to_flows
 from dinocell.finetune.config import AugmentConfig
 
 # Of the region whose cells are transformed: twice this and the crop. Only a giant cell is larger than that.
@@ -33,6 +34,15 @@ class Crop(NamedTuple):
         size = self.image.shape[0]
         whole = labels_to_distance(self.labels) if self.labels.any() else np.zeros(self.labels.shape, np.float32)
         return np.ascontiguousarray(whole[self.context : self.context + size, self.context : self.context + size])
+
+    def flows(self) -> Float32[np.ndarray, "3 s s"]:
+        """Return the flow maps of the crop: those of its whole cells; cells that lie outside cost nothing."""
+        size = self.image.shape[0]
+        inner = np.s_[self.context : self.context + size, self.context : self.context + size]
+        is_seen = np.zeros(int(self.labels.max(initial=0)) + 1, bool)
+        is_seen[self.labels[inner]] = True
+        whole = labels_to_flows(np.where(is_seen[self.labels], self.labels, 0))
+        return np.ascontiguousarray(whole[:, inner[0], inner[1]])
 
 
 def cut(
@@ -100,10 +110,11 @@ def _warped(source: np.ndarray, linear: np.ndarray, centre: np.ndarray, size: in
 
 
 def _centre(labels: np.ndarray, seen: float, with_cells: float, generator: np.random.Generator) -> np.ndarray:
-    """Draw the middle of a crop that shows ``seen`` pixels of the image, as column and row."""
+    """Draw the middle of a crop that shows ``seen`` pixels of the image, as column and row of pixel centres."""
     sides = np.array(labels.shape[::-1])
-    low = np.minimum(seen / 2, sides / 2)
-    anywhere = generator.uniform(low, np.maximum(low, sides - low))
+    low = (np.minimum(seen, sides) - 1) / 2
+    high = np.maximum(low, sides - 1 - low)
+    anywhere: np.ndarray = generator.uniform(low, high)
     aims_at_cell = generator.random() < with_cells
     if not aims_at_cell:
         return anywhere
@@ -112,7 +123,8 @@ def _centre(labels: np.ndarray, seen: float, with_cells: float, generator: np.ra
     for _ in range(32):
         row, column = (int(generator.integers(side)) for side in labels.shape)
         if labels[row, column]:
-            return np.clip(np.array([column, row]) + shift, low, np.maximum(low, sides - low))
+            aimed: np.ndarray = np.clip(np.array([column, row]) + shift, low, high)
+            return aimed
     return anywhere
 
 

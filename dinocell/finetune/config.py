@@ -135,7 +135,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Mean squared error of the maps, and what may be added to it.
+    """What may be added to the mean squared error of distance maps; the loss of flows has nothing to set.
 
     Attributes
     ----------
@@ -240,7 +240,8 @@ class FinetuneConfig:
     batch_size
         Crops a step, over all ranks. Null: 8 with a frozen backbone, else 4.
     target
-        ``distance``: each pixel's distance to its cell's boundary over the cell's largest. The only one so far.
+        ``distance``: each pixel's distance to its cell's boundary over the cell's largest. ``flows``: the direction to
+        the middle of its cell along rows and columns, and the chance of a cell (Cellpose's target).
     log_every, picture_every
         Steps between numbers; epochs between pictures.
     validate_every, score_every
@@ -254,7 +255,7 @@ class FinetuneConfig:
     seed: int = 0
     epochs: int = 100
     batch_size: int | None = None
-    target: Literal["distance"] = "distance"
+    target: Literal["distance", "flows"] = "distance"
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -274,6 +275,8 @@ class FinetuneConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+        if self.target == "flows" and (self.loss.foreground_weight or self.loss.gradient_weight):
+            raise ValueError("loss: foreground_weight and gradient_weight are for target distance; leave them out")
 
     @property
     def crops_a_step(self) -> int:

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinocell.data_shards.flows import labels_to_flows
 from dinocell.data_shards.labelled import LabelledImage, LabelledSet, open_labelled
 from dinocell.data_shards.labelled_build import build_labelled
 from dinocell.data_shards.labelled_sources import folder_pairs
@@ -215,12 +214,7 @@ def example(crop: Crop, levels: Levels, settings: SegmenterSettings) -> Examples
     """Turn a crop into a network's input and target, without a batch dimension of its own (b = 1)."""
     if crop.inverted and settings.convention == "standardised":
         levels = Levels(255 - levels.zero, levels.unit)
-    if settings.target == "flows":
-        maps = labels_to_flows(crop.labels)
-        inner = slice(crop.context, crop.context + crop.image.shape[0])
-        target = np.ascontiguousarray(maps[:, inner, inner])
-    else:
-        target = crop.distance()[None]
+    target = crop.flows() if settings.target == "flows" else crop.distance()[None]
     return Examples(torch.from_numpy(levels.apply(crop.image))[None, None], torch.from_numpy(target)[None])
 
 

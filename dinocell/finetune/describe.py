@@ -1,6 +1,7 @@
 """What a segmenter is, in words and numbers."""
 
 from dinocell.finetune.files import SegmenterFile
+from dinocell.finetune.preprocess import SegmenterSettings
 
 
 def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
@@ -16,7 +17,6 @@ def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
     )
     size = f"{settings.pixel_size_um:g} um" if settings.pixel_size_um is not None else "not stated"
     low, high = settings.percentiles
-    merging = "no merging" if settings.merge_px is None else f"merging at {settings.merge_px:g} px"
     return {
         "format": "DINOCell segmenter",
         "architecture": f"ViT of width {vit.width}, {vit.depth} blocks, patch {vit.patch_size} px; decoder at blocks "
@@ -25,8 +25,16 @@ def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
         "target": settings.target,
         "input": f"{settings.convention}, percentiles {low:g} and {high:g}, {clahe}",
         "pixel size": size,
-        "cells": f"peaks above {settings.cells_max:.3g}, fill above {settings.cell_fill:.3g}, {merging}",
+        "cells": _rule(settings),
         "trained on": ", ".join(settings.trained_on) or "not stated",
         "derived from": " | ".join(file.card.derived_from) or "trained from random weights",
         "licence": file.card.licence or "not stated",
     }
+
+
+def _rule(settings: SegmenterSettings) -> str:
+    """Say how maps become cells."""
+    if settings.target == "flows":
+        return f"chance above {settings.probability:.3g}, flow error up to {settings.flow_error:.3g}"
+    merging = "no merging" if settings.merge_px is None else f"merging at {settings.merge_px:g} px"
+    return f"peaks above {settings.cells_max:.3g}, fill above {settings.cell_fill:.3g}, {merging}"

@@ -1,4 +1,4 @@
-"""The segmenter: a vision transformer and a decoder that regresses per-cell distance maps, in one file.
+"""The segmenter: a vision transformer and a decoder that regresses per-cell distance maps or flows, in one file.
 
 ``DINOCell.from_pretrained(path)`` reads what ``save_pretrained`` wrote; `create_dinocell_model` starts a new one from a
 backbone.
@@ -170,7 +170,8 @@ class DINOCell(nn.Module):
         logits = self.forward_logits(images)
         if self.target == "distance":
             return logits.sigmoid()
-        return torch.cat((logits[:, :2], logits[:, 2:].sigmoid()), dim=1)
+        # In float32: under autocast a chance above 0.998 would round to 1, whose cross entropy has no gradient.
+        return torch.cat((logits[:, :2].float(), logits[:, 2:].float().sigmoid()), dim=1)
 
     def forward_logits(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
         """Return the maps before the sigmoid, for losses that are written in logits."""

@@ -37,6 +37,9 @@ class SegmenterSettings:
     cells_max, cell_fill, merge_px, min_area_px
         How maps become cells (`dinocell.eval.watershed.distance_to_labels`): SAMCell's thresholds unless the training
         found better ones.
+    probability, flow_error
+        How flows become cells (`dinocell.eval.flows.flows_to_labels`, which takes ``min_area_px`` too): the paper's
+        thresholds unless the training found better ones. Only for target ``flows``, as those above for ``distance``.
     trained_on
         Names of the training sets, for people to read.
     """
@@ -51,6 +54,8 @@ class SegmenterSettings:
     cell_fill: float = 0.09
     merge_px: float | None = 3.0
     min_area_px: int = 0
+    probability: float = 0.5
+    flow_error: float = 0.4
     trained_on: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,6 +70,10 @@ class SegmenterSettings:
         if not 0 <= self.cell_fill <= self.cells_max < 1:
             raise ValueError(
                 f"expected 0 <= cell_fill <= cells_max < 1, got cell_fill {self.cell_fill}, cells_max {self.cells_max}"
+            )
+        if not 0 <= self.probability < 1 or not self.flow_error > 0:
+            raise ValueError(
+                f"expected 0 <= probability < 1 and flow_error > 0, got {self.probability} and {self.flow_error}"
             )
 
 

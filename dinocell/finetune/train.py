@@ -222,9 +222,11 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norms = clip_gradients(self._parts, optim.clip)
-        bad = (~torch.stack([loss.detach(), *norms.values()]).isfinite().all()).float()
-        if self.world.size > 1:
-            bad = (sum_over_ranks(bad) > 0).float()
+        error = loss.detach()
+        bad = (~torch.stack([error, *norms.values()]).isfinite().all()).float()
+        if self.world.size > 1:  # a rank sees its own crops: what is logged is the loss of all
+            bad, error = sum_over_ranks(torch.stack((bad, error)))
+            bad, error = (bad > 0).float(), error / self.world.size
         # What a gradient scaler sets: the fused kernel leaves weights and moments alone where it is 1.
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -232,7 +234,7 @@ class _Training:
         self._bad_in_a_row = (self._bad_in_a_row + bad) * bad
         if optim.ema:
             update_teacher(self.average.parameters(), self.model.parameters(), optim.ema)
-        metrics: dict[str, Any] = {"loss/train": loss.detach(), "health/skipped_steps": self._bad.clone()}
+        metrics: dict[str, Any] = {"loss/train": error, "health/skipped_steps": self._bad.clone()}
         metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         metrics["schedule/learning_rate"] = rate * optim.learning_rate
         return metrics

@@ -1,0 +1,95 @@
+"""Fine-tuning on two ranks gives the losses and the weights of one process. Real processes, started by torchrun."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dinocell.configs.load import to_yaml
+from dinocell.data_shards.images import write_labels, write_tiff
+from dinocell.data_shards.labelled_build import build_labelled
+from dinocell.data_shards.labelled_sources import folder_pairs
+from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.finetune.config import (
+    AugmentConfig,
+    ComputeConfig,
+    DataConfig,
+    FinetuneConfig,
+    ModelConfig,
+    OptimConfig,
+)
+from dinocell.finetune.model import DINOCell
+from dinocell.finetune.train import finetune
+
+FIELD = SyntheticConfig(size=(48, 56), channels=("AGP",), num_cells=(4, 6), cell_radius_px=9.0)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for number in range(5):
+        made = make_field(number, FIELD)
+        write_tiff(tmp_path / "images" / f"f{number}.tif", made.pixels)
+        write_labels(tmp_path / "masks" / f"f{number}.tif", made.labels)
+    build_labelled(folder_pairs(tmp_path, images="images/{name}.tif", masks="masks/{name}.tif"), tmp_path / "set")
+    return tmp_path / "set"
+
+
+def config_of(labelled: Path, output: Path, target: str, *, frozen: bool) -> FinetuneConfig:
+    return FinetuneConfig(
+        output=output,
+        data=DataConfig(sets=(str(labelled),), validation_share=0.4, crops_per_image=4),
+        epochs=2,
+        batch_size=4,
+        target=target,  # type: ignore[arg-type]
+        model=ModelConfig(size="tiny", pretrained=False, freeze_backbone=frozen),
+        augment=AugmentConfig(crop=32),
+        optim=OptimConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, ema=0.5),
+        log_every=1,
+        compute=ComputeConfig(device="cpu", workers=0),
+    )
+
+
+def torchrun(config: FinetuneConfig, ranks: int) -> None:
+    recipe = config.output.with_suffix(".yaml")
+    recipe.write_text("# test\n" + to_yaml(config))
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"),
+            *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", "dinocell", "finetune", str(recipe)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def numbers(output: Path, name: str) -> list[float]:
+    lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
+    return [said[name] for said in lines if name in said]
+
+
+@pytest.mark.parametrize(("target", "frozen"), [("distance", False), ("flows", True)])
+def test_two_ranks_give_the_losses_of_one_process(labelled: Path, tmp_path: Path, target: str, frozen: bool) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    finetune(config_of(labelled, alone, target, frozen=frozen))
+    torchrun(config_of(labelled, shared, target, frozen=frozen), 2)
+    for name in ("loss/train", "loss/validation", "gradient_norm/decoder"):
+        assert len(numbers(alone, name)) == (2 if name == "loss/validation" else 6)
+        np.testing.assert_allclose(numbers(shared, name), numbers(alone, name), rtol=1e-4, err_msg=name)
+    ours, wanted = (DINOCell.from_pretrained(each / "last.pt").state_dict() for each in (shared, alone))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
