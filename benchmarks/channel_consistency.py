@@ -35,9 +35,9 @@ from dinocell.ssl.train import pretrain
 STAINS = ("DNA", "RNA", "ER", "AGP", "Mito")
 WITHHELD = "Mito"
 NEIGHBOURS = 10
-GALLERY, QUERIES = 200, 200
-# Cut off on each side of a probed field, to 96 px: less to compute.
-EDGE = 16
+GALLERY, QUERIES = 400, 400
+# Pixels to which a probed field is scaled: the recipe's global crops.
+SIDE = 64
 # A field shows a handful of cells, all of one class.
 FIELD = SyntheticConfig(size=(128, 128), num_cells=(6, 12), channels=STAINS, num_classes=len(CELL_TYPES))
 ARMS = ("consistency", "average")
@@ -128,7 +128,9 @@ def make_probe_set(path: Path, first: int, count: int) -> tuple[torch.Tensor, to
     low, high = (torch.quantile(sample[:, ::7], q, dim=1)[:, None, None] for q in (0.001, 0.999))
     unit = ((pixels - low) / (high - low)).clamp(0, 1)
     trained = [number for number, name in enumerate(STAINS) if name != WITHHELD]
-    views = torch.cat((unit, unit[:, trained].mean(1, keepdim=True)), dim=1)[..., EDGE:-EDGE, EDGE:-EDGE]
+    views = torch.cat((unit, unit[:, trained].mean(1, keepdim=True)), dim=1)
+    # As a global crop of the whole field: the scale that the training has seen.
+    views = torch.nn.functional.interpolate(views, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
     return (views - views.mean((2, 3), keepdim=True)) / (views.std((2, 3), keepdim=True) + 1e-5), classes
 
 
