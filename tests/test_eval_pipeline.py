@@ -132,6 +132,10 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(mirror: DINOCellPipe
     plain = score_segmenter(mirror.model, [image], False)
     found = score_segmenter(mirror.model, [image], True)
     assert plain.settings == {}
+    seen: list[tuple[int, ...]] = []
+    mirror.model.forward_logits = lambda images: (seen.append(tuple(images.shape[2:])), unchanged(images))[1]  # type: ignore[method-assign]
+    assert score_segmenter(mirror.model, [image], False, crop_size=96, stride=64).metrics == plain.metrics
+    assert set(seen) == {(96, 96)}
     assert found.settings == {}  # the defaults, which are not on the grid, were better than all of it
     assert found.metrics == plain.metrics
     replace_settings(mirror.model, cells_max=0.95, cell_fill=0.9)

@@ -17,14 +17,24 @@ from dinocell.finetune.train import Scored
 _MERGES = (None, 1.5, 3.0, 5.0)
 
 
-def score_segmenter(model: DINOCell, images: Sequence[LabelledImage], find_thresholds: bool) -> Scored:
+def score_segmenter(
+    model: DINOCell,
+    images: Sequence[LabelledImage],
+    find_thresholds: bool,
+    *,
+    crop_size: int = 256,
+    stride: int | None = None,
+) -> Scored:
     """Return SEG, DET, OP_CSB and F1 over all images pooled.
 
     With ``find_thresholds`` the point that scores best on a grid of 20 x 20 thresholds and four ways of merging (of
     target ``flows``: 9 x 9 thresholds) is taken, put into the model, and returned as settings, unless those of the
     model score as well; the network sees every image once.
+
+    ``crop_size`` and ``stride`` are those of the windows, see `DINOCellPipeline`.
     """
-    pipeline = DINOCellPipeline(model, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    pipeline = DINOCellPipeline(model, device, crop_size, stride=stride)
     maps = [pipeline.maps(np.asarray(image.pixels)) for image in images]
     references = [np.ascontiguousarray(image.labels, dtype=np.int32) for image in images]
     settings: dict[str, float | None] = {}
@@ -38,7 +48,7 @@ def score_segmenter(model: DINOCell, images: Sequence[LabelledImage], find_thres
         if not as_they_are >= found.best_score:
             settings = found.best._asdict()
             replace_settings(model, **settings)
-            pipeline = DINOCellPipeline(model, device=pipeline.device)
+            pipeline = DINOCellPipeline(model, device, crop_size, stride=stride)
     labels = [pipeline.cells(each) for each in maps]
     ctc, matching = ctc_score(references, labels), matching_score(references, labels)
     metrics = {"score/seg": ctc.seg, "score/det": ctc.det, "score/op_csb": ctc.op_csb}
