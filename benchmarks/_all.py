@@ -3,8 +3,9 @@
     python benchmarks/_all.py                 # all; writes benchmarks/results/summary.md
     python benchmarks/_all.py reading scores  # only these; prints the table
 
-A ratio is a cell such as ``3.85 (3.03 to 4.39)`` of the tables that a script prints: the median of alternated rounds
-and their range. A script that fails is named in the table; the others still run, and the exit code is 1.
+A ratio is a cell such as ``3.85 (3.03 to 4.39)`` of the tables that a script prints, in a column whose head says so:
+the median of alternated rounds and their range. A script that fails is named in the table; the others still run, and
+the exit code is 1.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-_RATIO = re.compile(r"(?:^|[ :])(\d[\d.,]* \(\d[\d.,]* to \d[\d.,]*\))$")
+_RATIO = re.compile(r"(?:^|.*[ :])\d[\d.,]* \(\d[\d.,]* to \d[\d.,]*\)")
+# What the head of a column of ratios says; scores with intervals look the same.
+_OF_RATIOS = re.compile(r"ratio|times| / ")
 _LIMIT_S = 900
 
 
@@ -76,7 +79,8 @@ def ratios(text: str) -> Iterator[Row]:
             columns = []
         elif not columns:
             columns = cells
-        found = [(column, m[1]) for column, cell in zip(columns, cells, strict=False) if (m := _RATIO.search(cell))]
+        pairs = zip(columns, cells, strict=False)
+        found = [(column, cell) for column, cell in pairs if _OF_RATIOS.search(column) and _RATIO.fullmatch(cell)]
         for column, ratio in found:
             of_many = column if len(found) > 1 else ""
             yield Row(", ".join(filter(None, (heading, cells[0], of_many))), ratio)

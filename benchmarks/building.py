@@ -47,7 +47,7 @@ def main() -> None:
             "",
             f"{many} generated fields of {CHANNELS} x 1080 x 1080 uint16 (LZW TIFF), four tiles each; {rounds} rounds.",
             "",
-            "| what | result: median (range) |",
+            "| what | ratio, or number: median (range) |",
             "|---|---|",
             f"| decoding + encoding by itself / whole build, one process | {ratio(seconds['needed'], seconds['1'])} |",
             f"| one process / two processes (2 cores; starting them counts) | {ratio(seconds['1'], seconds['2'])} |",

@@ -94,8 +94,8 @@ def main() -> None:
             rate = f"{rates[len(rates) // 2]:.0f} ({rates[0]:.0f} to {rates[-1]:.0f})"
             size = f"{sizes[side]:.2f}" if side in sizes else ""
             lines.append(f"| {side} | {rate} | {ratio(per_sample['tifffile'], values)} | {size} |")
-            print(lines[-1], flush=True)
         lines += ["", *opening(folder)]
+        print("\n".join(lines))
     if not options.quick:
         print(write_result("reading", "\n".join(lines), ["torch", "tifffile", "imagecodecs", "pillow"]))
 

@@ -62,7 +62,7 @@ def main() -> None:
             if device.type == "cuda":
                 row += "".join(f" {1e3 * statistics.median(seconds[side]):.1f} |" for side in ("ours", "theirs"))
             lines.append(row)
-            print(row, flush=True)
+    print("\n".join(lines))
     if not options.quick:
         suffix = f"_{device.type}" + ("_compiled" if options.compile else "")
         print(write_result(f"vit_forward{suffix}", "\n".join(lines), ["torch", "transformers"]))

@@ -112,6 +112,8 @@ class _Parser(argparse.ArgumentParser):
             got, known = message.split("invalid choice: ", 1)[1].split(" (choose from ", 1)
             near = difflib.get_close_matches(got.strip("'"), [k.strip(" ')") for k in known.split(",")], n=1)
             message = f"unknown command or choice {got}" + (f"; did you mean '{near[0]}'?" if near else f" ({known}")
+        # Intermixed parsing counts a list that may be empty among what is missing.
+        message = message.replace("required: recipe, key=value", "required: recipe")
         self.exit(2, f"{self.prog}: {message} (see '{self.prog} --help')\n")
 
 

@@ -13,8 +13,8 @@ import sys
 assert sys.argv[1:] == ["--quick"]
 print("# Speed\\n\\n## Small\\n\\n| side | s | ratio |\\n|---|---|---|")
 print("| theirs | 3.0 | 2.50 (2.10 to 3.00) |\\n| ours | 1.2 |  |\\n")
-print("## Two\\n\\n| what | forward | both |\\n|---|---|---|")
-print("| a map | 1.00 (1.00 to 1.00) | twice: 12,000.5 (9 to 20) |")
+print("## Two\\n\\n| what | ratio forward | score | times, both |\\n|---|---|---|---|")
+print("| a map | 1.00 (1.00 to 1.00) | 0.5 (0.4 to 0.6) | twice: 12,000.5 (9 to 20) |")
 '''
 
 
@@ -41,11 +41,12 @@ def test_every_ratio_becomes_a_row_with_its_question_and_its_file(folder: Path) 
     summary = (folder / "results" / "summary.md").read_text()
     full = "[speed_cpu.md](speed_cpu.md)"
     assert f"| speed | Small, theirs | 2.50 (2.10 to 3.00) | {full} |" in summary
-    assert f"| speed | Two, a map, forward | 1.00 (1.00 to 1.00) | {full} |" in summary
-    assert f"| speed | Two, a map, both | 12,000.5 (9 to 20) | {full} |" in summary
+    assert f"| speed | Two, a map, ratio forward | 1.00 (1.00 to 1.00) | {full} |" in summary
+    assert f"| speed | Two, a map, times, both | twice: 12,000.5 (9 to 20) | {full} |" in summary
     assert "| words | Does it say anything? | ran; it measures no ratio | none yet |" in summary
     assert "Measured 20" in summary
     assert "helper" not in summary
+    assert "0.4 to 0.6" not in summary, "a score with its interval is no ratio"
 
 
 def test_a_script_that_fails_is_named_and_the_others_run(folder: Path) -> None:

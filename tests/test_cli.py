@@ -154,5 +154,6 @@ def test_a_path_with_an_equals_sign_is_a_recipe_and_a_missing_or_second_one_is_o
     assert build_parser().parse_args(["pretrain", "runs/lr=1/config.yaml"]).recipe == "runs/lr=1/config.yaml"
     assert build_parser().parse_args(["demo", "seed=1"]).recipe is None
     assert "expected a recipe" in one_line_error(dinocell("pretrain", "--dry-run", "steps=1"))
+    assert "required: recipe (see" in one_line_error(dinocell("pretrain", "--dry-run"))
     assert "expected one recipe" in one_line_error(dinocell("finetune", "debug", "--dry-run", "own_folder"))
     assert "--dryrun" in one_line_error(dinocell("finetune", "debug", "epochs=1", "--dryrun"))
