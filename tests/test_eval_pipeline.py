@@ -143,3 +143,13 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(mirror: DINOCellPipe
     assert set(found.settings) == {"cells_max", "cell_fill", "merge_px"}
     assert found.metrics["score/op_csb"] > 0.95
     assert mirror.model.settings.cells_max == found.settings["cells_max"]
+
+
+def test_windows_are_as_large_as_the_crops_of_the_training(model: DINOCell) -> None:
+    assert DINOCellPipeline(model).crop_size == 256
+    replace_settings(model, window_px=128)
+    own, asked = DINOCellPipeline(model, stride=96), DINOCellPipeline(model, crop_size=128)
+    assert own.crop_size == asked.crop_size == 128
+    image = np.random.default_rng(0).random((150, 170)).astype(np.float32)
+    np.testing.assert_array_equal(own.distance(image), asked.distance(image))
+    assert DINOCellPipeline(model, crop_size=64).crop_size == 64

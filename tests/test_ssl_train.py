@@ -218,6 +218,19 @@ def test_the_command_trains_the_debug_recipe(
     assert capsys.readouterr().out.splitlines()[-1].endswith("training_2/teacher_checkpoint.pth")
 
 
+def test_too_little_memory_is_one_line_that_says_what_would_fit(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(Trainer, "step", full)
+    with pytest.raises(
+        DinocellError, match=r"too small for 4 tiles at a time \(CUDA .*\): raise optim.accumulate from 1"
+    ):
+        pretrain(config_of(shard_set, tmp_path / "run"))
+
+
 def test_the_gram_teacher_is_taken_when_its_weight_begins(shard_set: Path, tmp_path: Path) -> None:
     schedules = Schedules(
         learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2), teacher_momentum=Schedule(peak=0.5)

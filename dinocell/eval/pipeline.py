@@ -51,13 +51,13 @@ class DINOCellPipeline:
     device
         None: CUDA if there is one, else the CPU.
     crop_size
-        Side of the windows that the network sees.
+        Side of the windows that the network sees; None: that of the crops which it learnt from.
     cells_max, cell_fill
         Thresholds of a model of target ``distance``; None: those stored in the model.
     probability, flow_error
         Thresholds of a model of target ``flows``; None: those stored in the model.
     stride
-        From window to window; None: ``crop_size - 64`` (SAMCell's).
+        From window to window; None: three quarters of ``crop_size`` (SAMCell's 192 of 256).
     batch_size
         Windows at a time.
 
@@ -71,7 +71,7 @@ class DINOCellPipeline:
         self,
         model: DINOCell,
         device: str | torch.device | None = None,
-        crop_size: int = 256,
+        crop_size: int | None = None,
         cells_max: int | float | None = None,
         cell_fill: int | float | None = None,
         *,
@@ -82,8 +82,9 @@ class DINOCellPipeline:
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
-        self.crop_size, self.stride, self.batch_size = crop_size, stride, batch_size
         settings = model.settings
+        self.crop_size = settings.window_px if crop_size is None else crop_size
+        self.stride, self.batch_size = stride, batch_size
         self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
         self.cells_max, self.cell_fill = checked_thresholds(
             settings.cells_max if cells_max is None else cells_max,
@@ -195,6 +196,7 @@ class DINOCellPipeline:
             prepared[None],
             self.model,
             window=self.crop_size,
+            overlap=self.crop_size // 8,
             stride=self.stride,
             batch_size=self.batch_size,
             device=self.device,

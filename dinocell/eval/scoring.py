@@ -22,7 +22,7 @@ def score_segmenter(
     images: Sequence[LabelledImage],
     find_thresholds: bool,
     *,
-    crop_size: int = 256,
+    crop_size: int | None = None,
     stride: int | None = None,
 ) -> Scored:
     """Return SEG, DET, OP_CSB and F1 over all images pooled.

@@ -24,6 +24,7 @@ def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
         "parameters": f"{count['backbone.']:,} backbone, {count['decoder.']:,} decoder ({', '.join(dtypes)})",
         "target": settings.target,
         "input": f"{settings.convention}, percentiles {low:g} and {high:g}, {clahe}",
+        "windows": f"{settings.window_px} px",
         "pixel size": size,
         "cells": _rule(settings),
         "trained on": ", ".join(settings.trained_on) or "not stated",

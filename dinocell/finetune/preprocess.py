@@ -32,6 +32,9 @@ class SegmenterSettings:
         is fixed in pixels so that it means the same in every image (SAMCell: 1.0 and 32 px of its 256 px windows).
     pixel_size_um
         Side of a pixel of the training images; None if they differed or did not say.
+    window_px
+        Side of the crops of the training, and so of the windows in which images are segmented: a network that knows
+        crops of 128 px draws other maps in windows of 256.
     target
         What the maps are: distance to the cell's boundary, or flows and the chance of a cell.
     cells_max, cell_fill, merge_px, min_area_px
@@ -49,6 +52,7 @@ class SegmenterSettings:
     clahe_clip: float = 1.0
     clahe_tile_px: int = 32
     pixel_size_um: float | None = None
+    window_px: int = 256
     target: Target = "distance"
     cells_max: float = 0.47
     cell_fill: float = 0.09
@@ -62,6 +66,8 @@ class SegmenterSettings:
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
             raise ValueError(f"percentiles: expected 0 <= low < high <= 100, got {low} and {high}")
+        if self.window_px < 16:
+            raise ValueError(f"window_px: expected at least 16, got {self.window_px}")
         if self.clahe_clip < 0 or self.clahe_tile_px < 2:
             raise ValueError(
                 f"clahe_clip: expected 0 (off) or more, got {self.clahe_clip}; "

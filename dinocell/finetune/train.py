@@ -112,7 +112,7 @@ class _Training:
         torch.manual_seed(config.seed)
         self.model = _model(config).to(world.device)
         names = tuple(Path(each.folder).name for each in self.split.sets)
-        replace_settings(self.model, trained_on=names, pixel_size_um=self._pixel_size())
+        replace_settings(self.model, trained_on=names, pixel_size_um=self._pixel_size(), window_px=config.augment.crop)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.optim.ema else self.model
         self.parallel: nn.Module = self.model
         if world.size > 1:

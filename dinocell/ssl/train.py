@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from dinocell.configs.load import to_yaml
 from dinocell.data_shards.read import Batch, loader
+from dinocell.errors import DinocellError
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import Weights, save_weights
 from dinocell.runtime.checkpoint import Checkpointer
@@ -133,7 +134,10 @@ def pretrain(
             for step in range(first + 1, config.steps + 1):
                 feed = _Feed(config, batches, levels, world)
                 is_log_step = run.is_log_step(step)
-                metrics = trainer.step(step - 1, feed.parts(), watch=is_log_step)
+                try:
+                    metrics = trainer.step(step - 1, feed.parts(), watch=is_log_step)
+                except torch.OutOfMemoryError as error:
+                    raise DinocellError(_what_would_fit(config, world, error)) from error
                 throughput.step()
                 for line in feed.damaged:
                     run.note(f"replaced a damaged sample: {line}")
@@ -152,6 +156,15 @@ def pretrain(
                     stop.finish()
                     raise RunStopped(f"stopped after step {step} ({stop.reason}); the same command goes on from there")
         return last
+
+
+def _what_would_fit(config: PretrainConfig, world: World, error: Exception) -> str:
+    part = config.batch_size // (world.size * config.optim.accumulate)
+    return (
+        f"the device's memory is too small for {part} tiles at a time ({str(error).splitlines()[0][:120]}): raise "
+        f"optim.accumulate from {config.optim.accumulate}, set compute.recompute=true, or lower batch_size from "
+        f"{config.batch_size} or heads.num_prototypes from {config.heads.num_prototypes}"
+    )
 
 
 class _Feed:
