@@ -214,11 +214,15 @@ def _residual(logits: Float[Tensor, "b g c"], labels: Tensor) -> Float[Tensor, "
 def _adamw(
     values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: Tensor, decay: Tensor, step: int
 ) -> None:
-    values.mul_(1 - rate * decay)
+    """Take a step in place; ``gradient`` is used as scratch."""
+    if decay.any():
+        values.mul_(1 - rate * decay)
     first.lerp_(gradient, 1 - _BETAS[0])
     second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-    spread = (second / (1 - _BETAS[1] ** step)).sqrt_().add_(_EPS)
-    values.sub_(rate / (1 - _BETAS[0] ** step) * first / spread)
+    # The corrections of both moments go into the rate and the small number: a pass less over the weights each.
+    root = math.sqrt(1 - _BETAS[1] ** step)
+    spread = torch.sqrt(second, out=gradient).add_(_EPS * root)
+    values.addcmul_(torch.div(first, spread, out=gradient), rate * (-root / (1 - _BETAS[0] ** step)))
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

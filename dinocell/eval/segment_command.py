@@ -81,14 +81,10 @@ def _run(options: argparse.Namespace) -> None:
         return
     from dinocell.eval.pipeline import DINOCellPipeline
     from dinocell.eval.segment_run import segment_files
-    from dinocell.finetune.default_model import default_model, notice
     from dinocell.finetune.model import DINOCell
 
-    model = DINOCell.from_pretrained(options.model) if options.model is not None else default_model()
-    if options.model is None:
-        print(notice(model))
     pipeline = DINOCellPipeline(
-        model,
+        DINOCell.from_pretrained(options.model),
         device=options.device,
         cells_max=options.cells_max,
         cell_fill=options.cell_fill,
@@ -106,4 +102,4 @@ def _target_of_model(options: argparse.Namespace) -> str:
     """Return ``distance`` or ``flows``: what the model's maps are, and are called."""
     from dinocell.finetune.files import read_segmenter
 
-    return "distance" if options.model is None else read_segmenter(options.model).settings.target
+    return read_segmenter(options.model).settings.target

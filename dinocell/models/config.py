@@ -56,8 +56,8 @@ def _size(width: int, depth: int, heads: int, mlp: Literal["gelu", "swiglu"], hi
 
 
 # Sizes: DINOv3 paper (arXiv 2508.10104) table 2 and the entries of its torch.hub file; giant: DINOv2 (arXiv 2304.07193)
-# table 17; tiny: DeiT (arXiv 2012.12877) table 1; nano: ours, for the model in the box. SwiGLU widths are those of the
-# released tensors.
+# table 17; tiny: DeiT (arXiv 2012.12877) table 1; nano: ours, for CPUs. SwiGLU widths are those of the released
+# tensors.
 VARIANTS: dict[str, ViTConfig] = {
     #                  width depth heads  mlp      hidden          backbone parameters (patch 16, 3 channels)
     "nano": _size(192, 4, 3, "gelu", 768),  #                        1.9 M
