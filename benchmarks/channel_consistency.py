@@ -35,7 +35,7 @@ from dinocell.ssl.train import pretrain
 STAINS = ("DNA", "RNA", "ER", "AGP", "Mito")
 WITHHELD = "Mito"
 NEIGHBOURS = 10
-GALLERY, QUERIES = 400, 400
+GALLERY, QUERIES = 300, 300
 # Pixels to which a probed field is scaled: the recipe's global crops.
 SIDE = 64
 # A field shows a handful of cells, all of one class.
