@@ -82,11 +82,12 @@ def main() -> None:
         checkpointer.close()
     step_s, cost_s = statistics.median(plain) / steps, statistics.median(saved) - statistics.median(plain)
     whole = VisionTransformer(variant_config(variant, patch_size=8, in_channels=1))
+    millions = sum(each.numel() for each in whole.parameters()) / 1e6
     lines = [
         "# Saving the training state",
         "",
-        f"ViT-{variant}/8 ({sum(each.numel() for each in whole.parameters()) / 1e6:.0f} M parameters), K {prototypes:,}, "
-        f"a state of {size / 1e6:,.0f} MB, one process; median of {rounds} alternated rounds of {steps} steps.",
+        f"ViT-{variant}/8 ({millions:.0f} M parameters), K {prototypes:,}; "
+        f"the state takes {size / 1e6:,.0f} MB; one process; median of {rounds} alternated rounds of {steps} steps.",
         "",
         "| | |",
         "|---|---|",
