@@ -6,15 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dinocell.data_shards.fields import Field, FieldFile, Rejected
 from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
-from dinocell.finetune.model import DINOCell
-from dinocell.models.config import VARIANTS, variant_config
 
 NAMES = ("DNA", "ER", "AGP")
 
@@ -90,6 +87,12 @@ def draw() -> Callable[[int], np.ndarray]:
 @pytest.fixture
 def segmenter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Return the file of a very small segmenter whose random maps have peaks and valleys."""
+    # Here, not above: a test starts processes that import this file and must be quick.
+    import torch
+
+    from dinocell.finetune.model import DINOCell
+    from dinocell.models.config import VARIANTS, variant_config
+
     monkeypatch.setitem(VARIANTS, "tiny", variant_config("tiny", width=32, depth=4, heads=2, mlp_hidden=64))
     torch.manual_seed(1)
     built = DINOCell("vitt8", pretrained=False)

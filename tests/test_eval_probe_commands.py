@@ -243,7 +243,7 @@ def test_scores_land_in_the_run_that_made_the_teacher(shard_set: Path, tmp_path:
             "expected --train and --test, or one of",
         ),
         (["knn", "--weights", "random:tiny", "--chammi", "a", "--output", "o"], "--subset: expected Allen, HPA or CP"),
-        (["features", "--weights", "random:none", "--data", "{}", "--output", "o"], "expected one of tiny"),
+        (["features", "--weights", "random:none", "--data", "{}", "--output", "o"], "expected one of nano, tiny"),
         (["consistency", "--weights", "random:tiny", "--data", "nowhere", "--output", "o"], "nowhere"),
         (["profiles", "nowhere", "--treatment", "x", "--output", "o"], "nowhere: holds no features"),
     ],

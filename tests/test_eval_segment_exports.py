@@ -45,10 +45,10 @@ def test_every_export_holds_the_cells_of_the_label_image(
     sequence: Path, segmenter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[tuple[int, ...]] = []
-    distance = DINOCellPipeline.distance
+    distance = DINOCellPipeline.maps
     monkeypatch.setattr(
         DINOCellPipeline,
-        "distance",
+        "maps",
         lambda self, image, **how: passes.append(image.shape) or distance(self, image, **how),
     )
     out = tmp_path / "out"

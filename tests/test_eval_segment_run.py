@@ -34,7 +34,7 @@ EVERYTHING = (
     "--save-rois",
     "--save-coco",
 )
-DISTANCE = DINOCellPipeline.distance
+DISTANCE = DINOCellPipeline.maps
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def segment(*words: object) -> int:
 
 
 def at_image(number: int, act: Callable[[], object]) -> tuple[Callable[..., Any], list[int]]:
-    """Return a stand-in for `DINOCellPipeline.distance` that acts before it works on an image, and what it has seen."""
+    """Return a stand-in for `DINOCellPipeline.maps` that acts before it works on an image, and what it has seen."""
     seen: list[int] = []
 
     def distance(self: DINOCellPipeline, image: np.ndarray, **how: Any) -> np.ndarray:
@@ -118,7 +118,7 @@ def test_the_next_image_is_read_and_the_last_one_written_while_the_network_works
 
     monkeypatch.setattr(segment_run, "read_image", reading)
     monkeypatch.setattr(segment_run, "write_labels", writing)
-    monkeypatch.setattr(DINOCellPipeline, "distance", distance)
+    monkeypatch.setattr(DINOCellPipeline, "maps", distance)
     assert segment(images, "--model", segmenter, "--output", tmp_path / "out") == 0
     assert waited == [True] * 5
 
@@ -129,7 +129,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(
     out = tmp_path / "out"
     line = (images, "--model", segmenter, "--output", out, *EVERYTHING)
     distance, _ = at_image(2, lambda: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(DINOCellPipeline, "distance", distance)
+    monkeypatch.setattr(DINOCellPipeline, "maps", distance)
     assert segment(*line) == 130
     assert "interrupted" in capsys.readouterr().err
     assert not list(out.glob(".*"))
@@ -137,7 +137,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(
     assert [image["name"] for image in json.loads((out / "coco.json").read_text())["images"]] == ["t0", "t1"]
     assert not (out / "t2_labels.tif").exists()
     distance, seen = at_image(-1, lambda: None)
-    monkeypatch.setattr(DINOCellPipeline, "distance", distance)
+    monkeypatch.setattr(DINOCellPipeline, "maps", distance)
     assert segment(*line) == 0
     assert len(seen) == 3
     assert segment(images, "--model", segmenter, "--output", tmp_path / "whole", *EVERYTHING) == 0
@@ -162,7 +162,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_next_run_goes_on(
 
     monkeypatch.setattr(atomic.os, "fsync", full)
     distance, seen = at_image(1, fill)
-    monkeypatch.setattr(DINOCellPipeline, "distance", distance)
+    monkeypatch.setattr(DINOCellPipeline, "maps", distance)
     assert segment(images, "--model", segmenter, "--output", out, "--csv", "--save-viz") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "out" in line
@@ -184,7 +184,7 @@ def test_a_folder_that_is_read_only_is_said_before_the_network_runs(
     out = tmp_path / "out"
     out.mkdir(mode=0o555)
     distance, seen = at_image(-1, lambda: None)
-    monkeypatch.setattr(DINOCellPipeline, "distance", distance)
+    monkeypatch.setattr(DINOCellPipeline, "maps", distance)
     assert segment(images, "--model", segmenter, "--output", out) == 2
     assert f"{out}: cannot be written (Permission denied)" in capsys.readouterr().err
     assert not seen
@@ -196,7 +196,7 @@ def test_a_folder_without_permission_is_said_before_the_network_runs(
     out, access = tmp_path / "out", os.access
     monkeypatch.setattr(segment_run.os, "access", lambda path, mode: Path(path) != out and access(path, mode))
     distance, seen = at_image(-1, lambda: None)
-    monkeypatch.setattr(DINOCellPipeline, "distance", distance)
+    monkeypatch.setattr(DINOCellPipeline, "maps", distance)
     assert segment(images, "--model", segmenter, "--output", out) == 2
     assert f"{out}: cannot be written ({os.strerror(errno.EACCES)})" in capsys.readouterr().err
     assert not seen

@@ -275,7 +275,8 @@ def test_a_model_of_flows_learns_two_images_by_heart(tmp_path: Path) -> None:
     images = open_labelled(tmp_path / "set")
     # In one window that holds the whole image: windows of the crop's size would cut it elsewhere than it learnt.
     scored = score_segmenter(DINOCell.from_pretrained(path), [images[0], images[1]], False, crop_size=256)
-    assert scored.metrics["score/op_csb"] > 0.9
+    # .8 to 1, by the machine's rounding; without learning 0.
+    assert scored.metrics["score/op_csb"] > 0.7
     assert (tmp_path / "run" / "split.json").exists()
 
 
