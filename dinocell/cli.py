@@ -26,6 +26,7 @@ from dinocell.eval import (
 )
 from dinocell.launch import launch_command
 from dinocell.launch.hooks import exported
+from dinocell.runtime.command_line import add_command
 from dinocell.ssl import pretrain_command
 
 # What is a setting, not a recipe: a path may hold a "=" as well, but behind a slash.
@@ -117,17 +118,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see '{self.prog} --help')\n")
 
 
-def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
-
-
 def _positive(text: str) -> int:
     """Parse an option that counts something."""
     if not text.isdecimal() or int(text) < 1:
@@ -144,7 +134,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "demo",
         "go the whole road on generated images or on your own, in minutes on 2 CPU cores",
@@ -198,11 +188,13 @@ def _online_probe(config: Any) -> Callable[[Any], Mapping[str, float]] | None:
         knn_test=watch.knn_test,
         label=watch.label,
         neighbours=watch.neighbours,
+        cache=config.data.cache,
+        cache_gb=config.data.cache_gb,
     )
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(commands, "info", "say what a checkpoint or a segmenter is", "dinocell info dinov3_vits16.pth")
+    parser = add_command(commands, "info", "say what a checkpoint or a segmenter is", "dinocell info dinov3_vits16.pth")
     _add_source(parser)
     parser.add_argument(
         "--image-size", type=_positive, default=224, metavar="PX", help="cost for this side (default 224)"
@@ -238,7 +230,7 @@ def _run_info(options: argparse.Namespace) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "export",
         "convert a checkpoint to another layout, patch size or number of channels",

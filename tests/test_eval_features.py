@@ -4,12 +4,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dinocell.data_shards.images import write_png
+from dinocell.data_shards.shard import ShardSettings
+from dinocell.data_shards.tiles import TileSettings
+from dinocell.data_shards.write import build
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.eval.features import (
     FeatureSettings,
@@ -23,6 +27,8 @@ from dinocell.eval.image_sets import ClassFolders, FieldImages, ProbeImage, Shar
 from dinocell.eval.online import OnlineProbe
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World
+
+SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
 
 
 def tiny(in_channels: int = 1, seed: int = 0) -> VisionTransformer:
@@ -209,12 +215,22 @@ def test_the_online_probe_knows_the_samples_again(shard_set: Path) -> None:
     assert found["probe/consistency_margin"] == pytest.approx(
         found["probe/consistency_same"] - found["probe/consistency_different"]
     )
-    few = OnlineProbe(
-        str(shard_set), tiles=2, crop_size=32, knn_train=str(shard_set), knn_test=str(shard_set), label="number",
-        neighbours=100,
-    )  # fmt: skip
+    # What would end a training after hours is said before it begins.
+    sets = {"knn_train": str(shard_set), "knn_test": str(shard_set)}
     with pytest.raises(DinocellError, match=r"watch\.neighbours: 100, but .* has 60 samples"):
-        few(tiny())
+        OnlineProbe(str(shard_set), tiles=2, crop_size=32, label="number", neighbours=100, **sets)
+    with pytest.raises(DinocellError, match="no label 'colour'"):
+        OnlineProbe(str(shard_set), tiles=2, crop_size=32, label="colour", **sets)
+
+
+def test_the_online_probe_leaves_out_tiles_that_lack_a_channel(tmp_path: Path, fields: Callable[..., Any]) -> None:
+    build(fields(4, missing_from=1), tmp_path / "set", settings=SMALL, workers=1)
+    found = OnlineProbe(
+        str(tmp_path / "set"), tiles=24, crop_size=32, knn_train=str(tmp_path / "set"), knn_test=str(tmp_path / "set"),
+        label="number", neighbours=1,
+    )(tiny())  # fmt: skip
+    assert found["probe/knn_accuracy"] == 1.0
+    assert "probe/retrieval" in found
 
 
 def test_the_command_watches_and_draws_views(

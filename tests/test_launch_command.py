@@ -101,6 +101,9 @@ def test_a_time_limit_that_is_none() -> None:
         (["--env", "A", "--", "info", "x"], "--env: expected KEY=VALUE, got 'A'"),
         (["--on-export", "knn", "--", "info", "x"], "--on-export: expected {checkpoint} somewhere"),
         (["--cluster", "local", "--then", "info y", "--", "info", "x"], "--then: is for SLURM"),
+        (["--cluster", "local", "--mem", "9G", "--", "info", "x"], "--mem: is for SLURM"),
+        (["--cluster", "local", "--nodes", "2", "--", "info", "x"], "--nodes: is for SLURM"),
+        (["--dry-run", "--on-export", "knn", "--", "info", "x"], "--on-export: expected {checkpoint} somewhere"),
         (["status", "nowhere"], "nowhere: nothing was launched into this folder"),
     ],
 )

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,15 @@ import torch
 from dinocell.configs.load import to_yaml
 from dinocell.models.weights import read_weights
 from dinocell.runtime.schedules import Freeze, Schedule
-from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
+from dinocell.ssl.config import (
+    ComputeConfig,
+    DataConfig,
+    GramConfig,
+    HeadsConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+)
 from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import pretrain
 from dinocell.ssl.view_plan import ViewsConfig
@@ -100,6 +109,25 @@ def test_ranks_give_the_losses_of_one_process(
         torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
     said = (output / "log.txt").read_text()
     assert f"{ranks * machines} processes, {parallel}" in said
+
+
+def test_ranks_accumulate_and_renew_their_gram_teacher_as_one_process_does(shard_set: Path, tmp_path: Path) -> None:
+    """Two parts a step, a Gram teacher that is taken twice: what FSDP2 gathers for it must not be in the way."""
+    changes = {
+        "optim": OptimConfig(accumulate=2),
+        "gram": GramConfig(refresh_every=2, max_refreshes=1),
+        "schedules": Schedules(
+            learning_rate=Schedule(peak=0.01),
+            gram_weight=Schedule(peak=1.0, hold=1),
+            teacher_momentum=Schedule(peak=0.5),
+        ),
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    pretrain(replace(config_of(shard_set, one), **changes))
+    torchrun(replace(config_of(shard_set, two, parallel="fsdp"), **changes), 2)
+    for name in ("loss/dino_global", "loss/ibot", "loss/koleo", "loss/gram"):
+        np.testing.assert_allclose(numbers(two, name), numbers(one, name), rtol=1e-3, atol=1e-6, err_msg=name)
+    assert numbers(two, "loss/gram")[-1] > 0
 
 
 def test_a_state_of_two_ranks_is_taken_up_by_one(shard_set: Path, tmp_path: Path, alone: Path) -> None:

@@ -1,5 +1,6 @@
 """A contact sheet of a shard set: some samples, a row each, with their channels side by side."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def preview(
     manifest = samples.sets[0].manifest
     names = list(manifest.channels)
     rows = []
-    for batch, _ in zip(samples, range(min(num_samples, manifest.num_samples)), strict=False):
+    for batch in islice(samples, min(num_samples, manifest.num_samples)):
         info = batch.infos[0]
         shown = {
             name: _thumbnail(plane, name, manifest, tile_px)

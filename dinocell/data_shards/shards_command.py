@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinocell.data_shards.sources import add_source_arguments
+from dinocell.runtime.command_line import add_command
 
 if TYPE_CHECKING:
     from dinocell.data_shards.manifest import Manifest
@@ -38,19 +39,8 @@ def register(subparsers: Any, *, preview_views: PreviewViews | None = None) -> N
     _add_preview(actions, preview_views)
 
 
-def _action(actions: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
-
-
 def _add_build(actions: Any) -> None:
-    parser = _action(
+    parser = add_command(
         actions,
         "build",
         "cut images into tiles and write them as a shard set; run it again to continue after an interruption",
@@ -184,7 +174,7 @@ def _run_build(options: argparse.Namespace) -> None:
 
 
 def _add_merge(actions: Any) -> None:
-    parser = _action(
+    parser = add_command(
         actions, "merge", "finish a set whose parts were built with --slice", "dinocell shards merge shards/jump"
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="folder of the set")
@@ -209,7 +199,7 @@ def _print_built(output: str | Path, manifest: "Manifest") -> None:
 
 
 def _add_info(actions: Any) -> None:
-    parser = _action(actions, "info", "say what is in a set", "dinocell shards info shards/jump")
+    parser = add_command(actions, "info", "say what is in a set", "dinocell shards info shards/jump")
     parser.add_argument("set", metavar="SET", help="folder or address of a set")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     parser.set_defaults(run=_run_info)
@@ -245,7 +235,7 @@ def _run_info(options: argparse.Namespace) -> None:
 
 
 def _add_verify(actions: Any) -> None:
-    parser = _action(
+    parser = add_command(
         actions, "verify", "read a whole set and list what is damaged or missing", "dinocell shards verify shards/jump"
     )
     parser.add_argument("set", metavar="SET", help="folder or address of a set")
@@ -279,7 +269,7 @@ def _run_verify(options: argparse.Namespace) -> None:
 
 
 def _add_preview(actions: Any, preview_views: PreviewViews | None) -> None:
-    parser = _action(
+    parser = add_command(
         actions,
         "preview",
         "draw some samples with all their channels, or the views that a pretraining recipe makes of them",

@@ -1,6 +1,5 @@
 """The demo, stage by stage; each leaves its results on the disk, and a demo that was interrupted goes on from there."""
 
-import json
 import os
 import shutil
 import time
@@ -14,8 +13,8 @@ from rich.console import Console
 
 from dinocell.configs.load import diff_configs, find_recipe, load_config, read_mapping, to_dict, to_yaml
 from dinocell.data_shards.labelled import LabelledImage, open_labelled
+from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.picture import Picture
-from dinocell.data_shards.read import stream
 from dinocell.demo.config import DemoConfig
 from dinocell.demo.data import Material, generate, generated_material, own_material
 from dinocell.demo.report import Result, write_report
@@ -23,6 +22,8 @@ from dinocell.errors import ConfigError
 from dinocell.eval.baseline import otsu_baseline
 from dinocell.eval.consistency import channel_consistency
 from dinocell.eval.ctc import ctc_score
+from dinocell.eval.features import FeatureSettings, extract
+from dinocell.eval.image_sets import ShardImages
 from dinocell.eval.knn import knn_scores
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.scoring import score_segmenter
@@ -191,24 +192,11 @@ def _probe(backbone: VisionTransformer, material: Material) -> Probe:
     return Probe(margin, accuracy)
 
 
-@torch.no_grad()
 def _features(backbone: VisionTransformer, shards: Path) -> tuple[torch.Tensor, list[str]]:
     """Return CLS and mean patch token of the middle of every field through each channel alone (b c d), its class."""
-    rows, classes = [], []
-    for batch in stream(shards, batch_size=1, shuffle=False, stop=_num_samples(shards)):
-        channels = batch.tile(0).to(torch.float32)
-        height, width = (min(side // 8 * 8, _PROBED_PX) for side in channels.shape[1:])
-        top, left = (channels.shape[1] - height) // 2, (channels.shape[2] - width) // 2
-        views = channels[:, None, top : top + height, left : left + width]
-        views = (views - views.mean((2, 3), keepdim=True)) / (views.std((2, 3), keepdim=True) + 1e-5)
-        out = backbone(views)
-        rows.append(torch.cat((out.cls, out.patches.mean(1)), dim=1))
-        classes.append(str(batch.infos[0].labels.get("cell_class", "")))
-    return torch.stack(rows), classes
-
-
-def _num_samples(shards: Path) -> int:
-    return int(json.loads((shards / "manifest.json").read_text(encoding="utf-8"))["num_samples"])
+    settings = FeatureSettings(channels="each", crop_size=_PROBED_PX, avgpool=True)
+    found = extract(backbone, ShardImages(shards), settings)
+    return found.tensor(), [str(labels.get("cell_class", "")) for labels in found.labels]
 
 
 def _segment(model: DINOCell, material: Material) -> list[Result]:
@@ -243,4 +231,4 @@ def _scores(results: Sequence[Result]) -> dict[str, tuple[float, float, float]]:
 
 
 def _count(material: Material) -> int:
-    return sum(_num_samples(shards) for shards in material.shards)
+    return sum(read_manifest(shards).num_samples for shards in material.shards)

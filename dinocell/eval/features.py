@@ -355,9 +355,8 @@ def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
     problems = [f"{line['id']}: {line['problem']}" for line in lines if not line["bytes"]]
     write_atomically(folder / "problems.txt", "".join(f"{line}\n" for line in problems))
     table.rename(folder / "rows.csv")
-    for part in parts:
+    for part in folder.glob(".features-*"):  # those that a start with another number of ranks left, too
         part.unlink()
-        part.with_suffix(".rows").unlink()
 
 
 def read_features(folder: Path) -> Features:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -51,12 +52,16 @@ class ImageSet(Protocol):
 
 
 class ShardImages:
-    """The samples of a shard set; levels are the percentiles of each channel over the set."""
+    """The samples of a shard set; levels are the percentiles of each channel over the set.
 
-    def __init__(self, location: str | Path) -> None:
+    ``cache`` and ``cache_gb`` are for remote sets, see `dinocell.data_shards.read.stream`.
+    """
+
+    def __init__(self, location: str | Path, *, cache: str | Path | None = None, cache_gb: float = 50.0) -> None:
         self.name = str(location)
-        opened = stream(location, batch_size=1, shuffle=False)
-        self._manifest = opened.sets[0].manifest
+        self._open = partial(stream, location, batch_size=1, shuffle=False, cache=cache, cache_gb=cache_gb)
+        self._manifest = self._open().sets[0].manifest
+        self.channel_names = tuple(self._manifest.channels)
         self._levels = {}
         for channel, known in self._manifest.channels.items():
             low, high = (known.percentiles.get(each) for each in _PERCENTILES)
@@ -69,7 +74,7 @@ class ShardImages:
 
     def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
         """Return samples in the order of the set; a damaged one is reported, and no other takes its place."""
-        for batch in stream(self.name, batch_size=1, shuffle=False, position=start, stop=stop):
+        for batch in self._open(position=start, stop=stop):
             info = batch.infos[0]
             known = dict(info.labels)
             for key in ("plate", "well", "site"):

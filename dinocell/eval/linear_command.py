@@ -8,17 +8,17 @@ from dinocell.errors import DinocellError
 from dinocell.eval.probe_command import (
     Material,
     add_task_arguments,
-    command,
     describe,
     metric_name,
     open_material,
 )
 from dinocell.eval.probe_sets import add_feature_arguments, add_set_arguments
+from dinocell.runtime.command_line import add_command
 
 
 def register(subparsers: Any) -> None:
     """Add ``linear`` to the commands."""
-    parser = command(
+    parser = add_command(
         subparsers,
         "linear",
         "train linear classifiers on the features of a backbone, a whole grid at once",

@@ -1,12 +1,16 @@
 """Probes of a teacher while it is trained: channel consistency, and neighbours on labelled images."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from dinocell.data_shards.fields import LabelValue
 from dinocell.errors import DinocellError
 from dinocell.eval.consistency import channel_consistency
-from dinocell.eval.features import FeatureSettings, extract
+from dinocell.eval.features import FeatureSettings, feature_rows
 from dinocell.eval.image_sets import ShardImages, labels_of
 from dinocell.eval.knn import knn_scores
 from dinocell.models.vit import VisionTransformer
@@ -25,6 +29,15 @@ class OnlineProbe:
         is the mean feature of its channels, for a model of one channel.
     crop_size
         Of the middle of a tile; smaller tiles are padded.
+    cache, cache_gb
+        For remote sets, as the training's.
+
+    Tiles that lack a channel of their set are left out.
+
+    Raises
+    ------
+    DinocellError
+        If a set is missing, has no such label, or fewer samples than neighbours: before a training begins.
     """
 
     def __init__(
@@ -37,12 +50,20 @@ class OnlineProbe:
         knn_test: str | None = None,
         label: str | None = None,
         neighbours: int = 10,
+        cache: str | Path | None = None,
+        cache_gb: float = 50.0,
     ) -> None:
         self._tiles, self._crop, self._neighbours = tiles, crop_size, neighbours
-        self._shards = ShardImages(shards)
+        opened = partial(ShardImages, cache=cache, cache_gb=cache_gb)
+        self._shards = opened(shards)
         self._knn = None
         if knn_train is not None and knn_test is not None and label is not None:
-            self._knn = (ShardImages(knn_train), ShardImages(knn_test), label)
+            train, test = opened(knn_train), opened(knn_test)
+            for each in (train, test):
+                labels_of([image.labels for image in each.images(0, 1)], label, each.name)
+            if neighbours > len(train):
+                raise DinocellError(f"watch.neighbours: {neighbours}, but {knn_train} has {len(train)} samples")
+            self._knn = (train, test, label)
 
     def __call__(self, teacher: VisionTransformer) -> Mapping[str, float]:
         """Return the numbers: ``probe/consistency_margin``, ``probe/retrieval``, ``probe/knn_accuracy``, ..."""
@@ -50,7 +71,7 @@ class OnlineProbe:
         single = teacher.config.in_channels == 1
         settings = FeatureSettings(channels="each" if single else "stack", crop_size=self._crop)
         if single:
-            seen = extract(teacher, self._shards, settings, limit=self._tiles).tensor()
+            seen, _ = _features(teacher, self._shards, settings, self._tiles)
             if seen.shape[0] >= 2 and seen.shape[1] >= 2:
                 consistency = channel_consistency(seen)
                 found["probe/consistency_margin"] = consistency.margin
@@ -64,17 +85,31 @@ class OnlineProbe:
     def _accuracy(self, teacher: VisionTransformer, settings: FeatureSettings) -> float:
         assert self._knn is not None
         train_set, test_set, label = self._knn
-        train, test = (extract(teacher, each, settings) for each in (train_set, test_set))
-        known = labels_of(train.labels, label, train_set.name)
-        wanted = labels_of(test.labels, label, test_set.name)
-        numbers = _numbers(known, wanted)
-        if self._neighbours > len(known):
-            raise DinocellError(f"watch.neighbours: {self._neighbours}, but {train_set.name} has {len(known)} samples")
-        rows = [each.tensor().mean(1) if each.values.ndim == 3 else each.tensor() for each in (train, test)]
-        labels = torch.tensor([numbers[each] for each in known])
-        votes = knn_scores(rows[0], labels, rows[1], ks=[self._neighbours], num_classes=len(numbers))
-        right = votes[self._neighbours].argmax(1) == torch.tensor([numbers[each] for each in wanted])
-        return float(right.float().mean())
+        (train, known), (test, wanted) = (_features(teacher, each, settings) for each in (train_set, test_set))
+        if train.ndim == 3:
+            train, test = train.mean(1), test.mean(1)
+        names = [labels_of(rows, label, each.name) for rows, each in ((known, train_set), (wanted, test_set))]
+        numbers = _numbers(*names)
+        labels, asked = (torch.tensor([numbers[each] for each in some]) for some in names)
+        k = min(self._neighbours, len(train))  # incomplete tiles were left out
+        votes = knn_scores(train, labels, test, ks=[k], num_classes=len(numbers))
+        return float((votes[k].argmax(1) == asked).float().mean())
+
+
+def _features(
+    teacher: VisionTransformer, images: ShardImages, settings: FeatureSettings, limit: int | None = None
+) -> tuple[Tensor, list[Mapping[str, LabelValue]]]:
+    """Return the features and labels of the tiles that have every channel of their set."""
+    stop = len(images) if limit is None else min(limit, len(images))
+    whole = (image for image in images.images(0, stop) if image.channel_names == images.channel_names)
+    found = [
+        (torch.from_numpy(row), image.labels)
+        for image, row in feature_rows(teacher, whole, settings)
+        if row is not None
+    ]
+    if not found:
+        raise DinocellError(f"{images.name}: no tile has all of its channels: nothing to watch; set watch.every=0")
+    return torch.stack([row for row, _ in found]), [labels for _, labels in found]
 
 
 def _numbers(*names: Sequence[str]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.eval.probe_sets import add_feature_arguments, add_set_arguments, load_probed, open_one, open_pair
+from dinocell.runtime.command_line import add_command
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +26,8 @@ def register(subparsers: Any) -> None:
     _add_knn(subparsers)
 
 
-def command(subparsers: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    """Add a command with a summary and an example."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
-
-
 def _add_features(subparsers: Any) -> None:
-    parser = command(
+    parser = add_command(
         subparsers,
         "features",
         "extract the features of images with a backbone, as .npy and a table, for your own analysis",
@@ -72,7 +61,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_knn(subparsers: Any) -> None:
-    parser = command(
+    parser = add_command(
         subparsers,
         "knn",
         "classify images by their nearest neighbours in the features of a backbone",

@@ -13,6 +13,7 @@ from typing import Any
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.launch.hooks import Main
 
+_DAY_MIN = 24 * 60
 _EXAMPLES = """examples:
   dinocell launch --nodes 4 --gpus-per-node 8 --cpus-per-task 8 --time 24:00:00 -- \\
       pretrain vitl16_hpaone data.shards='[shards/hpa]' output=runs/hpa
@@ -42,7 +43,7 @@ def register(subparsers: Any, *, main: Main) -> None:
     cluster.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a process")
     cluster.add_argument("--mem", metavar="SIZE", help="main memory of a node, such as 480G")
     cluster.add_argument(
-        "--time", type=_minutes, default=24 * 60, metavar="LIMIT", help="[days-]h:mm[:ss] or minutes (a day)"
+        "--time", type=_minutes, default=_DAY_MIN, metavar="LIMIT", help="[days-]h:mm[:ss] or minutes (a day)"
     )
     for name, meaning in (
         ("partition", "partition"),
@@ -98,29 +99,46 @@ def _run(main: Main, options: argparse.Namespace) -> None:
         return
     from dinocell.launch.slurm import script, submit
 
-    if options.dry_run:
-        print(script(arguments, settings, folder, tasks=options.array))
-        return
     probes = shlex.split(options.on_export) if options.on_export else []
     if probes and "{checkpoint}" not in options.on_export:
         raise ConfigError("--on-export: expected {checkpoint} somewhere in the command")
     one_task = {"nodes": 1, "tasks_per_node": 1, "dependency": None}
+    then = shlex.split(options.then) if options.then else []
+    if options.dry_run:
+        print(script(arguments, settings, folder, tasks=options.array))
+        if then:
+            print(script(then, _settings(options, **{**one_task, "dependency": "afterok:JOB"}), folder / "then"))
+        return
     alone = _settings(options, **one_task, gpus_per_node=1 if settings.gpus_per_node else None)
     jobs = submit(main, arguments, settings, folder, tasks=options.array, on_export=probes, export_settings=alone)
     print(f"submitted {', '.join(jobs)}; logs and record in {folder}")
-    if options.then:
+    if then:
         ids = ":".join(sorted({job.split("_")[0] for job in jobs}))
         after = _settings(options, **{**one_task, "dependency": f"afterok:{ids}"})
-        following = submit(main, shlex.split(options.then), after, folder / "then")
+        following = submit(main, then, after, folder / "then")
         print(f"submitted {following[0]}, which waits for them")
+
+
+# What means nothing without SLURM, and what each is unless it was given.
+_SLURM_ONLY: dict[str, Any] = {
+    "nodes": 1,
+    "time": _DAY_MIN,
+    "signal_before": 120,
+    "max_requeues": 100,
+    "name": "dinocell",
+    "sbatch": [],
+    "setup": [],
+    **dict.fromkeys(("tasks_per_node", "cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude")),
+    **dict.fromkeys(("dependency", "comment", "then", "on_export", "container_image")),
+}
 
 
 def _run_local(options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> None:
     from dinocell.launch.job import fill_in
     from dinocell.launch.local import run_here
 
-    for name in ("then", "on_export", "container_image"):
-        if getattr(options, name):
+    for name, usual in _SLURM_ONLY.items():
+        if getattr(options, name) != usual:
             raise ConfigError(f"--{name.replace('_', '-')}: is for SLURM, not for --cluster local")
     processes = options.processes or options.gpus_per_node or 1
     if options.dry_run:

@@ -163,7 +163,7 @@ class Trainer:
         self._optimizer.step()
         self._bad += bad
         self._bad_in_a_row = (self._bad_in_a_row + bad) * bad
-        release([self._model.student, self._model.teacher])
+        release([self._model.student, self._model.teacher, self._model.gram])
         update_teacher(self._model.teacher.parameters(), self._model.student.parameters(), momentum)
 
     def _numbers(self, losses: Losses, norms: dict[str, Tensor], now: _Values) -> dict[str, Any]:
