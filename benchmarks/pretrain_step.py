@@ -32,6 +32,7 @@ from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_
 from dinocell.ssl.config import HeadsConfig, LossConfig
 from dinocell.ssl.losses import koleo_loss
 from dinocell.ssl.masking import MaskingConfig, PatchMasks, draw_masks
+from dinocell.ssl.prepare import backbone_of, recompute
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.views import Views
 
@@ -40,6 +41,9 @@ _KEPT = {
     "MALLOC_MMAP_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+
+# Our own sides, and their ``compute.recompute``.
+_RECOMPUTE = {"dinocell": "nothing", "dinocell, low memory": "activations", "dinocell, least memory": "blocks"}
 
 
 def main() -> None:
@@ -63,7 +67,7 @@ def main() -> None:
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    names = ["dinocell", "dinocell, low memory", "straight", *(["DINOv3"] if options.dinov3 else [])]
+    names = [*_RECOMPUTE, "straight", *(["DINOv3"] if options.dinov3 else [])]
     memory = {name: peak_bytes(name) for name in names}
     sides = {name: make(name, options) for name in names}
     seconds = alternate(sides, rounds=options.rounds)
@@ -104,7 +108,7 @@ def make(name: str, options: argparse.Namespace) -> Callable[[], object]:
     """Return a function that takes a step of a side."""
     if name == "DINOv3":
         return peer(options)
-    return our_step(options, straight=name == "straight", recompute="low memory" in name)
+    return our_step(options, straight=name == "straight", again=_RECOMPUTE.get(name, "nothing"))
 
 
 def peer(options: argparse.Namespace) -> Callable[[], object]:
@@ -119,20 +123,15 @@ def peer(options: argparse.Namespace) -> Callable[[], object]:
     return lambda: module.step(model, optimizer, batch)
 
 
-def our_step(options: argparse.Namespace, *, straight: bool, recompute: bool) -> Callable[[], object]:
+def our_step(options: argparse.Namespace, *, straight: bool, again: Any) -> Callable[[], object]:
     """Return a step of the product's model and optimizer, or of the straight version of the same model."""
     torch.manual_seed(0)
     sizes = (64, 32) if options.quick else (224, 96)
     backbone = VisionTransformer(variant_config("small", patch_size=8, in_channels=3))
     backbone.init_weights(layer_scale=1e-5)
     heads = HeadsConfig(num_prototypes=options.prototypes)
-    model = StudentTeacher(backbone, heads, LossConfig()).train()
-    if recompute:
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-        student = model.student["backbone"]
-        for index, block in enumerate(student.blocks):
-            student.blocks[index] = checkpoint_wrapper(block)
+    model = StudentTeacher(backbone, heads, LossConfig(), keep_logits=again != "blocks").train()
+    recompute(backbone_of(model.student), again)
     groups = parameter_groups(dict(model.student.items()), depth=12, layer_decay=0.9)
     optimizer = adamw(groups)
     set_rates(optimizer, learning_rate=1e-4, weight_decay=0.04)

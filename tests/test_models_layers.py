@@ -12,10 +12,12 @@ from dinocell.models.positions import RopeConfig, rotary_table
 from dinocell.models.rows import draw_kept_sequences
 
 
-def make_block(*, kernel: str = "sdpa", layer_scale: bool = True) -> Block:
+def make_block(*, kernel: str = "sdpa", layer_scale: bool = True, mlp: str = "gelu") -> Block:
     torch.manual_seed(0)
     attention = Attention(16, 2, qkv_bias=True, key_bias=False, kernel=kernel)
-    block = Block(attention, GeluMlp(16, 32), 16, layer_scale=layer_scale, norm_eps=1e-5)
+    block = Block(
+        attention, (GeluMlp if mlp == "gelu" else SwigluMlp)(16, 32), 16, layer_scale=layer_scale, norm_eps=1e-5
+    )
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     return block
@@ -164,3 +166,34 @@ def test_every_sequence_is_kept_equally_often() -> None:
     drawn = draw_kept_sequences([Segment(8, 5, None)], 4000, 0.5, device=torch.device("cpu"), generator=generator)
     counts = torch.stack([F.one_hot(kept, 8).sum(0) for (kept,), _ in drawn]).float().mean(0)
     assert (counts - 0.5).abs().max() < 0.04  # five standard deviations of a share of 4,000 draws
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_activations_that_are_computed_again_cost_no_matrix_product_and_change_nothing(mlp: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    block = make_block(mlp=mlp)
+    rows, segments = torch.randn(2 * 10, 16, requires_grad=True), [segment(2, (3, 3))]
+    results = []
+    for again in (False, True):
+        block.recompute_activations = again
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                out = block(rows, segments)
+            block.zero_grad()
+            rows.grad = None
+            out.square().sum().backward()
+        gradients = [each.grad for each in (rows, *block.parameters())]
+        results.append((out, gradients, counter.get_total_flops(), sum(kept.values())))
+    (out, gradients, flops, kept_bytes), (out_again, gradients_again, flops_again, fewer_bytes) = results
+    assert flops_again == flops
+    assert fewer_bytes < 0.85 * kept_bytes
+    assert torch.equal(out, out_again)
+    for one, other in zip(gradients, gradients_again, strict=True):
+        assert torch.equal(one, other)

@@ -4,7 +4,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -95,8 +95,8 @@ def test_the_teacher_file_holds_the_teacher(shard_set: Path, tmp_path: Path, mon
     models = []
 
     class Spy(prepare.StudentTeacher):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             models.append(self)
 
     monkeypatch.setattr(prepare, "StudentTeacher", Spy)
@@ -282,12 +282,16 @@ def test_accumulated_parts_give_the_gradient_of_the_whole(shard_set: Path, tmp_p
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=2e-4)
 
 
-def test_a_step_that_recomputes_takes_the_same_step(shard_set: Path, tmp_path: Path) -> None:
-    for name, compute in (("kept", ComputeConfig(workers=0)), ("anew", ComputeConfig(workers=0, recompute=True))):
+@pytest.mark.parametrize("what", ["activations", "blocks"])
+def test_a_step_that_recomputes_takes_the_same_step(
+    shard_set: Path, tmp_path: Path, what: Literal["activations", "blocks"]
+) -> None:
+    for name, compute in (("kept", ComputeConfig(workers=0)), ("anew", ComputeConfig(workers=0, recompute=what))):
         pretrain(config_of(shard_set, tmp_path / name, steps=3, compute=compute))
-    assert losses(tmp_path / "kept") == losses(tmp_path / "anew")
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "anew"), rel=1e-5)
     teachers = [read_weights(tmp_path / n / "eval/training_3/teacher_checkpoint.pth").tensors for n in ("kept", "anew")]
-    assert all(torch.equal(teachers[0][name], teachers[1][name]) for name in teachers[0])
+    for name, tensor in teachers[0].items():
+        torch.testing.assert_close(teachers[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("centring", ["sinkhorn", "softmax"])

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dinocell.models.positions import RotaryTable, rotate
+from dinocell.models.positions import RotaryTable, split_rotated
+from dinocell.models.scale import LayerScale, scaled_linear
 
 AttentionKernel = Literal["sdpa", "varlen", "xformers", "dense"]
 
@@ -58,16 +59,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, rows: Float[Tensor, "n d"], segments: Sequence[Segment]) -> Float[Tensor, "q d"]:
-        """Return the projected attention of every query row, segment after segment."""
-        return self.proj(self.mix(rows, segments))  # type: ignore[no-any-return]
+    def forward(
+        self, rows: Float[Tensor, "n d"], segments: Sequence[Segment], scale: LayerScale | None = None
+    ) -> Float[Tensor, "q d"]:
+        """Return the projected and scaled attention of every query row, segment after segment."""
+        return self.project(self.mix(self.queries_keys_values(rows), segments), scale)
 
-    def mix(self, rows: Float[Tensor, "n d"], segments: Sequence[Segment]) -> Float[Tensor, "q d"]:
-        """Return the attention-weighted values of every query row, before the output projection."""
-        qkv = F.linear(rows, self.qkv.weight, self._bias()).view(len(rows), 3, self.heads, self.width // self.heads)
-        parts = [qkv]
+    def queries_keys_values(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n 3 k e"]:
+        """Return the first projection of every row."""
+        return F.linear(rows, self.qkv.weight, self._bias()).view(len(rows), 3, self.heads, self.width // self.heads)
+
+    def project(self, mixed: Float[Tensor, "q d"], scale: LayerScale | None = None) -> Float[Tensor, "q d"]:
+        """Return the output projection of rows that `mix` gave, scaled."""
+        return scaled_linear(self.proj, mixed, scale)
+
+    def mix(self, qkv: Float[Tensor, "n 3 k e"], segments: Sequence[Segment]) -> Float[Tensor, "q d"]:
+        """Return the attention-weighted values of every query row, before the output projection; uses ``qkv`` up."""
+        parts: Sequence[Tensor] = [qkv]
         if len(segments) > 1:
-            parts = list(qkv.split([segment.batch * segment.tokens for segment in segments]))
+            # Each part is rotated in place, which autograd forbids to the parts of a plain split: they count as views.
+            parts = torch.unsafe_split_with_sizes(qkv, [segment.batch * segment.tokens for segment in segments])
         triples = [_rotated(part, segment) for part, segment in zip(parts, segments, strict=True)]
         if self.kernel == "sdpa":
             mixed = [_attend(*triple, segment.queries) for triple, segment in zip(triples, segments, strict=True)]
@@ -78,8 +89,7 @@ class Attention(nn.Module):
 
     def cls_weights(self, rows: Float[Tensor, "n d"], segment: Segment) -> Float[Tensor, "b k t"]:
         """Return the weights that the first token of each sequence gives to all of its tokens, by head."""
-        qkv = F.linear(rows, self.qkv.weight, self._bias()).view(len(rows), 3, self.heads, self.width // self.heads)
-        query, key, _ = _rotated(qkv, segment)
+        query, key, _ = _rotated(self.queries_keys_values(rows), segment)
         products = torch.einsum("bke,btke->bkt", query[:, 0], key) * query.shape[-1] ** -0.5
         return torch.softmax(products, -1)
 
@@ -92,15 +102,13 @@ class Attention(nn.Module):
 
 
 def _rotated(qkv: Float[Tensor, "n 3 k e"], segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rotated queries, rotated keys and values of a segment, each (b t k e).
-
-    Split and unbind, not slices: the gradient of a slice is a matrix of zeros of the full size, and their sum.
-    """
-    queries_and_keys, value = qkv.unflatten(0, (segment.batch, segment.tokens)).split((2, 1), dim=2)
+    """Return rotated queries, rotated keys and values of a segment, each (b t k e)."""
+    sequences = qkv.unflatten(0, (segment.batch, segment.tokens))
     if segment.rotary is not None:
-        queries_and_keys = rotate(queries_and_keys, segment.rotary)
-    query, key = queries_and_keys.unbind(2)
-    return query, key, value.squeeze(2)
+        return split_rotated(sequences, segment.rotary)
+    # Not slices: the gradient of a slice is a matrix of zeros of the full size, and their sum.
+    query, key, value = sequences.unbind(2)
+    return query, key, value
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, num_queries: int | None) -> Float[Tensor, "q k e"]:

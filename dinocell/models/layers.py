@@ -1,14 +1,20 @@
 """The parts of a transformer block, and the block: pre-norm, LayerScale, batch-subset drop path."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinocell.models.attention import Attention, Segment
 from dinocell.models.rows import KeptSequences, Subset, WantedRows, branch_factors
+from dinocell.models.scale import LayerScale, scaled_linear
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class PatchEmbedding(nn.Module):
@@ -27,18 +33,6 @@ class PatchEmbedding(nn.Module):
         return F.linear(pixels.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
-class LayerScale(nn.Module):
-    """A learned factor a channel on the output of a residual branch (Touvron et al. 2021)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(width))
-
-    def forward(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Scale every channel."""
-        return rows * self.gamma
-
-
 class GeluMlp(nn.Module):
     """Two linear layers with an exact GELU between them."""
 
@@ -47,9 +41,17 @@ class GeluMlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Apply to every row."""
-        return self.fc2(F.gelu(self.fc1(rows)))  # type: ignore[no-any-return]
+    def forward(self, rows: Float[Tensor, "n d"], scale: LayerScale | None = None) -> Float[Tensor, "n d"]:
+        """Apply to every row, and scale."""
+        return self.output(self.hidden(rows), scale)
+
+    def hidden(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n h"]:
+        """Return what goes into the activation."""
+        return self.fc1(rows)  # type: ignore[no-any-return]
+
+    def output(self, hidden: Float[Tensor, "n h"], scale: LayerScale | None = None) -> Float[Tensor, "n d"]:
+        """Return the rest of `forward`."""
+        return scaled_linear(self.fc2, F.gelu(hidden), scale)
 
 
 class SwigluMlp(nn.Module):
@@ -61,13 +63,30 @@ class SwigluMlp(nn.Module):
         self.w2 = nn.Linear(width, hidden)
         self.w3 = nn.Linear(hidden, width)
 
-    def forward(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Apply to every row."""
-        return self.w3(F.silu(self.w1(rows)) * self.w2(rows))  # type: ignore[no-any-return]
+    def forward(self, rows: Float[Tensor, "n d"], scale: LayerScale | None = None) -> Float[Tensor, "n d"]:
+        """Apply to every row, and scale."""
+        return self.output(self.hidden(rows), scale)
+
+    def hidden(self, rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n h"]]:
+        """Return what goes into the activation, and its factor."""
+        return self.w1(rows), self.w2(rows)
+
+    def output(
+        self, hidden: tuple[Float[Tensor, "n h"], Float[Tensor, "n h"]], scale: LayerScale | None = None
+    ) -> Float[Tensor, "n d"]:
+        """Return the rest of `forward`."""
+        gate, values = hidden
+        return scaled_linear(self.w3, F.silu(gate) * values, scale)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream with a LayerScale."""
+    """Attention and MLP, each behind a norm and added to the residual stream with a LayerScale.
+
+    With ``recompute_activations`` the outputs of norms and activations, a third of what the backward pass would keep,
+    are made again there instead; no product of matrices is.
+    """
+
+    recompute_activations = False
 
     def __init__(
         self, attention: Attention, mlp: GeluMlp | SwigluMlp, width: int, *, layer_scale: bool, norm_eps: float
@@ -100,27 +119,39 @@ class Block(nn.Module):
         """
         if kept is None:
             if wanted is None:
-                rows = self._add(rows, self.attn(self.norm1(rows), segments), self.ls1)
+                rows = rows + self._attention(rows, segments)
             else:
-                mixed = self.attn.mix(self.norm1(rows), segments)
-                rows = self._add(rows[wanted.rows], self.attn.proj(mixed[wanted.among_queries]), self.ls1)
-            return self._add(rows, self.mlp(self.norm2(rows)), self.ls2)
+                mixed = self.attn.mix(self._queries_keys_values(rows), segments)
+                rows = rows[wanted.rows] + self.attn.project(mixed[wanted.among_queries], self.ls1)
+            return rows + self._mlp(rows)
 
         everything = [segment._replace(queries=None) for segment in segments]
         subset = Subset.of(everything, kept[0])
-        branch = self.attn(self.norm1(rows[subset.rows]), subset.segments)
-        rows = subset.add(rows, branch if self.ls1 is None else self.ls1(branch))
+        rows = subset.add(rows, self._attention(rows[subset.rows], subset.segments))
         if wanted is not None:
             rows = rows[wanted.rows]
             share = branch_factors(segments, kept[1], rows)[wanted.sequence, None]
-            return self._add(rows, self.mlp(self.norm2(rows)) * share, self.ls2)
+            return rows + self._mlp(rows) * share
         subset = Subset.of(everything, kept[1])
-        branch = self.mlp(self.norm2(rows[subset.rows]))
-        return subset.add(rows, branch if self.ls2 is None else self.ls2(branch))
+        return subset.add(rows, self._mlp(rows[subset.rows]))
 
-    @staticmethod
-    def _add(rows: Tensor, branch: Tensor, scale: LayerScale | None) -> Tensor:
-        if scale is None:
-            return rows + branch
-        # One kernel; the dtype of the residual stream wins (under autocast the branch is bf16).
-        return torch.addcmul(rows, branch.to(rows.dtype), scale.gamma.to(rows.dtype))
+    def _attention(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
+        return self.attn.project(self.attn.mix(self._queries_keys_values(rows), segments), self.ls1)
+
+    def _queries_keys_values(self, rows: Tensor) -> Tensor:
+        return self._light(lambda x: self.attn.queries_keys_values(self.norm1(x)), rows)
+
+    def _mlp(self, rows: Tensor) -> Tensor:
+        if isinstance(self.mlp, GeluMlp):
+            hidden = self._light(lambda x: self.mlp.hidden(self.norm2(x)), rows)
+        else:  # Two products behind one norm: to make the norm again, the first of them would be made again, too.
+            hidden = self.mlp.hidden(self.norm2(rows))
+        return self._light(lambda x: self.mlp.output(x, self.ls2), hidden)  # type: ignore[arg-type]
+
+    def _light(self, function: Callable[[Given], Made], values: Given) -> Made:
+        """Apply a norm or an activation and the linear layers behind it."""
+        if not (self.recompute_activations and self.training and torch.is_grad_enabled()):
+            return function(values)
+        # What is made again ends where the last linear layer has its input: its product is not.
+        again: Made = checkpoint(function, values, use_reentrant=False, preserve_rng_state=False)
+        return again

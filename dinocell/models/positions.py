@@ -162,37 +162,80 @@ def _perturb(
 
 def rotate(x: Float[Tensor, "*b n t k e"], table: RotaryTable) -> Float[Tensor, "*b n t k e"]:
     """Rotate queries and keys (stacked in ``t``) by their tokens' angles, in the precision of the table."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * table.cos + torch.cat((-second, first), dim=-1) * table.sin).to(x.dtype)
+
+
+def split_rotated(
+    qkv: Float[Tensor, "b n 3 k e"], table: RotaryTable
+) -> tuple[Float[Tensor, "b n k e"], Float[Tensor, "b n k e"], Float[Tensor, "b n k e"]]:
+    """Return queries and keys, rotated as by `rotate`, and values.
+
+    ``qkv`` is used up: its memory holds the rotated numbers afterwards (a projection's output that nobody else reads;
+    a copy would be the second largest tensor that a block keeps for the backward pass).
+    """
     if torch.compiler.is_compiling():
-        first, second = x.chunk(2, dim=-1)
-        return (x * table.cos + torch.cat((-second, first), dim=-1) * table.sin).to(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
-        rotated: Tensor = _Rotate.apply(x, table.cos, table.sin)  # type: ignore[no-untyped-call]
-        return rotated
-    return _rotate(x, table.cos, table.sin, 1.0)
+        queries_and_keys, value = qkv.split((2, 1), dim=2)
+        query, key = rotate(queries_and_keys, table).unbind(2)
+        return query, key, value.squeeze(2)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        parts: tuple[Tensor, Tensor, Tensor] = _SplitRotated.apply(qkv, table.cos, table.sin)  # type: ignore[no-untyped-call]
+        return parts
+    return _split_rotated(qkv, table.cos, table.sin)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+def _split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate in place and split: three views of ``qkv``, of which nobody else holds the unrotated numbers."""
+    qkv = qkv.detach()
+    queries_and_keys = qkv[:, :, :2]
+    if cos.dtype == qkv.dtype:
+        first, second = queries_and_keys.chunk(2, dim=-1)
+        (first_cos, second_cos), (first_sin, second_sin) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        crossed = first * second_sin
+        first.mul_(first_cos).addcmul_(second, first_sin, value=-1.0)
+        second.mul_(second_cos).add_(crossed)
+    else:
+        exact = torch.empty_like(queries_and_keys, dtype=cos.dtype)
+        _rotate_into(exact, queries_and_keys, cos, sin, 1.0)
+        queries_and_keys.copy_(exact)
+    query, key, value = qkv.unbind(2)
+    return query, key, value
+
+
+def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> None:
     """Rotate without the temporaries of the textbook form (two passes over memory instead of four)."""
     half = x.shape[-1] // 2
-    out = x * cos
+    torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
-    return out.to(x.dtype)
 
 
-class _Rotate(torch.autograd.Function):
-    """A rotation; its gradient is the rotation back, so nothing but the table is kept for the backward pass."""
+class _SplitRotated(torch.autograd.Function):
+    """Rotation and split as one step: the gradient rotates back, straight to its place in the gradient of the whole.
+
+    Nothing but the table is kept for the backward pass, and no part of the gradient is stacked or copied again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
+        return _split_rotated(qkv, cos, sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(gradient, cos, sin, -1.0), None, None
+    def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = (each.squeeze(-3) for each in ctx.saved_tensors)
+        batch, tokens, heads, width = value.shape
+        gradient = value.new_empty(batch, tokens, 3, heads, width)
+        for index, part in enumerate((query, key)):
+            if cos.dtype == part.dtype:
+                _rotate_into(gradient[:, :, index], part, cos, sin, -1.0)
+            else:
+                exact = torch.empty_like(part, dtype=cos.dtype)
+                _rotate_into(exact, part, cos, sin, -1.0)
+                gradient[:, :, index] = exact
+        gradient[:, :, 2] = value
+        return gradient, None, None
 
 
 def learned_positions(

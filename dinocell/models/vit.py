@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from dinocell.models.attention import Attention, AttentionKernel, Segment
 from dinocell.models.card import WeightsCard
 from dinocell.models.config import VARIANTS, ViTConfig, variant_config
-from dinocell.models.layers import (
-    Block,
-    GeluMlp,
-    LayerScale,
-    PatchEmbedding,
-    SwigluMlp,
-)
+from dinocell.models.layers import Block, GeluMlp, PatchEmbedding, SwigluMlp
 from dinocell.models.positions import (
     RotaryTable,
     TrainingNoise,
@@ -29,6 +23,7 @@ from dinocell.models.positions import (
     rotary_table,
 )
 from dinocell.models.rows import KeptSequences, draw_kept_sequences, find_wanted_rows, num_output_rows
+from dinocell.models.scale import LayerScale
 
 __all__ = ["VARIANTS", "ViTConfig", "ViTOutput", "VisionTransformer", "variant_config"]
 

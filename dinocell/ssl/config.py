@@ -157,8 +157,9 @@ class ComputeConfig:
     compile
         Compile each block. Off on the CPU, where it gains nothing.
     recompute
-        Keep only the input of each block for the backward pass and compute the rest again: about a third more time,
-        a fraction of the memory.
+        What the backward pass computes again instead of keeping it. ``activations``: the outputs of norms and
+        activations, no matrix product; ``blocks``: all of each block, and the teacher's logits. Figures:
+        benchmarks/results/pretrain_step_cpu.md.
     timeout_s
         How long ranks wait for one another before all stop with an error.
     """
@@ -169,7 +170,7 @@ class ComputeConfig:
     parallel: Parallel = "auto"
     attention: AttentionKernel = "sdpa"
     compile: bool = False
-    recompute: bool = False
+    recompute: Literal["nothing", "activations", "blocks"] = "nothing"
     timeout_s: float = 1800.0
 
 

@@ -1,7 +1,7 @@
 """What a pretraining run starts from: shards, a student and a teacher on this rank, and what can be said about them."""
 
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from dinocell.data_shards.read import Origin, SampleStream, stream
 from dinocell.data_shards.sample import SampleInfo
 from dinocell.errors import ConfigError
 from dinocell.models.flops import forward_flop, head_flop
+from dinocell.models.layers import Block
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
@@ -79,6 +80,15 @@ def _check_channels(views: ViewsConfig, location: str, names: tuple[str, ...]) -
         )
 
 
+def recompute(student: VisionTransformer, what: Literal["nothing", "activations", "blocks"]) -> None:
+    """Let the backward pass of the student compute some of the forward pass again, see `ComputeConfig`."""
+    for index, block in enumerate(student.blocks):
+        assert isinstance(block, Block)
+        block.recompute_activations = what == "activations"
+        if what == "blocks":
+            student.blocks[index] = checkpoint_wrapper(block)
+
+
 def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
     """Return student and teacher on this rank's device, spread over the ranks if there are several.
 
@@ -86,15 +96,13 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
     """
     torch.manual_seed(config.seed)
     gram = config.gram if config.uses_gram else None
-    model = StudentTeacher(_backbone(config), config.heads, config.losses, gram).train()
     compute = config.compute
+    keep_logits = compute.recompute != "blocks"
+    model = StudentTeacher(_backbone(config), config.heads, config.losses, gram, keep_logits=keep_logits).train()
     backbones = [backbone_of(side) for side in (model.student, model.teacher, model.gram) if "backbone" in side]
     for backbone in backbones:
         backbone.set_kernel(compute.attention)
-    if compute.recompute:
-        student = backbone_of(model.student)
-        for index, block in enumerate(student.blocks):
-            student.blocks[index] = checkpoint_wrapper(block)
+    recompute(backbone_of(model.student), compute.recompute)
     if compute.compile:
         for backbone in backbones:
             for block in backbone.blocks:

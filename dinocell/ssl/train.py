@@ -162,8 +162,8 @@ def _what_would_fit(config: PretrainConfig, world: World, error: Exception) -> s
     part = config.batch_size // (world.size * config.optim.accumulate)
     return (
         f"the device's memory is too small for {part} tiles at a time ({str(error).splitlines()[0][:120]}): raise "
-        f"optim.accumulate from {config.optim.accumulate}, set compute.recompute=true, or lower batch_size from "
-        f"{config.batch_size} or heads.num_prototypes from {config.heads.num_prototypes}"
+        f"optim.accumulate from {config.optim.accumulate}, set compute.recompute=activations (or =blocks), "
+        f"or lower batch_size from {config.batch_size} or heads.num_prototypes from {config.heads.num_prototypes}"
     )
 
 
