@@ -9,7 +9,7 @@ sides run in turns in one process; memory is the peak of a process of its own. P
 that its step runs on a CPU (functions ``build``, ``optimizer``, ``batch``, ``step``).
 
 The allocator counts on a CPU: ``--allocator`` takes ``default``, or ``kept``, with which glibc never gives memory back
-(MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), for all sides alike.
+(MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_), for all sides alike.
 """
 
 import argparse
@@ -36,11 +36,8 @@ from dinocell.ssl.prepare import backbone_of, recompute
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.views import Views
 
-_KEPT = {
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_MMAP_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
+# glibc caps the threshold from which it maps memory at 32 MB, so mapping is switched off.
+_KEPT = {"MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": "268435456"}
 
 # Our own sides, and their ``compute.recompute``.
 _RECOMPUTE = {"dinocell": "nothing", "dinocell, low memory": "activations", "dinocell, least memory": "blocks"}
@@ -59,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.batch, options.prototypes, options.rounds, options.dinov3 = 2, 1024, 1, None
-    if options.allocator == "kept" and os.environ.get("MALLOC_TRIM_THRESHOLD_") != _KEPT["MALLOC_TRIM_THRESHOLD_"]:
+    if options.allocator == "kept" and os.environ.get("MALLOC_MMAP_MAX_") != "0":
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEPT})
     if options.side:
         step = make(options.side, options)

@@ -37,7 +37,7 @@ PLAIN, HOLDING, KEPT, AGAIN = (
 )
 SIDES = (PLAIN, HOLDING, KEPT, AGAIN)
 # glibc gives memory above 128 KB back to the system each time; told not to, it keeps and reuses it.
-KEEPING = {"MALLOC_MMAP_THRESHOLD_": "68719476736", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"}
 
 
 class Part(NamedTuple):
