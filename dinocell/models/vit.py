@@ -4,6 +4,7 @@
 list of batches of several resolutions (the global and local crops of a training step) in one call.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast, overload
 
@@ -41,7 +42,7 @@ class ViTOutput(NamedTuple):
 
 # Tokens of one pass on the CPU. Larger batches go through in pieces of about this size: the temporaries of a piece
 # stay below the size from which malloc returns memory to the system each time (benchmarks/vit_forward.py).
-_CPU_PIECE_TOKENS = 2048
+_CPU_PIECE_TOKENS = 3200
 
 
 class VisionTransformer(nn.Module):
@@ -259,6 +260,7 @@ class VisionTransformer(nn.Module):
         """Cut a large batch on the CPU into pieces; drop path, which draws from the whole batch, forbids it."""
         rows, columns = self.grid(images)
         size = max(1, _CPU_PIECE_TOKENS // (rows * columns + self.config.num_prefix))
+        size = math.ceil(len(images) / math.ceil(len(images) / size))  # even pieces: a small last one computes badly
         whole = images.device.type != "cpu" or (self.training and self.noise.drop_path > 0)
         if whole or self.kernel != "sdpa" or len(images) <= size or torch.compiler.is_compiling():
             yield _Input(images, masks, select)
