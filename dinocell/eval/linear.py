@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinocell.errors import ConfigError, DinocellError
@@ -175,30 +175,36 @@ def train_grid(
     device = device or features.device
     generator = torch.Generator().manual_seed(settings.seed)
     grid, (count, width) = settings.grid, features.shape
-    one = torch.randn(num_classes, width, generator=generator) * 0.01
-    weight = one.repeat(len(grid), 1, 1).to(device)
-    bias = torch.zeros(len(grid), num_classes, device=device)
     scale = settings.batch_size / 256
     rates = torch.tensor([rate * scale for rate, _ in grid], device=device)
     decays = torch.tensor([decay for _, decay in grid], device=device)
-    moments = [torch.zeros_like(each) for each in (weight, weight, bias, bias)]
+    # Weights over their own learning rates. Adam's step does not depend on the size of the gradient, so that of the
+    # true weights moves these at a rate of 1, all classifiers alike: one fused step does for the whole grid.
+    one = torch.randn(num_classes, width, generator=generator).to(device) * 0.01
+    weight = nn.Parameter(one / rates[:, None, None])
+    bias = nn.Parameter(torch.zeros(len(grid), num_classes, device=device))
+    optimizer = torch.optim.AdamW([weight, bias], betas=_BETAS, eps=_EPS, weight_decay=0.0, fused=True)
     per_epoch = settings.epoch_steps or max(1, count // settings.batch_size)
     steps = settings.epochs * per_epoch
     batches = _batches(count, min(settings.batch_size, count), generator)
     for step in range(steps):
         which = next(batches)
         rows, wanted = features[which].to(device).float(), labels[which].to(device)
-        logits = F.linear(rows, weight.flatten(0, 1), bias.flatten()).unflatten(1, (len(grid), num_classes))
-        # The sum over classifiers of each one's mean loss has each one's own gradient.
-        residual = _residual(logits, wanted) / len(rows)
-        residual = residual.flatten(1)
-        slope = (residual.T @ rows).unflatten(0, (len(grid), num_classes))
-        lean = residual.sum(0).unflatten(0, (len(grid), num_classes))
-        now = rates * 0.5 * (1 + math.cos(math.pi * step / steps))
-        _adamw(weight, slope, moments[0], moments[1], now[:, None, None], decays[:, None, None], step + 1)
-        _adamw(bias, lean, moments[2], moments[3], now[:, None], decays[:, None], step + 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.no_grad():
+            logits = F.linear(rows, weight.flatten(0, 1), bias.flatten()).unflatten(1, (len(grid), num_classes))
+            # The sum over classifiers of each one's mean loss has each one's own gradient.
+            residual = (_residual(logits.mul_(rates[:, None]), wanted) / len(rows)).flatten(1)
+            weight.grad = (residual.T @ rows).unflatten(0, (len(grid), num_classes))
+            bias.grad = residual.sum(0).unflatten(0, (len(grid), num_classes))
+            if decays.any():
+                shrink = 1 - cosine * rates * decays
+                weight.mul_(shrink[:, None, None])
+                bias.mul_(shrink[:, None])
+        optimizer.param_groups[0]["lr"] = cosine
+        optimizer.step()
         progress(step + 1, steps)
-    return Classifiers(weight=weight, bias=bias)
+    return Classifiers(weight=weight.detach() * rates[:, None, None], bias=bias.detach() * rates[:, None])
 
 
 def _residual(logits: Float[Tensor, "b g c"], labels: Tensor) -> Float[Tensor, "b g c"]:
@@ -209,20 +215,6 @@ def _residual(logits: Float[Tensor, "b g c"], labels: Tensor) -> Float[Tensor, "
         return probabilities
     # The mean over classes as well, as torch's binary cross entropy has it.
     return (logits.sigmoid() - labels[:, None]) / labels.shape[1]
-
-
-def _adamw(
-    values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rate: Tensor, decay: Tensor, step: int
-) -> None:
-    """Take a step in place; ``gradient`` is used as scratch."""
-    if decay.any():
-        values.mul_(1 - rate * decay)
-    first.lerp_(gradient, 1 - _BETAS[0])
-    second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-    # The corrections of both moments go into the rate and the small number: a pass less over the weights each.
-    root = math.sqrt(1 - _BETAS[1] ** step)
-    spread = torch.sqrt(second, out=gradient).add_(_EPS * root)
-    values.addcmul_(torch.div(first, spread, out=gradient), rate * (-root / (1 - _BETAS[0] ** step)))
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from dinocell.data_shards.distance import distance_to_boundary
 from dinocell.eval.compiled import compiled
@@ -44,6 +45,27 @@ def measure_cells(labels: _Array, distance: _Array, num_labels: int) -> CellMeas
     if np.isinf(depth[0, 0]):
         depth.fill(max(depth.shape) / 2)
     return CellMeasures(*_measure(labels, distance, depth, num_labels))
+
+
+def measure_some(labels: _Array, distance: _Array, which: _Array) -> CellMeasures:
+    """Measure the labels where ``which``, one entry a label, is True; the others have 0 everywhere.
+
+    The same numbers as `measure_cells`: the pixel nearest to a label's inside lies in its bounding box or beside it.
+    """
+    boxes = ndimage.find_objects(labels, max_label=len(which) - 1)
+    wanted = [(label, boxes[label - 1]) for label in np.flatnonzero(which).tolist() if label and boxes[label - 1]]
+    if sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, (rows, columns) in wanted) > labels.size:
+        return measure_cells(np.where(which[labels], labels, 0), distance, len(which) - 1)
+    found = CellMeasures(*(np.zeros(len(which), np.float32) for _ in range(3)))
+    for label, box in wanted:
+        wider = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
+        own = np.ascontiguousarray(labels[wider] == label, np.int32)
+        depth = distance_to_boundary(own)
+        if np.isinf(depth[0, 0]):
+            depth.fill(max(labels.shape) / 2)
+        radius, middle, peak = _measure(own, distance[wider], depth, 1)
+        found.radius_px[label], found.middle[label], found.peak[label] = radius[1], middle[1], peak[1]
+    return found
 
 
 @compiled

@@ -8,7 +8,7 @@ from jaxtyping import Float32, Int32
 
 from dinocell.errors import DinocellError
 from dinocell.eval.border import restore_borders
-from dinocell.eval.measure import CellMeasures, measure_cells
+from dinocell.eval.measure import CellMeasures, measure_cells, measure_some
 from dinocell.eval.merging import merged_ids
 
 MERGE_PX = 3.0
@@ -79,7 +79,7 @@ def _merge(labels: _Array, distance: _Array, measures: CellMeasures, ids: _Array
     if not is_merged.any():
         return labels, measures
     labels = ids[labels]
-    merged = measure_cells(np.where(is_merged[labels], labels, 0), distance, len(ids) - 1)
+    merged = measure_some(labels, distance, is_merged)
     return labels, CellMeasures(
         radius_px=np.where(is_merged, merged.radius_px, measures.radius_px),
         middle=np.where(is_merged, merged.middle, measures.middle),
