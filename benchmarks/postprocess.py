@@ -61,7 +61,7 @@ def main() -> None:
         f"## The whole chain, {size} x {size}",
         "",
         "What comes after the network: windows blended, labels with merging and borders, the table of all cells, the",
-        "label TIFF. First call: labels in a process of its own whose kernels are not compiled yet; the process after it.",
+        "label TIFF. First call: labels in a process whose kernels are not compiled yet; then in the process after it.",
         "",
         "| map | chain, s: median of 5 (target 1.2) | first call, s (target 3) | the same in the next process, s |",
         "|---|---|---|---|",
@@ -80,8 +80,8 @@ def chain_seconds(distance: np.ndarray) -> float:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(6):
             start = time.perf_counter()
-            blended = predict(distance, lambda windows: windows, batch_size=8)
-            labels = distance_to_labels(blended, min_area_px=5)
+            blended = predict(distance[None], lambda windows: windows, batch_size=8)
+            labels = distance_to_labels(blended[0], min_area_px=5)
             measure_table(labels)
             write_labels(Path(folder) / "labels.tif", labels)
             seconds.append(time.perf_counter() - start)

@@ -76,7 +76,7 @@ def main() -> None:
         "",
         "| what | ratio: median (range) |",
         "|---|---|",
-        f"| plain labels: a flood of scikit-image a point (scaled from {len(sample)} points) / cuts of {STEPS} floods | "
+        f"| plain labels: scikit-image's flood a point (scaled from {len(sample)}) / cuts of {STEPS} floods | "
         f"{ratio(seconds['library'], seconds['cuts'])} |",
         f"| plain labels: one of our floods a point / cuts of {STEPS} floods ({differing} px differ) | "
         f"{ratio(seconds['floods'], seconds['cuts'])} |",
