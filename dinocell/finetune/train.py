@@ -16,15 +16,17 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 from dinocell.data_shards.labelled import LabelledImage
-from dinocell.errors import ConfigError, DinocellError
+from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.data import Crops, Examples, Split, loader, open_sets, split, validation_batches
 from dinocell.finetune.losses import map_loss
 from dinocell.finetune.model import DINOCell, create_dinocell_model, replace_settings
 from dinocell.finetune.pictures import draw_examples
+from dinocell.runtime.bad_steps import BadSteps
 from dinocell.runtime.checkpoint import Checkpointer, Restored
 from dinocell.runtime.distributed import World, barrier, sum_over_ranks, together
 from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.runtime.schedules import Schedule, value_at
@@ -138,8 +140,11 @@ class _Training:
         )
         self._parts = {name: part for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
         self.optimizer = adamw(groups, betas=config.optim.betas)
-        self._bad = torch.zeros((), device=world.device)
-        self._bad_in_a_row = torch.zeros((), device=world.device)
+        self._bad_steps = BadSteps(
+            world.device,
+            most=config.optim.max_bad_steps,
+            advice=f"Lower optim.learning_rate; {config.output / 'last.pt'} is the last good model",
+        )
         self.checkpointer = Checkpointer(config.output / "checkpoints", timeout_s=config.compute.timeout_s)
         self.progress: dict[str, Any] = {"step": 0, "best": math.inf, "best_epoch": 0, "stale": 0, "finished": False}
 
@@ -187,7 +192,7 @@ class _Training:
             metrics = self.step(step - 1, batch)
             self.progress["step"] = step
             if run.is_log_step(step):
-                self._check_finite()
+                self._bad_steps.check()
             epoch, rest = divmod(step, self.steps_per_epoch)
             if rest == 0:
                 metrics |= self._end_of_epoch(run, step, epoch, score, batch)
@@ -222,36 +227,21 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norms = clip_gradients(self._parts, optim.clip)
-        error = loss.detach()
-        bad = (~torch.stack([error, *norms.values()]).isfinite().all()).float()
-        if self.world.size > 1:  # a rank sees its own crops: what is logged is the loss of all
-            bad, error = sum_over_ranks(torch.stack((bad, error)))
-            bad, error = (bad > 0).float(), error / self.world.size
-        # What a gradient scaler sets: the fused kernel leaves weights and moments alone where it is 1.
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self._bad += bad
-        self._bad_in_a_row = (self._bad_in_a_row + bad) * bad
+        error = sum_over_ranks(loss.detach()) / self.world.size  # a rank sees its own crops: what is logged is of all
+        self._bad_steps.step(self.optimizer, [error, *norms.values()])
         if optim.ema:
             update_teacher(self.average.parameters(), self.model.parameters(), optim.ema)
-        metrics: dict[str, Any] = {"loss/train": error, "health/skipped_steps": self._bad.clone()}
+        metrics: dict[str, Any] = {"loss/train": error, "health/skipped_steps": self._bad_steps.total}
         metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         metrics["schedule/learning_rate"] = rate * optim.learning_rate
         return metrics
 
     def _maps(self, model: nn.Module, images: Tensor) -> Tensor:
-        device, wanted = self.world.device.type, self.config.compute.dtype
-        use = device == "cuda" if wanted == "auto" else wanted == "bfloat16"
-        with torch.autocast(device, torch.bfloat16, enabled=use):
+        device = self.world.device
+        use_bfloat16 = uses_bfloat16(self.config.compute.dtype, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
             maps: Tensor = model(images)
         return maps.float()
-
-    def _check_finite(self) -> None:
-        if int(self._bad_in_a_row) >= self.config.optim.max_bad_steps:
-            raise DinocellError(
-                f"{int(self._bad_in_a_row)} steps in a row had a loss or gradient that is not finite; no weight was "
-                f"changed by them. Lower optim.learning_rate; {self.config.output / 'last.pt'} is the last good model"
-            )
 
     def _end_of_epoch(self, run: Run, step: int, epoch: int, score: Scorer | None, batch: Examples) -> dict[str, Any]:
         config = self.config
@@ -329,7 +319,7 @@ class _Training:
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        state["bad"] = torch.stack((self._bad, self._bad_in_a_row))
+        state["bad"] = self._bad_steps.state()
         if self.config.optim.ema:
             state["average"] = self.average.state_dict()
         return state
@@ -347,7 +337,7 @@ class _Training:
         restored: Restored | None = self.checkpointer.restore(state)
         assert restored is not None
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self._bad, self._bad_in_a_row = state["bad"]
+        self._bad_steps.restore(state["bad"])
         if self.config.optim.ema:
             self.average.load_state_dict(state["average"])
         self.progress = {name: math.inf if value is None else value for name, value in restored.values.items()}

@@ -6,6 +6,7 @@ from typing import Literal
 
 from dinocell.models.attention import AttentionKernel
 from dinocell.models.config import VARIANTS
+from dinocell.runtime.precision import Precision
 from dinocell.runtime.schedules import Freeze, Schedule
 from dinocell.runtime.sharding import Parallel
 from dinocell.ssl.masking import MaskingConfig
@@ -165,7 +166,7 @@ class ComputeConfig:
     """
 
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     workers: int = 2
     parallel: Parallel = "auto"
     attention: AttentionKernel = "sdpa"
