@@ -19,16 +19,17 @@ from dinocell.data_shards.masks import read_labels
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.ctc_folders import OfficialScores, check_programs
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet
-from dinocell.eval.flow_thresholds import FlowSearch, search_flows
+from dinocell.eval.flow_thresholds import search_flows
+from dinocell.eval.grid_search import keep_maps
 from dinocell.eval.mending import Mending
 from dinocell.eval.mistakes import draw_mistakes
 from dinocell.eval.official import LabelStore, check_few_enough
 from dinocell.eval.overlaps import Overlaps, find_overlaps
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.predicted_files import find_predictions
-from dinocell.eval.rules import FOUND, OURS, PLAIN, rules_of
+from dinocell.eval.rules import FOUND, OURS, PLAIN, FoundThresholds, rules_of
 from dinocell.eval.score_rows import ImageScores, PooledScores, Scores, pool, score_tables
-from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, ThresholdSearch, keep_maps, search
+from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search
 from dinocell.finetune.preprocess import grey_of
 
 ALL_SETS = "all"
@@ -67,7 +68,7 @@ class Evaluation:
     images: tuple[ImageScores, ...]
     pooled: tuple[PooledScores, ...]
     worst: tuple[Mistakes, ...]
-    threshold_search: ThresholdSearch | FlowSearch | None
+    threshold_search: FoundThresholds | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ def evaluate_sets(
         if pipeline is not None:  # a file that does not fit is found before the network's long work, not after it
             for dataset, index, image in _all_images(sets):
                 _read(of_sets[dataset][index], image.labels.shape)
-    found: ThresholdSearch | FlowSearch | None = None
+    found: FoundThresholds | None = None
     maps = _maps(sets, pipeline, progress) if pipeline is not None else None
     if grid is not None and maps is not None and pipeline is not None and scratch is not None:
         kept = keep_maps(scratch, maps)
@@ -257,7 +258,7 @@ def _search(
     pipeline: DINOCellPipeline,
     grid: SearchGrid,
     progress: Progress,
-) -> ThresholdSearch | FlowSearch:
+) -> FoundThresholds:
     settings = pipeline.model.settings
     references = [np.asarray(image.labels) for _, _, image in _all_images(sets)]
     if pipeline.model.settings.target == "flows":
