@@ -15,14 +15,8 @@ from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.eval.features import (
-    FeatureSettings,
-    extract,
-    extract_to,
-    read_features,
-    to_input,
-    tokens_to_feature,
-)
+from dinocell.eval.feature_files import extract_to, read_features
+from dinocell.eval.features import FeatureSettings, extract, to_input, tokens_to_feature
 from dinocell.eval.image_sets import ClassFolders, FieldImages, ProbeImage, ShardImages, labels_of, to_unit
 from dinocell.eval.online import OnlineProbe
 from dinocell.models.vit import VisionTransformer, variant_config
