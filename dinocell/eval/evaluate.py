@@ -16,6 +16,7 @@ from jaxtyping import Float32, Integer, UInt8
 
 from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.masks import read_labels
+from dinocell.data_shards.picture import picture_of
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.ctc_folders import OfficialScores, check_programs
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet
@@ -30,7 +31,6 @@ from dinocell.eval.predicted_files import find_predictions
 from dinocell.eval.rules import FOUND, OURS, PLAIN, FoundThresholds, rules_of
 from dinocell.eval.score_rows import ImageScores, PooledScores, Scores, pool, score_tables
 from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search
-from dinocell.finetune.preprocess import grey_of
 
 ALL_SETS = "all"
 
@@ -303,6 +303,7 @@ def _with(
     is_worse = len(worst) < number or (number > 0 and score < worst[-1].scores.f1)
     if math.isnan(score) or score == 1 or not is_worse:
         return list(worst)
-    picture = draw_mistakes(grey_of(np.asarray(image.pixels)), np.asarray(image.labels), labels, table)
+    plane = picture_of(np.asarray(image.pixels)).plane()
+    picture = draw_mistakes(plane, np.asarray(image.labels), labels, table)
     mistakes = Mistakes(dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, picture=picture)
     return sorted([*worst, mistakes], key=lambda each: each.scores.f1)[:number]

@@ -232,7 +232,7 @@ def _compute(read: _Read, pipeline: DINOCellPipeline, options: Any, writer: Thre
     if picture is None or target is None:
         return _Waiting(read, error=read.error)
     try:
-        plane = (picture.mean() if options.channel is None else picture.select(options.channel)).pixels[0]
+        plane = picture.plane(options.channel)
         size = options.pixel_size if options.pixel_size is not None else picture.pixel_size_um
         labels, maps = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
         if "save_ctc" in target.paths:
