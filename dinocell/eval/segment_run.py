@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from dinocell.eval.ctc_folders import check_ids, write_mask
 from dinocell.eval.exports import write_geojson, write_rois
 from dinocell.eval.outputs import write_cells, write_maps, write_outlines, write_overlay
 from dinocell.eval.pipeline import DINOCellPipeline
-from dinocell.eval.segment_jobs import COCO, SUMMARY, Job, Target, target_of, targets_of_frames
+from dinocell.eval.segment_jobs import COCO, SUMMARY, Job, Request, Target, target_of, targets_of_frames
 from dinocell.runtime.atomic import replacing
 
 # Pictures whose results wait to be written: more would only fill the memory.
@@ -83,7 +83,7 @@ class _Waiting(NamedTuple):
 
 
 def segment_files(
-    jobs: Sequence[Job], pipeline: DINOCellPipeline, options: Any, *, say: Callable[[str], None]
+    jobs: Sequence[Job], pipeline: DINOCellPipeline, request: Request, *, say: Callable[[str], None]
 ) -> dict[Path, str]:
     """Segment files, say a line about each, bring summary and COCO file up to date; return what failed, and why.
 
@@ -92,24 +92,24 @@ def segment_files(
     DinocellError
         If results cannot be written.
     """
-    with _output_errors(options.output):
-        options.output.mkdir(parents=True, exist_ok=True)
-        if not os.access(options.output, os.W_OK):  # before the network's long work, not after it
+    with _output_errors(request.output):
+        request.output.mkdir(parents=True, exist_ok=True)
+        if not os.access(request.output, os.W_OK):  # before the network's long work, not after it
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     tables = _Tables(
-        rows=_read_summary(options.output / SUMMARY),
-        coco=read_coco_file(options.output / COCO) if options.save_coco else None,
+        rows=_read_summary(request.output / SUMMARY),
+        coco=read_coco_file(request.output / COCO) if request.save_coco else None,
     )
-    _check_sources(jobs, tables, options)
+    _check_sources(jobs, tables, request)
     progress = _Progress(num_files=len(jobs), say=say)
     try:
-        _segment(jobs, pipeline, options, tables, progress)
+        _segment(jobs, pipeline, request, tables, progress)
     except BaseException:
         # Told to stop, or the disk is full: keep what is done if that can be, and report what happened first.
         with suppress(DinocellError):
-            _write_tables(options.output, tables)
+            _write_tables(request.output, tables)
         raise
-    _write_tables(options.output, tables)
+    _write_tables(request.output, tables)
     return progress.failed
 
 
@@ -157,16 +157,16 @@ class _Progress:
 
 
 def _segment(
-    jobs: Sequence[Job], pipeline: DINOCellPipeline, options: Any, tables: _Tables, progress: _Progress
+    jobs: Sequence[Job], pipeline: DINOCellPipeline, request: Request, tables: _Tables, progress: _Progress
 ) -> None:
-    pictures = _pictures(jobs, options, tables)
+    pictures = _pictures(jobs, request, tables)
     waiting: deque[_Waiting] = deque()
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
         try:
             coming = reader.submit(next, pictures, None)
             while (read := coming.result()) is not None:
                 coming = reader.submit(next, pictures, None)
-                waiting.append(_compute(read, pipeline, options, writer))
+                waiting.append(_compute(read, pipeline, request, writer))
                 while len(waiting) > _MOST_WAITING:
                     _settle(waiting, tables, progress)
             while waiting:
@@ -191,15 +191,15 @@ def _settle(waiting: deque[_Waiting], tables: _Tables, progress: _Progress) -> N
     progress.add(first.read, written.num_cells if written is not None else None, first.error)
 
 
-def _pictures(jobs: Sequence[Job], options: Any, tables: _Tables) -> Iterator[_Read]:
+def _pictures(jobs: Sequence[Job], request: Request, tables: _Tables) -> Iterator[_Read]:
     """Read what is not done yet, one picture whenever one is asked for; every job ends with an entry."""
     for job in jobs:
         try:
-            if options.frames:
-                yield from _frames(job, options, tables)
+            if request.frames:
+                yield from _frames(job, request, tables)
                 continue
-            target = target_of(job, options)
-            if tables.is_done(target) and not options.overwrite:
+            target = target_of(job, request)
+            if tables.is_done(target) and not request.overwrite:
                 yield _Read(job, found_done=tuple(_unlisted(job, [target], tables)))
             else:
                 yield _Read(job, target, read_image(job.file))
@@ -207,9 +207,9 @@ def _pictures(jobs: Sequence[Job], options: Any, tables: _Tables) -> Iterator[_R
             yield _Read(job, error=error)
 
 
-def _frames(job: Job, options: Any, tables: _Tables) -> Iterator[_Read]:
-    targets = list(targets_of_frames(job, count_frames(job.file), options))
-    is_done = [tables.is_done(target) and not options.overwrite for target in targets]
+def _frames(job: Job, request: Request, tables: _Tables) -> Iterator[_Read]:
+    targets = list(targets_of_frames(job, count_frames(job.file), request))
+    is_done = [tables.is_done(target) and not request.overwrite for target in targets]
     if not all(is_done):
         for number, picture in enumerate(read_stack(job.file)):
             if not is_done[number]:
@@ -226,21 +226,21 @@ def _unlisted(job: Job, done: Sequence[Target], tables: _Tables) -> Iterator[_Wr
             yield _Written(target.name, job.file, num_cells, float((labels > 0).mean()), None)
 
 
-def _compute(read: _Read, pipeline: DINOCellPipeline, options: Any, writer: ThreadPoolExecutor) -> _Waiting:
+def _compute(read: _Read, pipeline: DINOCellPipeline, request: Request, writer: ThreadPoolExecutor) -> _Waiting:
     """Segment a picture and hand its results to the writer."""
     picture, target = read.picture, read.target
     if picture is None or target is None:
         return _Waiting(read, error=read.error)
     try:
-        plane = picture.plane(options.channel)
-        size = options.pixel_size if options.pixel_size is not None else picture.pixel_size_um
+        plane = picture.plane(request.channel)
+        size = request.pixel_size_um if request.pixel_size_um is not None else picture.pixel_size_um
         labels, maps = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
         if "save_ctc" in target.paths:
             check_ids(labels, target.paths["save_ctc"])
     except ImageError as error:
         return _Waiting(read, error=error)
     found = _Found(read, target, picture, plane, labels, maps, size)
-    return _Waiting(read, writing=writer.submit(_write, found, options.output, with_coco=options.save_coco))
+    return _Waiting(read, writing=writer.submit(_write, found, request.output, with_coco=request.save_coco))
 
 
 def _write(found: _Found, output: Path, *, with_coco: bool) -> _Written:
@@ -276,15 +276,15 @@ def _source(file: Path) -> str:
     return f"{file.resolve().parent.name}/{file.name}"
 
 
-def _check_sources(jobs: Sequence[Job], tables: _Tables, options: Any) -> None:
+def _check_sources(jobs: Sequence[Job], tables: _Tables, request: Request) -> None:
     """Refuse to take the results of another image, of the same name in another folder, for this one's."""
-    if options.overwrite:
+    if request.overwrite:
         return
     for job in jobs:
-        row = tables.rows.get(f"{job.stem}_f0000" if options.frames else job.stem, ())
+        row = tables.rows.get(f"{job.stem}_f0000" if request.frames else job.stem, ())
         if len(row) > _SOURCE and row[_SOURCE] != _source(job.file):
             raise DinocellError(
-                f"{options.output}: results named {job.stem} are there, of {row[_SOURCE]}, not of {job.file}; choose "
+                f"{request.output}: results named {job.stem} are there, of {row[_SOURCE]}, not of {job.file}; choose "
                 "another --output, or replace them with --overwrite"
             )
 
