@@ -111,9 +111,7 @@ class Trainer:
     def _values(self, number: int) -> _Values:
         config, schedules = self._config, self._config.schedules
         value = partial(value_at, step=number, num_steps=config.steps)
-        backbone_factor = value(schedules.backbone.factor())
-        if config.model.weights is not None:
-            backbone_factor *= value(config.model.start_freeze.factor())
+        freeze = schedules.backbone_freeze(from_weights=config.model.weights is not None)
         peak = value(schedules.learning_rate)
         return _Values(
             learning_rate=scaled_learning_rate(peak, config.batch_size, rule=config.optim.rule),
@@ -122,7 +120,7 @@ class Trainer:
             teacher_temperature=value(schedules.teacher_temperature),
             local_weight=value(schedules.local_weight),
             gram_weight=value(schedules.gram_weight),
-            backbone_factor=backbone_factor,
+            backbone_factor=value(freeze.factor()),
             last_layer_factor=value(schedules.last_layer.factor()),
         )
 
