@@ -163,7 +163,11 @@ class DINOCellPipeline:
         return Segmentation(labels, maps) if self.model.target == "distance" else FlowSegmentation(labels, maps)
 
     def run_batch(self, images: Sequence[Shaped[np.ndarray, "..."]]) -> list[np.ndarray]:
-        """Return the cells of several images, which may differ in size."""
+        """Return the cells of several images, which may differ in size, one after the other.
+
+        Batches hold the windows of one image: on the CPU, batches across images gain nothing, but for images of a
+        single window of 128 px or less (benchmarks/results/window_batches.md).
+        """
         return [self.run(image) for image in images]
 
     def run_batch_thresholds(
