@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinocell.configs.load import diff_configs, find_recipe, load_config, read_mapping, to_dict, to_yaml
+from dinocell.configs.differences import diff_configs
+from dinocell.configs.load import find_recipe, load_config, read_mapping, to_dict, to_yaml
 from dinocell.data_shards.labelled import open_labelled
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.picture import picture_of

@@ -18,7 +18,7 @@ from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.masks import read_labels
 from dinocell.data_shards.picture import picture_of
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.ctc_folders import OfficialScores, check_programs
+from dinocell.eval.ctc_programs import OfficialScores, check_programs
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet
 from dinocell.eval.flow_thresholds import search_flows
 from dinocell.eval.grid_search import keep_maps
