@@ -12,10 +12,10 @@ from dinocell.data_shards.distance import labels_to_distance
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
 from dinocell.eval.ctc import ctc_score
-from dinocell.eval.grid_search import METRICS, GridSearch, keep_maps
+from dinocell.eval.grid_search import METRICS, keep_maps
 from dinocell.eval.matching import matching_score
 from dinocell.eval.mending import PLAIN, Mending
-from dinocell.eval.thresholds import Thresholds, search
+from dinocell.eval.thresholds import search
 from dinocell.eval.watershed import distance_to_labels
 
 RNG = np.random.default_rng(0)
@@ -86,21 +86,6 @@ def test_the_best_point_is_the_highest_and_beats_the_edges() -> None:
     assert found.best_score > found.scores["op_csb"][0, 0, 0] + 0.05
     by_seg = search(MAPS, LABELS, steps=6, metric="seg")
     assert by_seg.best_score == np.nanmax(found.scores["seg"])
-
-
-def test_of_equal_points_the_one_among_good_neighbours_is_chosen() -> None:
-    scores = np.full((5, 5, 1), 0.2)
-    scores[0, 4] = scores[2, 2] = 0.9
-    scores[1:4, 1:4][scores[1:4, 1:4] < 0.9] = 0.8
-    values = tuple(np.linspace(0.1, 0.5, 5).tolist())
-    found = GridSearch(
-        point=Thresholds,
-        axes={"cells_max": values, "cell_fill": values, "merge_px": (3.0,)},
-        metric="seg",
-        scores=dict.fromkeys(METRICS, scores),
-        num_images=1,
-    )
-    assert found.best[:2] == pytest.approx((values[2], values[2]))
 
 
 def test_files_hold_every_point_and_a_picture(tmp_path: Path) -> None:
