@@ -33,7 +33,7 @@ from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.finetune.config import AugmentConfig, ComputeConfig, DataConfig, FinetuneConfig, ModelConfig
 from dinocell.finetune.data import prepared
 from dinocell.finetune.model import DINOCell, create_dinocell_model
-from dinocell.finetune.train import World, _Training
+from dinocell.finetune.train import Training, World
 
 TARGET_RATIO, TARGET_SHARE = 1.5, 0.35
 NUM_IMAGES = 4
@@ -56,9 +56,11 @@ def main() -> None:
             augment=AugmentConfig(crop=crop),
             compute=ComputeConfig(device="cpu", workers=0),
         )
-        training = _Training(config, World(), is_dry=True)
+        training = Training(config, World(), is_dry=True)
         ours = our_step(training)
-        images = [prepared(each, training.model.settings) for each in (training.split.sets[0][n] for n in range(3))]
+        images = [
+            prepared(each, training.learner.model.settings) for each in (training.split.sets[0][n] for n in range(3))
+        ]
         maps = [labels_to_distance(labels) for _, labels, _ in images]  # the float maps, whole in memory
         sides = {"ours": ours}
         for name, through in (("straight", True), ("straight, no autograd", False)):
@@ -66,7 +68,7 @@ def main() -> None:
             model.backbone.requires_grad_(through)
             sides[name] = straight_step(model, images, maps, crop, batch)
         seconds = alternate(sides, rounds=rounds, warmup=1 if options.quick else 0)
-        share, forwards = decoder_share(training.model.eval(), crop, batch, rounds)
+        share, forwards = decoder_share(training.learner.model.eval(), crop, batch, rounds)
         data = data_seconds(training, images, maps, crop, batch)
     lines = [
         f"# Fine-tuning on a frozen backbone: ViT {size}, patch 8, {crop} px, batch {batch}, CPU",
@@ -112,7 +114,7 @@ def make_set(root: Path, shape: tuple[int, int]) -> Path:
     return root / "set"
 
 
-def our_step(training: _Training) -> Callable[[], object]:
+def our_step(training: Training) -> Callable[[], object]:
     batches = enumerate(training.batches(0))
     return lambda: float(training.step(*next(batches))["loss/train"])
 
@@ -175,7 +177,7 @@ def decoder_share(model: DINOCell, crop: int, batch: int, rounds: int) -> tuple[
 
 
 def data_seconds(
-    training: _Training, images: list[tuple], maps: list[np.ndarray], crop: int, batch: int
+    training: Training, images: list[tuple], maps: list[np.ndarray], crop: int, batch: int
 ) -> dict[str, float]:
     generator = np.random.default_rng(1)
     batches = iter(training.batches(training.total_steps // 2))

@@ -19,9 +19,10 @@ from dinocell.errors import DinocellError
 from dinocell.eval import (
     consistency_command,
     evaluate_command,
+    features_command,
     finetune_command,
+    knn_command,
     linear_command,
-    probe_command,
     segment_command,
 )
 from dinocell.launch import launch_command
@@ -68,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     finetune_command.register(commands)
     segment_command.register(commands)
     evaluate_command.register(commands)
-    probe_command.register(commands)
+    features_command.register(commands)
+    knn_command.register(commands)
     linear_command.register(commands)
     consistency_command.register(commands)
     launch_command.register(commands, main=main)

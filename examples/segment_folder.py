@@ -25,8 +25,9 @@ def segment_folder(folder: Path, model: Path, output: Path) -> int:
     with (output / "cells.csv").open("w", encoding="utf-8") as table:
         table.write("image,cell,area_px\n")
         for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES):
-            picture = read_image(path).mean()  # every stain brought to its own range, then averaged
-            labels = pipeline.run(picture.pixels[0], pixel_size_um=picture.pixel_size_um)
+            picture = read_image(path)
+            # Of several stains each is brought to its own range, then they are averaged.
+            labels = pipeline.run(picture.plane(), pixel_size_um=picture.pixel_size_um)
             write_labels(output / f"{path.stem}_labels.tif", labels, pixel_size_um=picture.pixel_size_um)
             areas = np.bincount(labels.ravel())[1:]
             table.writelines(f"{path.name},{cell},{area}\n" for cell, area in enumerate(areas, start=1) if area)

@@ -26,6 +26,7 @@ from dinocell.data_shards.images import (
     write_png,
     write_tiff,
 )
+from dinocell.data_shards.picture import picture_of
 from dinocell.errors import ImageError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -587,6 +588,36 @@ def test_the_mean_of_channels_weighs_dim_and_bright_stains_alike() -> None:
     expected = np.clip((pixels - low) / (high - low), 0, 1).mean(0)
     np.testing.assert_allclose(mean.pixels[0], expected, atol=1e-6)
     assert mean.channel_names == ("mean",)
+
+
+def test_the_plane_is_the_chosen_channel_or_the_mean() -> None:
+    pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+    picture = Picture(pixels=pixels, channel_names=("DNA", "ER"))
+    np.testing.assert_array_equal(picture.plane("ER"), pixels[1])
+    np.testing.assert_array_equal(picture.plane(0), pixels[0])
+    np.testing.assert_array_equal(picture.plane(), picture.mean().pixels[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "channels", "names"),
+    [
+        ((5, 4), np.uint8, 1, ()),
+        ((2, 40, 50), np.uint16, 2, ()),
+        ((40, 50, 3), np.uint8, 3, ("red", "green", "blue")),
+        ((40, 50, 4), np.uint8, 4, ("red", "green", "blue", "alpha")),
+        ((4, 40, 50), np.uint16, 4, ()),
+    ],
+)
+def test_an_array_becomes_a_picture(shape: tuple[int, ...], dtype: type, channels: int, names: tuple[str, ...]) -> None:
+    picture = picture_of(np.zeros(shape, dtype))
+    assert len(picture.pixels) == channels
+    assert picture.channel_names == names
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (7,), (2, 3, 4, 5), (20, 40, 50)])
+def test_an_array_that_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ImageError, match="expected"):
+        picture_of(np.zeros(shape))
 
 
 def test_a_channel_that_is_called_mean_is_that_channel() -> None:

@@ -15,18 +15,11 @@ from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.eval.features import (
-    FeatureSettings,
-    extract,
-    extract_to,
-    read_features,
-    to_input,
-    tokens_to_feature,
-)
+from dinocell.eval.feature_files import extract_to
+from dinocell.eval.features import FeatureSettings, extract, to_input, tokens_to_feature
 from dinocell.eval.image_sets import ClassFolders, FieldImages, ProbeImage, ShardImages, labels_of, to_unit
 from dinocell.eval.online import OnlineProbe
 from dinocell.models.vit import VisionTransformer, variant_config
-from dinocell.runtime.distributed import World
 
 SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
 
@@ -96,65 +89,6 @@ def test_a_stack_is_put_into_the_order_of_the_model() -> None:
         to_input(an_image(3, 16, 16), vit, FeatureSettings())
     with pytest.raises(DinocellError, match="channels bag: needs a model of one channel, this one has 2"):
         to_input(image, vit, FeatureSettings(channels="bag"))
-
-
-def test_features_on_disk_equal_those_in_memory_on_any_number_of_ranks(shard_set: Path, tmp_path: Path) -> None:
-    vit, images = tiny(), ShardImages(shard_set)
-    settings = FeatureSettings(channels="each", batch_size=7)
-    wanted = extract(vit, images, settings)
-    assert wanted.values.shape == (60, 3, 192)
-    one = extract_to(tmp_path / "one", vit, images, settings, weights="seed 0")
-    np.testing.assert_allclose(one.values, wanted.values, rtol=1e-5, atol=1e-5)
-    assert one.ids == wanted.ids
-    assert one.channel_names == ("DNA", "ER", "AGP")
-    assert [row["number"] for row in one.labels] == [str(row["number"]) for row in wanted.labels]
-    # Rank 1 first, then rank 0, which joins the parts.
-    (tmp_path / "two").mkdir()
-    for rank in (1, 0):
-        world = World(rank=rank, size=2)
-        if rank == 1:
-            with pytest.raises(DinocellError, match="holds no features"):
-                extract_to(tmp_path / "two", vit, images, settings, weights="seed 0", world=world)
-        else:
-            two = extract_to(tmp_path / "two", vit, images, settings, weights="seed 0", world=world)
-    np.testing.assert_allclose(two.values, wanted.values, rtol=1e-5, atol=1e-5)
-    half = extract_to(tmp_path / "half", vit, images, settings, weights="seed 0", half=True)
-    assert half.values.dtype == np.float16
-
-
-def test_an_interrupted_extraction_goes_on(shard_set: Path, tmp_path: Path) -> None:
-    vit, images = tiny(), ShardImages(shard_set)
-    settings = FeatureSettings(channels="bag", batch_size=4)
-    wanted = extract(vit, images, settings)
-
-    def stops(number: int) -> None:
-        if number == 23:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=stops)
-    part = tmp_path / "out" / ".features-0-of-1.jsonl"
-    with part.open("a") as file:
-        file.write('{"id": "half a li')  # as a machine that died left it
-    seen: list[int] = []
-    found = extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=seen.append)
-    assert seen[0] == 24
-    np.testing.assert_allclose(found.values, wanted.values, rtol=1e-5, atol=1e-5)
-    assert not list((tmp_path / "out").glob(".features*"))
-    again = extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=seen.append)
-    assert seen[-1] == 60
-    np.testing.assert_array_equal(again.values, found.values)
-
-
-def test_features_of_something_else_are_not_mixed_in(shard_set: Path, tmp_path: Path) -> None:
-    vit, images = tiny(), ShardImages(shard_set)
-    extract_to(tmp_path / "out", vit, images, FeatureSettings(channels="bag"), weights="w")
-    with pytest.raises(DinocellError, match="out holds features with other weights; remove it"):
-        extract_to(tmp_path / "out", vit, images, FeatureSettings(channels="bag"), weights="v")
-    with pytest.raises(DinocellError, match="out holds features with other settings"):
-        extract_to(tmp_path / "out", vit, images, FeatureSettings(channels="mean"), weights="w")
-    with pytest.raises(DinocellError, match=r"nothing: holds no features"):
-        read_features(tmp_path / "nothing")
 
 
 def test_a_file_that_cannot_be_read_is_said_and_left_out(tmp_path: Path) -> None:

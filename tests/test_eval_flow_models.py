@@ -125,8 +125,8 @@ def test_the_search_scores_what_the_thresholds_give(tmp_path: Path) -> None:
     flows[1] = np.ascontiguousarray(flows[1][:, ::-1]) * np.array([-1, 1, 1], np.float32)[:, None, None]
     references = [FIELD.labels, np.ascontiguousarray(FIELD.labels[::-1])]
     found = search_flows(flows, references, probabilities=(0.4, 0.7), flow_errors=(0.15, 0.2, 4.0), min_area_px=30)
-    for row, probability in enumerate(found.probabilities):
-        for column, error in enumerate(found.flow_errors):
+    for row, probability in enumerate(found.axes["probability"]):
+        for column, error in enumerate(found.axes["flow_error"]):
             labels = [
                 flows_to_labels(each, probability=probability, flow_error=error, min_area_px=30) for each in flows
             ]

@@ -86,6 +86,12 @@ def test_thresholds_of_one_call_do_not_stick(mirror: DINOCellPipeline) -> None:
     np.testing.assert_array_equal(second, other)
 
 
+def test_a_batch_gives_what_each_image_gives(mirror: DINOCellPipeline) -> None:
+    images = [as_picture(FIELD.labels), as_picture(FIELD.labels[:60, :90])]
+    for found, image in zip(mirror.run_batch(images), images, strict=True):
+        np.testing.assert_array_equal(found, mirror.run(image))
+
+
 def test_an_image_of_another_pixel_size_is_scaled_and_the_labels_come_back(
     model: DINOCell, monkeypatch: pytest.MonkeyPatch
 ) -> None:

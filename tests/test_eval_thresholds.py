@@ -12,9 +12,10 @@ from dinocell.data_shards.distance import labels_to_distance
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
 from dinocell.eval.ctc import ctc_score
+from dinocell.eval.grid_search import METRICS, keep_maps
 from dinocell.eval.matching import matching_score
 from dinocell.eval.mending import PLAIN, Mending
-from dinocell.eval.thresholds import METRICS, ThresholdSearch, keep_maps, search
+from dinocell.eval.thresholds import search
 from dinocell.eval.watershed import distance_to_labels
 
 RNG = np.random.default_rng(0)
@@ -41,8 +42,8 @@ def test_every_point_is_what_the_whole_chain_gives(mending: Mending) -> None:
     merges = [None] if mending.merge_px is None else [2.0, 5.0, None]
     found = search(MAPS, LABELS, steps=4, merge_px=merges, mending=mending, cell_fill_range=(0.05, 0.6))
     assert found.scores["seg"].shape == (4, 4, len(merges))
-    for m, cells_max in enumerate(found.cells_max):
-        for f, cell_fill in enumerate(found.cell_fill):
+    for m, cells_max in enumerate(found.axes["cells_max"]):
+        for f, cell_fill in enumerate(found.axes["cell_fill"]):
             for g, merge_px in enumerate(merges):
                 scores = {metric: found.scores[metric][m, f, g] for metric in METRICS}
                 if cell_fill > cells_max:
@@ -80,30 +81,11 @@ def test_the_best_point_is_the_highest_and_beats_the_edges() -> None:
     found = search(MAPS, LABELS, steps=6)
     best = found.best
     assert found.best_score == np.nanmax(found.scores["op_csb"])
-    m, f, g = (
-        values.index(value)
-        for values, value in zip((found.cells_max, found.cell_fill, found.merge_px), best, strict=True)
-    )
+    m, f, g = (values.index(value) for values, value in zip(found.axes.values(), best, strict=True))
     assert found.scores["op_csb"][m, f, g] == found.best_score
     assert found.best_score > found.scores["op_csb"][0, 0, 0] + 0.05
     by_seg = search(MAPS, LABELS, steps=6, metric="seg")
     assert by_seg.best_score == np.nanmax(found.scores["seg"])
-
-
-def test_of_equal_points_the_one_among_good_neighbours_is_chosen() -> None:
-    scores = np.full((5, 5, 1), 0.2)
-    scores[0, 4] = scores[2, 2] = 0.9
-    scores[1:4, 1:4][scores[1:4, 1:4] < 0.9] = 0.8
-    values = tuple(np.linspace(0.1, 0.5, 5).tolist())
-    found = ThresholdSearch(
-        cells_max=values,
-        cell_fill=values,
-        merge_px=(3.0,),
-        metric="seg",
-        scores=dict.fromkeys(METRICS, scores),
-        num_images=1,
-    )
-    assert found.best[:2] == pytest.approx((values[2], values[2]))
 
 
 def test_files_hold_every_point_and_a_picture(tmp_path: Path) -> None:
@@ -117,7 +99,7 @@ def test_files_hold_every_point_and_a_picture(tmp_path: Path) -> None:
     found.write_heat_map(tmp_path / "grid.png")
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
     assert picture.shape == (62 + 5 * 32 + 12, 420, 3)
-    m, f = found.cells_max.index(found.best.cells_max), found.cell_fill.index(found.best.cell_fill)
+    m, f = (found.axes[name].index(getattr(found.best, name)) for name in ("cells_max", "cell_fill"))
     assert tuple(picture[62 + m * 32 + 1, 84 + f * 32 + 16]) == (255, 0, 0)
 
 

@@ -158,16 +158,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finetune(recipe(folder, tmp_path / "whole", "optim.ema=0.9", "model.freeze_backbone=false"))
-    step = train._Training.step
+    step = train.Training.step
 
-    def stopped_in_the_third(self: train._Training, number: int, batch: object) -> dict[str, object]:
+    def stopped_in_the_third(self: train.Training, number: int, batch: object) -> dict[str, object]:
         if number == 2:
             signal.raise_signal(signal.SIGUSR2)
         return step(self, number, batch)  # type: ignore[arg-type]
 
     parts = recipe(folder, tmp_path / "parts", "optim.ema=0.9", "model.freeze_backbone=false")
     with monkeypatch.context() as patch:
-        patch.setattr(train._Training, "step", stopped_in_the_third)
+        patch.setattr(train.Training, "step", stopped_in_the_third)
         with pytest.raises(RunStopped, match=r"stopped after step 3 \(SIGUSR2\)"):
             finetune(parts)
     assert len(losses(tmp_path / "parts")) == 3
@@ -180,7 +180,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
 
 def test_a_frozen_backbone_does_not_change(folder: Path, tmp_path: Path) -> None:
     config = recipe(folder, tmp_path / "run", "epochs=1")
-    start = train._Training(config, train.World()).model.backbone.state_dict()
+    start = train.Training(config, train.World()).learner.model.backbone.state_dict()
     end = DINOCell.from_pretrained(finetune(config)).backbone.state_dict()
     assert all(torch.equal(end[name], tensor) for name, tensor in start.items())
 
@@ -192,12 +192,12 @@ def test_another_recipe_in_the_same_folder_is_refused(folder: Path, tmp_path: Pa
 
 
 def test_a_step_that_is_not_finite_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    training = train._Training(recipe(folder, tmp_path / "run"), train.World())
+    training = train.Training(recipe(folder, tmp_path / "run"), train.World())
     batch = next(iter(training.batches(0)))
-    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in training.learner.model.state_dict().items()}
     metrics = training.step(0, batch._replace(images=batch.images * torch.nan))
     assert float(metrics["health/skipped_steps"]) == 1
-    assert all(torch.equal(before[name], tensor) for name, tensor in training.model.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in training.learner.model.state_dict().items())
 
 
 def test_a_folder_of_pairs_needs_no_set(folder: Path, tmp_path: Path) -> None:
@@ -289,3 +289,16 @@ def test_a_still_crop_of_the_images_size_is_the_image() -> None:
     crop = cut(image.astype(np.uint8), labels, still, np.random.default_rng(0))
     np.testing.assert_array_equal(crop.image, image)
     np.testing.assert_array_equal(crop.labels[crop.context :, crop.context :][:96, :96], labels)
+
+
+def test_progress_counts_epochs_without_a_fall_and_comes_back_from_plain_values() -> None:
+    progress = train.Progress()
+    assert train.Progress.of(json.loads(json.dumps(progress.values()))) == progress
+    assert progress.take(0.5, 1, after=1, min_delta=0.01)
+    assert progress.take(0.495, 2, after=1, min_delta=0.01)  # the least so far, but not by enough to go on for
+    assert (progress.best, progress.best_epoch, progress.stale) == (0.495, 2, 1)
+    assert not progress.take(math.nan, 4, after=2, min_delta=0.01)
+    assert (progress.best_epoch, progress.stale) == (2, 3)
+    assert progress.take(0.4, 5, after=1, min_delta=0.01)
+    assert progress.stale == 0
+    assert train.Progress.of(progress.values()) == progress

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -111,13 +111,6 @@ def launch(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return found[1]
 
 
-def start(config: PretrainConfig, capsys: pytest.CaptureFixture[str], *options: str, nodes: int = 2) -> str:
-    recipe = config.output.with_suffix(".yaml")
-    recipe.write_text("# test\n" + to_yaml(config))
-    line = ["--nodes", str(nodes), "--cpus-per-task", "1", "--env", "OMP_NUM_THREADS=1", *options]
-    return launch([*line, "--", "pretrain", str(recipe), f"output={config.output}"], capsys)
-
-
 def until(condition: Callable[[], bool], limit_s: float = 90.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
@@ -130,60 +123,79 @@ def logs(output: Path) -> str:
     return "".join(path.read_text(errors="replace") for path in sorted(output.rglob("*_log.out")))
 
 
+@dataclass(kw_only=True)
+class TwoNodes:
+    """A pretraining run of a test on the cluster, and what it is to give: the losses of one process alone."""
+
+    shards: Path
+    wanted: list[float]
+    output: Path
+    capsys: pytest.CaptureFixture[str]
+    settings: tuple[str, ...] = ()
+
+    def start(self, *options: str, nodes: int = 2, checkpoint_every: int = 1000) -> str:
+        """Submit the run, and return the job's number."""
+        config = config_of(self.shards, self.output, checkpoint_every=checkpoint_every)
+        recipe = self.output.with_suffix(".yaml")
+        recipe.write_text("# test\n" + to_yaml(config))
+        line = ["--nodes", str(nodes), "--cpus-per-task", "1", "--env", "OMP_NUM_THREADS=1", *self.settings, *options]
+        return launch([*line, "--", "pretrain", str(recipe), f"output={self.output}"], self.capsys)
+
+    def wait_for_step(self, step: int) -> None:
+        until(lambda: len(losses(self.output)) >= step)
+
+    def check_done(self, job: str, *, restarts: int = 0) -> None:
+        """Wait for the job, and see that it came back so often, lost nothing and did nothing twice."""
+        assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(self.output)
+        assert slurm.job_field(job, "Restarts") == str(restarts)
+        np.testing.assert_allclose(losses(self.output), self.wanted, rtol=2e-4)
+
+
 @pytest.fixture
-def slowly(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """Let the steps of what is launched last, and return the settings that this needs."""
+def run(
+    cluster: Path, shards: Path, wanted: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> TwoNodes:
+    return TwoNodes(shards=shards, wanted=wanted, output=tmp_path / "run", capsys=capsys)
+
+
+@pytest.fixture
+def slow_run(run: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> TwoNodes:
+    """Return a run whose steps last, so that something can happen in between."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr(cli, "main", importlib.import_module("slurm_main").slow_main)
-    return ("--env", f"PYTHONPATH={Path(__file__).parent}")
+    return replace(run, settings=("--env", f"PYTHONPATH={Path(__file__).parent}"))
 
 
-def test_two_nodes_share_a_run_and_its_words_are_found(
-    cluster: Path, shards: Path, wanted: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = config_of(shards, tmp_path / "run")
-    job = start(config, capsys, "--on-export", "info {checkpoint}")
-    assert slurm.wait_for(job, ("COMPLETED", "FAILED")) == "COMPLETED", logs(config.output)
-    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
-    assert (config.output / "eval" / f"training_{STEPS}" / "teacher_checkpoint.pth").exists()
-    assert main(["launch", "status", str(config.output)]) == 0
+def test_two_nodes_share_a_run_and_its_words_are_found(run: TwoNodes, capsys: pytest.CaptureFixture[str]) -> None:
+    job, output = run.start("--on-export", "info {checkpoint}"), run.output
+    run.check_done(job)
+    assert (output / "eval" / f"training_{STEPS}" / "teacher_checkpoint.pth").exists()
+    assert main(["launch", "status", str(output)]) == 0
     said = capsys.readouterr().out
     assert f"{job}  COMPLETED  n[1-2]" in said
     assert f"step {STEPS}" in said
-    assert main(["launch", "logs", str(config.output)]) == 0
+    assert main(["launch", "logs", str(output)]) == 0
     assert "2 processes, fsdp" in capsys.readouterr().out
-    assert main(["launch", "logs", str(config.output), "--follow", "--rank", "1"]) == 0
-    record = json.loads(next(config.output.glob("launch/*/launch.json")).read_text())
+    assert main(["launch", "logs", str(output), "--follow", "--rank", "1"]) == 0
+    record = json.loads(next(output.glob("launch/*/launch.json")).read_text())
     assert record["jobs"] == [job]
-    assert (next(config.output.glob("launch/*")) / "run.yaml").exists()
+    assert (next(output.glob("launch/*")) / "run.yaml").exists()
     # The probe that the export submitted.
-    probe = next(config.output.rglob("probes/**/launch.json"))
+    probe = next(output.rglob("probes/**/launch.json"))
     number = json.loads(probe.read_text())["jobs"][0]
-    assert slurm.wait_for(number, ("COMPLETED", "FAILED")) == "COMPLETED", logs(config.output)
+    assert slurm.wait_for(number, ("COMPLETED", "FAILED")) == "COMPLETED", logs(output)
     assert "ViT" in next(probe.parent.glob("*_log.out")).read_text()
     # It has finished: started again it says so and does nothing.
-    again = start(config, capsys)
-    assert slurm.wait_for(again, ("COMPLETED", "FAILED")) == "COMPLETED"
-    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+    run.check_done(run.start())
 
 
-def test_before_its_time_limit_a_run_saves_and_comes_back(
-    cluster: Path,
-    shards: Path,
-    wanted: list[float],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    slowly: tuple[str, ...],
-) -> None:
+def test_before_its_time_limit_a_run_saves_and_comes_back(slow_run: TwoNodes) -> None:
     """SLURM's warning signal, sent as it sends it: to every task of the step. No step is taken twice."""
-    config = config_of(shards, tmp_path / "run")
-    job = start(config, capsys, *slowly)
-    until(lambda: len(losses(config.output)) >= 5)
+    job = slow_run.start()
+    slow_run.wait_for_step(5)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(config.output)
-    assert slurm.job_field(job, "Restarts") == "1"
-    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
-    said = logs(config.output)
+    slow_run.check_done(job, restarts=1)
+    said = logs(slow_run.output)
     assert "goes back into the queue (SIGUSR2)" in said
     stopped = re.search(r"goes on after step (\d+)", said)
     assert stopped is not None
@@ -191,40 +203,20 @@ def test_before_its_time_limit_a_run_saves_and_comes_back(
     assert said.count(f"step {int(stopped[1])}/{STEPS} ") == 1  # not taken again
 
 
-def test_a_job_that_is_requeued_goes_on(
-    cluster: Path,
-    shards: Path,
-    wanted: list[float],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    slowly: tuple[str, ...],
-) -> None:
+def test_a_job_that_is_requeued_goes_on(slow_run: TwoNodes) -> None:
     """As the administrator's, or a more important job's: SIGTERM, little time, SIGKILL."""
-    config = config_of(shards, tmp_path / "run", checkpoint_every=2)
-    job = start(config, capsys, *slowly)
-    until(lambda: len(losses(config.output)) >= 6)
+    job = slow_run.start(checkpoint_every=2)
+    slow_run.wait_for_step(6)
     subprocess.run(["scontrol", "requeue", job], check=True)
-    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(config.output)
-    assert slurm.job_field(job, "Restarts") == "1"
-    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
-    assert "goes on after step" in logs(config.output)
+    slow_run.check_done(job, restarts=1)
+    assert "goes on after step" in logs(slow_run.output)
 
 
-def test_a_killed_process_takes_the_others_along_and_the_job_comes_back(
-    cluster: Path,
-    shards: Path,
-    wanted: list[float],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    slowly: tuple[str, ...],
-) -> None:
-    config = config_of(shards, tmp_path / "run", checkpoint_every=2)
-    job = start(config, capsys, *slowly)
-    until(lambda: len(losses(config.output)) >= 6)
+def test_a_killed_process_takes_the_others_along_and_the_job_comes_back(slow_run: TwoNodes) -> None:
+    job = slow_run.start(checkpoint_every=2)
+    slow_run.wait_for_step(6)
     kill_a_rank(job)
-    assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(config.output)
-    assert slurm.job_field(job, "Restarts") == "1"
-    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+    slow_run.check_done(job, restarts=1)
 
 
 def kill_a_rank(job: str) -> None:
@@ -241,47 +233,27 @@ def kill_a_rank(job: str) -> None:
     raise AssertionError("the task is not running")
 
 
-def test_a_lost_node_brings_the_job_back(
-    cluster: Path,
-    shards: Path,
-    wanted: list[float],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    slowly: tuple[str, ...],
-) -> None:
-    config = config_of(shards, tmp_path / "run", checkpoint_every=2)
-    job = start(config, capsys, *slowly, nodes=1)
-    until(lambda: len(losses(config.output)) >= 6)
+def test_a_lost_node_brings_the_job_back(slow_run: TwoNodes) -> None:
+    job = slow_run.start(nodes=1, checkpoint_every=2)
+    slow_run.wait_for_step(6)
     node = slurm.job_field(job, "NodeList")
     subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"], check=True)
     try:
-        assert slurm.wait_for(job, ("COMPLETED", "FAILED"), 180) == "COMPLETED", logs(config.output)
-        assert slurm.job_field(job, "Restarts") == "1"
+        slow_run.check_done(job, restarts=1)
     finally:  # it may have come back by itself
         subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
-    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
 
 
-def test_what_two_nodes_saved_one_goes_on_with(
-    cluster: Path,
-    shards: Path,
-    wanted: list[float],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    slowly: tuple[str, ...],
-) -> None:
-    config = config_of(shards, tmp_path / "run")
-    job = start(config, capsys, *slowly)
-    until(lambda: len(losses(config.output)) >= 5)
+def test_what_two_nodes_saved_one_goes_on_with(slow_run: TwoNodes) -> None:
+    job = slow_run.start()
+    slow_run.wait_for_step(5)
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
     # It was told to end, not warned: it saves, and does not come back.
     assert slurm.wait_for(job, ("FAILED", "COMPLETED", "CANCELLED")) == "FAILED"
-    done = len(losses(config.output))
+    done = len(losses(slow_run.output))
     assert 5 <= done < STEPS
-    again = start(config, capsys, *slowly, nodes=1)
-    assert slurm.wait_for(again, ("COMPLETED", "FAILED")) == "COMPLETED", logs(config.output)
-    assert f"goes on after step {done}" in logs(config.output)
-    np.testing.assert_allclose(losses(config.output), wanted, rtol=2e-4)
+    slow_run.check_done(slow_run.start(nodes=1))
+    assert f"goes on after step {done}" in logs(slow_run.output)
 
 
 def test_an_array_builds_a_set_and_the_last_job_merges_it(

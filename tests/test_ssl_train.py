@@ -156,8 +156,9 @@ def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: 
 
 def test_from_weights_the_backbone_rests_at_first(shard_set: Path, tmp_path: Path) -> None:
     start = pretrain(config_of(shard_set, tmp_path / "start", steps=2))
-    model = ModelConfig(variant="tiny", weights=str(start), drop_path=0.0, start_freeze=Freeze(hold=3, warmup=2))
-    config = config_of(shard_set, tmp_path / "run", model=model)
+    model = ModelConfig(variant="tiny", weights=str(start), drop_path=0.0)
+    schedules = Schedules(learning_rate=Schedule(peak=0.01), backbone=Freeze(hold=3, warmup=2))
+    config = config_of(shard_set, tmp_path / "run", model=model, schedules=schedules)
     samples, both, trainer = prepared(config)
     levels = channel_levels([each.manifest for each in samples.sets], config.views)
     want = load_backbone(start).state_dict()
@@ -172,6 +173,14 @@ def test_from_weights_the_backbone_rests_at_first(shard_set: Path, tmp_path: Pat
     pretrain(replace(config, steps=5))
     line = read_weights(tmp_path / "run" / "eval" / "training_5" / "teacher_checkpoint.pth").card.derived_from
     assert len(line) >= 2
+
+
+def test_weights_rest_at_first_and_random_ones_do_not_unless_the_recipe_says_so() -> None:
+    assert Schedules().backbone_freeze(from_weights=False) == Freeze()
+    assert Schedules().backbone_freeze(from_weights=True).hold > 0
+    own = Schedules(backbone=Freeze(hold=7))
+    assert own.backbone_freeze(from_weights=True) == own.backbone_freeze(from_weights=False) == Freeze(hold=7)
+    assert Schedules(backbone=Freeze()).backbone_freeze(from_weights=True) == Freeze()
 
 
 @pytest.mark.parametrize(

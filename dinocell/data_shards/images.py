@@ -25,7 +25,7 @@ import numpy as np
 
 from dinocell.data_shards.image_writers import write_labels, write_png, write_tiff
 from dinocell.data_shards.locations import local_path, open_bytes
-from dinocell.data_shards.picture import COLOURS, Frames, Picture, percentile_range, to_uint8
+from dinocell.data_shards.picture import COLOURS, MOST_CHANNELS, Frames, Picture, percentile_range, to_uint8
 from dinocell.errors import ImageError
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy", ".zarr", ".nd2", ".czi")
 
-_MAX_NPY_CHANNELS = 16
 _PNG, _JPEG, _BMP, _NPY = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"\x93NUMPY"
 _ND2, _OLD_ND2, _CZI = b"\xda\xce\xbe\x0a", b"\x00\x00\x00\x0cjP  ", b"ZISRAWFILE"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
@@ -267,10 +266,10 @@ def _decode_npy(content: bytes) -> Picture:
         pixels = pixels[None]
     elif pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
         pixels = pixels.transpose(2, 0, 1)
-    elif pixels.ndim != 3 or len(pixels) > _MAX_NPY_CHANNELS:
+    elif pixels.ndim != 3 or len(pixels) > MOST_CHANNELS:
         raise ImageError(
             f"an array of shape {pixels.shape}; expected (h w), (h w 3), (h w 4) or (c h w) with at most "
-            f"{_MAX_NPY_CHANNELS} channels; save stacks as TIFF with named axes"
+            f"{MOST_CHANNELS} channels; save stacks as TIFF with named axes"
         )
     return Picture(pixels=np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("=")))
 

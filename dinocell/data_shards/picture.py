@@ -10,6 +10,8 @@ from jaxtyping import Shaped, UInt8
 from dinocell.errors import ImageError
 
 COLOURS = ("red", "green", "blue")
+# Channels are told from rows by their number: no microscope takes pictures of fewer rows.
+MOST_CHANNELS = 16
 # Percentiles of a channel that become 0 and 1 before channels are averaged.
 MEAN_PERCENTILES = (0.1, 99.9)
 
@@ -83,6 +85,17 @@ class Picture:
             total += np.clip((plane.astype(np.float32) - np.float32(low)) * scale, 0, 1)
         return replace(picture, pixels=(total / len(picture.pixels))[None], channel_names=("mean",))
 
+    def plane(self, channel: int | str | None = None) -> Shaped[np.ndarray, "h w"]:
+        """Return the one plane that is looked at: a channel, see `select`, or else the `mean` of all.
+
+        Raises
+        ------
+        ImageError
+            If there is no such channel.
+        """
+        plane: np.ndarray = (self.mean() if channel is None else self.select(channel)).pixels[0]
+        return plane
+
     def grey(self) -> "Picture":
         """Return one channel where a grey picture was stored as red = green = blue; any other picture as it is.
 
@@ -95,6 +108,27 @@ class Picture:
         if not (np.array_equal(red, green) and np.array_equal(red, blue)):
             return self
         return replace(self, pixels=self.pixels[:1], channel_names=())
+
+
+def picture_of(image: Shaped[np.ndarray, "..."]) -> Picture:
+    """Return an array as a picture: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
+
+    Raises
+    ------
+    ImageError
+        If it is empty, of another shape, or has too many channels.
+    """
+    if image.size == 0 or image.ndim not in (2, 3):
+        raise ImageError(f"expected an image (h w), (c h w) or (h w c), got an array of shape {image.shape}")
+    if image.ndim == 2:
+        return Picture(pixels=image[None])
+    if image.shape[0] > MOST_CHANNELS and image.shape[2] <= MOST_CHANNELS:
+        image = np.moveaxis(image, 2, 0)
+    if image.shape[0] > MOST_CHANNELS:
+        raise ImageError(f"expected at most {MOST_CHANNELS} channels, got an array of shape {image.shape}")
+    is_rgba = len(image) == 4 and image.dtype == np.uint8
+    names = (*COLOURS, "alpha") if is_rgba else COLOURS if len(image) == 3 else ()
+    return Picture(pixels=image, channel_names=names)
 
 
 @runtime_checkable

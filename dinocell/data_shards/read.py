@@ -8,86 +8,31 @@ Batches run across the end of an epoch, so every rank always has as many, all of
 """
 
 import logging
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dinocell.data_shards.cache import ShardCache, check_room
+from dinocell.data_shards.batch import Batch, Origin, layout
+from dinocell.data_shards.cache import ShardCache
 from dinocell.data_shards.locations import local_path
-from dinocell.data_shards.manifest import Shard, beside, read_index, read_manifest
-from dinocell.data_shards.order import EpochOrder, Mixture, Place
-from dinocell.data_shards.sample import RawSample, SampleError, SampleInfo, decode_sample, parse_sample
+from dinocell.data_shards.order import Mixture
+from dinocell.data_shards.sample import RawSample, SampleError, SampleInfo, decode_sample
+from dinocell.data_shards.shard_set import ShardSet
 from dinocell.errors import ShardError
+
+__all__ = ["Batch", "Choose", "Origin", "SampleStream", "ShardSet", "loader", "stream"]
 
 _log = logging.getLogger(__name__)
 
-# Tiles begin at multiples of a cache line.
-_ALIGNMENT = 64
 # A damaged sample is replaced by one of the next positions, which mostly lie in other shards.
 _REPLACEMENTS = 8
-_OPEN_SHARDS = 64
 _CACHE_GB = 50.0
 
 # From what is known about a sample, and the numbers that its randomness comes from: the channels that will be needed.
-Choose = Callable[[SampleInfo, "Origin"], Sequence[int] | None]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a sample comes from; what is drawn for it at random derives from these numbers and the seed alone."""
-
-    epoch: int
-    data_set: int
-    sample: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Decoded tiles of a rank's next samples.
-
-    Attributes
-    ----------
-    infos, origins, channels
-        What each sample is, where it comes from, and which of its channels are here.
-    next_position
-        The stream's position after this step of all ranks: what a checkpoint has to keep.
-    damaged
-        One line a sample that could not be read and was replaced by another.
-    """
-
-    infos: tuple[SampleInfo, ...]
-    origins: tuple[Origin, ...]
-    channels: tuple[tuple[int, ...], ...]
-    next_position: int
-    damaged: tuple[str, ...]
-    storage: torch.Tensor
-    starts: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.infos)
-
-    def tile(self, number: int) -> torch.Tensor:
-        """Return the tile of a sample, (c h w), a view of the batch's one block of memory."""
-        info, start = self.infos[number], self.starts[number]
-        shape = (len(self.channels[number]), info.height, info.width)
-        dtype = _TORCH_TYPES[info.dtype]
-        end = start + int(np.prod(shape)) * dtype.itemsize
-        return self.storage[start:end].view(dtype).view(shape)
-
-    def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory; PyTorch's loader calls this."""
-        return _with_storage(self, self.storage.pin_memory())
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """Return the batch with its tiles on a device, in one copy."""
-        return _with_storage(self, self.storage.to(device, non_blocking=non_blocking))
+Choose = Callable[[SampleInfo, Origin], Sequence[int] | None]
 
 
 class SampleStream(IterableDataset[Batch]):
@@ -95,7 +40,7 @@ class SampleStream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        sets: Sequence["ShardSet"],
+        sets: Sequence[ShardSet],
         mixture: Mixture,
         *,
         batch_size: int,
@@ -137,7 +82,7 @@ class SampleStream(IterableDataset[Batch]):
         while True:
             samples = [each.sample for each in read]
             channels = [self._channels(each.sample.info, each.origin) for each in read]
-            starts, size = _layout([sample.info for sample in samples], channels)
+            starts, size = layout([sample.info for sample in samples], channels)
             storage = torch.empty(size, dtype=torch.uint8)
             batch = Batch(
                 infos=tuple(sample.info for sample in samples),
@@ -193,116 +138,6 @@ class _Read(NamedTuple):
     sample: RawSample
     origin: Origin
     tries: int
-
-
-class ShardSet:
-    """An open shard set: its manifest, its order, and its samples by their number."""
-
-    def __init__(
-        self, location: str | Path, *, seed: int, shuffle: bool, block_shards: int, cache: ShardCache | None
-    ) -> None:
-        self.location = str(location)
-        self.manifest = read_manifest(location)
-        self._cache = None if local_path(location) is not None else cache
-        sizes = [shard.num_samples for shard in self.manifest.shards]
-        self.order = EpochOrder(sizes, seed=seed, shuffle=shuffle, block_shards=block_shards)
-        if self._cache is not None:
-            check_room(self._cache, self.manifest.shards, block_shards)
-        else:
-            self._check_shards()
-        self._again = {"seed": seed, "shuffle": shuffle, "block_shards": block_shards, "cache": cache}
-        self._index = read_index(location, self.manifest)
-        self._files: dict[int, int] = {}
-        self._fetched: tuple[int, int] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A loader's worker opens the files again; NumPy would send it the whole index.
-        return _reopen, (self.location, self._again)
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
-
-    def read(self, position: int, place: Place) -> RawSample:
-        """Read a sample without decoding it; ``position`` is that of the set's own order.
-
-        Raises
-        ------
-        SampleError
-            If its bytes are damaged or cannot be read.
-        ShardError
-            If its shard cannot be downloaded.
-        """
-        if self._cache is not None:
-            self._fetch_ahead(position)
-        start, size = (int(number) for number in self._index[place.sample])
-        shard = self.manifest.shards[place.shard]
-        try:
-            content = os.pread(self._open(place.shard), size, start)
-        except OSError as error:
-            raise SampleError(f"{shard.file}: cannot be read ({error.strerror or error})") from error
-        if len(content) != size:
-            raise SampleError(f"{shard.file}: cut short")
-        try:
-            return parse_sample(memoryview(content))
-        except SampleError as error:
-            raise SampleError(f"{shard.file}: {error}") from error
-
-    def _open(self, number: int) -> int:
-        if number in self._files:
-            return self._files[number]
-        if len(self._files) >= _OPEN_SHARDS:
-            os.close(self._files.pop(next(iter(self._files))))  # the one that was opened first
-        self._files[number] = self._open_anew(self.manifest.shards[number])
-        return self._files[number]
-
-    def _open_anew(self, shard: Shard) -> int:
-        address = beside(self.location, shard.file)
-        if self._cache is None:
-            return os.open(str(local_path(address)), os.O_RDONLY | os.O_CLOEXEC)
-        while True:
-            try:
-                return os.open(self._cache.fetch(address, shard), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:  # another process made room of it in this very moment
-                continue
-
-    def _fetch_ahead(self, position: int) -> None:
-        """Begin to download the next block when the first sample of a block is read."""
-        block = self.order.block_of(position)
-        if block == self._fetched:
-            return
-        self._fetched = block
-        # Close what belongs to earlier blocks, or deleted copies would keep their room on the disk.
-        while self._files:
-            os.close(self._files.popitem()[1])
-        ahead = self.order.shards_of(block[0], block[1] + 1)
-        threading.Thread(target=self._fetch_all, args=(ahead,), daemon=True).start()
-
-    def _fetch_all(self, numbers: Sequence[int]) -> None:
-        assert self._cache is not None
-        for number in numbers:
-            shard = self.manifest.shards[number]
-            try:
-                self._cache.fetch(beside(self.location, shard.file), shard)
-            except ShardError as error:  # the reader itself will try again, and fail where it is needed
-                _log.warning("%s", error)
-                return
-
-    def _check_shards(self) -> None:
-        wrong = []
-        for shard in self.manifest.shards:
-            path = local_path(beside(self.location, shard.file))
-            assert path is not None
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError:
-                wrong.append(f"{shard.file} is missing")
-            else:
-                if size != shard.num_bytes:
-                    wrong.append(f"{shard.file} has {size} bytes instead of {shard.num_bytes}")
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ShardError(f"{self.location}: {'; '.join(wrong[:3])}{more}; copy or build the set again")
 
 
 def stream(
@@ -387,39 +222,3 @@ def loader(stream: SampleStream, *, workers: int, pin_memory: bool = False, pref
         prefetch_factor=prefetch if workers else None,
         persistent_workers=False,
     )
-
-
-def _reopen(location: str, settings: dict[str, Any]) -> ShardSet:
-    return ShardSet(location, **settings)
-
-
-_TORCH_TYPES = {
-    name: getattr(torch, name)
-    for name in (
-        "uint8",
-        "int8",
-        "uint16",
-        "int16",
-        "uint32",
-        "int32",
-        "uint64",
-        "int64",
-        "float16",
-        "float32",
-        "float64",
-    )
-}
-
-
-def _layout(infos: Sequence[SampleInfo], channels: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
-    """Return where each tile begins in the batch's memory, and how many bytes that has."""
-    starts, end = [], 0
-    for info, chosen in zip(infos, channels, strict=True):
-        starts.append(end)
-        size = len(chosen) * info.height * info.width * np.dtype(info.dtype).itemsize
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return tuple(starts), end
-
-
-def _with_storage(batch: Batch, storage: torch.Tensor) -> Batch:
-    return replace(batch, storage=storage)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinocell.configs.load import diff_configs, find_recipe, load_config, read_mapping, to_dict, to_yaml
-from dinocell.data_shards.labelled import LabelledImage, open_labelled
+from dinocell.configs.differences import diff_configs
+from dinocell.configs.load import find_recipe, load_config, read_mapping, to_dict, to_yaml
+from dinocell.data_shards.labelled import open_labelled
 from dinocell.data_shards.manifest import read_manifest
-from dinocell.data_shards.picture import Picture
+from dinocell.data_shards.picture import picture_of
 from dinocell.demo.config import DemoConfig
 from dinocell.demo.data import Material, generate, generated_material, own_material
 from dinocell.demo.report import Result, write_report
@@ -205,18 +206,11 @@ def _segment(model: DINOCell, material: Material) -> list[Result]:
     assert material.unseen is not None
     opened = open_labelled(material.unseen)
     for image in (opened[index] for index in range(len(opened))):
-        plane = _grey(image)
+        plane = picture_of(np.asarray(image.pixels)).plane()
         distance = pipeline.distance(plane)
         reference = np.ascontiguousarray(image.labels, dtype=np.int32)
         results.append(Result(image.name, plane, reference, pipeline.cells(distance), distance, otsu_baseline(plane)))
     return results
-
-
-def _grey(image: LabelledImage) -> np.ndarray:
-    plane: np.ndarray = (
-        Picture(pixels=np.asarray(image.pixels), channel_names=("red", "green", "blue")).grey().pixels[0]
-    )
-    return plane
 
 
 def _scores(results: Sequence[Result]) -> dict[str, tuple[float, float, float]]:

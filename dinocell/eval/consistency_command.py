@@ -126,7 +126,7 @@ def _add_profiles(subparsers: Any) -> None:
 def _run_profiles(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from dinocell.eval.features import read_features
+    from dinocell.eval.feature_files import read_features
     from dinocell.eval.image_sets import labels_of
     from dinocell.eval.probe_report import write_scores
     from dinocell.eval.profiles import replicate_retrieval, to_wells, whiten

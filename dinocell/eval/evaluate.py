@@ -16,20 +16,21 @@ from jaxtyping import Float32, Integer, UInt8
 
 from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.masks import read_labels
+from dinocell.data_shards.picture import picture_of
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.ctc_folders import OfficialScores, check_programs
+from dinocell.eval.ctc_programs import OfficialScores, check_programs
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet
-from dinocell.eval.flow_thresholds import FlowSearch, search_flows
+from dinocell.eval.flow_thresholds import search_flows
+from dinocell.eval.grid_search import keep_maps
 from dinocell.eval.mending import Mending
 from dinocell.eval.mistakes import draw_mistakes
 from dinocell.eval.official import LabelStore, check_few_enough
 from dinocell.eval.overlaps import Overlaps, find_overlaps
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.predicted_files import find_predictions
-from dinocell.eval.rules import FOUND, OURS, PLAIN, rules_of
+from dinocell.eval.rules import FOUND, OURS, PLAIN, FoundThresholds, rules_of
 from dinocell.eval.score_rows import ImageScores, PooledScores, Scores, pool, score_tables
-from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, ThresholdSearch, keep_maps, search
-from dinocell.finetune.preprocess import grey_of
+from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search
 
 ALL_SETS = "all"
 
@@ -67,7 +68,7 @@ class Evaluation:
     images: tuple[ImageScores, ...]
     pooled: tuple[PooledScores, ...]
     worst: tuple[Mistakes, ...]
-    threshold_search: ThresholdSearch | FlowSearch | None
+    threshold_search: FoundThresholds | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ def evaluate_sets(
         if pipeline is not None:  # a file that does not fit is found before the network's long work, not after it
             for dataset, index, image in _all_images(sets):
                 _read(of_sets[dataset][index], image.labels.shape)
-    found: ThresholdSearch | FlowSearch | None = None
+    found: FoundThresholds | None = None
     maps = _maps(sets, pipeline, progress) if pipeline is not None else None
     if grid is not None and maps is not None and pipeline is not None and scratch is not None:
         kept = keep_maps(scratch, maps)
@@ -257,7 +258,7 @@ def _search(
     pipeline: DINOCellPipeline,
     grid: SearchGrid,
     progress: Progress,
-) -> ThresholdSearch | FlowSearch:
+) -> FoundThresholds:
     settings = pipeline.model.settings
     references = [np.asarray(image.labels) for _, _, image in _all_images(sets)]
     if pipeline.model.settings.target == "flows":
@@ -302,6 +303,7 @@ def _with(
     is_worse = len(worst) < number or (number > 0 and score < worst[-1].scores.f1)
     if math.isnan(score) or score == 1 or not is_worse:
         return list(worst)
-    picture = draw_mistakes(grey_of(np.asarray(image.pixels)), np.asarray(image.labels), labels, table)
+    plane = picture_of(np.asarray(image.pixels)).plane()
+    picture = draw_mistakes(plane, np.asarray(image.labels), labels, table)
     mistakes = Mistakes(dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, picture=picture)
     return sorted([*worst, mistakes], key=lambda each: each.scores.f1)[:number]

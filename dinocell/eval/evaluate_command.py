@@ -74,7 +74,7 @@ def register(subparsers: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     _check(options)
     predictions = _named_folders(options.predictions)
-    from dinocell.eval.ctc_folders import check_programs
+    from dinocell.eval.ctc_programs import check_programs
     from dinocell.eval.evaluate import SearchGrid, evaluate_sets
     from dinocell.eval.evaluation_sets import PairSet, open_evaluation_set
     from dinocell.eval.report import write_report

@@ -62,12 +62,12 @@ class PairSet:
     def __getitem__(self, index: SupportsIndex) -> LabelledImage:
         pair = self.pairs[index]
         content = pair.read()
-        plane = content.picture.mean()
-        if plane.pixels.shape[1:] != content.labels.shape:
-            sizes = (" x ".join(map(str, shape)) for shape in (plane.pixels.shape[1:], content.labels.shape))
+        plane = content.picture.plane()
+        if plane.shape != content.labels.shape:
+            sizes = (" x ".join(map(str, shape)) for shape in (plane.shape, content.labels.shape))
             raise ImageError("{}: the image is {}, its mask {}; expected one size".format(pair.name, *sizes))
         return LabelledImage(
-            pixels=plane.pixels,
+            pixels=plane[None],
             labels=content.labels,
             distance=None,
             crowd=None,

@@ -1,12 +1,7 @@
-"""Features of images: what a frozen backbone says, extracted once, kept on disk, shared by all probes."""
+"""Features of images: what a frozen backbone says of them."""
 
-import csv
-import hashlib
-import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,10 +14,7 @@ from dinocell.data_shards.fields import LabelValue
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.eval.image_sets import ImageSet, ProbeImage
 from dinocell.models.vit import VisionTransformer
-from dinocell.runtime.atomic import write_atomically
-from dinocell.runtime.distributed import World, barrier
 
-_log = logging.getLogger(__name__)
 Channels = Literal["stack", "bag", "mean", "each"]
 
 
@@ -208,177 +200,11 @@ def extract(
             problems.append(f"{image.id}: {image.problem}")
             continue
         if rows and row.shape != rows[0].shape:
-            raise DinocellError(_other_channels(images, image, names))
+            raise DinocellError(other_channels(images, image.id, image.channel_names, names))
         rows.append(row)
         found.append(image)
         names = names or image.channel_names
     return _features(images, np.stack(rows) if rows else None, found, names, problems)
-
-
-def extract_to(
-    folder: Path,
-    backbone: VisionTransformer,
-    images: ImageSet,
-    settings: FeatureSettings,
-    *,
-    weights: str,
-    half: bool = False,
-    world: World | None = None,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Features:
-    """Extract the features of a set to a folder, or read those that are there; what was begun is finished.
-
-    ::
-
-        features.npy       (n d) or (n c d), float32 or float16, mapped into memory when read
-        rows.csv           a line an image: its id, and what is known about it
-        extraction.json    weights, set and settings: a folder of others is refused
-
-    Parameters
-    ----------
-    weights
-        Where the backbone comes from, for the record; a file's content counts, not its name.
-    half
-        Keep float16.
-    world
-        Ranks that share the images; each calls this, and all return the same.
-    progress
-        Called with the number of images that this rank has done.
-
-    Raises
-    ------
-    DinocellError
-        If the folder holds the features of something else, or as ``extract``.
-    """
-    world = world or World()
-    facts = {
-        "weights": _fingerprint(weights),
-        "images": images.name,
-        "num_images": len(images),
-        "settings": {key: value for key, value in asdict(settings).items() if key != "batch_size"},
-        "dtype": "float16" if half else "float32",
-    }
-    _claim(folder, facts, world)
-    path, part = folder / "features.npy", folder / f".features-{world.rank}-of-{world.size}.jsonl"
-    if not (folder / "rows.csv").exists():
-        start, stop = (len(images) * (world.rank + each) // world.size for each in (0, 1))
-        _extract_part(part, backbone, images, settings, (start, stop), half=half, progress=progress)
-        barrier()
-        if world.is_main:
-            _join(folder, images, world.size, half=half)
-        barrier()
-    return read_features(path.parent)
-
-
-def _claim(folder: Path, facts: Mapping[str, object], world: World) -> None:
-    said = folder / "extraction.json"
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if said.exists():
-            before = json.loads(said.read_text(encoding="utf-8"))
-            differing = [key for key, value in facts.items() if before.get(key) != json.loads(json.dumps(value))]
-            if differing:
-                raise DinocellError(
-                    f"{folder} holds features with other {', '.join(differing)}; remove it, or choose another folder"
-                )
-        write_atomically(said, json.dumps(facts, indent=1) + "\n")
-    barrier()
-
-
-def _extract_part(
-    part: Path,
-    backbone: VisionTransformer,
-    images: ImageSet,
-    settings: FeatureSettings,
-    span: tuple[int, int],
-    *,
-    half: bool,
-    progress: Callable[[int], None],
-) -> None:
-    """Append a line and a row for each image to this rank's part, after what an earlier start left whole."""
-    rows_path = part.with_suffix(".rows")
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    done = len(whole)
-    size = sum(json.loads(line)["bytes"] for line in whole)
-    dtype = np.float16 if half else np.float32
-    with part.open("w", encoding="utf-8") as said, rows_path.open("ab") as rows:
-        said.writelines(whole)
-        rows.truncate(size)
-        start = span[0] + done
-        for number, (image, row) in enumerate(
-            feature_rows(backbone, images.images(start, span[1]), settings), start=done + 1
-        ):
-            content = b"" if row is None else np.ascontiguousarray(row, dtype).tobytes()
-            rows.write(content)
-            rows.flush()
-            line = {"id": image.id, "labels": dict(image.labels), "problem": image.problem, "bytes": len(content)}
-            line |= {"shape": [] if row is None else list(row.shape), "channels": list(image.channel_names)}
-            said.write(json.dumps(line) + "\n")
-            said.flush()
-            progress(number)
-
-
-def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
-    parts = [folder / f".features-{rank}-of-{size}.jsonl" for rank in range(size)]
-    lines = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
-    good = [line for line in lines if line["bytes"]]
-    if not good:
-        raise DinocellError(f"{images.name}: no image could be read; the first: {lines[0]['problem']}")
-    shape = good[0]["shape"]
-    other = next((line for line in good if line["shape"] != shape), None)
-    if other is not None:
-        raise DinocellError(
-            f"{images.name}: {other['id']} has the channels {', '.join(other['channels'])}, the first image has "
-            f"{', '.join(good[0]['channels'])}; features of a set must be of one shape"
-        )
-    for line in lines:
-        if not line["bytes"]:
-            _log.warning("%s: left out: %s", line["id"], line["problem"])
-    values = np.concatenate(
-        [
-            np.fromfile(part.with_suffix(".rows"), np.float16 if half else np.float32).reshape(-1, *shape)
-            for part in parts
-        ]
-    )
-    temporary = folder / ".features.npy"
-    np.save(temporary, values)
-    temporary.rename(folder / "features.npy")
-    columns = sorted({key for line in good for key in line["labels"]})
-    table = folder / ".rows.csv"
-    with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", *columns])
-        for line in good:
-            writer.writerow([line["id"], *(line["labels"].get(column, "") for column in columns)])
-    write_atomically(folder / "channels.json", json.dumps(good[0]["channels"]))
-    problems = [f"{line['id']}: {line['problem']}" for line in lines if not line["bytes"]]
-    write_atomically(folder / "problems.txt", "".join(f"{line}\n" for line in problems))
-    table.rename(folder / "rows.csv")
-    for part in folder.glob(".features-*"):  # those that a start with another number of ranks left, too
-        part.unlink()
-
-
-def read_features(folder: Path) -> Features:
-    """Read what `extract_to` wrote, values mapped into memory.
-
-    Raises
-    ------
-    DinocellError
-        If the folder holds no features, or they were not finished.
-    """
-    if not (folder / "rows.csv").exists():
-        raise DinocellError(f"{folder}: holds no features (rows.csv is missing); extract them with 'dinocell features'")
-    with (folder / "rows.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    ids = tuple(row.pop("id") for row in rows)
-    return Features(
-        values=np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False),
-        ids=ids,
-        labels=tuple(rows),
-        channel_names=tuple(json.loads((folder / "channels.json").read_text(encoding="utf-8"))),
-        problems=tuple((folder / "problems.txt").read_text(encoding="utf-8").splitlines()),
-    )
 
 
 def _features(
@@ -399,16 +225,9 @@ def _features(
     )
 
 
-def _other_channels(images: ImageSet, image: ProbeImage, names: Sequence[str]) -> str:
+def other_channels(images: ImageSet, image_id: str, channels: Sequence[str], first: Sequence[str]) -> str:
+    """Say that an image has other channels than the first one of its set."""
     return (
-        f"{images.name}: {image.id} has the channels {', '.join(image.channel_names)}, the first image has "
-        f"{', '.join(names)}; features of a set must be of one shape"
+        f"{images.name}: {image_id} has the channels {', '.join(channels)}, the first image has {', '.join(first)}; "
+        "features of a set must be of one shape"
     )
-
-
-def _fingerprint(weights: str) -> str:
-    path = Path(weights)
-    if not path.is_file():
-        return weights
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.errors import DinocellError
-from dinocell.eval.probe_command import (
+from dinocell.eval.probe_material import (
     Material,
     add_task_arguments,
     describe,

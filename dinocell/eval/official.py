@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 
 from dinocell.errors import DinocellError
-from dinocell.eval.ctc_folders import OfficialScores, official_scores_of
+from dinocell.eval.ctc_programs import OfficialScores, official_scores_of
 from dinocell.eval.evaluation_sets import EvaluationSet
 
 _MAX_CELLS = 2**16 - 1  # the challenge's masks have 16 bits

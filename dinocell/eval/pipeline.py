@@ -11,18 +11,16 @@ from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32, Real, Shaped
+from jaxtyping import Float32, Int32, Shaped
 
-from dinocell.data_shards.picture import COLOURS, Picture
-from dinocell.errors import DinocellError, ImageError
+from dinocell.data_shards.picture import picture_of
+from dinocell.errors import DinocellError
 from dinocell.eval.flows import check_flow_thresholds, flows_to_labels
 from dinocell.eval.watershed import checked_thresholds, distance_to_labels
 from dinocell.eval.windows import predict
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import prepare
 
-# Channels are told from rows by their number: no microscope takes pictures of fewer rows.
-_MOST_CHANNELS = 16
 # Pixel sizes that differ by less are taken as they are: resampling would cost more than it gives.
 _SAME_SCALE = 0.02
 
@@ -165,7 +163,11 @@ class DINOCellPipeline:
         return Segmentation(labels, maps) if self.model.target == "distance" else FlowSegmentation(labels, maps)
 
     def run_batch(self, images: Sequence[Shaped[np.ndarray, "..."]]) -> list[np.ndarray]:
-        """Return the cells of several images, which may differ in size."""
+        """Return the cells of several images, which may differ in size, one after the other.
+
+        Batches hold the windows of one image: on the CPU, batches across images gain nothing, but for images of a
+        single window of 128 px or less (benchmarks/results/window_batches.md).
+        """
         return [self.run(image) for image in images]
 
     def run_batch_thresholds(
@@ -189,7 +191,7 @@ class DINOCellPipeline:
         progress: Callable[[int, int], None] | None = None,
     ) -> Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"]:
         """Return the distance map of an image, or its flows and chances (3 h w); parameters as for `run`."""
-        plane = _one_plane(image, channel)
+        plane = picture_of(image).plane(channel)
         scale = self._scale(pixel_size_um)
         prepared = prepare(_scaled(plane, scale), self.model.settings)
         maps = predict(
@@ -274,24 +276,6 @@ class DINOCellPipeline:
             raise DinocellError(f"pixel_size_um: expected more than 0, got {pixel_size_um}")
         scale = float(pixel_size_um) / trained
         return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
-
-
-def _one_plane(image: np.ndarray, channel: int | None) -> Real[np.ndarray, "h w"]:
-    if image.size == 0 or image.ndim not in (2, 3):
-        raise ImageError(f"expected an image (h w), (c h w) or (h w c), got an array of shape {image.shape}")
-    if image.ndim == 2:
-        if channel not in (None, 0):
-            raise ImageError(f"channel {channel}: the image has one channel, number 0")
-        plane: np.ndarray = image
-        return plane
-    if image.shape[0] > _MOST_CHANNELS and image.shape[2] <= _MOST_CHANNELS:
-        image = np.moveaxis(image, 2, 0)
-    if image.shape[0] > _MOST_CHANNELS:
-        raise ImageError(f"expected at most {_MOST_CHANNELS} channels, got an array of shape {image.shape}")
-    names = COLOURS if len(image) == 3 else (*COLOURS, "alpha") if len(image) == 4 and image.dtype == np.uint8 else ()
-    picture = Picture(pixels=image, channel_names=names)
-    chosen: np.ndarray = (picture.mean() if channel is None else picture.select(channel)).pixels[0]
-    return chosen
 
 
 def _scaled(plane: np.ndarray, scale: float) -> np.ndarray:

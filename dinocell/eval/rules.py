@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Integer
 
-from dinocell.eval.flow_thresholds import FlowSearch
+from dinocell.eval.flow_thresholds import FlowThresholds
 from dinocell.eval.flows import flows_to_labels
+from dinocell.eval.grid_search import GridSearch
 from dinocell.eval.pipeline import DINOCellPipeline
-from dinocell.eval.thresholds import ThresholdSearch
+from dinocell.eval.thresholds import Thresholds
 from dinocell.eval.watershed import distance_to_labels
 
 OURS, PLAIN, FOUND = "DINOCell", "DINOCell, plain rule", "DINOCell, thresholds found here"
+
+
+FoundThresholds = GridSearch[Thresholds] | GridSearch[FlowThresholds]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +71,17 @@ class FlowRule:
         )
 
 
-def rules_of(
-    pipeline: DINOCellPipeline, found: ThresholdSearch | FlowSearch | None
-) -> Mapping[str, Rule] | Mapping[str, FlowRule]:
+def rules_of(pipeline: DINOCellPipeline, found: FoundThresholds | None) -> Mapping[str, Rule] | Mapping[str, FlowRule]:
     """Return the rules by which a segmenter is scored, by the name of the method; ``found`` adds one."""
+    best = None if found is None else found.best
     if pipeline.model.settings.target == "flows":
         probability, min_area_px = pipeline.probability, pipeline.model.settings.min_area_px
         of_flows = {
             OURS: FlowRule(probability=probability, flow_error=pipeline.flow_error, min_area_px=min_area_px),
             PLAIN: FlowRule(probability=probability, flow_error=math.inf, min_area_px=0),
         }
-        if isinstance(found, FlowSearch):
-            of_flows[FOUND] = FlowRule(**found.best._asdict(), min_area_px=min_area_px)
+        if isinstance(best, FlowThresholds):
+            of_flows[FOUND] = FlowRule(**best._asdict(), min_area_px=min_area_px)
         return of_flows
     settings, peak, fill = pipeline.model.settings, pipeline.cells_max, pipeline.cell_fill
     merge_px, min_area_px = settings.merge_px, settings.min_area_px
@@ -86,8 +89,8 @@ def rules_of(
         OURS: Rule(cells_max=peak, cell_fill=fill, merge_px=merge_px, min_area_px=min_area_px, restore_border=True),
         PLAIN: Rule(cells_max=peak, cell_fill=fill, merge_px=None, min_area_px=0, restore_border=False),
     }
-    if isinstance(found, ThresholdSearch):
-        peak, fill, merge_px = found.best
+    if isinstance(best, Thresholds):
+        peak, fill, merge_px = best
         rules[FOUND] = Rule(
             cells_max=peak, cell_fill=fill, merge_px=merge_px, min_area_px=min_area_px, restore_border=True
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from dinocell.eval.bootstrap import Interval, ctc_intervals, matching_intervals
 from dinocell.eval.ctc import ctc_score_from
-from dinocell.eval.ctc_folders import OfficialScores
+from dinocell.eval.ctc_programs import OfficialScores
 from dinocell.eval.matching import matching_score_from
 from dinocell.eval.overlaps import Overlaps
 

@@ -11,7 +11,7 @@ from dinocell.eval.matching import matching_score
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.thresholds import search
 from dinocell.finetune.model import DINOCell, replace_settings
-from dinocell.finetune.train import Scored
+from dinocell.finetune.validation import Scored
 
 # Merging pieces of a cell helps bent cells on sharp maps and joins neighbours on blurred ones: let the images say.
 _MERGES = (None, 1.5, 3.0, 5.0)

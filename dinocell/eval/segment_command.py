@@ -36,7 +36,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--probability", type=float, metavar="T", help="of a model of target flows: chance of a cell")
     parser.add_argument("--flow-error", type=float, metavar="T", help="of a model of target flows: largest flow error")
     parser.add_argument("--channel", type=int, metavar="C", help="the channel to look at, from 0 (default: their mean)")
-    parser.add_argument("--pixel-size", type=float, metavar="UM", help="of the images, where their files do not say")
+    parser.add_argument("--pixel-size", type=float, metavar="UM", help="of the images, whatever their files say")
     parser.add_argument("--frames", action="store_true", help="segment every frame of a stack (NAME_f0000_labels.tif)")
     parser.add_argument("--stride", type=int, metavar="PX", help="from window to window (192; 224 is faster)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: the best there is)")
@@ -64,19 +64,28 @@ def register(subparsers: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dinocell.eval.segment_jobs import COCO, SUMMARY, find_images, names_of_results, plan_jobs
+    from dinocell.eval.segment_jobs import COCO, ENDINGS, SUMMARY, Request, find_images, names_of_results, plan_jobs
 
     inputs = [*options.images, *(f"@{file}" for file in options.list)]
     if not inputs:
         raise DinocellError("no images: give files, folders, patterns, or a list of them with --list FILE")
-    if options.save_dist_map:
-        options.maps = _target_of_model(options)
-    jobs = plan_jobs(find_images(inputs, without=options.output), options)
+    request = Request(
+        output=options.output,
+        products=frozenset(product for product in ENDINGS if getattr(options, product)),
+        maps=_target_of_model(options) if options.save_dist_map else "distance",
+        save_ctc=options.save_ctc,
+        save_coco=options.save_coco,
+        frames=options.frames,
+        channel=options.channel,
+        pixel_size_um=options.pixel_size,
+        overwrite=options.overwrite,
+    )
+    jobs = plan_jobs(find_images(inputs, without=request.output), request)
     if options.dry_run:
         for job in jobs:
-            print(f"{job.file} -> {', '.join(names_of_results(job, options))}")
-        tables = [SUMMARY, *([COCO] if options.save_coco else [])]
-        print(f"all images -> {', '.join(str(options.output / name) for name in tables)}")
+            print(f"{job.file} -> {', '.join(names_of_results(job, request))}")
+        tables = [SUMMARY, *([COCO] if request.save_coco else [])]
+        print(f"all images -> {', '.join(str(request.output / name) for name in tables)}")
         print(f"{len(jobs)} images; nothing was written")
         return
     from dinocell.eval.pipeline import DINOCellPipeline
@@ -92,7 +101,7 @@ def _run(options: argparse.Namespace) -> None:
         flow_error=options.flow_error,
         stride=options.stride,
     )
-    failed = segment_files(jobs, pipeline, options, say=print)
+    failed = segment_files(jobs, pipeline, request, say=print)
     if failed:
         listed = "\n".join(f"  {line}" for line in failed.values())
         raise SystemExit(f"dinocell: {len(failed)} of {len(jobs)} images could not be segmented:\n{listed}")

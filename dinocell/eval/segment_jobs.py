@@ -4,22 +4,57 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from dinocell.errors import DinocellError
 
 SUMMARY, COCO = "summary.csv", "coco.json"
-# What can be written of each image, by option: the end of the file's name. Maps are called as the model's target is, as
-# ``options.maps`` says.
-ENDINGS = {
+Product = Literal["csv", "save_dist_map", "save_viz", "save_outlines", "save_geojson", "save_rois"]
+# What can be written of each image, by option: the end of the file's name. Maps are called as the model's target is.
+ENDINGS: dict[Product, str] = {
     "csv": "_cells.csv",
-    "save_dist_map": "_distance.tif",
+    "save_dist_map": "_{maps}.tif",
     "save_viz": "_overlay.png",
     "save_outlines": "_outlines.png",
     "save_geojson": "_cells.geojson",
     "save_rois": "_rois.zip",
 }
 LABELS = "_labels.tif"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is wanted of all images.
+
+    Attributes
+    ----------
+    output
+        The folder of the results.
+    products
+        What is written of each image besides its labels.
+    maps
+        What the model's maps are called, if they are among the products.
+    save_ctc, save_coco
+        Also masks in the Cell Tracking Challenge's layout; also one file of all images in COCO's format.
+    frames
+        Files are stacks, each frame is a picture.
+    channel
+        The one to look at, from 0; None: their mean.
+    pixel_size_um
+        Of the images, whatever their files say; None: what they say.
+    overwrite
+        Compute again what is there.
+    """
+
+    output: Path
+    products: frozenset[Product] = frozenset()
+    maps: str = "distance"
+    save_ctc: bool = False
+    save_coco: bool = False
+    frames: bool = False
+    channel: int | None = None
+    pixel_size_um: float | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +132,7 @@ def _matching(pattern: Path) -> list[Path]:
         return []
 
 
-def plan_jobs(files: Sequence[Path], options: Any) -> list[Job]:
+def plan_jobs(files: Sequence[Path], request: Request) -> list[Job]:
     """Return what is to be done; two files that would write the same are an error.
 
     Raises
@@ -110,11 +145,11 @@ def plan_jobs(files: Sequence[Path], options: Any) -> list[Job]:
     jobs = []
     for file in files:
         stem = file.name.split(".")[0] if file.name.lower().endswith((".ome.tif", ".ome.tiff")) else file.stem
-        mask = _ctc_mask(file, stem, options) if options.save_ctc else None
+        mask = _ctc_mask(file, stem, request) if request.save_ctc else None
         for wanted, taken in ((f"{stem}{LABELS}", stems.get(stem)), (mask, masks.get(mask) if mask else None)):
             if taken is not None:
                 raise DinocellError(
-                    f"{taken} and {file} would both write {options.output / str(wanted)}; segment them to two folders"
+                    f"{taken} and {file} would both write {request.output / str(wanted)}; segment them to two folders"
                 )
         stems[stem] = file
         if mask is not None:
@@ -123,9 +158,9 @@ def plan_jobs(files: Sequence[Path], options: Any) -> list[Job]:
     return jobs
 
 
-def _ctc_mask(file: Path, stem: str, options: Any) -> Path:
+def _ctc_mask(file: Path, stem: str, request: Request) -> Path:
     """Return ``01_RES/mask007.tif`` for ``01/t007.tif``, and for a stack the folder ``NAME_RES``."""
-    if options.frames:
+    if request.frames:
         return Path(f"{stem}_RES")
     number = re.search(r"\d+$", stem)
     if number is None:
@@ -136,31 +171,34 @@ def _ctc_mask(file: Path, stem: str, options: Any) -> Path:
     return Path(f"{file.resolve().parent.name}_RES") / f"mask{number[0]}.tif"
 
 
-def names_of_results(job: Job, options: Any) -> list[str]:
+def names_of_results(job: Job, request: Request) -> list[str]:
     """Return the files of one image for people to read, the labels first; of a stack those of its first frame."""
-    target = next(targets_of_frames(job, 1, options)) if options.frames else target_of(job, options)
+    target = next(targets_of_frames(job, 1, request)) if request.frames else target_of(job, request)
     *others, labels = target.paths.values()
-    more = ["..."] if options.frames else []
+    more = ["..."] if request.frames else []
     return [*map(str, (labels, *others)), *more, *(["(there already)"] if target.is_done else [])]
 
 
-def target_of(job: Job, options: Any) -> Target:
+def target_of(job: Job, request: Request) -> Target:
     """Return where the results of a file of one picture go."""
-    return _target(job.stem, job.ctc_mask, options)
+    return _target(job.stem, job.ctc_mask, request)
 
 
-def targets_of_frames(job: Job, num_frames: int, options: Any) -> Iterator[Target]:
+def targets_of_frames(job: Job, num_frames: int, request: Request) -> Iterator[Target]:
     """Yield where the results of each frame of a stack go."""
     digits = max(3, len(str(num_frames - 1)))
     for number in range(num_frames):
         mask = job.ctc_mask / f"mask{number:0{digits}d}.tif" if job.ctc_mask is not None else None
-        yield _target(f"{job.stem}_f{number:04d}", mask, options)
+        yield _target(f"{job.stem}_f{number:04d}", mask, request)
 
 
-def _target(name: str, mask: Path | None, options: Any) -> Target:
-    endings = ENDINGS | {"save_dist_map": f"_{getattr(options, 'maps', 'distance')}.tif"}
-    paths = {key: options.output / f"{name}{end}" for key, end in endings.items() if getattr(options, key)}
+def _target(name: str, mask: Path | None, request: Request) -> Target:
+    paths: dict[str, Path] = {
+        product: request.output / f"{name}{ending.format(maps=request.maps)}"
+        for product, ending in ENDINGS.items()
+        if product in request.products
+    }
     if mask is not None:
-        paths["save_ctc"] = options.output / mask
-    paths["labels"] = options.output / f"{name}{LABELS}"  # the last one written: where it is, all is
+        paths["save_ctc"] = request.output / mask
+    paths["labels"] = request.output / f"{name}{LABELS}"  # the last one written: where it is, all is
     return Target(name=name, paths=paths)

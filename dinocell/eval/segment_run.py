@@ -4,47 +4,33 @@ All results of a picture come from one pass of the network. Each file is whole o
 has been computed by then is written, and the next run goes on from it.
 """
 
-import csv
 import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dinocell.data_shards.image_writers import write_labels
 from dinocell.data_shards.images import count_frames, read_image, read_stack
-from dinocell.data_shards.masks import read_labels
 from dinocell.data_shards.picture import Picture
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.coco_file import CocoImage, coco_image, read_coco_file, write_coco_file
+from dinocell.eval.coco_file import coco_image
 from dinocell.eval.contours import trace_cells
 from dinocell.eval.ctc_folders import check_ids, write_mask
 from dinocell.eval.exports import write_geojson, write_rois
 from dinocell.eval.outputs import write_cells, write_maps, write_outlines, write_overlay
 from dinocell.eval.pipeline import DINOCellPipeline
-from dinocell.eval.segment_jobs import COCO, SUMMARY, Job, Target, target_of, targets_of_frames
-from dinocell.runtime.atomic import replacing
+from dinocell.eval.segment_jobs import Job, Request, Target, target_of, targets_of_frames
+from dinocell.eval.segment_tables import Tables, Written, output_errors
 
 # Pictures whose results wait to be written: more would only fill the memory.
 _MOST_WAITING = 2
-_COLUMNS = ("image", "cells", "covered_share", "file")
-_SOURCE = _COLUMNS.index("file")
-
-
-class _Written(NamedTuple):
-    """What is kept of a picture after its files were written."""
-
-    name: str
-    file: Path
-    num_cells: int
-    covered_share: float
-    coco: CocoImage | None
 
 
 class _Read(NamedTuple):
@@ -59,7 +45,7 @@ class _Read(NamedTuple):
     frame: int | None = None
     error: ImageError | None = None
     is_last: bool = True
-    found_done: tuple[_Written, ...] = ()
+    found_done: tuple[Written, ...] = ()
 
 
 class _Found(NamedTuple):
@@ -78,12 +64,12 @@ class _Waiting(NamedTuple):
     """A picture that was dealt with, or whose results are being written."""
 
     read: _Read
-    writing: Future[_Written] | None = None
+    writing: Future[Written] | None = None
     error: ImageError | None = None
 
 
 def segment_files(
-    jobs: Sequence[Job], pipeline: DINOCellPipeline, options: Any, *, say: Callable[[str], None]
+    jobs: Sequence[Job], pipeline: DINOCellPipeline, request: Request, *, say: Callable[[str], None]
 ) -> dict[Path, str]:
     """Segment files, say a line about each, bring summary and COCO file up to date; return what failed, and why.
 
@@ -92,42 +78,22 @@ def segment_files(
     DinocellError
         If results cannot be written.
     """
-    with _output_errors(options.output):
-        options.output.mkdir(parents=True, exist_ok=True)
-        if not os.access(options.output, os.W_OK):  # before the network's long work, not after it
+    with output_errors(request.output):
+        request.output.mkdir(parents=True, exist_ok=True)
+        if not os.access(request.output, os.W_OK):  # before the network's long work, not after it
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    tables = _Tables(
-        rows=_read_summary(options.output / SUMMARY),
-        coco=read_coco_file(options.output / COCO) if options.save_coco else None,
-    )
-    _check_sources(jobs, tables, options)
+    tables = Tables.read(request)
+    tables.check_sources(jobs, request)
     progress = _Progress(num_files=len(jobs), say=say)
     try:
-        _segment(jobs, pipeline, options, tables, progress)
+        _segment(jobs, pipeline, request, tables, progress)
     except BaseException:
         # Told to stop, or the disk is full: keep what is done if that can be, and report what happened first.
         with suppress(DinocellError):
-            _write_tables(options.output, tables)
+            tables.write(request.output)
         raise
-    _write_tables(options.output, tables)
+    tables.write(request.output)
     return progress.failed
-
-
-@dataclass(kw_only=True, eq=False)
-class _Tables:
-    """The summary's rows and the COCO file's entries (None if none is wanted), of this run and those before it."""
-
-    rows: dict[str, Sequence[object]]
-    coco: dict[str, CocoImage] | None
-
-    def add(self, written: _Written) -> None:
-        share = f"{written.covered_share:.4f}"
-        self.rows[written.name] = (written.name, written.num_cells, share, _source(written.file))
-        if self.coco is not None and written.coco is not None:
-            self.coco[written.name] = written.coco
-
-    def is_done(self, target: Target) -> bool:
-        return target.is_done and (self.coco is None or target.name in self.coco)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -157,16 +123,16 @@ class _Progress:
 
 
 def _segment(
-    jobs: Sequence[Job], pipeline: DINOCellPipeline, options: Any, tables: _Tables, progress: _Progress
+    jobs: Sequence[Job], pipeline: DINOCellPipeline, request: Request, tables: Tables, progress: _Progress
 ) -> None:
-    pictures = _pictures(jobs, options, tables)
+    pictures = _pictures(jobs, request, tables)
     waiting: deque[_Waiting] = deque()
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
         try:
             coming = reader.submit(next, pictures, None)
             while (read := coming.result()) is not None:
                 coming = reader.submit(next, pictures, None)
-                waiting.append(_compute(read, pipeline, options, writer))
+                waiting.append(_compute(read, pipeline, request, writer))
                 while len(waiting) > _MOST_WAITING:
                     _settle(waiting, tables, progress)
             while waiting:
@@ -180,7 +146,7 @@ def _segment(
             raise
 
 
-def _settle(waiting: deque[_Waiting], tables: _Tables, progress: _Progress) -> None:
+def _settle(waiting: deque[_Waiting], tables: Tables, progress: _Progress) -> None:
     """Wait until the first picture's results are written, and book them."""
     first = waiting.popleft()
     for each in first.read.found_done:
@@ -191,62 +157,54 @@ def _settle(waiting: deque[_Waiting], tables: _Tables, progress: _Progress) -> N
     progress.add(first.read, written.num_cells if written is not None else None, first.error)
 
 
-def _pictures(jobs: Sequence[Job], options: Any, tables: _Tables) -> Iterator[_Read]:
+def _pictures(jobs: Sequence[Job], request: Request, tables: Tables) -> Iterator[_Read]:
     """Read what is not done yet, one picture whenever one is asked for; every job ends with an entry."""
     for job in jobs:
         try:
-            if options.frames:
-                yield from _frames(job, options, tables)
+            if request.frames:
+                yield from _frames(job, request, tables)
                 continue
-            target = target_of(job, options)
-            if tables.is_done(target) and not options.overwrite:
-                yield _Read(job, found_done=tuple(_unlisted(job, [target], tables)))
+            target = target_of(job, request)
+            if tables.is_done(target) and not request.overwrite:
+                yield _Read(job, found_done=tuple(tables.unlisted(job, [target])))
             else:
                 yield _Read(job, target, read_image(job.file))
         except ImageError as error:
             yield _Read(job, error=error)
 
 
-def _frames(job: Job, options: Any, tables: _Tables) -> Iterator[_Read]:
-    targets = list(targets_of_frames(job, count_frames(job.file), options))
-    is_done = [tables.is_done(target) and not options.overwrite for target in targets]
+def _frames(job: Job, request: Request, tables: Tables) -> Iterator[_Read]:
+    targets = list(targets_of_frames(job, count_frames(job.file), request))
+    is_done = [tables.is_done(target) and not request.overwrite for target in targets]
     if not all(is_done):
         for number, picture in enumerate(read_stack(job.file)):
             if not is_done[number]:
                 yield _Read(job, targets[number], picture, frame=number, is_last=False)
     done = [target for target, is_one in zip(targets, is_done, strict=True) if is_one]
-    yield _Read(job, found_done=tuple(_unlisted(job, done, tables)))
+    yield _Read(job, found_done=tuple(tables.unlisted(job, done)))
 
 
-def _unlisted(job: Job, done: Sequence[Target], tables: _Tables) -> Iterator[_Written]:
-    for target in done:
-        if target.name not in tables.rows:
-            labels = read_labels(target.paths["labels"])
-            num_cells = int(np.count_nonzero(np.unique(labels)))
-            yield _Written(target.name, job.file, num_cells, float((labels > 0).mean()), None)
-
-
-def _compute(read: _Read, pipeline: DINOCellPipeline, options: Any, writer: ThreadPoolExecutor) -> _Waiting:
+def _compute(read: _Read, pipeline: DINOCellPipeline, request: Request, writer: ThreadPoolExecutor) -> _Waiting:
     """Segment a picture and hand its results to the writer."""
     picture, target = read.picture, read.target
     if picture is None or target is None:
         return _Waiting(read, error=read.error)
     try:
-        plane = (picture.mean() if options.channel is None else picture.select(options.channel)).pixels[0]
-        size = options.pixel_size if options.pixel_size is not None else picture.pixel_size_um
+        plane = picture.plane(request.channel)
+        size = request.pixel_size_um if request.pixel_size_um is not None else picture.pixel_size_um
         labels, maps = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
         if "save_ctc" in target.paths:
             check_ids(labels, target.paths["save_ctc"])
     except ImageError as error:
         return _Waiting(read, error=error)
     found = _Found(read, target, picture, plane, labels, maps, size)
-    return _Waiting(read, writing=writer.submit(_write, found, options.output, with_coco=options.save_coco))
+    return _Waiting(read, writing=writer.submit(_write, found, request.output, with_coco=request.save_coco))
 
 
-def _write(found: _Found, output: Path, *, with_coco: bool) -> _Written:
+def _write(found: _Found, output: Path, *, with_coco: bool) -> Written:
     paths, labels, size = found.target.paths, found.labels, found.pixel_size_um
     file = found.read.job.file
-    with _output_errors(output):
+    with output_errors(output):
         if "csv" in paths:
             shown = found.picture.grey()
             names = shown.channel_names
@@ -268,51 +226,4 @@ def _write(found: _Found, output: Path, *, with_coco: bool) -> _Written:
             write_mask(paths["save_ctc"], labels)
         write_labels(paths["labels"], labels, pixel_size_um=size)
     coco = coco_image(labels, file_name=file.name, frame=found.read.frame) if with_coco else None
-    return _Written(found.target.name, file, int(labels.max()), float((labels > 0).mean()), coco)
-
-
-def _source(file: Path) -> str:
-    """Return what tells an image from others of its name, wherever the folders are moved to: ``01/t000.tif``."""
-    return f"{file.resolve().parent.name}/{file.name}"
-
-
-def _check_sources(jobs: Sequence[Job], tables: _Tables, options: Any) -> None:
-    """Refuse to take the results of another image, of the same name in another folder, for this one's."""
-    if options.overwrite:
-        return
-    for job in jobs:
-        row = tables.rows.get(f"{job.stem}_f0000" if options.frames else job.stem, ())
-        if len(row) > _SOURCE and row[_SOURCE] != _source(job.file):
-            raise DinocellError(
-                f"{options.output}: results named {job.stem} are there, of {row[_SOURCE]}, not of {job.file}; choose "
-                "another --output, or replace them with --overwrite"
-            )
-
-
-@contextmanager
-def _output_errors(output: Path) -> Iterator[None]:
-    """Whatever keeps results from the disk ends the run: the next picture would only fail as well."""
-    try:
-        yield
-    except OSError as error:
-        raise DinocellError(f"{output}: cannot be written ({error.strerror or error})") from error
-    except ImageError as error:  # the picture writers' own, which name the file and the cause
-        raise DinocellError(str(error)) from error
-
-
-def _write_tables(output: Path, tables: _Tables) -> None:
-    with _output_errors(output):
-        if tables.coco is not None:
-            write_coco_file(output / COCO, tables.coco)
-        with replacing(output / SUMMARY) as part, part.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(_COLUMNS)
-            table.writerows(tables.rows[name] for name in sorted(tables.rows))
-
-
-def _read_summary(path: Path) -> dict[str, Sequence[object]]:
-    """Return the rows of earlier runs, by image."""
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row[0]: row for row in list(csv.reader(file))[1:] if row}
+    return Written(found.target.name, file, int(labels.max()), float((labels > 0).mean()), coco)

@@ -12,14 +12,14 @@ neighbours that meet in a single ramp, and on large images a quarter fewer windo
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor, nn
 
-Precision = Literal["auto", "float32", "bfloat16"]
+from dinocell.runtime.precision import Precision, uses_bfloat16
 
 
 def predict(
@@ -74,7 +74,7 @@ def predict(
     if precision not in get_args(Precision):
         raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}")
     device = _device_of(model) if device is None else torch.device(device)
-    use_bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    use_bfloat16 = uses_bfloat16(precision, device)
 
     rows, columns = (_cover(length, window, stride, overlap, device) for length in image.shape[1:])
     places = [(row, column) for row in rows for column in columns]

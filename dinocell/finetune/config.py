@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinocell.models.config import VARIANTS
+from dinocell.runtime.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,7 @@ class ComputeConfig:
     """
 
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     workers: int = 2
     timeout_s: float = 1800.0
 

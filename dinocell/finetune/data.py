@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from dinocell.data_shards.labelled import LabelledImage, LabelledSet, open_labelled
 from dinocell.data_shards.labelled_build import build_labelled
 from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.picture import percentile_range, to_uint8
+from dinocell.data_shards.picture import percentile_range, picture_of, to_uint8
 from dinocell.errors import DinocellError
 from dinocell.finetune.augment import Crop, cut, plain
 from dinocell.finetune.config import AugmentConfig, DataConfig
-from dinocell.finetune.preprocess import Levels, SegmenterSettings, equalised, grey_of, levels_of
+from dinocell.finetune.preprocess import Levels, SegmenterSettings, equalised, levels_of
 from dinocell.runtime.atomic import write_atomically
 
 # Images that a worker keeps prepared: a small set is prepared once, of a large one little is kept.
@@ -204,7 +204,7 @@ def _shuffled(seed: int, stream: int, turn: int, length: int) -> np.ndarray:
 
 def prepared(image: LabelledImage, settings: SegmenterSettings) -> tuple[np.ndarray, np.ndarray, Levels]:
     """Return equalised grey levels, the cells as int32, and how levels come to the convention."""
-    grey = grey_of(np.asarray(image.pixels))
+    grey = picture_of(np.asarray(image.pixels)).plane()
     low, high = percentile_range(grey, *settings.percentiles)
     levels = equalised(to_uint8(grey, low, high), settings)
     return levels, np.ascontiguousarray(image.labels, dtype=np.int32), levels_of(levels, settings)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, Real, Shaped, UInt8
 
-from dinocell.data_shards.picture import COLOURS, Picture, percentile_range, to_uint8
+from dinocell.data_shards.picture import percentile_range, to_uint8
 from dinocell.errors import ImageError
 
 Target = Literal["distance", "flows"]
@@ -136,10 +136,3 @@ def levels_of(image: UInt8[np.ndarray, "h w"], settings: SegmenterSettings) -> L
     mean = float(counts @ grey) / image.size
     deviation = float(np.sqrt(counts @ (grey - mean) ** 2 / image.size))
     return Levels(mean, deviation or 1.0)
-
-
-def grey_of(pixels: Shaped[np.ndarray, "c h w"]) -> Real[np.ndarray, "h w"]:
-    """Return one plane of an image: the only one, or the mean of several, see `Picture.mean`."""
-    names = COLOURS if len(pixels) == len(COLOURS) else ()
-    grey: np.ndarray = Picture(pixels=pixels, channel_names=names).mean().pixels[0]
-    return grey

@@ -31,7 +31,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from rich.console import Console
 
-from dinocell.configs.load import diff_configs, read_mapping, to_dict, to_yaml
+from dinocell.configs.differences import diff_configs
+from dinocell.configs.load import read_mapping, to_dict, to_yaml
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.environment import environment

@@ -6,7 +6,8 @@ from typing import Literal
 
 from dinocell.models.attention import AttentionKernel
 from dinocell.models.config import VARIANTS
-from dinocell.runtime.schedules import Freeze, Schedule
+from dinocell.runtime.precision import Precision
+from dinocell.runtime.schedules import Schedule
 from dinocell.runtime.sharding import Parallel
 from dinocell.ssl.masking import MaskingConfig
 from dinocell.ssl.schedules import Schedules
@@ -46,9 +47,6 @@ class ModelConfig:
         First value of LayerScale, with random weights.
     drop_path
         Share of the student's samples that skip each branch of each block.
-    start_freeze
-        With ``weights``: the backbone's learning rate at first, on top of its schedule. The heads are always new, and
-        new heads damage good features; so it rests, then rises, unless the recipe says otherwise.
     """
 
     variant: str = "small"
@@ -56,7 +54,6 @@ class ModelConfig:
     weights: str | None = None
     layer_scale: float = 1e-5
     drop_path: float = 0.1
-    start_freeze: Freeze = field(default_factory=lambda: Freeze(hold=0.02, warmup=0.03))
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -165,7 +162,7 @@ class ComputeConfig:
     """
 
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     workers: int = 2
     parallel: Parallel = "auto"
     attention: AttentionKernel = "sdpa"

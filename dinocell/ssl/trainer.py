@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule
 
 from dinocell.data_shards.read import Batch
-from dinocell.errors import DinocellError
+from dinocell.runtime.bad_steps import BadSteps
 from dinocell.runtime.checkpoint import Checkpointer
-from dinocell.runtime.distributed import World, max_over_ranks, sum_over_ranks
+from dinocell.runtime.distributed import World, sum_over_ranks
 from dinocell.runtime.optim import (
     adamw,
     clip_gradients,
@@ -22,12 +22,13 @@ from dinocell.runtime.optim import (
     set_rates,
     update_teacher,
 )
+from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.schedules import value_at
 from dinocell.runtime.sharding import release
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.masking import PatchMasks, draw_masks
 from dinocell.ssl.monitors import feature_spread, target_use
-from dinocell.ssl.prepare import backbone_of, is_bfloat16
+from dinocell.ssl.prepare import backbone_of
 from dinocell.ssl.student_teacher import Losses, StepOutput, StudentTeacher
 from dinocell.ssl.views import Views
 
@@ -60,8 +61,12 @@ class Trainer:
         self._optimizer = adamw(groups, betas=config.optim.betas)
         side = config.views.global_size // config.model.patch_size
         self._grid = (side, side)
-        self._bad_in_a_row = torch.zeros((), device=world.device)
-        self._bad = torch.zeros((), device=world.device)
+        self._bad_steps = BadSteps(
+            world.device,
+            most=config.optim.max_bad_steps,
+            advice="Lower schedules.learning_rate.peak or raise schedules.learning_rate.warmup, and start from the "
+            f"last teacher in {config.output / 'eval'}",
+        )
         self._gram_steps = _gram_steps(config)
 
     def step(self, number: int, parts: Iterable[tuple[Batch, Views]], *, watch: bool) -> dict[str, Any]:
@@ -106,9 +111,7 @@ class Trainer:
     def _values(self, number: int) -> _Values:
         config, schedules = self._config, self._config.schedules
         value = partial(value_at, step=number, num_steps=config.steps)
-        backbone_factor = value(schedules.backbone.factor())
-        if config.model.weights is not None:
-            backbone_factor *= value(config.model.start_freeze.factor())
+        freeze = schedules.backbone_freeze(from_weights=config.model.weights is not None)
         peak = value(schedules.learning_rate)
         return _Values(
             learning_rate=scaled_learning_rate(peak, config.batch_size, rule=config.optim.rule),
@@ -117,7 +120,7 @@ class Trainer:
             teacher_temperature=value(schedules.teacher_temperature),
             local_weight=value(schedules.local_weight),
             gram_weight=value(schedules.gram_weight),
-            backbone_factor=backbone_factor,
+            backbone_factor=value(freeze.factor()),
             last_layer_factor=value(schedules.last_layer.factor()),
         )
 
@@ -132,7 +135,8 @@ class Trainer:
             if world.size * count == 1:
                 seed = config.seed * 1_000_003 + number
             self._exchange_gradients(index == count - 1)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=is_bfloat16(config, world.device)):
+            use_bfloat16 = uses_bfloat16(config.compute.dtype, world.device)
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=use_bfloat16):
                 output = self._model(
                     views,
                     self._masks(batch),
@@ -155,37 +159,22 @@ class Trainer:
                 module.set_requires_gradient_sync(now)
 
     def _update(self, losses: Losses, norms: dict[str, Tensor], momentum: float) -> None:
-        """Take the step, unless something is not finite on any rank; nothing is read back for this."""
-        finite = torch.stack([losses.total, *norms.values()]).isfinite().all()
-        bad = max_over_ranks((~finite).float())
-        # What a gradient scaler sets: the fused kernel leaves weights and moments alone where it is 1.
-        self._optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self._optimizer.step()
-        self._bad += bad
-        self._bad_in_a_row = (self._bad_in_a_row + bad) * bad
+        """Take the step, unless it is a bad one, and let the teacher follow."""
+        self._bad_steps.step(self._optimizer, [losses.total, *norms.values()])
         release([self._model.student, self._model.teacher, self._model.gram])
         update_teacher(self._model.teacher.parameters(), self._model.student.parameters(), momentum)
 
     def _numbers(self, losses: Losses, norms: dict[str, Tensor], now: _Values) -> dict[str, Any]:
         """Losses are means over all ranks."""
-        self._check()
+        self._bad_steps.check()
         mean = sum_over_ranks(torch.stack(losses)) / self._world.size
         metrics: dict[str, Any] = {f"loss/{name}": loss for name, loss in zip(Losses._fields, mean, strict=True)}
         if not self._config.uses_gram:
             del metrics["loss/gram"]
         metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         metrics |= {f"schedule/{name}": number for name, number in now._asdict().items()}
-        metrics["health/skipped_steps"] = self._bad.clone()
+        metrics["health/skipped_steps"] = self._bad_steps.total
         return metrics
-
-    def _check(self) -> None:
-        in_a_row = int(self._bad_in_a_row)
-        if in_a_row >= self._config.optim.max_bad_steps:
-            raise DinocellError(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite; no weight was changed by them. "
-                "Lower schedules.learning_rate.peak or raise schedules.learning_rate.warmup, and start from the last "
-                f"teacher in {self._config.output / 'eval'}"
-            )
 
     def _masks(self, batch: Batch) -> PatchMasks:
         """Draw masks by the samples' positions in the stream, which no other sample of the run has.
@@ -219,12 +208,12 @@ class Trainer:
         set_state_dict(
             self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-        self._bad, self._bad_in_a_row = state["bad"].to(self._world.device)
+        self._bad_steps.restore(state["bad"])
         return restored.step
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer, "bad": torch.stack((self._bad, self._bad_in_a_row))}
+        return {"model": model, "optimizer": optimizer, "bad": self._bad_steps.state()}
 
 
 def _measure(output: StepOutput) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""The model of a fine-tuning run: network, moving average and optimizer, one step at a time, on one rank or several."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from dinocell.errors import ConfigError
+from dinocell.finetune.config import FinetuneConfig
+from dinocell.finetune.data import Examples
+from dinocell.finetune.losses import map_loss
+from dinocell.finetune.model import DINOCell, create_dinocell_model, replace_settings
+from dinocell.runtime.bad_steps import BadSteps
+from dinocell.runtime.distributed import World, sum_over_ranks
+from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from dinocell.runtime.precision import uses_bfloat16
+
+
+class Learner:
+    """A segmenter that learns.
+
+    Parameters
+    ----------
+    trained_on, pixel_size_um
+        Of the training images, for the file.
+
+    Attributes
+    ----------
+    model
+        What the gradient moves.
+    average
+        Its moving average, which is validated and written; the model itself if the recipe wants none.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, world: World, *, trained_on: tuple[str, ...], pixel_size_um: float | None
+    ) -> None:
+        self._optim, self._loss, self._dtype, self._device = (
+            config.optim,
+            config.loss,
+            config.compute.dtype,
+            world.device,
+        )
+        self._ranks = world.size
+        torch.manual_seed(config.seed)
+        self.model = _model(config).to(world.device)
+        replace_settings(self.model, trained_on=trained_on, pixel_size_um=pixel_size_um, window_px=config.augment.crop)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.optim.ema else self.model
+        self._parallel: nn.Module = self.model
+        if world.size > 1:
+            self._parallel = DistributedDataParallel(self.model)
+        parts = {"backbone": self.model.backbone, "decoder": self.model.decoder}
+        groups = parameter_groups(
+            parts,
+            depth=self.model.backbone.config.depth,
+            layer_decay=config.optim.layer_decay,
+            patch_embedding_factor=1.0,
+        )
+        self._parts = {name: part for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
+        self._optimizer = adamw(groups, betas=config.optim.betas)
+        self.bad_steps = BadSteps(
+            world.device,
+            most=config.optim.max_bad_steps,
+            advice=f"Lower optim.learning_rate; {config.output / 'last.pt'} is the last good model",
+        )
+
+    def step(self, batch: Examples, rate: float) -> dict[str, Any]:
+        """Learn from a batch, at a share of the learning rates, and return what is to be logged."""
+        optim = self._optim
+        images, targets = (part.to(self._device, non_blocking=True) for part in batch)
+        set_rates(
+            self._optimizer,
+            learning_rate=rate * optim.learning_rate,
+            weight_decay=optim.weight_decay,
+            backbone_factor=optim.backbone_learning_rate / optim.learning_rate,
+        )
+        self.model.train()
+        maps = self._maps(self._parallel, images)
+        loss = map_loss(maps, targets, self.model.target, **vars(self._loss))
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norms = clip_gradients(self._parts, optim.clip)
+        error = sum_over_ranks(loss.detach()) / self._ranks  # a rank sees its own crops: what is logged is of all
+        self.bad_steps.step(self._optimizer, [error, *norms.values()])
+        if optim.ema:
+            update_teacher(self.average.parameters(), self.model.parameters(), optim.ema)
+        metrics: dict[str, Any] = {"loss/train": error, "health/skipped_steps": self.bad_steps.total}
+        metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+        metrics["schedule/learning_rate"] = rate * optim.learning_rate
+        return metrics
+
+    @torch.no_grad()
+    def predict(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
+        """Return the averaged model's maps, on the device."""
+        return self._maps(self.average.eval(), images.to(self._device))
+
+    def _maps(self, model: nn.Module, images: Tensor) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=uses_bfloat16(self._dtype, self._device)):
+            maps: Tensor = model(images)
+        return maps.float()
+
+    def write(self, path: Path, *, line: str, licences: list[str]) -> None:
+        """Export the averaged weights; ``line`` and ``licences`` of the data go to what the backbone's card says."""
+        own = self.average.card
+        terms = "; ".join(dict.fromkeys(filter(None, [own.licence, *licences])))
+        self.average.card = replace(own, derived_from=(*own.derived_from, line), licence=terms)
+        self.average.save_pretrained(path)
+        self.average.card = own
+
+    def state(self) -> dict[str, Any]:
+        """Return the tensors that the next step depends on, for a training state."""
+        model, optimizer = get_state_dict(self.model, self._optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "bad": self.bad_steps.state()}
+        if self._optim.ema:
+            state["average"] = self.average.state_dict()
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state."""
+        set_state_dict(
+            self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        self.bad_steps.restore(state["bad"])
+        if self._optim.ema:
+            self.average.load_state_dict(state["average"])
+
+
+def _model(config: FinetuneConfig) -> DINOCell:
+    chosen = config.model
+    if chosen.segmenter is not None:
+        model = DINOCell.from_pretrained(chosen.segmenter)
+        if model.target != config.target:
+            raise ConfigError(f"target: {chosen.segmenter} is a segmenter by {model.target}, not {config.target}")
+        model.set_frozen(chosen.freeze_backbone)
+        return model
+    return create_dinocell_model(
+        chosen.size,
+        freeze_backbone=chosen.freeze_backbone,
+        pretrained=chosen.pretrained,
+        backbone_weights=chosen.weights,
+        patch_size=chosen.patch_size,
+        blocks=chosen.blocks,
+        target=config.target,
+    )

@@ -1,0 +1,48 @@
+"""What validation images say of a segmenter: its error, and with the evaluation's help scores and thresholds."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dinocell.data_shards.labelled import LabelledImage
+from dinocell.finetune.data import validation_batches
+from dinocell.finetune.learner import Learner
+from dinocell.finetune.losses import map_loss
+from dinocell.finetune.model import DINOCell, replace_settings
+from dinocell.runtime.distributed import World, sum_over_ranks
+
+
+class Scored(NamedTuple):
+    """What a scorer says of a segmenter: numbers for the log, and settings that it would rather have."""
+
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+
+
+Scorer = Callable[[DINOCell, Sequence[LabelledImage], bool], Scored]
+"""Segments validation images and scores them; the last argument asks for a search of thresholds."""
+
+
+@torch.no_grad()
+def validation_error(
+    learner: Learner, images: Sequence[LabelledImage], *, crop: int, batch_size: int, world: World
+) -> float:
+    """Return the mean loss over all crops of the images, whole ones without augmentation, over all ranks."""
+    total = torch.zeros(2, dtype=torch.float64)
+    own = images[world.rank :: world.size]
+    for batch in validation_batches(own, learner.average.settings, crop=crop, batch_size=batch_size):
+        loss = map_loss(learner.predict(batch.images), batch.targets.to(world.device), learner.average.target)
+        total += torch.tensor([float(loss) * len(batch.images), len(batch.images)], dtype=torch.float64)
+    total = sum_over_ranks(total)
+    return float(total[0] / total[1])
+
+
+def choose_thresholds(path: Path, images: Sequence[LabelledImage], score: Scorer, device: torch.device) -> Scored:
+    """Let the images choose the thresholds of the segmenter in a file, and store them there."""
+    model = DINOCell.from_pretrained(path).to(device)
+    scored = score(model, images, True)
+    replace_settings(model, **scored.settings)
+    model.save_pretrained(path)
+    return scored
