@@ -207,7 +207,7 @@ class DINOCellPipeline:
         if self.model.target == "flows":
             np.clip(maps[2], 0, 1, out=maps[2])
             return maps if scale == 1 else np.stack([_resized(each, plane.shape) for each in maps])
-        found = np.clip(maps[0], 0, 1)
+        found = np.clip(maps[0], 0, 1, out=maps[0])
         return found if scale == 1 else _resized(found, plane.shape)
 
     def distance(

@@ -228,6 +228,7 @@ def _flood(distance: _Array, cells_max: float, cell_fill: float) -> _Course:
     heights, framed_owner = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
     heights[inner] = distance
     np.copyto(framed_owner[inner], peaks, where=is_ground)
+    del peaks, is_ground  # five bytes a pixel, which count in giant images
     width, bits, owner = shape[1], heights.reshape(-1).view(np.int32), framed_owner.reshape(-1)
     lowest, highest = int(fill.view(np.int32)), int(peak.view(np.int32))
     with ThreadPoolExecutor(max_workers=1) as other_core:
