@@ -1,10 +1,22 @@
 """``dinocell segment``: images become label images, and on request maps, overlays and tables of cells."""
 
 import argparse
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dinocell.eval.pipeline import DINOCellPipeline
+    from dinocell.eval.segment_jobs import Request
+
+# For --dry-run: the side of the piece that is tried, and memory by benchmarks/results/segment.md.
+_TRIED_PX = 512
+_BASE_BYTES, _BYTES_PER_PIXEL = 0.8e9, 32
 
 
 def register(subparsers: Any) -> None:
@@ -86,13 +98,24 @@ def _run(options: argparse.Namespace) -> None:
             print(f"{job.file} -> {', '.join(names_of_results(job, request))}")
         tables = [SUMMARY, *([COCO] if request.save_coco else [])]
         print(f"all images -> {', '.join(str(request.output / name) for name in tables)}")
-        print(f"{len(jobs)} images; nothing was written")
+        print(
+            f"{len(jobs)} images; {_cost([job.file for job in jobs], _pipeline(options), request)}; nothing was written"
+        )
         return
-    from dinocell.eval.pipeline import DINOCellPipeline
     from dinocell.eval.segment_run import segment_files
+
+    pipeline = _pipeline(options)
+    failed = segment_files(jobs, pipeline, request, say=print)
+    if failed:
+        listed = "\n".join(f"  {line}" for line in failed.values())
+        raise SystemExit(f"dinocell: {len(failed)} of {len(jobs)} images could not be segmented:\n{listed}")
+
+
+def _pipeline(options: argparse.Namespace) -> "DINOCellPipeline":
+    from dinocell.eval.pipeline import DINOCellPipeline
     from dinocell.finetune.model import DINOCell
 
-    pipeline = DINOCellPipeline(
+    return DINOCellPipeline(
         DINOCell.from_pretrained(options.model),
         device=options.device,
         cells_max=options.cells_max,
@@ -101,10 +124,36 @@ def _run(options: argparse.Namespace) -> None:
         flow_error=options.flow_error,
         stride=options.stride,
     )
-    failed = segment_files(jobs, pipeline, request, say=print)
-    if failed:
-        listed = "\n".join(f"  {line}" for line in failed.values())
-        raise SystemExit(f"dinocell: {len(failed)} of {len(jobs)} images could not be segmented:\n{listed}")
+
+
+def _cost(files: Sequence[Path], pipeline: "DINOCellPipeline", request: "Request") -> str:
+    """Say what memory and time the images take if all are as large as the first, by trying a piece of that."""
+    from datetime import timedelta
+    from time import perf_counter
+
+    plane = _first_plane(files, request.channel)
+    if plane is None:
+        return "none of them can be read"
+    height, width = plane.shape
+    piece = plane[:_TRIED_PX, :_TRIED_PX]
+    pipeline.run(piece)  # compiles, and sizes the network's memory
+    start = perf_counter()
+    pipeline.run(piece)
+    seconds = (perf_counter() - start) * plane.size / piece.size
+    gigabytes = (_BASE_BYTES + _BYTES_PER_PIXEL * plane.size) / 1e9
+    return (
+        f"the first has {height} x {width} pixels, and {len(files)} like it take about "
+        f"{timedelta(seconds=round(seconds * len(files)))} and {gigabytes:.1f} GB on {pipeline.device}"
+    )
+
+
+def _first_plane(files: Sequence[Path], channel: int | None) -> "np.ndarray | None":
+    from dinocell.data_shards.images import read_image
+
+    for file in files:
+        with suppress(ImageError):
+            return read_image(file).plane(channel)
+    return None
 
 
 def _target_of_model(options: argparse.Namespace) -> str:
