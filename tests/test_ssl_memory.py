@@ -224,4 +224,4 @@ def test_the_estimate_is_what_a_gpu_allocates(recompute: Recompute) -> None:
             total = model(crops, masks, teacher_temperature=0.05).losses.total
         total.backward()
         optimizer.step()
-    assert step_memory(config, world).total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    assert step_memory(config, world).total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)

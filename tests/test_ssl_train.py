@@ -176,6 +176,25 @@ def test_from_weights_the_backbone_rests_at_first(shard_set: Path, tmp_path: Pat
     assert len(line) >= 2
 
 
+def test_a_start_from_a_good_teacher_does_it_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 steps of what benchmarks/start_from_weights.py measures over 200: new heads at a high rate do harm there."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import start_from_weights as benchmark
+
+    sets = benchmark.make_sets(tmp_path, train=30, known=60, asked=120)
+    start = benchmark.teach(tmp_path / "start.pth", steps=40, seed=0)
+    before = benchmark.answers(start, sets)
+    assert before.float().mean() > 0.5, "a teacher that knows nothing cannot be harmed"
+    teacher = pretrain(benchmark.recipe(sets["train"], tmp_path / "run", steps=40, seed=0, start=start))
+    assert any(
+        not torch.equal(tensor, read_weights(start).tensors[name])
+        for name, tensor in read_weights(teacher).tensors.items()
+    )
+    after = benchmark.answers(teacher, sets)
+    noise = max(benchmark.standard_error(before, after), 1 / len(before))
+    assert after.float().mean() >= before.float().mean() - 3 * noise
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
