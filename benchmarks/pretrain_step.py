@@ -108,13 +108,19 @@ def make(name: str, options: argparse.Namespace) -> Callable[[], object]:
     return our_step(options, straight=name == "straight", again=_RECOMPUTE.get(name, "nothing"))
 
 
-def peer(options: argparse.Namespace) -> Callable[[], object]:
-    os.environ["DINOV3"] = str(options.dinov3)
-    spec = importlib.util.spec_from_file_location("peer", options.peer)
+def load_peer(dinov3: Path, peer: Path) -> Any:
+    """Import the script that runs DINOv3's step on the CPU from a checkout."""
+    os.environ["DINOV3"] = str(dinov3)
+    spec = importlib.util.spec_from_file_location("peer", peer)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def peer(options: argparse.Namespace) -> Callable[[], object]:
+    module = load_peer(options.dinov3, options.peer)
     model = module.build(options.prototypes)
     optimizer, batch = module.optimizer(model), module.batch(options.batch)
     return lambda: module.step(model, optimizer, batch)

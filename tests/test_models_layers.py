@@ -122,14 +122,17 @@ def test_block_without_layer_scale_adds_its_branches_plainly() -> None:
     torch.testing.assert_close(block(rows, segments), middle + block.mlp(block.norm2(middle)))
 
 
-def test_drop_path_keeps_the_expectation_of_a_branch() -> None:
-    """With the attention branch on a linear path, averaging over every subset gives the full branch (G.9)."""
+@pytest.mark.parametrize("branch", [0, 1])
+def test_drop_path_keeps_the_expectation_of_a_branch(branch: int) -> None:
+    """Averaging over every subset gives the full branch (G.9)."""
     block = make_block()
-    nn.init.zeros_(block.ls2.gamma)  # the second branch out of the way, so that the output is linear in the first
+    if branch == 0:
+        nn.init.zeros_(block.ls2.gamma)  # the second branch out of the way, so that the output is linear in the first
     rows, segments = torch.randn(4 * 5, 16), [segment(4, (2, 2))]
     pairs = [torch.tensor([a, b]) for a in range(4) for b in range(4) if a < b]
     everyone = [torch.arange(4)]
-    mean = torch.stack([block(rows, segments, ([pair], everyone)) for pair in pairs]).mean(0)
+    kept = [([pair], everyone) if branch == 0 else (everyone, [pair]) for pair in pairs]
+    mean = torch.stack([block(rows, segments, each) for each in kept]).mean(0)
     torch.testing.assert_close(mean, block(rows, segments), rtol=1e-4, atol=1e-5)
 
 

@@ -131,7 +131,7 @@ def test_large_cpu_batches_in_pieces_equal_the_whole(monkeypatch: pytest.MonkeyP
     images, masks = torch.randn(9, 1, 16, 16), torch.rand(9, 16) < 0.4
     select = masks.flatten().nonzero().flatten()
     whole, pruned, blocks = vit(images, masks), vit(images, masks, select=select), vit.forward_blocks(images, [1])
-    monkeypatch.setattr("dinocell.models.vit._CPU_PIECE_TOKENS", 40)
+    monkeypatch.setattr("dinocell.models.vit.CPU_PIECE_TOKENS", 40)
     assert len(list(vit._pieces(images, None, None))) == 5
     for ours, expected in zip(vit(images, masks), whole, strict=True):
         torch.testing.assert_close(ours, expected)

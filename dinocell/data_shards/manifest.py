@@ -85,8 +85,9 @@ def read_manifest(location: str | Path) -> Manifest:
     folder = local_path(location)
     if folder is not None and not Path(path).exists():
         unfinished = (folder / ".build").exists()
-        hint = "the build is unfinished; run it again, or 'shards merge'" if unfinished else "no shard set"
-        raise ShardError(f"{location}: {hint} (no {MANIFEST})")
+        if unfinished:
+            raise ShardError(f"{location}: the build is unfinished; run it again, or 'shards merge' (no {MANIFEST})")
+        raise ShardError(f"{location}: no shard set (no {MANIFEST}); 'dinocell shards build' makes one")
     try:
         content = json.loads(open_bytes(path))
     except (ImageError, ValueError) as error:
@@ -102,6 +103,8 @@ def read_manifest(location: str | Path) -> Manifest:
         manifest = Manifest(**content)
     except (KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path}: damaged ({type(error).__name__}: {error}); build the set again") from error
+    if manifest.num_samples == 0 and not manifest.shards:
+        raise ShardError(f"{location}: the set is empty, {REJECTED} says why; build it again from other images")
     if manifest.num_samples != sum(shard.num_samples for shard in manifest.shards) or manifest.num_samples < 1:
         raise ShardError(f"{path}: damaged (the shards do not add up to {manifest.num_samples} samples)")
     return manifest

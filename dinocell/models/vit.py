@@ -42,7 +42,7 @@ class ViTOutput(NamedTuple):
 
 # Tokens of one pass on the CPU. Larger batches go through in pieces of about this size: the temporaries of a piece
 # stay below the size from which malloc returns memory to the system each time (benchmarks/vit_forward.py).
-_CPU_PIECE_TOKENS = 3200
+CPU_PIECE_TOKENS = 3200
 
 
 class VisionTransformer(nn.Module):
@@ -259,7 +259,7 @@ class VisionTransformer(nn.Module):
     def _pieces(self, images: Tensor, masks: Tensor | None, select: Tensor | None) -> Iterator["_Input"]:
         """Cut a large batch on the CPU into pieces; drop path, which draws from the whole batch, forbids it."""
         rows, columns = self.grid(images)
-        size = max(1, _CPU_PIECE_TOKENS // (rows * columns + self.config.num_prefix))
+        size = max(1, CPU_PIECE_TOKENS // (rows * columns + self.config.num_prefix))
         size = math.ceil(len(images) / math.ceil(len(images) / size))  # even pieces: a small last one computes badly
         whole = images.device.type != "cpu" or (self.training and self.noise.drop_path > 0)
         if whole or self.kernel != "sdpa" or len(images) <= size or torch.compiler.is_compiling():

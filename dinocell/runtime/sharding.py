@@ -49,9 +49,14 @@ def choose_parallel(parallel: Parallel, num_parameters: int, world: World) -> Pa
     return parallel
 
 
+def num_shards(parallel: Parallel, world: World) -> int:
+    """Return over how many ranks a resolved way spreads one copy of the model."""
+    return {"ddp": 1, "fsdp": world.size, "hsdp": world.local_size}[parallel]
+
+
 def make_mesh(parallel: Parallel, world: World) -> DeviceMesh:
     """Return the mesh, (replicas, shards), of a resolved way."""
-    shards = {"ddp": 1, "fsdp": world.size, "hsdp": world.local_size}[parallel]
+    shards = num_shards(parallel, world)
     return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replica", "shard"))
 
 

@@ -13,6 +13,8 @@ from dinocell.ssl.masking import MaskingConfig
 from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.view_plan import ViewsConfig
 
+Recompute = Literal["nothing", "activations", "blocks"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -35,6 +37,10 @@ class DataConfig:
     block_shards: int = 16
     cache: Path | None = None
     cache_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise ValueError("shards: expected the folder or address of at least one shard set, got none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +173,7 @@ class ComputeConfig:
     parallel: Parallel = "auto"
     attention: AttentionKernel = "sdpa"
     compile: bool = False
-    recompute: Literal["nothing", "activations", "blocks"] = "nothing"
+    recompute: Recompute = "nothing"
     timeout_s: float = 1800.0
 
 

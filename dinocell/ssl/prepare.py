@@ -1,7 +1,8 @@
 """What a pretraining run starts from: shards, a student and a teacher on this rank, and what can be said about them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,8 +18,10 @@ from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.runtime.distributed import World
 from dinocell.runtime.optim import scaled_learning_rate
+from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.sharding import choose_parallel, make_mesh, shard
-from dinocell.ssl.config import PretrainConfig
+from dinocell.ssl.config import PretrainConfig, Recompute
+from dinocell.ssl.memory import describe_memory, step_memory
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.view_plan import ViewsConfig, plan_views
 
@@ -65,6 +68,7 @@ def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> S
     )
     for each in samples.sets:
         _check_channels(config.views, each.location, tuple(each.manifest.channels))
+        _check_tiles(config.views, each.location, each.manifest.shapes)
     return samples
 
 
@@ -80,7 +84,18 @@ def _check_channels(views: ViewsConfig, location: str, names: tuple[str, ...]) -
         )
 
 
-def recompute(student: VisionTransformer, what: Literal["nothing", "activations", "blocks"]) -> None:
+def _check_tiles(views: ViewsConfig, location: str, shapes: Mapping[str, int]) -> None:
+    """Refuse a set none of whose tiles is as large as a crop: every view would be made up by enlarging."""
+    sides = [min(map(int, shape.rsplit(maxsplit=1)[0].split(" x ")[1:])) for shape in shapes]
+    for name, size in (("global_size", views.global_size), ("local_size", views.local_size)):
+        if sides and max(sides) < size and (name == "global_size" or views.num_local):
+            raise ConfigError(
+                f"views.{name}: a crop has {size} px, and the tiles of {location} have at most {max(sides)}; "
+                f"lower views.{name}, or build the set with larger tiles"
+            )
+
+
+def recompute(student: VisionTransformer, what: Recompute) -> None:
     """Let the backward pass of the student compute some of the forward pass again, see `ComputeConfig`."""
     for index, block in enumerate(student.blocks):
         assert isinstance(block, Block)
@@ -115,7 +130,7 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
 def _spread(config: PretrainConfig, model: StudentTeacher, world: World) -> None:
     parallel = choose_parallel(config.compute.parallel, sum(each.numel() for each in model.student.parameters()), world)
     mesh = make_mesh(parallel, world)
-    dtype = torch.bfloat16 if is_bfloat16(config, world.device) else None
+    dtype = torch.bfloat16 if uses_bfloat16(config.compute.dtype, world.device) else None
     for side in (model.student, model.teacher, model.gram):
         for name, module in side.items():
             if name == "backbone":
@@ -162,12 +177,6 @@ def _backbone(config: PretrainConfig) -> VisionTransformer:
     return vit
 
 
-def is_bfloat16(config: PretrainConfig, device: torch.device) -> bool:
-    """Say whether matrix products run in bfloat16."""
-    wanted = config.compute.dtype
-    return device.type == "cuda" if wanted == "auto" else wanted == "bfloat16"
-
-
 def flop_per_image(config: PretrainConfig, model: StudentTeacher) -> float:
     """Return the operations of one image's share of a step: teacher forward, student forward and backward (twice that).
 
@@ -196,6 +205,7 @@ def describe_run(config: PretrainConfig, samples: SampleStream, model: StudentTe
         f"{samples.num_samples:,} tiles, {config.steps:,} steps of {config.batch_size}: {epochs:.1f} epochs; "
         f"policy {config.views.policy}; learning rate {rate:.3g} at the peak",
         f"{flop_per_image(config, model) / 1e9:.0f} GFLOP an image",
+        f"a step takes about {describe_memory(step_memory(config, world))} in each process",
     ]
     if config.optim.accumulate > 1:
         lines.append(f"{config.optim.accumulate} parts a step: targets and KoLeo see one part at a time")

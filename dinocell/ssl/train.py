@@ -23,6 +23,7 @@ from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.runtime.throughput import Throughput
 from dinocell.ssl.config import PretrainConfig
+from dinocell.ssl.memory import check_memory
 from dinocell.ssl.pictures import draw_features, draw_views
 from dinocell.ssl.prepare import backbone_of, build_model, describe_run, flop_per_image, open_shards
 from dinocell.ssl.student_teacher import StudentTeacher
@@ -44,7 +45,9 @@ def dry_run(config: PretrainConfig) -> str:
         As ``pretrain``, before its first step.
     """
     with together(config.compute.device, timeout_s=config.compute.timeout_s) as world:
-        samples, model = open_shards(config, world), build_model(config, world)
+        samples = open_shards(config, world)
+        check_memory(config, world)
+        model = build_model(config, world)
         trainer = Trainer(config, model, world)
         levels = channel_levels([each.manifest for each in samples.sets], config.views)
         seconds, batches = 0.0, iter(samples)
@@ -96,7 +99,9 @@ def pretrain(
         last = eval_folder(config.output, config.steps) / _TEACHER
         if from_main(last.exists()):
             return last
-        samples, model = open_shards(config, world), build_model(config, world)
+        samples = open_shards(config, world)
+        check_memory(config, world)
+        model = build_model(config, world)
         trainer = Trainer(config, model, world)
         levels = channel_levels([each.manifest for each in samples.sets], config.views)
         checkpointer = Checkpointer(
