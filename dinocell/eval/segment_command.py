@@ -1,6 +1,7 @@
 """``dinocell segment``: images become label images, and on request maps, overlays and tables of cells."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +82,10 @@ def _run(options: argparse.Namespace) -> None:
     inputs = [*options.images, *(f"@{file}" for file in options.list)]
     if not inputs:
         raise DinocellError("no images: give files, folders, patterns, or a list of them with --list FILE")
+    if options.model is None:
+        from dinocell.finetune.box import NOTICE
+
+        print(NOTICE, file=sys.stderr)
     request = Request(
         output=options.output,
         products=frozenset(product for product in ENDINGS if getattr(options, product)),
@@ -116,7 +121,7 @@ def _pipeline(options: argparse.Namespace) -> "DINOCellPipeline":
     from dinocell.finetune.model import DINOCell
 
     return DINOCellPipeline(
-        DINOCell.from_pretrained(options.model),
+        DINOCell.from_pretrained(_model(options)),
         device=options.device,
         cells_max=options.cells_max,
         cell_fill=options.cell_fill,
@@ -160,4 +165,10 @@ def _target_of_model(options: argparse.Namespace) -> str:
     """Return ``distance`` or ``flows``: what the model's maps are, and are called."""
     from dinocell.finetune.files import read_segmenter
 
-    return read_segmenter(options.model).settings.target
+    return read_segmenter(_model(options)).settings.target
+
+
+def _model(options: argparse.Namespace) -> str | Path:
+    from dinocell.finetune.box import SEGMENTER
+
+    return options.model or SEGMENTER

@@ -68,7 +68,7 @@ def write_segmenter(path: Path, file: SegmenterFile) -> None:
         with replacing(path) as part:
             if path.suffix == ".safetensors":
                 header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
-                safetensors.torch.save_file(tensors, part, metadata=header)
+                part.write_bytes(safetensors.torch.save(tensors, metadata=header))  # save_file would make it 0600
             else:
                 torch.save({"model": tensors, METADATA_KEY: metadata}, part)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -101,7 +101,8 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor], described_by: Weigh
     header = {"format": "pt"}
     if described_by is not None:
         header[METADATA_KEY] = json.dumps(_metadata(described_by))
-    _write(path, lambda part: safetensors.torch.save_file(dict(tensors), part, metadata=header))
+    # Not save_file, which would let nobody else read it (mode 0600).
+    _write(path, lambda part: part.write_bytes(safetensors.torch.save(dict(tensors), metadata=header)))
 
 
 def _save_hugging_face(folder: Path, weights: Weights) -> None:
