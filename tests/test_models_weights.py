@@ -336,16 +336,27 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
 
     def torn(_content: object, target: Any, **_options: object) -> None:
         if isinstance(target, Path):
-            target.write_bytes(b"half")
+            with target.open("wb") as file:
+                file.write(b"half")
         else:
             target.write(b"half")
         raise stop("in the middle")
 
     monkeypatch.setattr("torch.save", torn)
-    monkeypatch.setattr("safetensors.torch.save_file", torn)
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: torn(content, path))
     with pytest.raises(stop, match="in the middle"):
         save_weights(path, make(dtype=torch.float16), layout=layout)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(("layout", "file"), LAYOUTS)
+def test_what_is_saved_can_be_read_by_whom_the_user_lets(tmp_path: Path, layout: Layout, file: str) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    save_weights(tmp_path / "saved" / file, make(), layout=layout)
+    written = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    assert written
+    assert all(path.stat().st_mode == plain.stat().st_mode for path in written)
 
 
 def test_a_bad_suffix_is_refused(tmp_path: Path) -> None:
