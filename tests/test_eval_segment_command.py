@@ -117,6 +117,10 @@ def test_a_dry_run_lists_and_writes_nothing(
     (tmp_path / "broken.png").write_bytes(b"")
     assert segment(tmp_path / "broken.png", *line[1:]) == 0
     assert "1 images; none of them can be read; nothing was written" in capsys.readouterr().out
+    film = np.random.default_rng(0).integers(0, 255, (3, 40, 50), np.uint8)
+    tifffile.imwrite(tmp_path / "film.tif", film, imagej=True, metadata={"axes": "TYX"})
+    assert segment(tmp_path / "film.tif", "--model", model, "--frames", "--dry-run", "--output", tmp_path / "out") == 0
+    assert "the first has 40 x 50 pixels, and 3 like it take about" in capsys.readouterr().out
     assert segment(images, "--model", tmp_path / "missing.pt", "--dry-run") == 2
     assert "missing.pt" in capsys.readouterr().err
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dinocell.errors import DinocellError, ImageError
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from dinocell.data_shards.picture import Picture
     from dinocell.eval.pipeline import DINOCellPipeline
     from dinocell.eval.segment_jobs import Request
 
@@ -136,28 +135,38 @@ def _cost(files: Sequence[Path], pipeline: "DINOCellPipeline", request: "Request
     from datetime import timedelta
     from time import perf_counter
 
-    plane = _first_plane(files, request.channel)
-    if plane is None:
+    from dinocell.data_shards.images import count_frames
+
+    picture = _first_picture(files, frames=request.frames)
+    if picture is None:
         return "none of them can be read"
+    number = len(files)
+    if request.frames:
+        number = 0
+        for file in files:
+            with suppress(ImageError):  # the run itself names it
+                number += count_frames(file)
+    plane = picture.plane(request.channel)
+    size = request.pixel_size_um if request.pixel_size_um is not None else picture.pixel_size_um
     height, width = plane.shape
     piece = plane[:_TRIED_PX, :_TRIED_PX]
-    pipeline.run(piece)  # compiles, and sizes the network's memory
+    pipeline.run(piece, pixel_size_um=size)  # compiles, and sizes the network's memory
     start = perf_counter()
-    pipeline.run(piece)
+    pipeline.run(piece, pixel_size_um=size)
     seconds = (perf_counter() - start) * plane.size / piece.size
     gigabytes = (_BASE_BYTES + _BYTES_PER_PIXEL * plane.size) / 1e9
     return (
-        f"the first has {height} x {width} pixels, and {len(files)} like it take about "
-        f"{timedelta(seconds=round(seconds * len(files)))} and {gigabytes:.1f} GB on {pipeline.device}"
+        f"the first has {height} x {width} pixels, and {number} like it take about "
+        f"{timedelta(seconds=round(seconds * number))} and {gigabytes:.1f} GB on {pipeline.device}"
     )
 
 
-def _first_plane(files: Sequence[Path], channel: int | None) -> "np.ndarray | None":
-    from dinocell.data_shards.images import read_image
+def _first_picture(files: Sequence[Path], *, frames: bool) -> "Picture | None":
+    from dinocell.data_shards.images import read_image, read_stack
 
     for file in files:
         with suppress(ImageError):
-            return read_image(file).plane(channel)
+            return next(iter(read_stack(file))) if frames else read_image(file)
     return None
 
 

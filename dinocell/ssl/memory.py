@@ -16,6 +16,7 @@ from dinocell.models.config import ViTConfig
 from dinocell.models.vit import CPU_PIECE_TOKENS, VisionTransformer, variant_config
 from dinocell.runtime.distributed import World, max_over_ranks
 from dinocell.runtime.memory import available_bytes
+from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.sharding import choose_parallel, num_shards
 from dinocell.ssl.config import HeadsConfig, PretrainConfig, Recompute
 from dinocell.ssl.heads import ProjectionHead
@@ -88,7 +89,7 @@ def step_memory(config: PretrainConfig, world: World) -> StepMemory:
     model, views, heads = config.model, config.views, config.heads
     vit = variant_config(model.variant, patch_size=model.patch_size, in_channels=views.in_channels)
     on_cpu = world.device.type == "cpu"
-    half = config.compute.dtype == "bfloat16" or (config.compute.dtype == "auto" and not on_cpu)
+    half = uses_bfloat16(config.compute.dtype, world.device)
     size = 2 if half else 4
     part = config.batch_size / (world.size * config.optim.accumulate)
 
