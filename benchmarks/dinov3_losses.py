@@ -1,7 +1,7 @@
 """Are our losses, gradients and steps those of DINOv3's own code, on the same weights, crops and masks?
 
-    python benchmarks/dinov3_losses.py --dinov3 CHECKOUT --peer PEER.py          # writes a result file
-    python benchmarks/dinov3_losses.py --dinov3 CHECKOUT --peer PEER.py --quick  # small crops, one step; writes nothing
+    python benchmarks/dinov3_losses.py --dinov3 CHECKOUT          # writes a result file
+    python benchmarks/dinov3_losses.py --dinov3 CHECKOUT --quick  # small crops, one step; writes nothing
 
 DINOv3's ``SSLMetaArch`` runs on the CPU from a checkout, as in `pretrain_step.py`. Its random weights are read by our
 reader of checkpoints, then each side takes its own steps with its own code: targets, losses, backward, clipping, AdamW
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from _harness import write_result
-from pretrain_step import load_peer
 from torch import Tensor, nn
 
 from dinocell.models.formats import recognise
@@ -61,27 +60,28 @@ _GRADIENTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dinov3", type=Path, help="a checkout of facebookresearch/dinov3")
-    parser.add_argument("--peer", type=Path, help="a script that runs its step on the CPU")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    if not (options.dinov3 and options.peer):
-        print("nothing was compared: --dinov3 and --peer say where DINOv3's code is")
+    if not options.dinov3:
+        print("nothing was compared: --dinov3 says where DINOv3's code is")
         sys.exit(0 if options.quick else 2)
     if options.quick:
         options.batch, options.prototypes, options.steps = 2, 256, 1
     sizes = (64, 32) if options.quick else (224, 96)
-    peer = load_peer(options.dinov3, options.peer)
-    theirs = peer.build(options.prototypes)
+    from _dinov3 import Peer
+
+    peer = Peer(options.dinov3, num_prototypes=options.prototypes)
+    theirs = peer.model
     prepare(theirs)
     ours = copied(theirs, options.prototypes)
-    optimizers = our_optimizer(ours), peer.optimizer(theirs)
+    optimizers = our_optimizer(ours), peer.optimizer
     losses, gradients, weights = [], [], []
     for step in range(1, options.steps + 1):
         # Other crops and masks in each step; the peer's own function seeds itself.
-        data = peer.batch(options.batch, *sizes)
+        data = peer.batch(options.batch, global_size=sizes[0], local_size=sizes[1])
         data = with_noise(data, step)
         found, wanted = our_losses(ours, data, sizes[0] // 8), their_losses(theirs, data)
         losses += [(step, name, wanted[name], found[name]) for name in wanted]

@@ -1,19 +1,17 @@
 """How fast is a pretraining step, against DINOv3's own and against a straight version of ours?
 
     python benchmarks/pretrain_step.py                       # against the straight version; writes a result file
-    python benchmarks/pretrain_step.py --dinov3 CHECKOUT --peer PEER.py   # and against DINOv3's step, run on the CPU
+    python benchmarks/pretrain_step.py --dinov3 CHECKOUT     # and against DINOv3's step, run on the CPU
     python benchmarks/pretrain_step.py --quick               # small crops, one round; writes nothing
 
 ViT-S/8, 2 x 224 and 8 x 96 px, float32. A step is forward, backward, clipping, AdamW and the teacher's average. All
-sides run in turns in one process; memory is the peak of a process of its own. PEER.py patches DINOv3 from outside so
-that its step runs on a CPU (functions ``build``, ``optimizer``, ``batch``, ``step``).
+sides run in turns in one process; memory is the peak of a process of its own. On a GPU: `pretrain_step_gpu.py`.
 
 The allocator counts on a CPU: ``--allocator`` takes ``default``, or ``kept``, with which glibc never gives memory back
 (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_), for all sides alike.
 """
 
 import argparse
-import importlib.util
 import os
 import resource
 import subprocess
@@ -49,7 +47,6 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=65_536)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dinov3", type=Path, help="a checkout of facebookresearch/dinov3")
-    parser.add_argument("--peer", type=Path, help="a script that runs its step on the CPU")
     parser.add_argument("--allocator", choices=("default", "kept"), default="default")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
@@ -104,26 +101,10 @@ def peak_bytes(name: str) -> int:
 def make(name: str, options: argparse.Namespace) -> Callable[[], object]:
     """Return a function that takes a step of a side."""
     if name == "DINOv3":
-        return peer(options)
+        from _dinov3 import step_of
+
+        return step_of(options.dinov3, num_prototypes=options.prototypes, batch_size=options.batch)
     return our_step(options, straight=name == "straight", again=_RECOMPUTE.get(name, "nothing"))
-
-
-def load_peer(dinov3: Path, peer: Path) -> Any:
-    """Import the script that runs DINOv3's step on the CPU from a checkout."""
-    os.environ["DINOV3"] = str(dinov3)
-    spec = importlib.util.spec_from_file_location("peer", peer)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def peer(options: argparse.Namespace) -> Callable[[], object]:
-    module = load_peer(options.dinov3, options.peer)
-    model = module.build(options.prototypes)
-    optimizer, batch = module.optimizer(model), module.batch(options.batch)
-    return lambda: module.step(model, optimizer, batch)
 
 
 def our_step(options: argparse.Namespace, *, straight: bool, again: Any) -> Callable[[], object]:

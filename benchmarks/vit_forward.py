@@ -64,7 +64,8 @@ def main() -> None:
             lines.append(row)
     print("\n".join(lines))
     if not options.quick:
-        suffix = f"_{device.type}" + ("_compiled" if options.compile else "")
+        kernel = "" if options.kernel == "sdpa" else f"_{options.kernel}"
+        suffix = f"_{device.type}" + ("_compiled" if options.compile else "") + kernel
         print(write_result(f"vit_forward{suffix}", "\n".join(lines), ["torch", "transformers"]))
 
 

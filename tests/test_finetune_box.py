@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from dinocell import DINOCell, DINOCellPipeline
@@ -66,3 +67,11 @@ def test_the_command_takes_it_without_a_model_and_says_so(tmp_path: Path, capsys
     assert NOTICE in capsys.readouterr().err
     found = read_labels(tmp_path / "out" / "image_labels.tif")
     assert ctc_score(labels, found).det > 0.9
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_the_nuclei_of_the_cpu() -> None:
+    _, image = nuclei()
+    found = [DINOCellPipeline(DINOCell.from_pretrained(SEGMENTER), device=name).run(image) for name in ("cpu", "cuda")]
+    assert ctc_score(found[0], found[1]).op_csb > 0.95

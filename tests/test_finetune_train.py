@@ -302,3 +302,16 @@ def test_progress_counts_epochs_without_a_fall_and_comes_back_from_plain_values(
     assert progress.take(0.4, 5, after=1, min_delta=0.01)
     assert progress.stale == 0
     assert train.Progress.of(progress.values()) == progress
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("target", ["distance", "flows"])
+@pytest.mark.parametrize("frozen", ["true", "false"])
+def test_a_gpu_takes_the_steps_of_the_cpu(folder: Path, tmp_path: Path, target: str, frozen: str) -> None:
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "auto")):
+        changes = [f"compute.device={device}", f"compute.dtype={dtype}", f"target={target}"]
+        finetune(recipe(folder, tmp_path / f"{device}{dtype}", *changes, f"model.freeze_backbone={frozen}"))
+    exact = losses(tmp_path / "cpufloat32")
+    np.testing.assert_allclose(losses(tmp_path / "cudafloat32"), exact, rtol=5e-3)
+    np.testing.assert_allclose(losses(tmp_path / "cudaauto"), exact, rtol=5e-2)

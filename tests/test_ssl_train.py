@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from dinocell.cli import main
+from dinocell.configs.load import to_yaml
 from dinocell.data_shards.read import SampleStream
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.models.vit import VisionTransformer, variant_config
@@ -421,3 +424,123 @@ def test_where_cls_looks_is_the_attention_of_the_last_block(monkeypatch: pytest.
     vit(images)
     found = vit.cls_attention(images)
     torch.testing.assert_close(found.flatten(2), wanted[vit.config.depth - 1][:, :, 0, vit.config.num_prefix :])
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_cuda(shard_set: Path, output: Path, **compute: Any) -> PretrainConfig:
+    """Return a recipe without noise of the device's own, so that both devices can be compared."""
+    return config_of(
+        shard_set,
+        output,
+        model=ModelConfig(variant="tiny", layer_scale=0.1, drop_path=0.0),
+        compute=ComputeConfig(workers=0, **{"device": "cuda", "dtype": "float32", **compute}),
+    )
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize(
+    ("compute", "tolerance"),
+    [
+        ({}, 2e-3),
+        ({"compile": True}, 2e-3),
+        ({"recompute": "activations"}, 2e-3),
+        ({"recompute": "blocks"}, 2e-3),
+        ({"dtype": "bfloat16"}, 3e-2),
+        ({"dtype": "bfloat16", "compile": True}, 3e-2),
+        ({"dtype": "bfloat16", "attention": "varlen"}, 3e-2),
+        ({"dtype": "bfloat16", "attention": "xformers"}, 3e-2),
+    ],
+)
+def test_a_gpu_takes_the_steps_of_the_cpu(
+    shard_set: Path, tmp_path: Path, compute: dict[str, Any], tolerance: float
+) -> None:
+    pretrain(on_cuda(shard_set, tmp_path / "cpu", device="cpu"))
+    on_gpu = on_cuda(shard_set, tmp_path / "gpu", **compute)
+    if on_gpu.compute.compile:  # the annotations that the test suite checks at run time are not for the compiler
+        (tmp_path / "recipe.yaml").write_text(to_yaml(on_gpu))
+        command = [sys.executable, "-m", "dinocell", "pretrain", str(tmp_path / "recipe.yaml")]
+        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    else:
+        pretrain(on_gpu)
+    np.testing.assert_allclose(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), rtol=tolerance)
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_a_run_on_a_gpu_that_was_stopped_goes_on_as_if_nothing_was(shard_set: Path, tmp_path: Path) -> None:
+    whole = replace(config_of(shard_set, tmp_path / "whole"), compute=ComputeConfig(workers=0, device="cuda"))
+    pretrain(whole)
+    parts = replace(whole, output=tmp_path / "parts", checkpoint_every=4)
+
+    def stop_at_six(_: Path) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(RunStopped):
+        pretrain(parts, on_export=stop_at_six)
+    assert len(losses(parts.output)) == 6
+    pretrain(parts)
+    np.testing.assert_allclose(losses(parts.output), losses(whole.output), rtol=2e-2)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("centring", ["sinkhorn", "softmax"])
+def test_between_logging_steps_nothing_waits_for_the_gpu(
+    shard_set: Path, tmp_path: Path, centring: Literal["sinkhorn", "softmax"]
+) -> None:
+    device = torch.device("cuda", 0)
+    config = config_of(
+        shard_set,
+        tmp_path,
+        losses=LossConfig(centring=centring),
+        views=ViewsConfig(global_size=32, local_size=16, num_local=2, blur=0.5, noise=0.5),
+        compute=ComputeConfig(device="cuda", workers=0),
+    )
+    world = World(device=device)
+    samples, model = prepare.open_shards(config, world), prepare.build_model(config, world)
+    trainer, levels = Trainer(config, model, world), channel_levels([samples.sets[0].manifest], config.views)
+    batches = [batch.pin_memory() for batch, _ in zip(samples, range(4), strict=False)]
+
+    def parts(number: int) -> list[Any]:
+        return [(batches[number], make_views(batches[number], config.views, levels, seed=0, device=device))]
+
+    for number in range(2):
+        trainer.step(number, parts(number), watch=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2, 4):
+            trainer.step(number, parts(number), watch=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_group_of_one_on_nccl_takes_the_steps_of_a_process_alone(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: Literal["ddp", "fsdp"]
+) -> None:
+    """What one GPU can show of FSDP2: wrapping, bfloat16 weights, the moving average, saving, exporting."""
+    config = on_cuda(shard_set, tmp_path / "alone", dtype="bfloat16", parallel=parallel)
+    pretrain(config)
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    alone = prepare.build_model
+
+    def spread(config: PretrainConfig, world: World) -> prepare.StudentTeacher:
+        model = alone(config, world)
+        prepare._spread(config, model, world)
+        return model
+
+    monkeypatch.setattr("dinocell.ssl.train.build_model", spread)
+    grouped = replace(config, output=tmp_path / "grouped")
+    try:
+        last = pretrain(grouped)
+    finally:
+        torch.distributed.destroy_process_group()
+    np.testing.assert_allclose(losses(grouped.output), losses(config.output), rtol=3e-2)
+    assert all(torch.isfinite(each).all() for each in load_backbone(str(last), in_channels=1).parameters())

@@ -121,7 +121,8 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
     if compute.compile:
         for backbone in backbones:
             for block in backbone.blocks:
-                block.compile()
+                # Shapes are the same in every step; dynamic ones would make slower code when the teacher's differ.
+                block.compile(dynamic=False)
     if world.size > 1:
         _spread(config, model, world)
     return model.to(world.device)

@@ -183,7 +183,7 @@ class Centre(nn.Module):
         """
         with full_precision(logits.rows):
             rows = logits.rows.to(_working(logits.rows.dtype))
-            count = rows.new_tensor([logits.num_rows])
+            count = rows.new_full((1,), logits.num_rows)  # filled on the device: a copy would wait for it
             total = sum_over_ranks(torch.cat((rows.sum(0), count)))
             mean = logits.prototypes.to(rows.dtype) @ (total[:-1] / total[-1].clamp(min=1))
             moves = (total[-1] > 0) & total.isfinite().all()
@@ -227,8 +227,10 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scale(logits: TeacherLogits, temperature: float | Tensor) -> Tensor:
-    value = torch.as_tensor(temperature, dtype=_working(logits.rows.dtype), device=logits.rows.device)
-    return value.reciprocal()
+    dtype, device = _working(logits.rows.dtype), logits.rows.device
+    if isinstance(temperature, Tensor):
+        return temperature.to(device, dtype).reciprocal()
+    return torch.full((), temperature, dtype=dtype, device=device).reciprocal()  # no copy, which would wait for a GPU
 
 
 def _log_sums(logits: TeacherLogits, scale: Tensor, elements: int | None) -> Float[Tensor, " k"]:

@@ -205,12 +205,13 @@ def _look(
     teacher = _whole_teacher(model, keep=run.is_main)
     if teacher is None or views is None:
         return
-    if draws:
-        run.image(step, "views", draw_views(views))
-        for name, picture in draw_features(teacher, views).items():
-            run.image(step, name, picture)
-    if measures and watch is not None:
-        run.log(step, watch(teacher), always=True)
+    with torch.compiler.set_stance("force_eager"):  # a look has its own shapes, for which nothing should be compiled
+        if draws:
+            run.image(step, "views", draw_views(views))
+            for name, picture in draw_features(teacher, views).items():
+                run.image(step, name, picture)
+        if measures and watch is not None:
+            run.log(step, watch(teacher), always=True)
 
 
 def _whole_teacher(model: StudentTeacher, *, keep: bool) -> VisionTransformer | None:

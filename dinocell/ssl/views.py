@@ -1,7 +1,7 @@
 """The views of a batch of tiles: crops of their channels with photometry, scaled to one size, standardised.
 
 Two ways to the same pixels: ``crop_by_crop`` cuts each region out before it is worked on, which is fastest on a CPU;
-``all_tiles_at_once`` resamples whole tiles by two matrices each, which keeps a GPU busy. Each tests the other.
+``all_tiles_at_once`` works on the needed planes of all tiles together, which keeps a GPU busy. Each tests the other.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -124,63 +124,141 @@ def crop_by_crop(
 def all_tiles_at_once(
     batch: Batch, plans: Sequence[ViewPlan], scales: Sequence[Scales], config: ViewsConfig
 ) -> list[Float[Tensor, "b k s s"]]:
-    """Return the views, one tensor a view, by resampling whole tiles with a matrix for rows and one for columns."""
+    """Return the views, one tensor a view, with a few large operations each on the planes of all tiles that it needs.
+
+    Regions are cut to the size of the view's largest box; what lies outside a box gets no weight. Each is resampled by
+    a matrix for rows and one for columns, which also reverse it, and mixed last: that is linear, too.
+    """
     device = batch.storage.device
-    views = [torch.empty(0)] * config.num_views
     parts: list[list[tuple[list[int], Tensor]]] = [[] for _ in range(config.num_views)]
     for members in _alike(batch):
         tiles = torch.stack([batch.tile(number).float() for number in members])
         places = list(batch.channels[members[0]])
-        _, _, height, width = tiles.shape
         for view, size in enumerate(_sizes(config)):
-            boxes = np.stack([plans[number].boxes[view] for number in members])
-            pick = [(plans[number], scales[number]) for number in members]
-
-            factor = _on(device, [scale.factor[view, places] for _, scale in pick])[..., None, None]
-            offset = _on(device, [scale.offset[view, places] for _, scale in pick])[..., None, None]
-            contrast = _on(device, [plan.contrast[view, places] for plan, _ in pick])[..., None, None]
-            mixing = _on(device, [plan.mixing[view][:, places] for plan, _ in pick])
-            unit = (tiles * factor + offset).clamp_(0, 1)
-            inside = [_inside(boxes[:, k], boxes[:, 2 + k], side, device) for k, side in enumerate((height, width))]
-            area = _on(device, boxes[:, 2:3] * boxes[:, 3:])
-            mean = (torch.einsum("bchw,bh,bw->bc", unit, *inside) / area)[..., None, None]
-            unit = ((unit - mean) * contrast + mean).clamp_(0, 1)
-            mixed = torch.einsum("bkc,bchw->bkhw", mixing, unit)
-            if config.policy == "stack":
-                mixed = _protein_contrasts(mixed, pick, view, inside, config)
-            rows = resampling_matrix(boxes[:, 0], boxes[:, 2], height, size, device)
-            columns = resampling_matrix(boxes[:, 1], boxes[:, 3], width, size, device)
-            crops = torch.einsum("bsh,bkhw,btw->bkst", rows, mixed, columns)
-            turned = [
-                _turned(crop, bool(plan.mirrored[view]), int(plan.turned[view]))
-                for crop, (plan, _) in zip(crops, pick, strict=True)
-            ]
-            parts[view].append((members, torch.stack(turned)))
+            needed = _needed_planes([plans[n] for n in members], [scales[n] for n in members], places, view, config)
+            parts[view].append((members, _resampled(tiles, needed, size, device)))
+    views = []
     for view, found in enumerate(parts):
-        order = torch.tensor([number for members, _ in found for number in members], device=device).argsort()
-        views[view] = _finish(torch.cat([crops for _, crops in found])[order], plans, view)
+        crops = torch.cat([crops for _, crops in found])
+        if len(found) > 1:
+            order = np.argsort([number for members, _ in found for number in members])
+            crops = crops[_on(device, order)]
+        views.append(_finish(crops, plans, view))
     return views
 
 
-def _on(device: torch.device, values: Sequence[np.ndarray] | np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(values, np.float32)).to(device, non_blocking=True)
+class _Planes(NamedTuple):
+    """The ``p`` planes (a channel of a tile) that a view of ``b`` tiles needs, and what is done to each."""
+
+    owner: np.ndarray  # (p) the tile's place among the b
+    channel: np.ndarray  # (p) the channel's place in the tile
+    boxes: np.ndarray  # (p 4)
+    factor: np.ndarray  # (p)
+    offset: np.ndarray  # (p)
+    contrast: np.ndarray  # (p)
+    protein: np.ndarray  # (p) contrast over the maximum; negative: none
+    weight: np.ndarray  # (p k)
+    mirrored: np.ndarray  # (b)
+    turned: np.ndarray  # (b)
+
+
+def _needed_planes(
+    plans: Sequence[ViewPlan], scales: Sequence[Scales], places: list[int], view: int, config: ViewsConfig
+) -> _Planes:
+    mixing = np.stack([plan.mixing[view][:, places] for plan in plans])  # (b k c)
+    owner, channel = np.nonzero((mixing != 0).any(axis=1))
+    of_plane = (owner, np.asarray(places)[channel])
+    protein = np.full(len(owner), -1, np.float32)
+    if config.policy == "stack" and config.protein_channel in config.channels:
+        is_protein = mixing[owner, config.channels.index(config.protein_channel), channel] != 0
+        protein = np.where(is_protein, np.stack([plan.protein[view] for plan in plans])[owner], protein)
+    return _Planes(
+        owner=owner,
+        channel=channel,
+        boxes=np.stack([plan.boxes[view] for plan in plans])[owner],
+        factor=np.stack([scale.factor[view] for scale in scales])[of_plane],
+        offset=np.stack([scale.offset[view] for scale in scales])[of_plane],
+        contrast=np.stack([plan.contrast[view] for plan in plans])[of_plane],
+        protein=protein,
+        weight=mixing[owner, :, channel],
+        mirrored=np.array([plan.mirrored[view] for plan in plans]),
+        turned=np.array([plan.turned[view] for plan in plans]),
+    )
+
+
+def _resampled(
+    tiles: Float[Tensor, "b c h w"], planes: _Planes, size: int, device: torch.device
+) -> Float[Tensor, "b k s s"]:
+    """Return a view of each tile, turned but not yet standardised."""
+    num_tiles, _, height, width = tiles.shape
+    num_outputs = planes.weight.shape[1]
+    if not len(planes.owner):
+        return tiles.new_zeros(num_tiles, num_outputs, size, size)
+    numbers = [planes.owner, planes.channel, *planes.boxes.T]
+    owner, channel, top, left, rows, columns = _on(device, np.stack(numbers).astype(np.int64))
+    floats = [planes.factor, planes.offset, planes.contrast, *planes.weight.T]
+    factor, offset, contrast, *weight = _on(device, np.stack(floats).astype(np.float32))
+
+    # Outside its box a region repeats the tile's last row or column: it must be a number, and counts for nothing.
+    row, column = (torch.arange(int(longest), device=device) for longest in planes.boxes[:, 2:].max(axis=0))
+    from_row, from_column = (top[:, None] + row).clamp_(max=height - 1), (left[:, None] + column).clamp_(max=width - 1)
+    unit = tiles[owner[:, None, None], channel[:, None, None], from_row[:, :, None], from_column[:, None, :]]
+    in_row, in_column = (row < rows[:, None]).float(), (column < columns[:, None]).float()
+    factor, offset, contrast = (each[:, None, None] for each in (factor, offset, contrast))
+    torch.addcmul(offset, unit, factor, out=unit).clamp_(0, 1)
+    sums = torch.bmm(unit, in_column[:, :, None])[:, :, 0]
+    mean = ((sums * in_row).sum(1) / (rows * columns))[:, None, None]
+    torch.addcmul(mean * (1 - contrast), unit, contrast, out=unit).clamp_(0, 1)
+    special = np.flatnonzero(planes.protein >= 0)
+    if len(special):
+        which, contrasts = _on(device, special), _on(device, planes.protein[special])
+        some = unit[which]
+        largest = (some * in_row[which][:, :, None] * in_column[which][:, None, :]).amax((1, 2))
+        unit[which] = (some * (contrasts / largest.clamp_min(_LEAST_DEVIATION))[:, None, None]).clamp_(0, 1)
+
+    mirrored, turned = planes.mirrored[planes.owner], planes.turned[planes.owner]
+    lengths = planes.boxes[:, 2], planes.boxes[:, 3]
+    # A turn by one right angle is to reverse the columns, then to exchange them with the rows; and so on.
+    backwards = mirrored ^ (turned >= 2), (turned == 1) | (turned == 2)
+    by_row, by_column = (
+        resampling_matrix(np.zeros_like(length), length, len(index), size, device, backwards=back)
+        for length, index, back in zip(lengths, (row, column), backwards, strict=True)
+    )
+    crops = by_row @ unit @ by_column.transpose(1, 2)
+    mixing = (owner == torch.arange(num_tiles, device=device)[:, None])[:, None] * torch.stack(weight)  # (b k p)
+    mixed = (mixing.flatten(0, 1) @ crops.flatten(1)).view(num_tiles, num_outputs, size, size)
+    exchanged = _on(device, planes.turned % 2 == 1)[:, None, None, None]
+    return torch.where(exchanged, mixed.transpose(2, 3), mixed)
+
+
+def _on(device: torch.device, values: np.ndarray) -> Tensor:
+    """Return an array on the device, without waiting for the device."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def resampling_matrix(
-    starts: Shaped[np.ndarray, " b"], lengths: Shaped[np.ndarray, " b"], side: int, size: int, device: torch.device
+    starts: Shaped[np.ndarray, " b"],
+    lengths: Shaped[np.ndarray, " b"],
+    side: int,
+    size: int,
+    device: torch.device,
+    *,
+    backwards: Bool[np.ndarray, " b"] | None = None,
 ) -> Float[Tensor, "b s h"]:
     """Return the weights that scale ``lengths`` pixels from ``starts`` on, of ``side``, to ``size``.
 
     Antialiased bilinear, as ``torch.nn.functional.interpolate`` has it: a triangle as wide as two output pixels (at
-    least two input pixels), cut off at the crop's ends, with weights that add up to 1.
+    least two input pixels), cut off at the crop's ends, with weights that add up to 1. Output pixels may come out
+    ``backwards``.
     """
-    start, length = (
-        torch.from_numpy(values.astype(np.float32)).to(device)[:, None, None] for values in (starts, lengths)
-    )
+    start, length = _on(device, np.stack([starts, lengths]).astype(np.float32))[:, :, None, None]
     scale = length / size
-    centre = (torch.arange(size, device=device, dtype=torch.float32)[:, None] + 0.5) * scale
+    place = torch.arange(size, device=device, dtype=torch.float32)[:, None]
+    if backwards is not None:
+        place = torch.where(_on(device, backwards)[:, None, None], size - 1 - place, place)
+    centre = (place + 0.5) * scale
     position = torch.arange(side, device=device, dtype=torch.float32) - start
-    weights = (1 - (position + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
+    weights: Tensor = (1 - (position + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
     weights = weights * ((position >= 0) & (position < length))
     return weights / weights.sum(-1, keepdim=True)
 
@@ -220,24 +298,6 @@ def _protein_contrast(mixed: Tensor, factor: float, config: ViewsConfig) -> Tens
     return mixed
 
 
-def _protein_contrasts(
-    mixed: Tensor, pick: list[tuple[ViewPlan, Scales]], view: int, inside: list[Tensor], config: ViewsConfig
-) -> Tensor:
-    for number, (plan, _) in enumerate(pick):
-        factor = float(plan.protein[view])
-        if factor >= 0 and config.protein_channel in config.channels:
-            protein = mixed[number, config.channels.index(config.protein_channel)]
-            seen = protein * inside[0][number][:, None] * inside[1][number]
-            protein.mul_(factor / seen.max().clamp_min(_LEAST_DEVIATION)).clamp_(0, 1)
-    return mixed
-
-
-def _inside(starts: np.ndarray, lengths: np.ndarray, side: int, device: torch.device) -> Float[Tensor, "b h"]:
-    position = np.arange(side)
-    within = (position >= starts[:, None]) & (position < (starts + lengths)[:, None])
-    return torch.from_numpy(within.astype(np.float32)).to(device, non_blocking=True)
-
-
 def _turned(crop: Float[Tensor, "k s s"], mirrored: bool, quarter_turns: int) -> Float[Tensor, "k s s"]:
     if mirrored:
         crop = crop.flip(-2)
@@ -251,7 +311,7 @@ def _finish(crops: Float[Tensor, "b k s s"], plans: Sequence[ViewPlan], view: in
             crops[number] = _blurred(crops[number], float(plan.blur_sigma_px[view]))
         if plan.noise_sigma[view] > 0:
             generator = torch.Generator().manual_seed(plan.noise_seed + view)
-            noise = torch.randn(crops[number].shape, generator=generator).to(crops.device)
+            noise = torch.randn(crops[number].shape, generator=generator).to(crops.device, non_blocking=True)
             crops[number] += float(plan.noise_sigma[view]) * noise
     mean = crops.mean((2, 3), keepdim=True)
     centred = crops - mean

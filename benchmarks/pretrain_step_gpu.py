@@ -1,0 +1,253 @@
+"""How many images a second does a pretraining step take on a GPU, and how does DINOv3's own code do on the same card?
+
+    python benchmarks/pretrain_step_gpu.py --dinov3 CHECKOUT     # writes results/pretrain_step_gpu.md
+    python benchmarks/pretrain_step_gpu.py --quick               # on a CPU as well: small crops, nothing is compiled
+    python benchmarks/pretrain_step_gpu.py --cases small/8/32/65536 large/16/32/8192
+
+A case is variant/patch/batch/prototypes. A step is forward, backward, clipping, AdamW and the teacher's average, on
+crops that lie on the device (2 x 224 + 8 x 96 px, 3 channels). Every side is a process of its own, all resident at
+once, and they take their steps in turns. DINOv3 runs as its trainer runs it: compiled, FSDP2 in a group of one,
+bfloat16 weights. MFU: operations of the plain step by the formula (models/flops.py) over the card's dense bfloat16
+peak.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _harness import ratio, write_result
+
+from dinocell.models.vit import VisionTransformer, variant_config
+from dinocell.runtime.distributed import World
+from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from dinocell.runtime.throughput import peak_flop_per_s
+from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
+from dinocell.ssl.masking import MaskingConfig, draw_masks
+from dinocell.ssl.memory import step_memory
+from dinocell.ssl.prepare import build_model, flop_per_image
+from dinocell.ssl.view_plan import ViewsConfig
+from dinocell.ssl.views import Views
+
+_CASES = (
+    "small/8/32/65536",
+    "small/8/32/8192",
+    "base/8/16/65536",
+    "base/8/16/8192",
+    "large/16/32/65536",
+    "large/16/32/8192",
+)
+_SIDES = ("dinocell, compiled", "dinocell", "DINOv3")
+_CHANNELS = ("a", "b", "c")
+
+
+class Case(NamedTuple):
+    """A row of the table."""
+
+    variant: str
+    patch_size: int
+    batch_size: int
+    num_prototypes: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """Read variant/patch/batch/prototypes."""
+        variant, *numbers = text.split("/")
+        patch_size, batch_size, num_prototypes = map(int, numbers)
+        return cls(variant, patch_size, batch_size, num_prototypes)
+
+    def config(self, device: str, *, compiled: bool, quick: bool) -> PretrainConfig:
+        """Return what the product would train by."""
+        sizes = {"global_size": 32, "local_size": 16} if quick else {}
+        return PretrainConfig(
+            output=Path("none"),
+            data=DataConfig(shards=("none",)),
+            steps=1,
+            batch_size=self.batch_size,
+            views=ViewsConfig(policy="stack", channels=_CHANNELS, **sizes),
+            model=ModelConfig(variant=self.variant, patch_size=self.patch_size, drop_path=0.0),
+            heads=HeadsConfig(num_prototypes=self.num_prototypes),
+            compute=ComputeConfig(device=device, compile=compiled),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dinov3", type=Path, help="a checkout of facebookresearch/dinov3")
+    parser.add_argument("--cases", nargs="+", default=list(_CASES))
+    parser.add_argument("--sides", nargs="+", default=list(_SIDES))
+    parser.add_argument("--rounds", type=int, default=5, help="0: only fill the compiler's caches")
+    parser.add_argument("--steps", type=int, default=8, help="of a side in a round")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds after which no further case is started")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.quick:
+        options.cases, options.rounds, options.steps = ["tiny/8/2/64"], 2, 1
+        options.sides = ["dinocell"]
+    if options.worker:
+        work(options, Case.parse(options.cases[0]), device)
+        return
+    if device == "cpu" and not options.quick:
+        sys.exit("no CUDA device: pretrain_step.py measures on the CPU")
+    if options.dinov3 is None:
+        options.sides = [side for side in options.sides if side != "DINOv3"]
+    started, rows = time.monotonic(), []
+    for text in options.cases:
+        if time.monotonic() - started > options.limit:
+            rows.append(f"| {text} | not started: out of time | | | | | |")
+            continue
+        rows += measure(options, text, device)
+        print("\n".join(rows), flush=True)
+        if options.rounds and not options.quick:
+            write_result("pretrain_step_gpu", report(options, rows), ["torch"])
+
+
+def report(options: argparse.Namespace, rows: Sequence[str]) -> str:
+    lines = [
+        "# A pretraining step on a GPU",
+        "",
+        f"2 x 224 + 8 x 96 px, 3 channels, bfloat16, {options.rounds} alternated rounds of {options.steps} steps after "
+        "a warm-up. A ratio is a side's time over that of `dinocell, compiled` in the same round: median and range.",
+        "",
+        "| variant / patch / batch / K | side | images/s | MFU | times dinocell's, compiled | peak memory | estimate |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    return "\n".join(lines)
+
+
+def measure(options: argparse.Namespace, text: str, device: str) -> list[str]:
+    """Let all sides take their turns, and return a line of the table for each."""
+    case, command = Case.parse(text), [sys.executable, __file__, "--cases", text]
+    if options.dinov3:
+        command += ["--dinov3", str(options.dinov3)]
+    command += ["--quick"] if options.quick else ["--steps", str(options.steps)]
+    workers = {
+        side: subprocess.Popen([*command, "--worker", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for side in options.sides
+    }
+    ready = {side: answer(worker) for side, worker in workers.items()}
+    seconds: dict[str, list[float]] = {side: [] for side, facts in ready.items() if facts}
+    for _ in range(options.rounds):
+        for side, found in seconds.items():
+            print("go", file=workers[side].stdin, flush=True)
+            found.append(float((answer(workers[side]) or {"seconds": float("nan")})["seconds"]))
+    for worker in workers.values():
+        worker.communicate()
+    if not options.rounds:  # only to fill the compiler's caches
+        return [f"| {text} | {side} | {'ready' if facts else 'failed'} | | | | |" for side, facts in ready.items()]
+    flop = case_flop(case, options.quick)
+    peak = peak_flop_per_s(torch.cuda.get_device_name()) if device == "cuda" else None
+    rows, first = [], options.sides[0]
+    for side, facts in ready.items():
+        if not facts:
+            rows.append(f"| {text} | {side} | failed | | | | |")
+            continue
+        rate = case.batch_size * options.steps / statistics.median(seconds[side])
+        mfu = f"{rate * flop / peak:.0%}" if peak else ""
+        estimate = f"{facts['estimate'] / 1e9:.1f} GB" if "estimate" in facts else ""
+        times = ratio(seconds[side], seconds[first]) if first in seconds else ""
+        rows.append(f"| {text} | {side} | {rate:.0f} | {mfu} | {times} | {facts['peak'] / 1e9:.1f} GB | {estimate} |")
+    return rows
+
+
+def answer(worker: "subprocess.Popen[str]") -> dict[str, Any] | None:
+    """Return the next answer of a side, None if it has died."""
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    return None
+
+
+def work(options: argparse.Namespace, case: Case, device: str) -> None:
+    """Be a side: get ready, then take steps whenever asked to."""
+    facts: dict[str, float] = {}
+    if options.worker == "DINOv3":
+        from _dinov3 import step_of
+
+        step: Callable[[], torch.Tensor] = step_of(
+            options.dinov3,
+            num_prototypes=case.num_prototypes,
+            batch_size=case.batch_size,
+            variant=case.variant,
+            patch_size=case.patch_size,
+            device=device,
+        )
+    else:
+        config = case.config(device, compiled=options.worker.endswith("compiled"), quick=options.quick)
+        facts["estimate"] = step_memory(config, World(device=torch.device(device))).total
+        step = our_step(config, device)
+    for _ in range(3):
+        loss = step()
+    if not bool(torch.isfinite(loss)):
+        sys.exit(f"{options.worker}: the loss is {float(loss)}")
+    facts["peak"] = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(options.steps):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+def our_step(config: PretrainConfig, device: str) -> Callable[[], torch.Tensor]:
+    """Return the step of the product's model and optimizer."""
+    world = World(device=torch.device(device))
+    model = build_model(config, world)
+    depth = variant_config(config.model.variant).depth
+    optimizer = adamw(parameter_groups(dict(model.student.items()), depth=depth, layer_decay=0.9))
+    set_rates(optimizer, learning_rate=1e-4, weight_decay=0.04)
+    views, batch = config.views, config.batch_size
+    crops = Views(
+        torch.randn(2, batch, 3, views.global_size, views.global_size, device=device),
+        torch.randn(8, batch, 3, views.local_size, views.local_size, device=device),
+    )
+    side = views.global_size // config.model.patch_size
+    masks = draw_masks(range(batch), (side, side), MaskingConfig(), seed=0, epoch=0)
+    masks = type(masks)(*(each.to(device) for each in masks))
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model(crops, masks, teacher_temperature=0.05).losses.total
+        loss.backward()
+        clip_gradients(dict(model.student.items()), 3.0)
+        optimizer.step()
+        update_teacher(model.teacher.parameters(), model.student.parameters(), 0.996)
+        result: torch.Tensor = loss.detach()
+        return result
+
+    return step
+
+
+def case_flop(case: Case, quick: bool) -> float:
+    """Return the operations of a step by image."""
+    config = case.config("cpu", compiled=False, quick=quick)
+    with torch.device("meta"):
+        backbone = VisionTransformer(variant_config(case.variant, patch_size=case.patch_size, in_channels=3))
+    return flop_per_image(config, _Shape(backbone))  # type: ignore[arg-type]
+
+
+class _Shape:
+    """What the formula reads of a model."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        self.student = torch.nn.ModuleDict({"backbone": backbone})
+
+
+if __name__ == "__main__":
+    main()
