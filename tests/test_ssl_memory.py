@@ -200,6 +200,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
         check_memory(replace(config, batch_size=8), World(size=2, local_size=2))
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recompute", ["nothing", "activations", "blocks"])
 def test_the_estimate_is_what_a_gpu_allocates(recompute: Recompute) -> None:
