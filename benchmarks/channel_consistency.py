@@ -10,8 +10,11 @@ another `views.policy` and nothing else. Everything is kept in RUNS, and a run t
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
 from dinocell.eval.consistency import channel_consistency
 from dinocell.eval.knn import knn_scores
-from dinocell.models.vit import VisionTransformer
+from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.train import pretrain
@@ -36,8 +39,6 @@ STAINS = ("DNA", "RNA", "ER", "AGP", "Mito")
 WITHHELD = "Mito"
 NEIGHBOURS = 10
 GALLERY, QUERIES = 300, 300
-# Pixels to which a probed field is scaled: the recipe's global crops.
-SIDE = 64
 # A field shows a handful of cells, all of one class.
 FIELD = SyntheticConfig(size=(128, 128), num_cells=(6, 12), channels=STAINS, num_classes=len(CELL_TYPES))
 ARMS = ("consistency", "average")
@@ -47,40 +48,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("channel-consistency"), help="data and runs are kept here")
     parser.add_argument("--fields", type=int, default=3000, help="for pretraining")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="several processes may share them")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings of both arms")
+    parser.add_argument("--result", default="channel_consistency", help="name of the result file")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
-        options.fields, options.seeds, options.set = 64, 1, [*options.set, "steps=4", "batch_size=4"]
+        options.fields, options.seeds, options.set = 64, [0], [*options.set, "steps=4", "batch_size=4"]
     shards = make_shards(options.folder, options.fields)
     few = 40 if options.quick else None
-    gallery = make_probe_set(options.folder / "gallery.pt", 10**6, few or GALLERY)
-    queries = make_probe_set(options.folder / "queries.pt", 2 * 10**6, few or QUERIES)
     rows: dict[str, list[Mapping[str, float]]] = {}
-    for seed in range(options.seeds):
-        none = ["output=none", "data.shards=[none]"]
-        random = load_config(PretrainConfig, find_recipe("pretrain", "tiny_cpu"), none)
-        rows.setdefault("random weights", []).append(
-            remembered(
-                options.folder / f"random-{seed}.json",
-                lambda s=seed, r=random: measure(untrained(r, s), gallery, queries),
-            )
-        )
-        for arm in options.arms:
-            output = options.folder / f"{arm}-{seed}"
-            overrides = [f"output={output}", f"data.shards=[{shards}]", f"views.policy={arm}", f"seed={seed}"]
+    for seed in options.seeds:
+        for arm in ("random weights", *options.arms):
+            output = options.folder / f"{arm.replace(' ', '-')}-{seed}"
+            policy = arm if arm in options.arms else "consistency"
+            overrides = [f"output={output}", f"data.shards=[{shards}]", f"views.policy={policy}", f"seed={seed}"]
             config = load_config(PretrainConfig, find_recipe("pretrain", "tiny_cpu"), [*overrides, *options.set])
-            teacher = pretrain(config)
-            backbone = load_backbone(str(teacher), patch_size=8, in_channels=1)
-            found = remembered(teacher.with_name("measured.json"), lambda b=backbone: measure(b, gallery, queries))
-            rows.setdefault(arm, []).append(found)
+
+            def measured(arm: str = arm, config: PretrainConfig = config) -> dict[str, float]:
+                backbone = untrained(config) if arm not in options.arms else trained(config)
+                side = config.views.global_size
+                gallery = make_probe_set(options.folder / "gallery.pt", 10**6, few or GALLERY, side)
+                queries = make_probe_set(options.folder / "queries.pt", 2 * 10**6, few or QUERIES, side)
+                return measure(backbone, gallery, queries)
+
+            rows.setdefault(arm, []).append(remembered(output.with_suffix(".json"), measured))
             print(arm, seed, {name: round(value, 3) for name, value in rows[arm][-1].items()}, flush=True)
     text = table(rows)
     print(text)
     if not options.quick:
-        write_result("channel_consistency", f"{heading(config, options.fields)}\n\n{text}", ["torch", "numpy"])
+        write_result(options.result, f"{heading(config, options.fields)}\n\n{text}", ["torch", "numpy"])
+
+
+def trained(config: PretrainConfig) -> VisionTransformer:
+    """Return the teacher of a run, which is taken or continued if it is not finished."""
+    return load_backbone(str(pretrain(config)), patch_size=8, in_channels=1)
 
 
 def remembered(path: Path, measure_now: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -96,15 +99,20 @@ def make_shards(folder: Path, fields: int) -> Path:
     images, shards = folder / "images", folder / "shards"
     if not (shards / "manifest.json").exists():
         images.mkdir(parents=True, exist_ok=True)
-        keep = [STAINS.index(name) for name in STAINS if name != WITHHELD]
-        for number in range(fields):
-            path = images / f"field{number:05d}.ome.tif"
-            if not path.exists():
-                names = tuple(STAINS[channel] for channel in keep)
-                write_tiff(path, field(number)[keep], channel_names=names, pixel_size_um=0.65)
+        with ProcessPoolExecutor() as pool:
+            list(pool.map(partial(make_image, images), range(fields), chunksize=16))
         settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_structure=0))
         build(MultichannelSource(input=str(images)), shards, settings=settings, samples_per_shard=128)
     return shards
+
+
+def make_image(folder: Path, number: int) -> None:
+    """Write a field without the withheld stain, if it is not there."""
+    path = folder / f"field{number:05d}.ome.tif"
+    if not path.exists():
+        keep = [channel for channel, name in enumerate(STAINS) if name != WITHHELD]
+        names = tuple(STAINS[channel] for channel in keep)
+        write_tiff(path, field(number)[keep], channel_names=names, pixel_size_um=0.65)
 
 
 def field(number: int) -> np.ndarray:
@@ -116,12 +124,17 @@ def field(number: int) -> np.ndarray:
     return pixels
 
 
-def make_probe_set(path: Path, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return standardised fields, every stain alone and the mean of the trained ones last (b 6 h w), and classes."""
+def make_probe_set(path: Path, first: int, count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return standardised fields, every stain alone and the mean of the trained ones last (b 6 h w), and classes.
+
+    They are scaled to ``side`` pixels, that of a global crop.
+    """
     if not path.exists():
         made = np.stack([field(first + number) for number in range(count)]).astype(np.float32)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((torch.from_numpy(made), torch.arange(first, first + count) % len(CELL_TYPES)), path)
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        torch.save((torch.from_numpy(made), torch.arange(first, first + count) % len(CELL_TYPES)), fresh)
+        fresh.replace(path)
     pixels, classes = torch.load(path)
     # The levels of the pretraining: percentiles of all images of a stain are 0 and 1.
     sample = pixels[:64].transpose(0, 1).flatten(1)
@@ -130,14 +143,12 @@ def make_probe_set(path: Path, first: int, count: int) -> tuple[torch.Tensor, to
     trained = [number for number, name in enumerate(STAINS) if name != WITHHELD]
     views = torch.cat((unit, unit[:, trained].mean(1, keepdim=True)), dim=1)
     # As a global crop of the whole field: the scale that the training has seen.
-    views = torch.nn.functional.interpolate(views, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+    views = torch.nn.functional.interpolate(views, (side, side), mode="bilinear", antialias=True, align_corners=False)
     return (views - views.mean((2, 3), keepdim=True)) / (views.std((2, 3), keepdim=True) + 1e-5), classes
 
 
-def untrained(config: PretrainConfig, seed: int) -> VisionTransformer:
-    from dinocell.models.vit import variant_config
-
-    torch.manual_seed(seed)
+def untrained(config: PretrainConfig) -> VisionTransformer:
+    torch.manual_seed(config.seed)
     vit = VisionTransformer(variant_config(config.model.variant, patch_size=8, in_channels=1))
     vit.init_weights(layer_scale=config.model.layer_scale)
     return vit.eval()
@@ -146,8 +157,9 @@ def untrained(config: PretrainConfig, seed: int) -> VisionTransformer:
 @torch.no_grad()
 def features(backbone: VisionTransformer, views: torch.Tensor) -> torch.Tensor:
     """Return CLS tokens (b c d)."""
-    batches = views.flatten(0, 1)[:, None].split(100)
-    return torch.cat([backbone(batch).cls for batch in batches]).unflatten(0, views.shape[:2])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone, batches = backbone.to(device), views.flatten(0, 1)[:, None].split(100)
+    return torch.cat([backbone(batch.to(device)).cls.cpu() for batch in batches]).unflatten(0, views.shape[:2])
 
 
 def measure(
@@ -189,10 +201,12 @@ def table(rows: Mapping[str, list[Mapping[str, float]]]) -> str:
 
 
 def heading(config: PretrainConfig, fields: int) -> str:
+    views = config.views
     return (
-        f"# Channel consistency\n\n{fields:,} generated fields of 128 px in {len(STAINS) - 1} stains, "
-        f"{config.steps:,} steps of {config.batch_size}; {GALLERY} known and {QUERIES} asked fields, {len(CELL_TYPES)} "
-        f"classes, {NEIGHBOURS} neighbours, CLS tokens less their mean. {WITHHELD} is in no training set."
+        f"# Channel consistency\n\n{fields:,} generated fields of 128 px in {len(STAINS) - 1} stains, crops of "
+        f"{views.global_size} and {views.local_size} px, {config.steps:,} steps of {config.batch_size}; {GALLERY} "
+        f"known and {QUERIES} asked fields, {len(CELL_TYPES)} classes, {NEIGHBOURS} neighbours, CLS tokens less their "
+        f"mean. {WITHHELD} is in no training set."
     )
 
 

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, nargs="+", default=[8])
+    parser.add_argument("--wait-for", type=Path, help="train nothing before this file exists: other work may go on")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
@@ -51,8 +52,10 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as name:
         shards = Path(name) / "shards"
-        fields = Fields(synthetic_fields(Path(name) / "tiff", 2 if options.quick else 16))
+        fields = Fields(synthetic_fields(Path(name) / "tiff", 2 if options.quick else 8))
         build(fields, shards, settings=ShardSettings())
+        while options.wait_for and not options.wait_for.exists():
+            time.sleep(0.2)
         for variant in options.variants:
             for workers in options.workers:
                 config = recipe(options, variant, workers, shards, Path(name) / f"{variant}{workers}")

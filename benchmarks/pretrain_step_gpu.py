@@ -82,9 +82,10 @@ def main() -> None:
     parser.add_argument("--dinov3", type=Path, help="a checkout of facebookresearch/dinov3")
     parser.add_argument("--cases", nargs="+", default=list(_CASES))
     parser.add_argument("--sides", nargs="+", default=list(_SIDES))
-    parser.add_argument("--rounds", type=int, default=5, help="0: only fill the compiler's caches")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="of a side in a round")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds after which no further case is started")
+    parser.add_argument("--together", action="store_true", help="get all cases ready at once: memory for time")
+    parser.add_argument("--wait-for", type=Path, help="time nothing before this file exists: other work may go on")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -99,14 +100,18 @@ def main() -> None:
         sys.exit("no CUDA device: pretrain_step.py measures on the CPU")
     if options.dinov3 is None:
         options.sides = [side for side in options.sides if side != "DINOv3"]
-    started, rows = time.monotonic(), []
+    rows: list[str] = []
+    runs = [Run(options, text) for text in options.cases] if options.together else []
+    for run in runs:
+        run.get_ready()
+    while options.wait_for and not options.wait_for.exists():
+        time.sleep(0.2)
     for text in options.cases:
-        if time.monotonic() - started > options.limit:
-            rows.append(f"| {text} | not started: out of time | | | | | |")
-            continue
-        rows += measure(options, text, device)
+        run = runs.pop(0) if options.together else Run(options, text)
+        run.get_ready()
+        rows += run.measure(device)
         print("\n".join(rows), flush=True)
-        if options.rounds and not options.quick:
+        if not options.quick:
             write_result("pretrain_step_gpu", report(options, rows), ["torch"])
 
 
@@ -124,39 +129,55 @@ def report(options: argparse.Namespace, rows: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def measure(options: argparse.Namespace, text: str, device: str) -> list[str]:
-    """Let all sides take their turns, and return a line of the table for each."""
-    case, command = Case.parse(text), [sys.executable, __file__, "--cases", text]
-    if options.dinov3:
-        command += ["--dinov3", str(options.dinov3)]
-    command += ["--quick"] if options.quick else ["--steps", str(options.steps)]
-    workers = {
-        side: subprocess.Popen([*command, "--worker", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for side in options.sides
-    }
-    ready = {side: answer(worker) for side, worker in workers.items()}
-    seconds: dict[str, list[float]] = {side: [] for side, facts in ready.items() if facts}
-    for _ in range(options.rounds):
-        for side, found in seconds.items():
-            print("go", file=workers[side].stdin, flush=True)
-            found.append(float((answer(workers[side]) or {"seconds": float("nan")})["seconds"]))
-    for worker in workers.values():
-        worker.communicate()
-    if not options.rounds:  # only to fill the compiler's caches
-        return [f"| {text} | {side} | {'ready' if facts else 'failed'} | | | | |" for side, facts in ready.items()]
-    flop = case_flop(case, options.quick)
-    peak = peak_flop_per_s(torch.cuda.get_device_name()) if device == "cuda" else None
-    rows, first = [], options.sides[0]
-    for side, facts in ready.items():
-        if not facts:
-            rows.append(f"| {text} | {side} | failed | | | | |")
-            continue
-        rate = case.batch_size * options.steps / statistics.median(seconds[side])
-        mfu = f"{rate * flop / peak:.0%}" if peak else ""
-        estimate = f"{facts['estimate'] / 1e9:.1f} GB" if "estimate" in facts else ""
-        times = ratio(seconds[side], seconds[first]) if first in seconds else ""
-        rows.append(f"| {text} | {side} | {rate:.0f} | {mfu} | {times} | {facts['peak'] / 1e9:.1f} GB | {estimate} |")
-    return rows
+class Run:
+    """The sides of a case, each a process."""
+
+    def __init__(self, options: argparse.Namespace, text: str) -> None:
+        self._options, self._text = options, text
+        command = [sys.executable, __file__, "--cases", text]
+        if options.dinov3:
+            command += ["--dinov3", str(options.dinov3)]
+        command += ["--quick"] if options.quick else ["--steps", str(options.steps)]
+        self._workers = {
+            side: subprocess.Popen(
+                [*command, "--worker", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for side in options.sides
+        }
+        self._ready: dict[str, dict[str, Any] | None] = {}
+
+    def get_ready(self) -> None:
+        """Wait until every side has taken its first steps, or died."""
+        if not self._ready:
+            self._ready = {side: answer(worker) for side, worker in self._workers.items()}
+
+    def measure(self, device: str) -> list[str]:
+        """Let all sides take their turns, and return a line of the table for each."""
+        options, case = self._options, Case.parse(self._text)
+        seconds: dict[str, list[float]] = {side: [] for side, facts in self._ready.items() if facts}
+        for number in range(options.rounds + 1):
+            for side, found in seconds.items():
+                print("go", file=self._workers[side].stdin, flush=True)
+                taken = answer(self._workers[side])
+                if number:  # the first is to warm up
+                    found.append(taken["seconds"] if taken else float("nan"))
+        for worker in self._workers.values():
+            worker.communicate()
+        flop = case_flop(case, options.quick)
+        peak = peak_flop_per_s(torch.cuda.get_device_name()) if device == "cuda" else None
+        rows, first = [], options.sides[0]
+        for side, facts in self._ready.items():
+            if not facts:
+                rows.append(f"| {self._text} | {side} | failed | | | | |")
+                continue
+            rate = case.batch_size * options.steps / statistics.median(seconds[side])
+            mfu = f"{rate * flop / peak:.0%}" if peak else ""
+            estimate = f"{facts['estimate'] / 1e9:.1f} GB" if "estimate" in facts else ""
+            times = ratio(seconds[side], seconds[first]) if first in seconds else ""
+            rows.append(
+                f"| {self._text} | {side} | {rate:.0f} | {mfu} | {times} | {facts['peak'] / 1e9:.1f} GB | {estimate} |"
+            )
+        return rows
 
 
 def answer(worker: "subprocess.Popen[str]") -> dict[str, Any] | None:

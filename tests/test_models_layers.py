@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dinocell.models.attention import Attention, Segment
+from dinocell.errors import DinocellError
+from dinocell.models.attention import Attention, AttentionKernel, Segment
 from dinocell.models.layers import Block, GeluMlp, LayerScale, PatchEmbedding, SwigluMlp
 from dinocell.models.positions import RopeConfig, rotary_table
 from dinocell.models.rows import draw_kept_sequences
@@ -79,10 +80,28 @@ def test_packed_resolutions_equal_separate_calls() -> None:
     torch.testing.assert_close(gradients[1], gradients[2], rtol=1e-4, atol=1e-5)
 
 
+def skip_without_xformers() -> None:
+    """Skip where xformers was not built for the torch that is installed."""
+    attention = Attention(8, 1, qkv_bias=True, key_bias=False, kernel="xformers").cuda().bfloat16()
+    try:
+        attention(torch.zeros(2, 8, device="cuda", dtype=torch.bfloat16), [Segment(1, 2, None)])
+    except (DinocellError, ImportError) as error:
+        pytest.skip(str(error))
+
+
+def test_a_kernel_that_xformers_does_not_have_is_one_line() -> None:
+    pytest.importorskip("xformers")
+    attention = Attention(8, 1, qkv_bias=True, key_bias=False, kernel="xformers")
+    with pytest.raises(DinocellError, match=r"xformers: this build of it has no kernel for torch.float64 on cpu"):
+        attention.double()(torch.zeros(2, 8, dtype=torch.float64), [Segment(1, 2, None)])
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="packed attention kernels need a CUDA device")
 @pytest.mark.parametrize("kernel", ["varlen", "xformers"])
-def test_packed_cuda_kernels_equal_the_dense_mask(kernel: str) -> None:
+def test_packed_cuda_kernels_equal_the_dense_mask(kernel: AttentionKernel) -> None:
+    if kernel == "xformers":
+        skip_without_xformers()
     attentions = [
         Attention(128, 2, qkv_bias=True, key_bias=False, kernel=k).cuda().bfloat16() for k in (kernel, "dense")
     ]

@@ -451,7 +451,6 @@ def on_cuda(shard_set: Path, output: Path, **compute: Any) -> PretrainConfig:
         ({"dtype": "bfloat16"}, 3e-2),
         ({"dtype": "bfloat16", "compile": True}, 3e-2),
         ({"dtype": "bfloat16", "attention": "varlen"}, 3e-2),
-        ({"dtype": "bfloat16", "attention": "xformers"}, 3e-2),
     ],
 )
 def test_a_gpu_takes_the_steps_of_the_cpu(

@@ -6,7 +6,7 @@ resolution, and computed by one of four kernels that give the same result:
 ============  ==========================================================================================
 ``sdpa``      one ``scaled_dot_product_attention`` call a resolution. Runs everywhere; the default.
 ``varlen``    all sequences in one call of torch's variable-length flash attention. CUDA, bf16 or fp16.
-``xformers``  the same through xformers' block-diagonal mask. CUDA.
+``xformers``  the same through xformers' block-diagonal mask. CUDA; needs a build for the installed torch.
 ``dense``     one call with a dense block-diagonal mask: quadratic in all tokens, the oracle of the tests.
 ============  ==========================================================================================
 """
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dinocell.errors import DinocellError
 from dinocell.models.positions import RotaryTable, split_rotated
 from dinocell.models.scale import LayerScale, scaled_linear
 
@@ -151,7 +152,13 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> 
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     mask = BlockDiagonalMask.from_seqlens(lengths)
-    mixed: Tensor = memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
+    try:
+        mixed: Tensor = memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
+    except NotImplementedError as error:  # it says so in forty lines
+        raise DinocellError(
+            f"attention kernel xformers: this build of it has no kernel for {query.dtype} on {query.device.type} with "
+            f"torch {torch.__version__}; use varlen (CUDA, bfloat16) or sdpa"
+        ) from error
     return mixed
 
 
