@@ -13,6 +13,7 @@ import numpy as np
 from dinocell.errors import DinocellError
 from dinocell.eval.features import Features, FeatureSettings, feature_rows, other_channels
 from dinocell.eval.image_sets import ImageSet
+from dinocell.eval.knn import own_part
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.distributed import World, barrier
@@ -66,8 +67,7 @@ def extract_to(
     _claim(folder, facts, world)
     path, part = folder / "features.npy", folder / f".features-{world.rank}-of-{world.size}.jsonl"
     if not (folder / "rows.csv").exists():
-        start, stop = (len(images) * (world.rank + each) // world.size for each in (0, 1))
-        _extract_part(part, backbone, images, settings, (start, stop), half=half, progress=progress)
+        _extract_part(part, backbone, images, settings, own_part(len(images), world), half=half, progress=progress)
         barrier()
         if world.is_main:
             _join(folder, images, world.size, half=half)
@@ -95,7 +95,7 @@ def _extract_part(
     backbone: VisionTransformer,
     images: ImageSet,
     settings: FeatureSettings,
-    span: tuple[int, int],
+    span: slice,
     *,
     half: bool,
     progress: Callable[[int], None],
@@ -110,9 +110,9 @@ def _extract_part(
     with part.open("w", encoding="utf-8") as said, rows_path.open("ab") as rows:
         said.writelines(whole)
         rows.truncate(size)
-        start = span[0] + done
+        start = span.start + done
         for number, (image, row) in enumerate(
-            feature_rows(backbone, images.images(start, span[1]), settings), start=done + 1
+            feature_rows(backbone, images.images(start, span.stop), settings), start=done + 1
         ):
             content = b"" if row is None else np.ascontiguousarray(row, dtype).tobytes()
             rows.write(content)

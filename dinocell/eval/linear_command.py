@@ -48,7 +48,7 @@ def register(subparsers: Any) -> None:
 
 def _run_linear(options: argparse.Namespace) -> None:
     material = open_material(options)
-    if material is None:
+    if not material.world.is_main:  # it helped to extract; the grid is trained once
         return
     if options.classifier is not None:
         _score_saved(options, material)
@@ -82,8 +82,8 @@ def _train(options: argparse.Namespace, material: Material) -> None:
     )
     name = metric_name(options, task)
     metric = metric_of(name, multilabel=task.multilabel)
-    train = material.train.tensor()[task.train_kept]
-    test = material.test.tensor()[task.test_kept]
+    train = material.train.tensor(task.train_kept)
+    test = material.test.tensor(task.test_kept)
     learn, held = split_off(len(train), settings.validation_share, seed=settings.seed)
     if options.choose_on_test:
         learn = learn.new_tensor(range(len(train)))
@@ -149,7 +149,7 @@ def _score_saved(options: argparse.Namespace, material: Material) -> None:
     labels = task.test
     if not task.multilabel:
         labels = torch.tensor([saved.classes.index(task.classes[label]) for label in task.test.tolist()])
-    found = metric_of(name, multilabel=task.multilabel)(saved.scores(material.test.tensor()[task.test_kept]), labels)
+    found = metric_of(name, multilabel=task.multilabel)(saved.scores(material.test.tensor(task.test_kept)), labels)
     about = describe(options, material) | {"classifier": str(options.classifier)}
     paths = write_scores(options.output, "linear", about, [{name: found.value}])
     write_classes(options.output, "linear", saved.classes, found)

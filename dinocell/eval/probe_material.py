@@ -45,18 +45,17 @@ class Material:
     task: "Task"
     settings: "FeatureSettings"
     names: tuple[str, str]
+    world: "World"
 
 
-def open_material(options: argparse.Namespace) -> Material | None:
-    """Open both sets, extract features that are not there yet; None on ranks that only help with that."""
+def open_material(options: argparse.Namespace) -> Material:
+    """Open both sets, extract features that are not there yet; the same on every rank."""
     from dinocell.eval.tasks import make_task
 
     train_set, test_set = open_pair(options)
     with extractor(options) as (extract, settings, world):
         train = extract(options.output / "features" / "train", train_set)
         test = extract(options.output / "features" / "test", test_set)
-        if not world.is_main:
-            return None
     task = make_task(
         options.task,
         train.labels,
@@ -65,7 +64,8 @@ def open_material(options: argparse.Namespace) -> Material | None:
         test_name=test_set.name,
         columns=options.columns,
     )
-    return Material(train=train, test=test, task=task, settings=settings, names=(train_set.name, test_set.name))
+    names = (train_set.name, test_set.name)
+    return Material(train=train, test=test, task=task, settings=settings, names=names, world=world)
 
 
 def metric_name(options: argparse.Namespace, task: "Task") -> str:
