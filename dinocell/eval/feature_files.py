@@ -19,6 +19,7 @@ from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.distributed import World, barrier
 
 _log = logging.getLogger(__name__)
+_PLACE = "weights_from"
 
 
 def extract_to(
@@ -38,7 +39,7 @@ def extract_to(
 
         features.npy       (n d) or (n c d), float32 or float16, mapped into memory when read
         rows.csv           a line an image: its id, and what is known about it
-        extraction.json    weights, set and settings: a folder of others is refused
+        extraction.json    weights (content and place), set and settings: a folder of others is refused
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ def extract_to(
         "settings": {key: value for key, value in asdict(settings).items() if key != "batch_size"},
         "dtype": "float16" if half else "float32",
     }
-    _claim(folder, facts, world)
+    _claim(folder, facts, weights, world)
     path, part = folder / "features.npy", folder / f".features-{world.rank}-of-{world.size}.jsonl"
     if not (folder / "rows.csv").exists():
         _extract_part(part, backbone, images, settings, own_part(len(images), world), half=half, progress=progress)
@@ -75,7 +76,7 @@ def extract_to(
     return read_features(path.parent)
 
 
-def _claim(folder: Path, facts: Mapping[str, object], world: World) -> None:
+def _claim(folder: Path, facts: Mapping[str, object], weights: str, world: World) -> None:
     said = folder / "extraction.json"
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,8 @@ def _claim(folder: Path, facts: Mapping[str, object], world: World) -> None:
                 raise DinocellError(
                     f"{folder} holds features with other {', '.join(differing)}; remove it, or choose another folder"
                 )
-        write_atomically(said, json.dumps(facts, indent=1) + "\n")
+        place = str(Path(weights).absolute()) if Path(weights).exists() else weights
+        write_atomically(said, json.dumps({**facts, _PLACE: place}, indent=1) + "\n")
     barrier()
 
 
@@ -181,6 +183,12 @@ def read_features(folder: Path) -> Features:
         channel_names=tuple(json.loads((folder / "channels.json").read_text(encoding="utf-8"))),
         problems=tuple((folder / "problems.txt").read_text(encoding="utf-8").splitlines()),
     )
+
+
+def weights_of(folder: Path) -> str:
+    """Return where the weights of the features lay when they were extracted."""
+    said: dict[str, str] = json.loads((folder / "extraction.json").read_text(encoding="utf-8"))
+    return said[_PLACE]
 
 
 def _fingerprint(weights: str) -> str:

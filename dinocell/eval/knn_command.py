@@ -43,7 +43,7 @@ def register(subparsers: Any) -> None:
 
 def _run_knn(options: argparse.Namespace) -> None:
     from dinocell.eval.classification import confusion, metric_of
-    from dinocell.eval.probe_report import draw_confusion, log_to_run, write_classes, write_scores
+    from dinocell.eval.probe_report import log_to_run, write_classes, write_scores
     from dinocell.runtime.distributed import together
 
     with together(options.device) as world:
@@ -62,10 +62,13 @@ def _run_knn(options: argparse.Namespace) -> None:
             f"groups of {options.leave_one_out}; scored on classes that are not in the training set"
         )
     paths = write_scores(options.output, "knn", about, rows)
-    paths += write_classes(options.output, "knn", task.classes, found[best])
-    if not task.multilabel:
-        draw_confusion(options.output / "knn_confusion.png", task.classes, confusion(scores[best], task.test))
-    logged = log_to_run(options.weights, {f"knn/{options.task}_{name}_k{k}": each.value for k, each in found.items()})
+    table = None if task.multilabel else confusion(scores[best], task.test)
+    pictures = write_classes(options.output, "knn", task.classes, found[best], table)
+    logged = log_to_run(
+        options.weights,
+        {f"knn/{options.task}_{name}_k{k}": each.value for k, each in found.items()},
+        {f"knn/{options.task}_{shown}": path for shown, path in pictures.items()},
+    )
     for k, each in found.items():
         print(f"k {k:>4}: {name} {each.value:.4f}")
     print(f"scores: {paths[2]}" + (f"; TensorBoard: {logged}" if logged else ""))

@@ -67,7 +67,7 @@ def _train(options: argparse.Namespace, material: Material) -> None:
         split_off,
         train_grid,
     )
-    from dinocell.eval.probe_report import draw_confusion, log_to_run, write_classes, write_scores
+    from dinocell.eval.probe_report import log_to_run, write_classes, write_scores
 
     task = material.task
     settings = LinearSettings(
@@ -113,9 +113,8 @@ def _train(options: argparse.Namespace, material: Material) -> None:
         for (rate, decay), value in zip(settings.grid, choice.all_scores, strict=True)
     ]
     paths = write_scores(options.output, "linear", about, grid, note=f"The classifier was chosen on {chosen_on}.")
-    write_classes(options.output, "linear", task.classes, found)
-    if not task.multilabel:
-        draw_confusion(options.output / "linear_confusion.png", task.classes, confusion(scores, task.test))
+    table = None if task.multilabel else confusion(scores, task.test)
+    pictures = write_classes(options.output, "linear", task.classes, found, table)
     saved = options.output / "classifier.safetensors"
     Classifier(
         weight=classifiers.weight[choice.which],
@@ -125,7 +124,11 @@ def _train(options: argparse.Namespace, material: Material) -> None:
         features={"channels": material.settings.channels, "n_last_blocks": material.settings.n_last_blocks,
                   "avgpool": material.settings.avgpool},
     ).save(saved)  # fmt: skip
-    logged = log_to_run(options.weights, {f"linear/{options.task}_{name}": found.value})
+    logged = log_to_run(
+        options.weights,
+        {f"linear/{options.task}_{name}": found.value},
+        {f"linear/{options.task}_{shown}": path for shown, path in pictures.items()},
+    )
     print(f"{name} {found.value:.4f}; chosen on {chosen_on}: {choice.chosen_by:.4f}")
     print(f"scores: {paths[2]}; classifier: {saved}" + (f"; TensorBoard: {logged}" if logged else ""))
 
@@ -133,7 +136,7 @@ def _train(options: argparse.Namespace, material: Material) -> None:
 def _score_saved(options: argparse.Namespace, material: Material) -> None:
     import torch
 
-    from dinocell.eval.classification import metric_of
+    from dinocell.eval.classification import confusion, metric_of
     from dinocell.eval.linear import Classifier
     from dinocell.eval.probe_report import write_classes, write_scores
 
@@ -149,8 +152,10 @@ def _score_saved(options: argparse.Namespace, material: Material) -> None:
     labels = task.test
     if not task.multilabel:
         labels = torch.tensor([saved.classes.index(task.classes[label]) for label in task.test.tolist()])
-    found = metric_of(name, multilabel=task.multilabel)(saved.scores(material.test.tensor(task.test_kept)), labels)
+    scores = saved.scores(material.test.tensor(task.test_kept))
+    found = metric_of(name, multilabel=task.multilabel)(scores, labels)
     about = describe(options, material) | {"classifier": str(options.classifier)}
     paths = write_scores(options.output, "linear", about, [{name: found.value}])
-    write_classes(options.output, "linear", saved.classes, found)
+    table = None if task.multilabel else confusion(scores, labels)
+    write_classes(options.output, "linear", saved.classes, found, table)
     print(f"{name} {found.value:.4f}; scores: {paths[2]}")
