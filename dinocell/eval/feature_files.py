@@ -177,7 +177,8 @@ def read_features(folder: Path) -> Features:
         rows = list(csv.DictReader(file))
     ids = tuple(row.pop("id") for row in rows)
     return Features(
-        values=np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False),
+        # c: writable, but never to the file; torch warns of memory that is not writable.
+        values=np.load(folder / "features.npy", mmap_mode="c", allow_pickle=False),
         ids=ids,
         labels=tuple(rows),
         channel_names=tuple(json.loads((folder / "channels.json").read_text(encoding="utf-8"))),

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,6 +59,10 @@ class Features:
     labels: tuple[Mapping[str, LabelValue], ...]
     channel_names: tuple[str, ...]
     problems: tuple[str, ...] = ()
+
+    def stored(self) -> Shaped[Tensor, "n *c d"]:
+        """Return the values as they are, on the disk if they lie there: what is looked at is read then."""
+        return torch.from_numpy(self.values)
 
     def tensor(self, rows: Bool[Tensor, " n"] | Int[Tensor, " m"] | None = None) -> Float[Tensor, "m *c d"]:
         """Return the values in float32, all or those of some rows."""

@@ -57,6 +57,8 @@ def _run_linear(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace, material: Material) -> None:
+    import torch
+
     from dinocell.eval.classification import confusion, metric_of
     from dinocell.eval.linear import (
         LEARNING_RATES,
@@ -82,11 +84,11 @@ def _train(options: argparse.Namespace, material: Material) -> None:
     )
     name = metric_name(options, task)
     metric = metric_of(name, multilabel=task.multilabel)
-    train = material.train.tensor(task.train_kept)
+    train, rows = material.train.stored(), task.train_kept.nonzero()[:, 0]
     test = material.test.tensor(task.test_kept)
-    learn, held = split_off(len(train), settings.validation_share, seed=settings.seed)
+    learn, held = split_off(len(rows), settings.validation_share, seed=settings.seed)
     if options.choose_on_test:
-        learn = learn.new_tensor(range(len(train)))
+        learn = torch.arange(len(rows))
     count = len(settings.grid)
 
     def progress(done: int, of: int) -> None:
@@ -94,9 +96,9 @@ def _train(options: argparse.Namespace, material: Material) -> None:
             print(f"{count} classifiers, step {done}/{of}", flush=True)
 
     classifiers = train_grid(
-        train[learn], task.train[learn], settings, num_classes=len(task.classes), progress=progress
+        train, task.train[learn], settings, num_classes=len(task.classes), rows=rows[learn], progress=progress
     )
-    by = (test, task.test) if options.choose_on_test else (train[held], task.train[held])
+    by = (test, task.test) if options.choose_on_test else (train[rows[held]], task.train[held])
     choice = choose(classifiers, *by, settings, metric)
     scores = classifiers.scores(test, which=choice.which)
     found = metric(scores, task.test)
