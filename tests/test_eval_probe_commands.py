@@ -182,6 +182,38 @@ def test_hpaone_as_published(hpaone: Path, tmp_path: Path) -> None:
     assert main([*line, "--output", str(tmp_path / "c")]) == 0
 
 
+@pytest.fixture
+def hpafov(tmp_path: Path) -> Path:
+    folder = tmp_path / "hpafov"
+    images = folder / "512_whole_images"
+    images.mkdir(parents=True)
+    for table, first in (("train", 0), ("test", 50)):
+        with (folder / f"whole_images_512_{table}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "ID", "cell_type", *PLACES])
+            for number in range(first, first + 20):
+                kind = number % 2
+                write_png(images / f"1_800_A6_{number}.png", np.concatenate(list(striped(kind, number, 4)), axis=1))
+                # One has no place at all, another one no cell line.
+                places = (False, False) if number == first else (kind == 0, kind == 1)
+                line = "" if number == first + 1 else LINES[kind]
+                writer.writerow([f"/old/1_800_A6_{number}.png", f"1_800_A6_{number}", line, *places])
+    return folder
+
+
+def test_hpafov_as_published_without_its_unlabelled_rows(hpafov: Path, tmp_path: Path) -> None:
+    line = ["knn", "--weights", "random:tiny", "--hpafov", str(hpafov), "--crop-size", "32", "--nb-knn", "3"]
+    for task, classes in (("PROTEIN_LOCALIZATION", PLACES), ("CELL_TYPE", LINES)):
+        assert main([*line, "--task", task, "--output", str(tmp_path / "o")]) == 0
+        about = scores(tmp_path / "o", "knn")["about"]
+        assert about["trained on"] == f"{hpafov} (train) (19 images)"  # type: ignore[index]
+        assert about["tested on"] == f"{hpafov} (val) (19 images)"  # type: ignore[index]
+        with (tmp_path / "o" / "knn_classes.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {row["class"] for row in rows} == set(classes)
+        assert sum(int(row["images"]) for row in rows) == 19
+
+
 def test_chammi_leaves_a_group_out(chammi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["knn", "--weights", "random:tiny", "--chammi", str(chammi), "--subset", "CP", "--chammi-task", "Task_four"]
     line += ["--task", "label", "--crop-size", "32", "--nb-knn", "1", "--output", str(tmp_path / "o")]
