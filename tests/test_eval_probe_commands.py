@@ -158,8 +158,19 @@ def test_linear_learns_says_what_it_was_chosen_on_and_is_used_again(
     assert len(scores(output, "linear")["rows"]) == 48  # type: ignore[arg-type]
     saved = output / "classifier.safetensors"
     capsys.readouterr()
-    assert main([*line, "--classifier", str(saved), "--metric", "accuracy"]) == 0
+    alone = ["linear", "--weights", "random:tiny", "--test", str(class_folders / "test"), "--crop-size", "32"]
+    alone += ["--classifier", str(saved), "--metric", "accuracy", "--output", str(class_folders / "later")]
+    assert main([*alone, "--avgpool", "--n-last-blocks", "2"]) == 0
     assert f"accuracy {float(about['accuracy']):.4f}" in capsys.readouterr().out
+    later = scores(class_folders / "later", "linear")["about"]
+    assert isinstance(later, dict)
+    assert "trained on" not in later
+    assert later["classifier"] == str(saved)
+    assert main([*alone[:-1], str(class_folders / "other"), "--avgpool"]) == 2
+    assert "was trained on features with n_last_blocks 2, these have 1" in capsys.readouterr().err
+    other = [each.replace("random:tiny", "random:nano") for each in alone[:-1]]
+    assert main([*other, str(class_folders / "nano"), "--avgpool", "--n-last-blocks", "2"]) == 2
+    assert "was trained on features with weights random:tiny, these have random:nano" in capsys.readouterr().err
     assert main([*line, *fast, "--choose-on-test"]) == 0
     assert "the test images (as Cell-DINO)" in (output / "linear.md").read_text()
 

@@ -59,7 +59,7 @@ def extract_to(
     """
     world = world or World()
     facts = {
-        "weights": _fingerprint(weights),
+        "weights": fingerprint(weights),
         "images": images.name,
         "num_images": len(images),
         "settings": {key: value for key, value in asdict(settings).items() if key != "batch_size"},
@@ -192,7 +192,8 @@ def weights_of(folder: Path) -> str:
     return said[_PLACE]
 
 
-def _fingerprint(weights: str) -> str:
+def fingerprint(weights: str) -> str:
+    """Return what tells weights from others: the hash of a file's content, else the name."""
     path = Path(weights)
     if not path.is_file():
         return weights

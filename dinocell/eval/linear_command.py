@@ -42,12 +42,14 @@ def register(subparsers: Any) -> None:
         action="store_true",
         help="choose the classifier on the test images, as Cell-DINO does; the report says so",
     )
-    group.add_argument("--classifier", type=Path, metavar="FILE", help="score a saved classifier; nothing is trained")
+    group.add_argument(
+        "--classifier", type=Path, metavar="FILE", help="score a saved classifier; --train is not needed"
+    )
     parser.set_defaults(run=_run_linear)
 
 
 def _run_linear(options: argparse.Namespace) -> None:
-    material = open_material(options)
+    material = open_material(options, learn=options.classifier is None)
     if not material.world.is_main:  # it helped to extract; the grid is trained once
         return
     if options.classifier is not None:
@@ -123,9 +125,8 @@ def _train(options: argparse.Namespace, material: Material) -> None:
         bias=classifiers.bias[choice.which],
         classes=task.classes,
         task=options.task,
-        features={"channels": material.settings.channels, "n_last_blocks": material.settings.n_last_blocks,
-                  "avgpool": material.settings.avgpool},
-    ).save(saved)  # fmt: skip
+        features=_features_of(options, material),
+    ).save(saved)
     logged = log_to_run(
         options.weights,
         {f"linear/{options.task}_{name}": found.value},
@@ -133,6 +134,19 @@ def _train(options: argparse.Namespace, material: Material) -> None:
     )
     print(f"{name} {found.value:.4f}; chosen on {chosen_on}: {choice.chosen_by:.4f}")
     print(f"scores: {paths[2]}; classifier: {saved}" + (f"; TensorBoard: {logged}" if logged else ""))
+
+
+def _features_of(options: argparse.Namespace, material: Material) -> dict[str, object]:
+    """Return what features must have in common for a classifier to serve."""
+    from dinocell.eval.feature_files import fingerprint
+
+    settings = material.settings
+    return {
+        "weights": fingerprint(options.weights),
+        "channels": settings.channels,
+        "n_last_blocks": settings.n_last_blocks,
+        "avgpool": settings.avgpool,
+    }
 
 
 def _score_saved(options: argparse.Namespace, material: Material) -> None:
@@ -143,6 +157,12 @@ def _score_saved(options: argparse.Namespace, material: Material) -> None:
     from dinocell.eval.probe_report import write_classes, write_scores
 
     task, saved = material.task, Classifier.load(options.classifier)
+    given = _features_of(options, material)
+    for key, known in saved.features.items():
+        if given.get(key) != known:
+            raise DinocellError(
+                f"{options.classifier}: was trained on features with {key} {known}, these have {given.get(key)}"
+            )
     unknown = (
         sorted({task.classes[label] for label in task.test.tolist()} - set(saved.classes))
         if not task.multilabel
@@ -157,6 +177,7 @@ def _score_saved(options: argparse.Namespace, material: Material) -> None:
     scores = saved.scores(material.test.tensor(task.test_kept))
     found = metric_of(name, multilabel=task.multilabel)(scores, labels)
     about = describe(options, material) | {"classifier": str(options.classifier)}
+    del about["trained on"]
     paths = write_scores(options.output, "linear", about, [{name: found.value}])
     table = None if task.multilabel else confusion(scores, labels)
     write_classes(options.output, "linear", saved.classes, found, table)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinocell.eval.probe_sets import load_probed, open_pair
+from dinocell.eval.probe_sets import load_probed, open_asked, open_pair
 
 if TYPE_CHECKING:
     from dinocell.eval.features import Features, FeatureSettings
@@ -48,14 +48,17 @@ class Material:
     world: "World"
 
 
-def open_material(options: argparse.Namespace) -> Material:
-    """Open both sets, extract features that are not there yet; the same on every rank."""
+def open_material(options: argparse.Namespace, *, learn: bool = True) -> Material:
+    """Open both sets, extract features that are not there yet; the same on every rank.
+
+    Without ``learn`` there is one set, the one to be asked about; it then stands for both.
+    """
     from dinocell.eval.tasks import make_task
 
-    train_set, test_set = open_pair(options)
+    train_set, test_set = open_pair(options) if learn else [open_asked(options)] * 2
     with extractor(options) as (extract, settings, world):
-        train = extract(options.output / "features" / "train", train_set)
         test = extract(options.output / "features" / "test", test_set)
+        train = extract(options.output / "features" / "train", train_set) if learn else test
     task = make_task(
         options.task,
         train.labels,
