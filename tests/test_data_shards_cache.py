@@ -148,7 +148,7 @@ def test_downloads_at_the_same_time_stay_within_the_bound(server: Server, tmp_pa
 
 
 def test_a_cache_too_small_for_three_blocks_is_refused(tmp_path: Path) -> None:
-    shards = tuple(Shard(file=f"{n}", num_samples=1, num_bytes=10**9, sha256="0") for n in range(100))
+    shards = tuple(Shard(file=f"{n}.tar", num_samples=1, num_bytes=10**9, sha256="0" * 64) for n in range(100))
     with pytest.raises(ShardError, match=r"a cache of 50.0 GB is less than three blocks of shards \(60.0 GB\)"):
         check_room(ShardCache(tmp_path, max_bytes=50 * 10**9), shards, 20)
     with pytest.raises(ShardError, match="GB free"):

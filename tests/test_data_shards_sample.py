@@ -2,12 +2,22 @@
 
 import io
 import tarfile
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dinocell.data_shards.codecs import CODECS
-from dinocell.data_shards.sample import RawSample, decode_sample, encode_sample, parse_sample, raw_sample, sample_key
+from dinocell.data_shards.sample import (
+    RawSample,
+    SampleError,
+    decode_sample,
+    encode_sample,
+    parse_sample,
+    raw_sample,
+    sample_key,
+)
 from dinocell.errors import ShardError
 
 PIXELS = np.random.default_rng(0).integers(0, 4000, (3, 20, 30), dtype=np.uint16)
@@ -105,6 +115,17 @@ def test_a_missing_channel_or_description_is_named() -> None:
         del members[suffix]
         with pytest.raises(ShardError, match=r"k: .*got"):
             raw_sample("k", members)
+
+
+@pytest.mark.parametrize("key", ["../../escape", "/etc/escape", "a/../b"])
+def test_members_that_would_lead_elsewhere_are_only_bytes(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with suppress(SampleError):  # refused, or read like any other
+        decode_sample(parse_sample(memoryview(as_tar(encoded(), key))))
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
 
 
 def test_members_of_others_are_left_alone() -> None:

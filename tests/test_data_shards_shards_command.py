@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from dinocell.cli import main
+from dinocell.data_shards.images import write_png, write_tiff
 from dinocell.data_shards.manifest import read_manifest
 
 
@@ -94,7 +96,8 @@ def test_every_option_reaches_the_set(folder: Path, tmp_path: Path) -> None:
         (["--slice", "3/2"], "expected I/N with I from 1 to N"),
         (["--slice", "x"], "expected I/N"),
         (["--overlap", "32"], "overlap: expected 0 to 31"),
-        (["--percentiles", "90", "10"], "percentiles: 0 <= low < high <= 100"),
+        (["--percentiles", "90", "10"], "percentiles: expected 0 <= low < high <= 100, got 90 and 10"),
+        (["--max-unreadable", "7"], "max_unreadable: expected a share from 0 to 1, got 7"),
         (["--codec", "jpg"], "jpg"),
         (["--source", "phoenix"], "did you mean 'phenix'"),
         (["--workers", "0"], "workers: expected at least 1"),
@@ -124,6 +127,39 @@ def test_a_corrupt_file_is_reported_and_strict_stops(
     assert read_manifest(tmp_path / "set").rejected == {"unmatched": 1, "unreadable": 1}
     assert main(build(folder, tmp_path / "strict", "--strict")) == 2
     assert "f004_ER.tif" in capsys.readouterr().err
+
+
+def test_whatever_lies_in_a_folder_becomes_a_sample_or_a_reason(tmp_path: Path, draw: Callable[..., Any]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = draw(0)
+    for name in ("a.tif", "größe 日本.tif", "c [1].tif"):
+        write_tiff(folder / name, good[0])
+    write_png(folder / "a.png", (good[0] // 16).astype(np.uint8))  # of the same name but for its end
+    (folder / "cut.tif").write_bytes((folder / "a.tif").read_bytes()[:2000])
+    (folder / "nothing.png").write_bytes(b"")
+    write_tiff(folder / "not_numbers.tif", np.where(good[0] > 200, np.nan, good[0]).astype(np.float32))
+    write_tiff(folder / "pixel.tif", good[0][:1, :1])
+    tifffile.imwrite(folder / "stack.tif", good, metadata={"axes": "ZYX"}, imagej=True)
+    write_tiff(folder / "channels.tif", good)
+    (folder / "notes.txt").write_text("x")
+    line = ["shards", "build", "--source", "images", "--input", str(folder), "--output", str(tmp_path / "set")]
+    assert main([*line, "--workers", "1", "--max-unreadable", "1"]) == 0
+    assert read_manifest(tmp_path / "set").num_fields == 4
+    lines = [json.loads(each) for each in (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()]
+    reasons = {each["input"]: f"{each['kind']}: {each['reason']}" for each in lines}
+    for name, reason in {
+        "cut.tif": "cut short",
+        "nothing.png": "the file is empty (0 bytes)",
+        "not_numbers.tif": "values are NaN or infinite",
+        "pixel.tif": "1 x 1 pixels, at least 64 a side needed",
+        "stack.tif": "a stack of 3 frames",
+        "channels.tif": "expected one channel, got 3 that differ",
+        "notes.txt": "unmatched",
+    }.items():
+        assert reason in reasons.pop(name), name
+    assert not reasons
+    assert main(["shards", "verify", str(tmp_path / "set")]) == 0
 
 
 def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(folder: Path, tmp_path: Path) -> None:

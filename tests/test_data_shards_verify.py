@@ -104,6 +104,26 @@ def test_a_damaged_manifest_is_named(shard_set: Path, broken: str, message: str)
         read_manifest(shard_set)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("file", "../../escape.tar"),
+        ("file", "/tmp/escape.tar"),
+        ("file", ".bashrc"),
+        ("file", 1),
+        ("sha256", "../../escape"),
+        ("sha256", ""),
+    ],
+)
+def test_a_manifest_that_names_other_places_is_refused(shard_set: Path, key: str, value: object) -> None:
+    """Copies of a remote set's shards are written under these names."""
+    content = json.loads((shard_set / MANIFEST).read_text())
+    content["shards"][0][key] = value
+    (shard_set / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(ShardError, match=f"{MANIFEST}: damaged"):
+        read_manifest(shard_set)
+
+
 def test_a_manifest_that_does_not_add_up_is_refused(shard_set: Path) -> None:
     content = json.loads((shard_set / MANIFEST).read_text())
     content["num_samples"] += 1

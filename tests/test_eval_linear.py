@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -53,6 +54,19 @@ def test_the_grid_equals_torch_one_by_one(loss: str) -> None:
             schedule.step()
         torch.testing.assert_close(found.weight[which], layer.weight.detach(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(found.bias[which], layer.bias.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_features_of_a_file_are_read_a_batch_at_a_time_and_rows_are_chosen(tmp_path: Path) -> None:
+    features, labels = blobs()
+    np.save(tmp_path / "f.npy", features.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "f.npy", mmap_mode="c"))
+    rows = torch.arange(3, 200, 2)
+    settings = LinearSettings(learning_rates=(0.1,), weight_decays=(0.0,), epochs=1, epoch_steps=5)
+    wanted = train_grid(features[rows], labels[rows], settings, num_classes=3)
+    found = train_grid(mapped, labels[rows], settings, num_classes=3, rows=rows)
+    assert torch.equal(found.weight, wanted.weight)
+    half = train_grid(features.half(), labels, settings, num_classes=3)
+    assert half.weight.dtype == torch.float32
 
 
 def test_it_learns_and_the_best_of_the_held_out_images_is_taken() -> None:

@@ -1,17 +1,23 @@
 """The probes as commands: on class folders, on folders shaped as HPAone and CHAMMI are published, on shards."""
 
 import csv
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinocell.cli import main
 from dinocell.data_shards.images import write_png
+from dinocell.eval.feature_files import extract_to
+from dinocell.eval.features import FeatureSettings
+from dinocell.eval.image_sets import ProbeImage, to_unit
 from dinocell.eval.tasks import make_task
+from dinocell.models.weights import load_backbone
 
 PLACES = ("nucleoplasm", "cytosol")
 LINES = ("A-431", "U-2 OS")
@@ -74,6 +80,27 @@ def chammi(tmp_path: Path) -> Path:
     return folder
 
 
+class Screen:
+    """Two plates of eight wells: a compound that makes rows, one that makes columns, and untreated wells between."""
+
+    name = "screen"
+
+    def __len__(self) -> int:
+        return 16
+
+    def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
+        for number in range(start, stop):
+            plate, well = divmod(number, 8)
+            compound = ("rows", "columns", "DMSO", "DMSO")[well % 4]
+            pixels = striped(well % 2, number) if well % 4 < 2 else np.full((1, 32, 32), 90, np.uint8)
+            yield ProbeImage(
+                id=f"w{number}",
+                pixels=to_unit(pixels),
+                channel_names=("DNA",),
+                labels={"plate": f"p{plate}", "well": f"A{well}", "compound": compound},
+            )
+
+
 def scores(folder: Path, name: str) -> dict[str, object]:
     content: dict[str, object] = json.loads((folder / f"{name}.json").read_text())
     return content
@@ -131,8 +158,19 @@ def test_linear_learns_says_what_it_was_chosen_on_and_is_used_again(
     assert len(scores(output, "linear")["rows"]) == 48  # type: ignore[arg-type]
     saved = output / "classifier.safetensors"
     capsys.readouterr()
-    assert main([*line, "--classifier", str(saved), "--metric", "accuracy"]) == 0
+    alone = ["linear", "--weights", "random:tiny", "--test", str(class_folders / "test"), "--crop-size", "32"]
+    alone += ["--classifier", str(saved), "--metric", "accuracy", "--output", str(class_folders / "later")]
+    assert main([*alone, "--avgpool", "--n-last-blocks", "2"]) == 0
     assert f"accuracy {float(about['accuracy']):.4f}" in capsys.readouterr().out
+    later = scores(class_folders / "later", "linear")["about"]
+    assert isinstance(later, dict)
+    assert "trained on" not in later
+    assert later["classifier"] == str(saved)
+    assert main([*alone[:-1], str(class_folders / "other"), "--avgpool"]) == 2
+    assert "was trained on features with n_last_blocks 2, these have 1" in capsys.readouterr().err
+    other = [each.replace("random:tiny", "random:nano") for each in alone[:-1]]
+    assert main([*other, str(class_folders / "nano"), "--avgpool", "--n-last-blocks", "2"]) == 2
+    assert "was trained on features with weights random:tiny, these have random:nano" in capsys.readouterr().err
     assert main([*line, *fast, "--choose-on-test"]) == 0
     assert "the test images (as Cell-DINO)" in (output / "linear.md").read_text()
 
@@ -153,6 +191,38 @@ def test_hpaone_as_published(hpaone: Path, tmp_path: Path) -> None:
     line = ["linear", *common, "--task", "PROTEIN_LOCALIZATION", "--loss", "binary_cross_entropy", "--epochs", "2"]
     line += ["--epoch-steps", "5", "--train-batch-size", "8", "--metric", "mean_per_class_multilabel_f1"]
     assert main([*line, "--output", str(tmp_path / "c")]) == 0
+
+
+@pytest.fixture
+def hpafov(tmp_path: Path) -> Path:
+    folder = tmp_path / "hpafov"
+    images = folder / "512_whole_images"
+    images.mkdir(parents=True)
+    for table, first in (("train", 0), ("test", 50)):
+        with (folder / f"whole_images_512_{table}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "ID", "cell_type", *PLACES])
+            for number in range(first, first + 20):
+                kind = number % 2
+                write_png(images / f"1_800_A6_{number}.png", np.concatenate(list(striped(kind, number, 4)), axis=1))
+                # One has no place at all, another one no cell line.
+                places = (False, False) if number == first else (kind == 0, kind == 1)
+                line = "" if number == first + 1 else LINES[kind]
+                writer.writerow([f"/old/1_800_A6_{number}.png", f"1_800_A6_{number}", line, *places])
+    return folder
+
+
+def test_hpafov_as_published_without_its_unlabelled_rows(hpafov: Path, tmp_path: Path) -> None:
+    line = ["knn", "--weights", "random:tiny", "--hpafov", str(hpafov), "--crop-size", "32", "--nb-knn", "3"]
+    for task, classes in (("PROTEIN_LOCALIZATION", PLACES), ("CELL_TYPE", LINES)):
+        assert main([*line, "--task", task, "--output", str(tmp_path / "o")]) == 0
+        about = scores(tmp_path / "o", "knn")["about"]
+        assert about["trained on"] == f"{hpafov} (train) (19 images)"  # type: ignore[index]
+        assert about["tested on"] == f"{hpafov} (val) (19 images)"  # type: ignore[index]
+        with (tmp_path / "o" / "knn_classes.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert {row["class"] for row in rows} == set(classes)
+        assert sum(int(row["images"]) for row in rows) == 19
 
 
 def test_chammi_leaves_a_group_out(chammi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,15 +294,46 @@ def test_scores_land_in_the_run_that_made_the_teacher(shard_set: Path, tmp_path:
     line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
     assert main(line) == 0
     teacher = run / "eval" / "training_2" / "teacher_checkpoint.pth"
-    line = ["knn", "--weights", str(teacher), "--train", str(shard_set), "--test", str(shard_set), "--task", "number"]
-    assert (
-        main([*line, "--crop-size", "32", "--nb-knn", "1", "--metric", "accuracy", "--output", str(tmp_path / "o")])
-        == 0
-    )
+    common = ["--weights", str(teacher), "--crop-size", "32"]
+    labelled = [*common, "--train", str(shard_set), "--test", str(shard_set), "--task", "number"]
+    labelled += ["--metric", "accuracy", "--output", str(tmp_path / "o")]
+    assert main(["knn", *labelled, "--nb-knn", "1"]) == 0
+    assert main(["linear", *labelled, "--epochs", "1", "--epoch-steps", "2"]) == 0
+    assert main(["consistency", *common, "--data", str(shard_set), "--output", str(tmp_path / "c")]) == 0
+    settings = FeatureSettings(channels="bag")
+    extract_to(tmp_path / "f", load_backbone(str(teacher)), Screen(), settings, weights=str(teacher))
+    asked = ["--treatment", "compound", "--control", "DMSO", "--output", str(tmp_path / "p")]
+    assert main(["profiles", str(tmp_path / "f"), *asked]) == 0
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     [entry] = events.Scalars("knn/number_accuracy_k1")
     assert (entry.step, entry.value) == (2, 1.0)
+    consistency = scores(tmp_path / "c", "consistency")["rows"][0]  # type: ignore[index]
+    profiles = [row["mean_average_precision"] for row in scores(tmp_path / "p", "profiles")["rows"]]  # type: ignore[attr-defined]
+    linear = float(scores(tmp_path / "o", "linear")["about"]["accuracy"])  # type: ignore[index]
+    for name, value in (
+        ("linear/number_accuracy", linear),
+        ("consistency/margin", consistency["margin"]),
+        ("consistency/retrieval", consistency["retrieval"]),
+        ("profiles/compound_mean_average_precision", np.mean(profiles)),
+    ):
+        [entry] = events.Scalars(name)
+        assert entry.step == 2
+        assert entry.value == pytest.approx(value, abs=1e-4)
+    for name, path in (
+        ("knn/number_classes", "o/knn_classes.png"),
+        ("knn/number_confusion", "o/knn_confusion.png"),
+        ("linear/number_classes", "o/linear_classes.png"),
+        ("linear/number_confusion", "o/linear_confusion.png"),
+        ("consistency/same_field", "c/same_field_1.png"),
+        ("consistency/retrieval", "c/retrieval_1.png"),
+    ):
+        [picture] = events.Images(name)
+        assert picture.step == 2
+        shown = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)).convert("RGB"))
+        np.testing.assert_array_equal(shown, np.asarray(Image.open(tmp_path / path).convert("RGB")), err_msg=name)
+    # The losses of the training are still there, beside them.
+    assert {"loss/total", "knn/number_accuracy_k1"} <= set(events.Tags()["scalars"])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ A set is a folder, on this disk, in a bucket or behind a web address::
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ class Shard:
     num_samples: int
     num_bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        # Copies of remote shards are written under these names: a foreign manifest must not choose where.
+        if not re.fullmatch(r"\w[\w.-]*\.tar", self.file) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"expected the name of a .tar file and a sha256, got {self.file!r} and {self.sha256!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ def read_manifest(location: str | Path) -> Manifest:
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
         content["channels"] = {name: ChannelStatistics(**known) for name, known in content["channels"].items()}
         manifest = Manifest(**content)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ShardError(f"{path}: damaged ({type(error).__name__}: {error}); build the set again") from error
     if manifest.num_samples == 0 and not manifest.shards:
         raise ShardError(f"{location}: the set is empty, {REJECTED} says why; build it again from other images")

@@ -53,11 +53,14 @@ class ShardSettings:
     def __post_init__(self) -> None:
         codec(self.codec, np.dtype(np.uint8))
         low, high = self.percentiles
-        if self.depth not in (None, 8) or self.levels_of not in ("plate", "field") or not 0 <= low < high <= 100:
+        if self.depth not in (None, 8) or self.levels_of not in ("plate", "field"):
             raise ShardError(
-                "depth: expected None or 8, levels_of: plate or field, percentiles: 0 <= low < high <= 100, "
-                f"got {self.depth}, {self.levels_of}, {self.percentiles}"
+                f"depth: expected None or 8, levels_of: plate or field, got {self.depth}, {self.levels_of}"
             )
+        if not 0 <= low < high <= 100:
+            raise ShardError(f"percentiles: expected 0 <= low < high <= 100, got {low:g} and {high:g}")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ShardError(f"max_unreadable: expected a share from 0 to 1, got {self.max_unreadable:g}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

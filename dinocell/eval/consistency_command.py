@@ -76,10 +76,13 @@ def _run_consistency(options: argparse.Namespace) -> None:
             row[name] = getattr(whole, name)
             row[f"{name} 95 %"] = "{:.4f} to {:.4f}".format(*intervals[name])
         rows.append(row)
+        pictures = {}
         for name, pairs in (("same_field", whole.same_field_pairs), ("retrieval", whole.retrieval_pairs)):
             title = f"{name.replace('_', ' ')}: {Path(source).name if '/' in source else source}"
-            draw_pairs(options.output / f"{name}_{number}.png", found.channel_names, pairs.numpy(), title)
-        log_to_run(source, {"consistency/margin": whole.margin, "consistency/retrieval": whole.retrieval})
+            pictures[f"consistency/{name}"] = options.output / f"{name}_{number}.png"
+            draw_pairs(pictures[f"consistency/{name}"], found.channel_names, pairs.numpy(), title)
+        numbers = {"consistency/margin": whole.margin, "consistency/retrieval": whole.retrieval}
+        log_to_run(source, numbers, pictures)
         print(
             f"{source}: margin {row['margin']:.4f} ({row['margin 95 %']}), retrieval {row['retrieval']:.4f}", flush=True
         )
@@ -126,9 +129,9 @@ def _add_profiles(subparsers: Any) -> None:
 def _run_profiles(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from dinocell.eval.feature_files import read_features
+    from dinocell.eval.feature_files import read_features, weights_of
     from dinocell.eval.image_sets import labels_of
-    from dinocell.eval.probe_report import write_scores
+    from dinocell.eval.probe_report import log_to_run, write_scores
     from dinocell.eval.profiles import replicate_retrieval, to_wells, whiten
 
     found = read_features(options.features)
@@ -170,6 +173,9 @@ def _run_profiles(options: argparse.Namespace) -> None:
     paths = write_scores(
         options.output, "profiles", about, sorted(shown, key=lambda row: -row["mean_average_precision"])
     )
+    numbers = {"mean_average_precision": mean, "retrieved": retrieved}
+    named = {f"profiles/{options.treatment}_{each}": value for each, value in numbers.items()}
+    log_to_run(weights_of(options.features), named, {})
     print(
         f"mean average precision {mean:.4f}, {100 * retrieved:.1f} % of {len(shown)} treatments retrieved; {paths[2]}"
     )

@@ -13,11 +13,13 @@ import numpy as np
 from dinocell.errors import DinocellError
 from dinocell.eval.features import Features, FeatureSettings, feature_rows, other_channels
 from dinocell.eval.image_sets import ImageSet
+from dinocell.eval.knn import own_part
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.distributed import World, barrier
 
 _log = logging.getLogger(__name__)
+_PLACE = "weights_from"
 
 
 def extract_to(
@@ -37,7 +39,7 @@ def extract_to(
 
         features.npy       (n d) or (n c d), float32 or float16, mapped into memory when read
         rows.csv           a line an image: its id, and what is known about it
-        extraction.json    weights, set and settings: a folder of others is refused
+        extraction.json    weights (content and place), set and settings: a folder of others is refused
 
     Parameters
     ----------
@@ -57,17 +59,16 @@ def extract_to(
     """
     world = world or World()
     facts = {
-        "weights": _fingerprint(weights),
+        "weights": fingerprint(weights),
         "images": images.name,
         "num_images": len(images),
         "settings": {key: value for key, value in asdict(settings).items() if key != "batch_size"},
         "dtype": "float16" if half else "float32",
     }
-    _claim(folder, facts, world)
+    _claim(folder, facts, weights, world)
     path, part = folder / "features.npy", folder / f".features-{world.rank}-of-{world.size}.jsonl"
     if not (folder / "rows.csv").exists():
-        start, stop = (len(images) * (world.rank + each) // world.size for each in (0, 1))
-        _extract_part(part, backbone, images, settings, (start, stop), half=half, progress=progress)
+        _extract_part(part, backbone, images, settings, own_part(len(images), world), half=half, progress=progress)
         barrier()
         if world.is_main:
             _join(folder, images, world.size, half=half)
@@ -75,7 +76,7 @@ def extract_to(
     return read_features(path.parent)
 
 
-def _claim(folder: Path, facts: Mapping[str, object], world: World) -> None:
+def _claim(folder: Path, facts: Mapping[str, object], weights: str, world: World) -> None:
     said = folder / "extraction.json"
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,8 @@ def _claim(folder: Path, facts: Mapping[str, object], world: World) -> None:
                 raise DinocellError(
                     f"{folder} holds features with other {', '.join(differing)}; remove it, or choose another folder"
                 )
-        write_atomically(said, json.dumps(facts, indent=1) + "\n")
+        place = str(Path(weights).absolute()) if Path(weights).exists() else weights
+        write_atomically(said, json.dumps({**facts, _PLACE: place}, indent=1) + "\n")
     barrier()
 
 
@@ -95,7 +97,7 @@ def _extract_part(
     backbone: VisionTransformer,
     images: ImageSet,
     settings: FeatureSettings,
-    span: tuple[int, int],
+    span: slice,
     *,
     half: bool,
     progress: Callable[[int], None],
@@ -110,9 +112,9 @@ def _extract_part(
     with part.open("w", encoding="utf-8") as said, rows_path.open("ab") as rows:
         said.writelines(whole)
         rows.truncate(size)
-        start = span[0] + done
+        start = span.start + done
         for number, (image, row) in enumerate(
-            feature_rows(backbone, images.images(start, span[1]), settings), start=done + 1
+            feature_rows(backbone, images.images(start, span.stop), settings), start=done + 1
         ):
             content = b"" if row is None else np.ascontiguousarray(row, dtype).tobytes()
             rows.write(content)
@@ -175,7 +177,8 @@ def read_features(folder: Path) -> Features:
         rows = list(csv.DictReader(file))
     ids = tuple(row.pop("id") for row in rows)
     return Features(
-        values=np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False),
+        # c: writable, but never to the file; torch warns of memory that is not writable.
+        values=np.load(folder / "features.npy", mmap_mode="c", allow_pickle=False),
         ids=ids,
         labels=tuple(rows),
         channel_names=tuple(json.loads((folder / "channels.json").read_text(encoding="utf-8"))),
@@ -183,7 +186,14 @@ def read_features(folder: Path) -> Features:
     )
 
 
-def _fingerprint(weights: str) -> str:
+def weights_of(folder: Path) -> str:
+    """Return where the weights of the features lay when they were extracted."""
+    said: dict[str, str] = json.loads((folder / "extraction.json").read_text(encoding="utf-8"))
+    return said[_PLACE]
+
+
+def fingerprint(weights: str) -> str:
+    """Return what tells weights from others: the hash of a file's content, else the name."""
     path = Path(weights)
     if not path.is_file():
         return weights

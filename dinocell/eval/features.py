@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,9 +60,14 @@ class Features:
     channel_names: tuple[str, ...]
     problems: tuple[str, ...] = ()
 
-    def tensor(self) -> Float[Tensor, "n *c d"]:
-        """Return the values in float32."""
-        return torch.from_numpy(np.array(self.values, np.float32))
+    def stored(self) -> Shaped[Tensor, "n *c d"]:
+        """Return the values as they are, on the disk if they lie there: what is looked at is read then."""
+        return torch.from_numpy(self.values)
+
+    def tensor(self, rows: Bool[Tensor, " n"] | Int[Tensor, " m"] | None = None) -> Float[Tensor, "m *c d"]:
+        """Return the values in float32, all or those of some rows."""
+        values = self.values if rows is None else self.values[rows.numpy()]
+        return torch.from_numpy(np.array(values, np.float32))
 
 
 def default_channels(backbone: VisionTransformer) -> Channels:

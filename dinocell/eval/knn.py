@@ -5,7 +5,7 @@ nearest training images vote with the weight exp(cosine / temperature), normalis
 for multi-label sets the row of zeros and ones of all classes.
 
 Of training images whose cosines are equal, the one that stands first counts first, so that equal numbers give equal
-results, whatever ``topk`` of the device prefers and however the images are cut into chunks.
+results, whatever ``topk`` of the device prefers and however the images are cut into chunks or shared among ranks.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,21 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize, one_hot, pad
+
+from dinocell.runtime.distributed import World, gather, max_over_ranks
 
 TEMPERATURE = 0.07
 
 
+def own_part(count: int, world: World) -> slice:
+    """Return which of ``count`` rows are this rank's: one span each, in the order of the ranks."""
+    return slice(count * world.rank // world.size, count * (world.rank + 1) // world.size)
+
+
 @torch.no_grad()
 def knn_scores(
-    train: Float[Tensor, "train d"],
+    train: Float[Tensor, "part d"],
     labels: Int[Tensor, "train"] | Float[Tensor, "train classes"],
     queries: Float[Tensor, "queries d"],
     *,
@@ -29,32 +36,41 @@ def knn_scores(
     temperature: float = TEMPERATURE,
     query_chunk: int = 1024,
     train_chunk: int = 16384,
+    world: World | None = None,
 ) -> dict[int, Float[Tensor, "queries classes"]]:
     """Return for every ``k`` the share of the votes that each class gets from the ``k`` nearest training images.
 
     Parameters
     ----------
     train, queries
-        Features in any scale; they are brought to unit length here, a chunk at a time.
+        Features in any scale; they are brought to unit length here, a chunk at a time. With several ranks, ``train``
+        is this rank's part of them, `own_part`.
     labels
-        A class number for each training image, or for multi-label sets a row of zeros and ones.
+        A class number for each training image, or for multi-label sets a row of zeros and ones; of all ranks' images.
     num_classes
         Classes there are; for class numbers only. Default: the largest number plus one.
     query_chunk, train_chunk
         Similarities held at a time: at most ``query_chunk`` x ``train_chunk``.
+    world
+        Ranks that share the training images; each calls this with all labels and queries, and all return the same.
 
     Raises
     ------
     ValueError
         If a ``k`` is not between 1 and the number of training images, if the temperature or a chunk is not positive, if
-        a class number is outside ``num_classes``, or if a feature is not finite.
+        a class number is outside ``num_classes``, if a feature is not finite, or if there are not as many features as
+        labels.
     """
-    _check(train, labels, queries, ks=ks, num_classes=num_classes, positive=(temperature, query_chunk, train_chunk))
+    world = world or World()
+    positive = (temperature, query_chunk, train_chunk)
+    _check(train, labels, queries, ks=ks, num_classes=num_classes, positive=positive, world=world)
     if labels.ndim == 1 and num_classes is None:
         num_classes = int(labels.max()) + 1
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
     for chunk in queries.split(query_chunk):
         cosine, index = _nearest(train, _unit(chunk), count=max(ks), train_chunk=train_chunk)
+        if world.size > 1:
+            cosine, index = _of_all_ranks(cosine, index + own_part(len(labels), world).start, max(ks), world)
         weight = torch.exp((cosine - cosine[:, :1]) / temperature)
         voters = labels[index]
         votes = one_hot(voters, num_classes or -1).float() if labels.ndim == 1 else voters
@@ -76,6 +92,18 @@ def _nearest(train: Tensor, queries: Tensor, *, count: int, train_chunk: int) ->
         best, order = both.sort(dim=1, descending=True, stable=True)
         best, where = best[:, :count], both_where.gather(1, order)[:, :count]
     return best, where
+
+
+def _of_all_ranks(cosine: Tensor, where: Tensor, count: int, world: World) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` nearest of what each rank found nearest in its part."""
+    missing = count - cosine.shape[1]  # where a part is smaller than that
+    cosine, where = pad(cosine, (0, missing), value=-torch.inf), pad(where, (0, missing))
+    # float64 holds both without loss, so one exchange does for both.
+    found = gather(torch.cat((cosine.double(), where.double()), 1)).unflatten(0, (world.size, len(cosine)))
+    every, every_where = found.transpose(0, 1).unflatten(2, (2, count)).transpose(1, 2).flatten(2).unbind(1)
+    # Parts stand in the order of the ranks, so here too a stable sort keeps the order of ties.
+    best, order = every.sort(dim=1, descending=True, stable=True)
+    return best[:, :count].to(cosine.dtype), every_where.gather(1, order[:, :count]).long()
 
 
 def _first_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -102,12 +130,21 @@ def _check(
     ks: Sequence[int],
     num_classes: int | None,
     positive: tuple[float | int, ...],
+    world: World,
 ) -> None:
-    if not ks or min(ks) < 1 or max(ks) > len(train):
-        raise ValueError(f"expected every k from 1 to {len(train)} (the training images), got {list(ks)}")
+    part = own_part(len(labels), world)
+    if len(train) != part.stop - part.start:
+        raise ValueError(
+            f"expected {part.stop - part.start} training features for {len(labels)} labels and {world.size} ranks, got "
+            f"{len(train)}"
+        )
+    if not ks or min(ks) < 1 or max(ks) > len(labels):
+        raise ValueError(f"expected every k from 1 to {len(labels)} (the training images), got {list(ks)}")
     if min(positive) <= 0:
         raise ValueError(f"expected temperature and chunks above 0, got {positive}")
     if labels.ndim == 1 and (labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)):
         raise ValueError(f"expected class numbers from 0 to below {num_classes}, got {labels.min()} to {labels.max()}")
-    if not (train.isfinite().all() and queries.isfinite().all()):
+    broken = ~(train.isfinite().all() & queries.isfinite().all())
+    # All ranks stop then, not only the one whose part it is.
+    if max_over_ranks(broken.int()) if world.size > 1 else broken:
         raise ValueError("expected finite features, got NaN or infinity: the backbone or its input is broken")

@@ -43,27 +43,16 @@ def register(subparsers: Any) -> None:
 
 def _run_knn(options: argparse.Namespace) -> None:
     from dinocell.eval.classification import confusion, metric_of
-    from dinocell.eval.knn import knn_scores
-    from dinocell.eval.probe_report import draw_confusion, log_to_run, write_classes, write_scores
+    from dinocell.eval.probe_report import log_to_run, write_classes, write_scores
+    from dinocell.runtime.distributed import together
 
-    material = open_material(options)
-    if material is None:
+    with together(options.device) as world:
+        material = open_material(options)
+        name = metric_name(options, material.task)
+        metric = metric_of(name, multilabel=material.task.multilabel)
+        scores, task, train_size = (_leave_one_out if options.leave_one_out else _plain)(options, material)
+    if not world.is_main:
         return
-    task = material.task
-    name = metric_name(options, task)
-    metric = metric_of(name, multilabel=task.multilabel)
-    train, test = (
-        each.tensor()[kept] for each, kept in ((material.train, task.train_kept), (material.test, task.test_kept))
-    )
-    if options.leave_one_out:
-        scores, task, train_size = _leave_one_out(options, material, train, test)
-    else:
-        _check_neighbours(options.nb_knn, len(train))
-        scores = knn_scores(
-            train, task.train, test, ks=options.nb_knn, num_classes=None if task.multilabel else len(task.classes),
-            temperature=options.temperature,
-        )  # fmt: skip
-        train_size = len(train)
     found = {k: metric(each, task.test) for k, each in scores.items()}
     best = max(found, key=lambda k: (found[k].value, -k))
     rows = [{"k": k, name: each.value} for k, each in found.items()]
@@ -73,10 +62,13 @@ def _run_knn(options: argparse.Namespace) -> None:
             f"groups of {options.leave_one_out}; scored on classes that are not in the training set"
         )
     paths = write_scores(options.output, "knn", about, rows)
-    paths += write_classes(options.output, "knn", task.classes, found[best])
-    if not task.multilabel:
-        draw_confusion(options.output / "knn_confusion.png", task.classes, confusion(scores[best], task.test))
-    logged = log_to_run(options.weights, {f"knn/{options.task}_{name}_k{k}": each.value for k, each in found.items()})
+    table = None if task.multilabel else confusion(scores[best], task.test)
+    pictures = write_classes(options.output, "knn", task.classes, found[best], table)
+    logged = log_to_run(
+        options.weights,
+        {f"knn/{options.task}_{name}_k{k}": each.value for k, each in found.items()},
+        {f"knn/{options.task}_{shown}": path for shown, path in pictures.items()},
+    )
     for k, each in found.items():
         print(f"k {k:>4}: {name} {each.value:.4f}")
     print(f"scores: {paths[2]}" + (f"; TensorBoard: {logged}" if logged else ""))
@@ -90,14 +82,46 @@ def _check_neighbours(ks: Sequence[int], count: int) -> None:
         )
 
 
-def _leave_one_out(
-    options: argparse.Namespace, material: Material, train: "torch.Tensor", test: "torch.Tensor"
-) -> "tuple[dict[int, torch.Tensor], Task, int]":
+def _plain(options: argparse.Namespace, material: Material) -> "tuple[dict[int, torch.Tensor], Task, int]":
+    from dinocell.eval.knn import own_part
+
+    task = material.task
+    _check_neighbours(options.nb_knn, len(task.train))
+    rows = task.train_kept.nonzero()[:, 0]
+    train = material.train.tensor(rows[own_part(len(rows), material.world)])
+    scores = _ask(options, material, train, task.train, material.test.tensor(task.test_kept))
+    return scores, task, len(task.train)
+
+
+def _ask(
+    options: argparse.Namespace,
+    material: Material,
+    train: "torch.Tensor",
+    labels: "torch.Tensor",
+    queries: "torch.Tensor",
+) -> "dict[int, torch.Tensor]":
+    """Let this rank's part of the training images and those of the other ranks vote."""
+    from dinocell.eval.knn import knn_scores
+
+    train, labels, queries = (each.to(material.world.device) for each in (train, labels, queries))
+    scores = knn_scores(
+        train,
+        labels,
+        queries,
+        ks=options.nb_knn,
+        num_classes=None if material.task.multilabel else len(material.task.classes),
+        temperature=options.temperature,
+        world=material.world,
+    )
+    return {k: each.cpu() for k, each in scores.items()}
+
+
+def _leave_one_out(options: argparse.Namespace, material: Material) -> "tuple[dict[int, torch.Tensor], Task, int]":
     import numpy as np
     import torch
 
     from dinocell.eval.image_sets import labels_of
-    from dinocell.eval.knn import knn_scores
+    from dinocell.eval.knn import own_part
 
     task = material.task
     if task.multilabel:
@@ -113,15 +137,15 @@ def _leave_one_out(
         raise DinocellError(
             "--leave-one-out: every class of the test images is in the training images: nothing is held out"
         )
+    train, test = material.train.tensor(task.train_kept), material.test.tensor(task.test_kept)
     scores = {k: torch.zeros(len(test), len(task.classes)) for k in options.nb_knn}
     smallest = len(train) + min(len(test) - int((groups == group).sum()) for group in set(groups))
     _check_neighbours(options.nb_knn, smallest)
     for group in sorted(set(groups)):
         asked = torch.from_numpy(groups == group)
-        found = knn_scores(
-            torch.cat((train, test[~asked])), torch.cat((task.train, task.test[~asked])), test[asked],
-            ks=options.nb_knn, num_classes=len(task.classes), temperature=options.temperature,
-        )  # fmt: skip
+        known, labels = torch.cat((train, test[~asked])), torch.cat((task.train, task.test[~asked]))
+        part = own_part(len(known), material.world)
+        found = _ask(options, material, known[part], labels, test[asked])
         for k, each in found.items():
             scores[k][asked] = each
     kept = torch.tensor([label in novel for label in task.test.tolist()])

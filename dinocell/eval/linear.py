@@ -147,11 +147,12 @@ def split_off(count: int, share: float, *, seed: int) -> tuple[Int[Tensor, " t"]
 
 
 def train_grid(
-    features: Shaped[Tensor, "n d"],
+    features: Shaped[Tensor, "all d"],
     labels: Int[Tensor, " n"] | Float[Tensor, "n c"],
     settings: LinearSettings,
     *,
     num_classes: int,
+    rows: Int[Tensor, " n"] | None = None,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> Classifiers:
@@ -159,8 +160,12 @@ def train_grid(
 
     Parameters
     ----------
+    features
+        Of any type, in memory or mapped from a file: a batch at a time is read.
     labels
         Class numbers, for cross entropy; rows of zeros and ones, for binary cross entropy.
+    rows
+        Which features the labels belong to; None: all of them.
     progress
         Called with the steps done and their number.
 
@@ -174,7 +179,8 @@ def train_grid(
         raise ConfigError(f"--loss: {settings.loss} is not for {kind}")
     device = device or features.device
     generator = torch.Generator().manual_seed(settings.seed)
-    grid, (count, width) = settings.grid, features.shape
+    rows = torch.arange(len(features)) if rows is None else rows
+    grid, count, width = settings.grid, len(rows), features.shape[1]
     scale = settings.batch_size / 256
     rates = torch.tensor([rate * scale for rate, _ in grid], device=device)
     decays = torch.tensor([decay for _, decay in grid], device=device)
@@ -189,13 +195,13 @@ def train_grid(
     batches = _batches(count, min(settings.batch_size, count), generator)
     for step in range(steps):
         which = next(batches)
-        rows, wanted = features[which].to(device).float(), labels[which].to(device)
+        batch, wanted = features[rows[which]].to(device).float(), labels[which].to(device)
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
-            logits = F.linear(rows, weight.flatten(0, 1), bias.flatten()).unflatten(1, (len(grid), num_classes))
+            logits = F.linear(batch, weight.flatten(0, 1), bias.flatten()).unflatten(1, (len(grid), num_classes))
             # The sum over classifiers of each one's mean loss has each one's own gradient.
-            residual = (_residual(logits.mul_(rates[:, None]), wanted) / len(rows)).flatten(1)
-            weight.grad = (residual.T @ rows).unflatten(0, (len(grid), num_classes))
+            residual = (_residual(logits.mul_(rates[:, None]), wanted) / len(batch)).flatten(1)
+            weight.grad = (residual.T @ batch).unflatten(0, (len(grid), num_classes))
             bias.grad = residual.sum(0).unflatten(0, (len(grid), num_classes))
             if decays.any():
                 shrink = 1 - cosine * rates * decays

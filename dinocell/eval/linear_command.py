@@ -42,13 +42,15 @@ def register(subparsers: Any) -> None:
         action="store_true",
         help="choose the classifier on the test images, as Cell-DINO does; the report says so",
     )
-    group.add_argument("--classifier", type=Path, metavar="FILE", help="score a saved classifier; nothing is trained")
+    group.add_argument(
+        "--classifier", type=Path, metavar="FILE", help="score a saved classifier; --train is not needed"
+    )
     parser.set_defaults(run=_run_linear)
 
 
 def _run_linear(options: argparse.Namespace) -> None:
-    material = open_material(options)
-    if material is None:
+    material = open_material(options, learn=options.classifier is None)
+    if not material.world.is_main:  # it helped to extract; the grid is trained once
         return
     if options.classifier is not None:
         _score_saved(options, material)
@@ -57,6 +59,8 @@ def _run_linear(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace, material: Material) -> None:
+    import torch
+
     from dinocell.eval.classification import confusion, metric_of
     from dinocell.eval.linear import (
         LEARNING_RATES,
@@ -67,7 +71,7 @@ def _train(options: argparse.Namespace, material: Material) -> None:
         split_off,
         train_grid,
     )
-    from dinocell.eval.probe_report import draw_confusion, log_to_run, write_classes, write_scores
+    from dinocell.eval.probe_report import log_to_run, write_classes, write_scores
 
     task = material.task
     settings = LinearSettings(
@@ -82,11 +86,11 @@ def _train(options: argparse.Namespace, material: Material) -> None:
     )
     name = metric_name(options, task)
     metric = metric_of(name, multilabel=task.multilabel)
-    train = material.train.tensor()[task.train_kept]
-    test = material.test.tensor()[task.test_kept]
-    learn, held = split_off(len(train), settings.validation_share, seed=settings.seed)
+    train, rows = material.train.stored(), task.train_kept.nonzero()[:, 0]
+    test = material.test.tensor(task.test_kept)
+    learn, held = split_off(len(rows), settings.validation_share, seed=settings.seed)
     if options.choose_on_test:
-        learn = learn.new_tensor(range(len(train)))
+        learn = torch.arange(len(rows))
     count = len(settings.grid)
 
     def progress(done: int, of: int) -> None:
@@ -94,9 +98,9 @@ def _train(options: argparse.Namespace, material: Material) -> None:
             print(f"{count} classifiers, step {done}/{of}", flush=True)
 
     classifiers = train_grid(
-        train[learn], task.train[learn], settings, num_classes=len(task.classes), progress=progress
+        train, task.train[learn], settings, num_classes=len(task.classes), rows=rows[learn], progress=progress
     )
-    by = (test, task.test) if options.choose_on_test else (train[held], task.train[held])
+    by = (test, task.test) if options.choose_on_test else (train[rows[held]], task.train[held])
     choice = choose(classifiers, *by, settings, metric)
     scores = classifiers.scores(test, which=choice.which)
     found = metric(scores, task.test)
@@ -113,31 +117,52 @@ def _train(options: argparse.Namespace, material: Material) -> None:
         for (rate, decay), value in zip(settings.grid, choice.all_scores, strict=True)
     ]
     paths = write_scores(options.output, "linear", about, grid, note=f"The classifier was chosen on {chosen_on}.")
-    write_classes(options.output, "linear", task.classes, found)
-    if not task.multilabel:
-        draw_confusion(options.output / "linear_confusion.png", task.classes, confusion(scores, task.test))
+    table = None if task.multilabel else confusion(scores, task.test)
+    pictures = write_classes(options.output, "linear", task.classes, found, table)
     saved = options.output / "classifier.safetensors"
     Classifier(
         weight=classifiers.weight[choice.which],
         bias=classifiers.bias[choice.which],
         classes=task.classes,
         task=options.task,
-        features={"channels": material.settings.channels, "n_last_blocks": material.settings.n_last_blocks,
-                  "avgpool": material.settings.avgpool},
-    ).save(saved)  # fmt: skip
-    logged = log_to_run(options.weights, {f"linear/{options.task}_{name}": found.value})
+        features=_features_of(options, material),
+    ).save(saved)
+    logged = log_to_run(
+        options.weights,
+        {f"linear/{options.task}_{name}": found.value},
+        {f"linear/{options.task}_{shown}": path for shown, path in pictures.items()},
+    )
     print(f"{name} {found.value:.4f}; chosen on {chosen_on}: {choice.chosen_by:.4f}")
     print(f"scores: {paths[2]}; classifier: {saved}" + (f"; TensorBoard: {logged}" if logged else ""))
+
+
+def _features_of(options: argparse.Namespace, material: Material) -> dict[str, object]:
+    """Return what features must have in common for a classifier to serve."""
+    from dinocell.eval.feature_files import fingerprint
+
+    settings = material.settings
+    return {
+        "weights": fingerprint(options.weights),
+        "channels": settings.channels,
+        "n_last_blocks": settings.n_last_blocks,
+        "avgpool": settings.avgpool,
+    }
 
 
 def _score_saved(options: argparse.Namespace, material: Material) -> None:
     import torch
 
-    from dinocell.eval.classification import metric_of
+    from dinocell.eval.classification import confusion, metric_of
     from dinocell.eval.linear import Classifier
     from dinocell.eval.probe_report import write_classes, write_scores
 
     task, saved = material.task, Classifier.load(options.classifier)
+    given = _features_of(options, material)
+    for key, known in saved.features.items():
+        if given.get(key) != known:
+            raise DinocellError(
+                f"{options.classifier}: was trained on features with {key} {known}, these have {given.get(key)}"
+            )
     unknown = (
         sorted({task.classes[label] for label in task.test.tolist()} - set(saved.classes))
         if not task.multilabel
@@ -149,8 +174,11 @@ def _score_saved(options: argparse.Namespace, material: Material) -> None:
     labels = task.test
     if not task.multilabel:
         labels = torch.tensor([saved.classes.index(task.classes[label]) for label in task.test.tolist()])
-    found = metric_of(name, multilabel=task.multilabel)(saved.scores(material.test.tensor()[task.test_kept]), labels)
+    scores = saved.scores(material.test.tensor(task.test_kept))
+    found = metric_of(name, multilabel=task.multilabel)(scores, labels)
     about = describe(options, material) | {"classifier": str(options.classifier)}
+    del about["trained on"]
     paths = write_scores(options.output, "linear", about, [{name: found.value}])
-    write_classes(options.output, "linear", saved.classes, found)
+    table = None if task.multilabel else confusion(scores, labels)
+    write_classes(options.output, "linear", saved.classes, found, table)
     print(f"{name} {found.value:.4f}; scores: {paths[2]}")

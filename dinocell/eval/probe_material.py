@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinocell.eval.probe_sets import load_probed, open_pair
+from dinocell.eval.probe_sets import load_probed, open_asked, open_pair
 
 if TYPE_CHECKING:
     from dinocell.eval.features import Features, FeatureSettings
@@ -45,18 +45,20 @@ class Material:
     task: "Task"
     settings: "FeatureSettings"
     names: tuple[str, str]
+    world: "World"
 
 
-def open_material(options: argparse.Namespace) -> Material | None:
-    """Open both sets, extract features that are not there yet; None on ranks that only help with that."""
+def open_material(options: argparse.Namespace, *, learn: bool = True) -> Material:
+    """Open both sets, extract features that are not there yet; the same on every rank.
+
+    Without ``learn`` there is one set, the one to be asked about; it then stands for both.
+    """
     from dinocell.eval.tasks import make_task
 
-    train_set, test_set = open_pair(options)
+    train_set, test_set = open_pair(options) if learn else [open_asked(options)] * 2
     with extractor(options) as (extract, settings, world):
-        train = extract(options.output / "features" / "train", train_set)
         test = extract(options.output / "features" / "test", test_set)
-        if not world.is_main:
-            return None
+        train = extract(options.output / "features" / "train", train_set) if learn else test
     task = make_task(
         options.task,
         train.labels,
@@ -65,7 +67,8 @@ def open_material(options: argparse.Namespace) -> Material | None:
         test_name=test_set.name,
         columns=options.columns,
     )
-    return Material(train=train, test=test, task=task, settings=settings, names=(train_set.name, test_set.name))
+    names = (train_set.name, test_set.name)
+    return Material(train=train, test=test, task=task, settings=settings, names=names, world=world)
 
 
 def metric_name(options: argparse.Namespace, task: "Task") -> str:

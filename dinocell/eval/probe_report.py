@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from dinocell.data_shards.images import read_image
 from dinocell.eval.classification import ClassScores
 from dinocell.runtime.atomic import replacing, write_atomically
 
@@ -50,16 +51,36 @@ def write_scores(
     return paths
 
 
-def write_classes(folder: Path, name: str, classes: Sequence[str], scores: ClassScores) -> list[Path]:
-    """Write the F1 of each class as ``NAME_classes.csv`` and as a picture."""
-    table, picture = folder / f"{name}_classes.csv", folder / f"{name}_classes.png"
-    with replacing(table) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+def write_classes(
+    folder: Path, name: str, classes: Sequence[str], scores: ClassScores, table: Int[np.ndarray, "c c"] | None
+) -> dict[str, Path]:
+    """Write the F1 of each class as ``NAME_classes.csv`` and as a picture, and a confusion matrix as another.
+
+    Parameters
+    ----------
+    table
+        Images by true and predicted class; None for multi-label rows, which have no such matrix.
+
+    Returns
+    -------
+    pictures
+        By what they show.
+    """
+    _write_table(folder / f"{name}_classes.csv", classes, scores)
+    pictures = {"classes": folder / f"{name}_classes.png"}
+    _draw_bars(pictures["classes"], classes, scores)
+    if table is not None:
+        pictures["confusion"] = folder / f"{name}_confusion.png"
+        _draw_confusion(pictures["confusion"], classes, table)
+    return pictures
+
+
+def _write_table(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("class", "f1", "images"))
         for label, value, count in zip(classes, scores.f1.tolist(), scores.support.tolist(), strict=True):
             writer.writerow((label, "" if math.isnan(value) else f"{value:.6f}", count))
-    _draw_bars(picture, classes, scores)
-    return [table, picture]
 
 
 def _draw_bars(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
@@ -74,7 +95,7 @@ def _draw_bars(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
     _save(figure, path)
 
 
-def draw_confusion(path: Path, classes: Sequence[str], table: Int[np.ndarray, "c c"]) -> None:
+def _draw_confusion(path: Path, classes: Sequence[str], table: Int[np.ndarray, "c c"]) -> None:
     """Draw true classes (rows) against predicted ones, each row as shares, with counts where there is room."""
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     _draw_matrix(path, shares, classes, classes, "predicted", "true", numbers=table if len(classes) <= 20 else None)
@@ -133,10 +154,10 @@ def _save(figure: Any, path: Path) -> None:
     plot.close(figure)
 
 
-def log_to_run(weights: str, numbers: Mapping[str, float]) -> Path | None:
-    """Add numbers to the TensorBoard of the run that exported a teacher; return its folder, None if it is of no run.
+def log_to_run(weights: str, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> Path | None:
+    """Add numbers and PNG files to the TensorBoard of the run that exported a teacher, at the step of the export.
 
-    A teacher lies in ``RUN/eval/training_STEP/``.
+    A teacher lies in ``RUN/eval/training_STEP/``. Returns the folder of the events, None if the weights are of no run.
     """
     match = re.search(r"^(.*)/eval/training_(\d+)/[^/]+$", str(Path(weights).absolute()))
     if match is None or not (Path(match[1]) / "tensorboard").is_dir():
@@ -147,6 +168,8 @@ def log_to_run(weights: str, numbers: Mapping[str, float]) -> Path | None:
     with SummaryWriter(str(folder), filename_suffix=".probe") as writer:
         for name, value in numbers.items():
             writer.add_scalar(name, value, int(match[2]))
+        for name, path in pictures.items():
+            writer.add_image(name, read_image(path).pixels, int(match[2]), dataformats="CHW")
     return folder
 
 

@@ -65,6 +65,19 @@ def open_pair(options: argparse.Namespace) -> tuple["ImageSet", "ImageSet"]:
     return train, test
 
 
+def open_asked(options: argparse.Namespace) -> "ImageSet":
+    """Open the set to be asked about alone: ``--test``, or that part of a published set.
+
+    Raises
+    ------
+    DinocellError
+        As `open_pair`.
+    """
+    if options.test and not options.train and not any(getattr(options, name) for name in _NAMED):
+        return open_set(options.test)
+    return open_pair(options)[1]
+
+
 def open_one(options: argparse.Namespace) -> "ImageSet":
     """Open the set of ``--data`` or of a published set.
 

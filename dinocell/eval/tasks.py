@@ -52,7 +52,7 @@ def make_task(
     name
         A column of classes; or ``PROTEIN_LOCALIZATION``, the columns of true and false that name places of a cell; or
         ``CELL_TYPE``: a column of that name (in small letters), else the other columns of true and false, one of which
-        is true.
+        is true. Images of which no place is true are unlabelled.
     columns
         For several labels an image: the columns, whatever their names; ``name`` then only names the task.
 
@@ -68,9 +68,20 @@ def make_task(
                 f"{train_name}: no columns of true and false that name a place of the cell; name them with --columns"
             )
         rows = [_rows(each, chosen, where) for each, where in ((train, train_name), (test, test_name))]
-        kept = [torch.ones(len(each), dtype=torch.bool) for each in rows]
+        # Every protein is somewhere: an image of the Human Protein Atlas without a place was not looked at. Columns
+        # that the caller names may well be all false.
+        kept = [torch.ones(len(each), dtype=torch.bool) if columns else each.bool().any(1) for each in rows]
+        for each, where in zip(kept, (train_name, test_name), strict=True):
+            if not each.any():
+                raise DinocellError(f"{where}: no image has a place of the cell that is true")
+        targets = [each[labelled] for each, labelled in zip(rows, kept, strict=True)]
         return Task(
-            classes=tuple(chosen), train=rows[0], test=rows[1], train_kept=kept[0], test_kept=kept[1], multilabel=True
+            classes=tuple(chosen),
+            train=targets[0],
+            test=targets[1],
+            train_kept=kept[0],
+            test_kept=kept[1],
+            multilabel=True,
         )
     named = [_classes(name, each, where) for each, where in ((train, train_name), (test, test_name))]
     classes = sorted({label for labels in named for label in labels if label})
