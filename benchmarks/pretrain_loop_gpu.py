@@ -23,9 +23,8 @@ from dinocell.data_shards.read import stream
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.write import build
 from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, WatchConfig
-from dinocell.ssl.prepare import NeededChannels
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_plan import ViewsConfig
+from dinocell.ssl.view_plan import PlanViews, ViewsConfig
 from dinocell.ssl.views import channel_levels, make_views
 
 
@@ -106,7 +105,7 @@ def row(config: PretrainConfig, device: torch.device) -> str:
 def views_ms(config: PretrainConfig, device: torch.device) -> float:
     """Return what the views of a batch take by themselves."""
     samples = stream(
-        config.data.shards, batch_size=config.batch_size, choose=NeededChannels(config.views, 0), stop=config.batch_size
+        config.data.shards, batch_size=config.batch_size, choose=PlanViews(config.views, 0), stop=config.batch_size
     )
     batch = next(iter(samples))
     if device.type == "cuda":

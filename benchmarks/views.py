@@ -26,8 +26,7 @@ from reading import CHANNELS, TILE, Fields, synthetic_fields
 from dinocell.data_shards.read import Batch, stream
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.write import build
-from dinocell.ssl.prepare import NeededChannels
-from dinocell.ssl.view_plan import Policy, ViewsConfig, plan_views
+from dinocell.ssl.view_plan import PlanViews, Policy, ViewsConfig, plan_views
 from dinocell.ssl.views import Levels, Views, channel_levels, make_views
 
 _BATCH, _NUM_BATCHES = 4, 6
@@ -62,7 +61,7 @@ def main() -> None:
         for policy in _POLICIES:
             config = ViewsConfig(policy=policy)
             levels = channel_levels([manifest], config)
-            stream_of_tiles = stream(folder / "set", batch_size=_BATCH, choose=NeededChannels(config, 0))
+            stream_of_tiles = stream(folder / "set", batch_size=_BATCH, choose=PlanViews(config, 0))
             batches = list(islice(stream_of_tiles, _NUM_BATCHES))
             check(batches[0], config, levels)
             sides = {

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,24 @@ def test_tiles_are_the_fields(shard_set: Path, draw: Callable[[int], np.ndarray]
             np.testing.assert_array_equal(batch.tile(number).numpy(), want)
 
 
-def _one_by_sample(info: SampleInfo, origin: Origin) -> list[int]:
-    return [origin.sample % len(info.channels)]
+@dataclass(frozen=True)
+class _OneChannel:
+    number: int
+
+    def channels(self) -> list[int]:
+        return [self.number]
+
+
+def _one_by_sample(info: SampleInfo, origin: Origin) -> _OneChannel:
+    return _OneChannel(origin.sample % len(info.channels))
 
 
 def test_only_the_chosen_channels_come(shard_set: Path, draw: Callable[[int], np.ndarray]) -> None:
     batches = take(loader(stream(shard_set, batch_size=8, choose=_one_by_sample), workers=1), 3)
     for batch in batches:
         assert batch.storage.numel() == 8 * 32 * 32 * 2
+        assert batch.chosen_by is _one_by_sample
+        assert batch.chosen == tuple(_OneChannel(origin.sample % 3) for origin in batch.origins)
         for number, info in enumerate(batch.infos):
             channel = batch.origins[number].sample % 3
             assert batch.channels[number] == (channel,)

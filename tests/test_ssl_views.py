@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from dinocell.data_shards.manifest import read_manifest
-from dinocell.data_shards.read import Batch, Origin, stream
+from dinocell.data_shards.read import Batch, stream
 from dinocell.errors import ConfigError
-from dinocell.ssl.view_plan import ViewsConfig, plan_views
+from dinocell.ssl.view_plan import PlanViews, ViewsConfig, plan_views
 from dinocell.ssl.views import (
     _scales,
     all_tiles_at_once,
@@ -116,19 +116,12 @@ def test_views_do_not_depend_on_the_batch_they_come_in(shard_set: Path) -> None:
         torch.testing.assert_close(view.local_views[:, 0], whole.local_views[:, number], rtol=1e-5, atol=1e-5)
 
 
-class Choose:
-    """The channels that a sample's views need, for the reader."""
-
-    def __call__(self, info: Any, origin: Origin) -> tuple[int, ...]:
-        return plan_views(info, origin, CHOSEN, seed=0).channels()
-
-
 CHOSEN = replace(SMALL, policy="bag")
 
 
 def test_tiles_with_only_the_channels_needed_give_the_same_views(shard_set: Path) -> None:
     levels = channel_levels([read_manifest(shard_set)], CHOSEN)
-    few = next(iter(stream(shard_set, batch_size=5, choose=Choose())))
+    few = next(iter(stream(shard_set, batch_size=5, choose=PlanViews(CHOSEN, 0))))
     assert all(len(channels) == 1 for channels in few.channels)
     all_channels = batch_of(shard_set, 5)
     one, other = (make_views(b, CHOSEN, levels, seed=0, device=torch.device("cpu")) for b in (few, all_channels))
@@ -137,6 +130,18 @@ def test_tiles_with_only_the_channels_needed_give_the_same_views(shard_set: Path
     scales = [_scales(info, levels[0], plan) for info, plan in zip(few.infos, plans, strict=True)]
     at_once = all_tiles_at_once(few, plans, scales, CHOSEN)
     torch.testing.assert_close(torch.stack(at_once[:2]), one.global_views, rtol=1e-4, atol=2e-5)
+
+
+def test_plans_come_with_the_batch_and_others_are_not_taken(shard_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels, device = channel_levels([read_manifest(shard_set)], SMALL), torch.device("cpu")
+    planned = next(iter(stream(shard_set, batch_size=4, choose=PlanViews(replace(SMALL, policy="average"), 3))))
+    config = replace(SMALL, policy="average")
+    for other, seed in ((config, 4), (SMALL, 3)):
+        wanted = make_views(batch_of(shard_set, 4), other, levels, seed=seed, device=device)
+        torch.testing.assert_close(make_views(planned, other, levels, seed=seed, device=device), wanted)
+    wanted = make_views(batch_of(shard_set, 4), config, levels, seed=3, device=device)
+    monkeypatch.setattr("dinocell.ssl.view_plan.plan_views", None)
+    torch.testing.assert_close(make_views(planned, config, levels, seed=3, device=device), wanted)
 
 
 def test_tiles_with_a_missing_channel_are_viewed_through_the_others(fields: Callable[..., Any], tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ class Batch:
         The stream's position after this step of all ranks: what a checkpoint has to keep.
     damaged
         One line a sample that could not be read and was replaced by another.
+    chosen, chosen_by
+        What the reader's ``choose`` returned for each sample, and that function; empty and None without one.
     """
 
     infos: tuple[SampleInfo, ...]
@@ -42,6 +44,8 @@ class Batch:
     damaged: tuple[str, ...]
     storage: torch.Tensor
     starts: tuple[int, ...]
+    chosen: tuple[object, ...] = ()
+    chosen_by: object = None
 
     def __len__(self) -> int:
         return len(self.infos)

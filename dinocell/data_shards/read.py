@@ -10,7 +10,7 @@ Batches run across the end of an epoch, so every rank always has as many, all of
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -23,7 +23,7 @@ from dinocell.data_shards.sample import RawSample, SampleError, SampleInfo, deco
 from dinocell.data_shards.shard_set import ShardSet
 from dinocell.errors import ShardError
 
-__all__ = ["Batch", "Choose", "Origin", "SampleStream", "ShardSet", "loader", "stream"]
+__all__ = ["Batch", "Choose", "Origin", "SampleStream", "ShardSet", "Wanted", "loader", "stream"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +31,18 @@ _log = logging.getLogger(__name__)
 _REPLACEMENTS = 8
 _CACHE_GB = 50.0
 
-# From what is known about a sample, and the numbers that its randomness comes from: the channels that will be needed.
-Choose = Callable[[SampleInfo, Origin], Sequence[int] | None]
+
+@runtime_checkable
+class Wanted(Protocol):
+    """What is to be done with a sample; it travels with the batch."""
+
+    def channels(self) -> Sequence[int]:
+        """Return the channels that it needs."""
+        ...
+
+
+# From what is known about a sample, and the numbers that its randomness comes from: what will be done with it.
+Choose = Callable[[SampleInfo, Origin], Wanted]
 
 
 class SampleStream(IterableDataset[Batch]):
@@ -81,7 +91,7 @@ class SampleStream(IterableDataset[Batch]):
         read = [self._read(position, 0, damaged) for position in positions]
         while True:
             samples = [each.sample for each in read]
-            channels = [self._channels(each.sample.info, each.origin) for each in read]
+            chosen, channels = self._chosen(read)
             starts, size = layout([sample.info for sample in samples], channels)
             storage = torch.empty(size, dtype=torch.uint8)
             batch = Batch(
@@ -92,6 +102,8 @@ class SampleStream(IterableDataset[Batch]):
                 damaged=tuple(damaged),
                 storage=storage,
                 starts=starts,
+                chosen=tuple(chosen),
+                chosen_by=self._choose,
             )
             failed = self._decode(batch, samples, damaged)
             if failed is None:
@@ -109,9 +121,12 @@ class SampleStream(IterableDataset[Batch]):
                 return number
         return None
 
-    def _channels(self, info: SampleInfo, origin: Origin) -> tuple[int, ...]:
-        chosen = self._choose(info, origin) if self._choose is not None else None
-        return tuple(range(len(info.channels))) if chosen is None else tuple(chosen)
+    def _chosen(self, read: Sequence["_Read"]) -> tuple[list[Wanted], list[tuple[int, ...]]]:
+        """Return what is to be done with each sample, if somebody says so, and the channels to decode."""
+        if self._choose is None:
+            return [], [tuple(range(len(each.sample.info.channels))) for each in read]
+        chosen = [self._choose(each.sample.info, each.origin) for each in read]
+        return chosen, [tuple(each.channels()) for each in chosen]
 
     def _read(self, position: int, tries: int, damaged: list[str]) -> "_Read":
         """Read the sample of a position, or, if it is damaged, that of one of the next positions."""
@@ -174,7 +189,8 @@ def stream(
     block_shards
         Shards that are mixed with one another at a time.
     choose
-        Says which channels of a sample are needed; the others are not decoded. It must be picklable for workers.
+        Says what is wanted of a sample: ``Batch.chosen``. Channels that are not needed for it are not decoded. It
+        must be picklable for workers, as must be what it returns.
     cache, cache_gb
         For remote sets: a folder on this disk for copies of shards, and its bound.
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from dinocell.data_shards.read import Origin, SampleStream, stream
-from dinocell.data_shards.sample import SampleInfo
+from dinocell.data_shards.read import SampleStream, stream
 from dinocell.errors import ConfigError
 from dinocell.models.flops import forward_flop, head_flop
 from dinocell.models.layers import Block
@@ -23,18 +22,7 @@ from dinocell.runtime.sharding import choose_parallel, make_mesh, shard
 from dinocell.ssl.config import PretrainConfig, Recompute
 from dinocell.ssl.memory import describe_memory, step_memory
 from dinocell.ssl.student_teacher import StudentTeacher
-from dinocell.ssl.view_plan import ViewsConfig, plan_views
-
-
-class NeededChannels:
-    """The channels of a tile that its views need: what the reader has to decode."""
-
-    def __init__(self, config: ViewsConfig, seed: int) -> None:
-        self._config, self._seed = config, seed
-
-    def __call__(self, info: SampleInfo, origin: Origin) -> tuple[int, ...]:
-        """Return their numbers."""
-        return plan_views(info, origin, self._config, seed=self._seed).channels()
+from dinocell.ssl.view_plan import PlanViews, ViewsConfig
 
 
 def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> SampleStream:
@@ -62,7 +50,7 @@ def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> S
         rank=world.rank,
         world_size=world.size,
         block_shards=data.block_shards,
-        choose=NeededChannels(config.views, config.seed),
+        choose=PlanViews(config.views, config.seed),
         cache=data.cache,
         cache_gb=data.cache_gb,
     )

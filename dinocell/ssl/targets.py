@@ -260,8 +260,8 @@ def _add_logs(local: Sequence[Tensor], num_rows: Sequence[int], sum_over_ranks: 
     """
     sizes = [len(each) for each in local]
     weighted = [torch.where(each.isneginf(), 0, each) * n for each, n in zip(local, num_rows, strict=True)]
-    counts = torch.tensor(num_rows, dtype=local[0].dtype, device=local[0].device)
-    *totals, count = sum_over_ranks(torch.cat([*weighted, counts])).split([*sizes, len(sizes)])
+    counts = [each.new_full((1,), n) for each, n in zip(local, num_rows, strict=True)]  # a copy would wait for a GPU
+    *totals, count = sum_over_ranks(torch.cat([*weighted, *counts])).split([*sizes, len(sizes)])
     shifts = [total / n.clamp(min=1) for total, n in zip(totals, count, strict=True)]
     shifted = [(each - shift).double().exp() for each, shift in zip(local, shifts, strict=True)]
     sums = sum_over_ranks(torch.cat(shifted)).log().split(sizes)

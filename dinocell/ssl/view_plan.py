@@ -146,6 +146,18 @@ class ViewPlan:
         return tuple(int(channel) for channel in np.flatnonzero((self.mixing != 0).any(axis=(0, 1))))
 
 
+@dataclass(frozen=True)
+class PlanViews:
+    """Plans the views of each sample in the reader, which then decodes the channels that they need and no other."""
+
+    config: ViewsConfig
+    seed: int
+
+    def __call__(self, info: SampleInfo, origin: Origin) -> ViewPlan:
+        """Return the plan of a sample."""
+        return plan_views(info, origin, self.config, seed=self.seed)
+
+
 def plan_views(info: SampleInfo, origin: Origin, config: ViewsConfig, *, seed: int) -> ViewPlan:
     """Draw the views of a sample.
 

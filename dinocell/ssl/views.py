@@ -5,7 +5,7 @@ Two ways to the same pixels: ``crop_by_crop`` cuts each region out before it is 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from dinocell.data_shards.manifest import Manifest
 from dinocell.data_shards.read import Batch
 from dinocell.data_shards.sample import SampleInfo
 from dinocell.errors import ConfigError
-from dinocell.ssl.view_plan import ViewPlan, ViewsConfig, plan_views
+from dinocell.ssl.view_plan import PlanViews, ViewPlan, ViewsConfig
 
 # Blank crops become 0, not amplified rounding errors; a real crop's deviation is a thousand times larger.
 _LEAST_DEVIATION = 1e-5
@@ -62,15 +62,13 @@ def make_views(batch: Batch, config: ViewsConfig, levels: Levels, *, seed: int, 
     Parameters
     ----------
     batch
-        From the reader; it may lack channels that no view of a sample needs.
+        From the reader; it may lack channels that no view of a sample needs, and bring its plans (`PlanViews`).
     levels
         From ``channel_levels``.
     seed
         Of the whole run; the rest of the randomness follows from where each sample comes from.
     """
-    plans = [
-        plan_views(info, origin, config, seed=seed) for info, origin in zip(batch.infos, batch.origins, strict=True)
-    ]
+    plans = _plans(batch, PlanViews(config, seed))
     scales = [
         _scales(info, levels[origin.data_set], plan)
         for info, origin, plan in zip(batch.infos, batch.origins, plans, strict=True)
@@ -78,6 +76,13 @@ def make_views(batch: Batch, config: ViewsConfig, levels: Levels, *, seed: int, 
     make = all_tiles_at_once if device.type == "cuda" else crop_by_crop
     views = make(batch.to(device, non_blocking=True), plans, scales, config)
     return Views(torch.stack(views[: config.num_global]), _stacked(views[config.num_global :], batch, config, device))
+
+
+def _plans(batch: Batch, plan: PlanViews) -> list[ViewPlan]:
+    """Return the plans that the reader made in its workers, or make them here."""
+    if batch.chosen_by == plan:
+        return [each for each in batch.chosen if isinstance(each, ViewPlan)]
+    return [plan(info, origin) for info, origin in zip(batch.infos, batch.origins, strict=True)]
 
 
 def _stacked(views: list[Tensor], batch: Batch, config: ViewsConfig, device: torch.device) -> Tensor:
@@ -124,33 +129,48 @@ def crop_by_crop(
 def all_tiles_at_once(
     batch: Batch, plans: Sequence[ViewPlan], scales: Sequence[Scales], config: ViewsConfig
 ) -> list[Float[Tensor, "b k s s"]]:
-    """Return the views, one tensor a view, with a few large operations each on the planes of all tiles that it needs.
+    """Return the views, one tensor a view, with a few large operations on the planes of all tiles and views of a size.
 
-    Regions are cut to the size of the view's largest box; what lies outside a box gets no weight. Each is resampled by
-    a matrix for rows and one for columns, which also reverse it, and mixed last: that is linear, too.
+    Regions are cut to the size of the largest box; what lies outside a box gets no weight. Each is resampled by a
+    matrix for rows and one for columns, which also reverse it, and mixed last: that is linear, too.
     """
     device = batch.storage.device
-    parts: list[list[tuple[list[int], Tensor]]] = [[] for _ in range(config.num_views)]
+    sizes = np.array(_sizes(config))
+    groups = [np.flatnonzero(sizes == size) for size in dict.fromkeys(sizes.tolist())]
+    parts: list[list[tuple[list[int], Tensor]]] = [[] for _ in groups]
     for members in _alike(batch):
-        tiles = torch.stack([batch.tile(number).float() for number in members])
+        tiles = _stacked_tiles(batch, members)
         places = list(batch.channels[members[0]])
-        for view, size in enumerate(_sizes(config)):
-            needed = _needed_planes([plans[n] for n in members], [scales[n] for n in members], places, view, config)
-            parts[view].append((members, _resampled(tiles, needed, size, device)))
-    views = []
-    for view, found in enumerate(parts):
-        crops = torch.cat([crops for _, crops in found])
+        for group, views in enumerate(groups):
+            planes = _needed_planes([plans[n] for n in members], [scales[n] for n in members], places, views, config)
+            crops = _resampled(tiles, planes, int(sizes[views[0]]), device)
+            parts[group].append((members, crops.unflatten(0, (len(views), len(members)))))
+    made: list[Tensor] = [torch.empty(0)] * config.num_views
+    for views, found in zip(groups, parts, strict=True):
+        crops = torch.cat([crops for _, crops in found], dim=1)
         if len(found) > 1:
             order = np.argsort([number for members, _ in found for number in members])
-            crops = crops[_on(device, order)]
-        views.append(_finish(crops, plans, view))
-    return views
+            crops = crops[:, _on(device, order)]
+        for view, some in zip(views.tolist(), crops, strict=True):
+            made[view] = _finish(some, plans, view)
+    return made
+
+
+def _stacked_tiles(batch: Batch, members: Sequence[int]) -> Float[Tensor, "b c h w"]:
+    """Return tiles of one size and type in float32; stacked as bytes, which every type is."""
+    first = batch.tile(members[0])
+    length = first.numel() * first.element_size()
+    rows = torch.stack([batch.storage[batch.starts[n] : batch.starts[n] + length] for n in members])
+    return rows.view(first.dtype).view(len(members), *first.shape).float()
 
 
 class _Planes(NamedTuple):
-    """The ``p`` planes (a channel of a tile) that a view of ``b`` tiles needs, and what is done to each."""
+    """The ``p`` planes (a channel of a tile) that ``v`` views of ``b`` tiles need, and what is done to each.
 
-    owner: np.ndarray  # (p) the tile's place among the b
+    They belong to ``v b`` crops, view after view.
+    """
+
+    crop: np.ndarray  # (p) ascending
     channel: np.ndarray  # (p) the channel's place in the tile
     boxes: np.ndarray  # (p 4)
     factor: np.ndarray  # (p)
@@ -158,53 +178,56 @@ class _Planes(NamedTuple):
     contrast: np.ndarray  # (p)
     protein: np.ndarray  # (p) contrast over the maximum; negative: none
     weight: np.ndarray  # (p k)
-    mirrored: np.ndarray  # (b)
-    turned: np.ndarray  # (b)
+    mirrored: np.ndarray  # (v b)
+    turned: np.ndarray  # (v b)
 
 
 def _needed_planes(
-    plans: Sequence[ViewPlan], scales: Sequence[Scales], places: list[int], view: int, config: ViewsConfig
+    plans: Sequence[ViewPlan], scales: Sequence[Scales], places: list[int], views: np.ndarray, config: ViewsConfig
 ) -> _Planes:
-    mixing = np.stack([plan.mixing[view][:, places] for plan in plans])  # (b k c)
-    owner, channel = np.nonzero((mixing != 0).any(axis=1))
-    of_plane = (owner, np.asarray(places)[channel])
-    protein = np.full(len(owner), -1, np.float32)
+    def of_crops(arrays: Iterable[np.ndarray]) -> np.ndarray:
+        """Return what the plans say, (v b ...) in one row."""
+        chosen: np.ndarray = np.stack([each[views] for each in arrays], axis=1)
+        return chosen.reshape(-1, *chosen.shape[2:])
+
+    mixing = of_crops(plan.mixing for plan in plans)[:, :, places]
+    crop, channel = np.nonzero((mixing != 0).any(axis=1))
+    of_plane = (crop, np.asarray(places)[channel])
+    protein = np.full(len(crop), -1, np.float32)
     if config.policy == "stack" and config.protein_channel in config.channels:
-        is_protein = mixing[owner, config.channels.index(config.protein_channel), channel] != 0
-        protein = np.where(is_protein, np.stack([plan.protein[view] for plan in plans])[owner], protein)
+        is_protein = mixing[crop, config.channels.index(config.protein_channel), channel] != 0
+        protein = np.where(is_protein, of_crops(plan.protein for plan in plans)[crop], protein)
     return _Planes(
-        owner=owner,
+        crop=crop,
         channel=channel,
-        boxes=np.stack([plan.boxes[view] for plan in plans])[owner],
-        factor=np.stack([scale.factor[view] for scale in scales])[of_plane],
-        offset=np.stack([scale.offset[view] for scale in scales])[of_plane],
-        contrast=np.stack([plan.contrast[view] for plan in plans])[of_plane],
+        boxes=of_crops(plan.boxes for plan in plans)[crop],
+        factor=of_crops(scale.factor for scale in scales)[of_plane],
+        offset=of_crops(scale.offset for scale in scales)[of_plane],
+        contrast=of_crops(plan.contrast for plan in plans)[of_plane],
         protein=protein,
-        weight=mixing[owner, :, channel],
-        mirrored=np.array([plan.mirrored[view] for plan in plans]),
-        turned=np.array([plan.turned[view] for plan in plans]),
+        weight=mixing[crop, :, channel],
+        mirrored=of_crops(plan.mirrored for plan in plans),
+        turned=of_crops(plan.turned for plan in plans),
     )
 
 
 def _resampled(
     tiles: Float[Tensor, "b c h w"], planes: _Planes, size: int, device: torch.device
-) -> Float[Tensor, "b k s s"]:
-    """Return a view of each tile, turned but not yet standardised."""
+) -> Float[Tensor, "vb k s s"]:
+    """Return the crops, turned but not yet standardised."""
     num_tiles, _, height, width = tiles.shape
-    num_outputs = planes.weight.shape[1]
-    if not len(planes.owner):
-        return tiles.new_zeros(num_tiles, num_outputs, size, size)
-    numbers = [planes.owner, planes.channel, *planes.boxes.T]
+    num_crops, num_outputs = len(planes.turned), planes.weight.shape[1]
+    if not len(planes.crop):
+        return tiles.new_zeros(num_crops, num_outputs, size, size)
+    numbers = [planes.crop % num_tiles, planes.channel, *planes.boxes.T]
     owner, channel, top, left, rows, columns = _on(device, np.stack(numbers).astype(np.int64))
-    floats = [planes.factor, planes.offset, planes.contrast, *planes.weight.T]
-    factor, offset, contrast, *weight = _on(device, np.stack(floats).astype(np.float32))
+    factor, offset, contrast = _on(device, np.stack([planes.factor, planes.offset, planes.contrast]))[..., None, None]
 
     # Outside its box a region repeats the tile's last row or column: it must be a number, and counts for nothing.
     row, column = (torch.arange(int(longest), device=device) for longest in planes.boxes[:, 2:].max(axis=0))
     from_row, from_column = (top[:, None] + row).clamp_(max=height - 1), (left[:, None] + column).clamp_(max=width - 1)
     unit = tiles[owner[:, None, None], channel[:, None, None], from_row[:, :, None], from_column[:, None, :]]
     in_row, in_column = (row < rows[:, None]).float(), (column < columns[:, None]).float()
-    factor, offset, contrast = (each[:, None, None] for each in (factor, offset, contrast))
     torch.addcmul(offset, unit, factor, out=unit).clamp_(0, 1)
     sums = torch.bmm(unit, in_column[:, :, None])[:, :, 0]
     mean = ((sums * in_row).sum(1) / (rows * columns))[:, None, None]
@@ -216,7 +239,7 @@ def _resampled(
         largest = (some * in_row[which][:, :, None] * in_column[which][:, None, :]).amax((1, 2))
         unit[which] = (some * (contrasts / largest.clamp_min(_LEAST_DEVIATION))[:, None, None]).clamp_(0, 1)
 
-    mirrored, turned = planes.mirrored[planes.owner], planes.turned[planes.owner]
+    mirrored, turned = planes.mirrored[planes.crop], planes.turned[planes.crop]
     lengths = planes.boxes[:, 2], planes.boxes[:, 3]
     # A turn by one right angle is to reverse the columns, then to exchange them with the rows; and so on.
     backwards = mirrored ^ (turned >= 2), (turned == 1) | (turned == 2)
@@ -224,9 +247,16 @@ def _resampled(
         resampling_matrix(np.zeros_like(length), length, len(index), size, device, backwards=back)
         for length, index, back in zip(lengths, (row, column), backwards, strict=True)
     )
-    crops = by_row @ unit @ by_column.transpose(1, 2)
-    mixing = (owner == torch.arange(num_tiles, device=device)[:, None])[:, None] * torch.stack(weight)  # (b k p)
-    mixed = (mixing.flatten(0, 1) @ crops.flatten(1)).view(num_tiles, num_outputs, size, size)
+    crops = torch.bmm(torch.bmm(by_row, unit), by_column.transpose(1, 2))
+
+    # A crop's planes lie one after the other, at most m of them: to be gathered, not scattered, whose sums are in no
+    # fixed order on a GPU.
+    counts = np.bincount(planes.crop, minlength=num_crops)
+    place = np.arange(len(planes.crop)) - (np.cumsum(counts) - counts)[planes.crop]
+    index = np.zeros((num_crops, counts.max()), np.int64)
+    weight = np.zeros((num_crops, num_outputs, counts.max()), np.float32)
+    index[planes.crop, place], weight[planes.crop, :, place] = np.arange(len(planes.crop)), planes.weight
+    mixed = torch.einsum("nkm,nmst->nkst", _on(device, weight), crops[_on(device, index)])
     exchanged = _on(device, planes.turned % 2 == 1)[:, None, None, None]
     return torch.where(exchanged, mixed.transpose(2, 3), mixed)
 
