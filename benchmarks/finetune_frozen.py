@@ -1,7 +1,8 @@
 """How much faster than a straight loop does a decoder learn on a frozen backbone, and where does the time go?
 
     python benchmarks/finetune_frozen.py            # ViT-S/8, 256 px, batch 8; writes results/finetune_frozen.md
-    python benchmarks/finetune_frozen.py --quick    # tiny, 64 px, batch 2, 2 rounds; writes nothing
+    python benchmarks/finetune_frozen.py --ways     # what else could save time; writes results/finetune_frozen_ways.md
+    python benchmarks/finetune_frozen.py --quick    # both with tiny, 64 px, batch 2, 2 rounds; writes nothing
 
 A round is one optimiser step of each side, from images and labels in memory to changed weights, everything in one
 process. Sides:
@@ -11,13 +12,20 @@ process. Sides:
 - straight: SAMCell's way of training. The backbone is "frozen" by a learning rate of 0 alone, so it is in train mode
   and autograd goes through it; whole images and their float maps are turned and scaled with SciPy, then cut;
 - straight, no autograd: the same without gradients of the backbone, to tell the two causes apart.
+
+``--ways`` measures, with batch 4, what a frozen backbone allows beyond that: larger batches for the backbone
+than for the decoder, features of fixed crops that are kept (`data.fixed_crops`), and for the decoder the memory format
+and torch.compile.
 """
 
 import argparse
+import copy
 import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +40,7 @@ from dinocell.data_shards.labelled_sources import folder_pairs
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.finetune.config import AugmentConfig, ComputeConfig, DataConfig, FinetuneConfig, ModelConfig
 from dinocell.finetune.data import prepared
+from dinocell.finetune.kept_features import bytes_of_crop
 from dinocell.finetune.model import DINOCell, create_dinocell_model
 from dinocell.finetune.train import Training, World
 
@@ -42,21 +51,21 @@ NUM_IMAGES = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", action="store_true", help="measure what else could save time")
     parser.add_argument("--quick", action="store_true", help="tiny, 64 px, batch 2, 2 rounds, no result file")
     options = parser.parse_args()
+    if options.ways or options.quick:
+        lines = measure_ways(*(("tiny", 64, 2, 2) if options.quick else ("small", 256, 4, options.rounds)))
+        print("\n".join(lines))
+    if options.ways and not options.quick:
+        print(write_result("finetune_frozen_ways", "\n".join(lines), ["torch", "numpy"]))
+    if options.ways:
+        return
     size, crop, batch, rounds = ("tiny", 64, 2, 2) if options.quick else ("small", 256, 8, options.rounds)
     shape = (160, 200) if options.quick else (520, 704)  # LIVECell's
     with tempfile.TemporaryDirectory() as scratch:
         labelled = make_set(Path(scratch), shape)
-        config = FinetuneConfig(
-            output=Path(scratch) / "run",
-            data=DataConfig(sets=(str(labelled),), crops_per_image=100),
-            batch_size=batch,
-            model=ModelConfig(size=size, pretrained=False),
-            augment=AugmentConfig(crop=crop),
-            compute=ComputeConfig(device="cpu", workers=0),
-        )
-        training = Training(config, World(), is_dry=True)
+        training = Training(config_of(Path(scratch) / "run", labelled, size, crop, batch), World(), is_dry=True)
         ours = our_step(training)
         images = [
             prepared(each, training.learner.model.settings) for each in (training.split.sets[0][n] for n in range(3))
@@ -99,6 +108,95 @@ def main() -> None:
     if not options.quick:
         packages = ["torch", "numpy", "scipy", "opencv-python-headless", "edt"]
         print(write_result("finetune_frozen", "\n".join(lines), packages))
+
+
+def config_of(
+    output: Path, labelled: Path, size: str, crop: int, batch: int, fixed: int | None = None
+) -> FinetuneConfig:
+    return FinetuneConfig(
+        output=output,
+        data=DataConfig(sets=(str(labelled),), crops_per_image=100, fixed_crops=fixed),
+        batch_size=batch,
+        model=ModelConfig(size=size, pretrained=False),
+        augment=AugmentConfig(crop=crop),
+        compute=ComputeConfig(device="cpu", workers=0),
+    )
+
+
+def measure_ways(size: str, crop: int, batch: int, rounds: int) -> list[str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        labelled = make_set(root, (160, 200) if size == "tiny" else (520, 704))
+        plain = Training(config_of(root / "plain", labelled, size, crop, batch), World(), is_dry=True)
+        # So many fixed crops that each step of the measurement meets new ones.
+        fixed = Training(config_of(root / "fixed", labelled, size, crop, batch, 100), World(), is_dry=True)
+        batches = list(islice(fixed.batches(0), rounds + 1))
+        numbers = {name: iter(range(rounds + 1)) for name in ("new", "again")}
+        steps = alternate(
+            {
+                "every crop a new one": our_step(plain),
+                "fixed crops, features computed and kept": lambda: fixed.step(n := next(numbers["new"]), batches[n]),
+                "fixed crops, features read": lambda: fixed.step(n := next(numbers["again"]), batches[n]),
+            },
+            rounds=rounds,
+        )
+        model = plain.learner.model.train()
+        vit = model.backbone.config
+        kept = bytes_of_crop(crop=crop, patch_size=vit.patch_size, width=vit.width, dtype=torch.float32)
+        backbones = backbone_batches(model, crop, (1, batch, 2 * batch), rounds)
+        decoders = decoder_ways(model, crop, batch, rounds)
+    first = {"steps": "every crop a new one", "backbones": f"{batch} at a time", "decoders": "as it is"}
+    lines = [
+        f"# What a frozen backbone allows: ViT {size}, patch 8, {crop} px, batch {batch}, CPU",
+        "",
+        f"{rounds} alternated rounds after one to warm up; {os.cpu_count()} cores, which other work may have shared.",
+        "ratio = the first row's time / the row's in the same round: median (range).",
+    ]
+    for title, name, sides in (
+        ("A training step, cutting the crops included", "steps", steps),
+        (f"The backbone's forward of {2 * batch} crops", "backbones", backbones),
+        (f"The decoder, forwards and backwards, {batch} crops", "decoders", decoders),
+    ):
+        ordered = sorted(sides, key=lambda side, name=name: side != first[name])
+        lines += ["", f"## {title}", "", "| side | s | ratio |", "|---|---|---|"]
+        lines += [
+            f"| {side} | {statistics.median(sides[side]):.3f} | {ratio(sides[first[name]], sides[side])} |"
+            for side in ordered
+        ]
+    return [*lines, "", f"What is kept of a crop: {kept / 1e6:.1f} MB in float32, half of it in bfloat16."]
+
+
+def backbone_batches(model: DINOCell, crop: int, sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
+    images = torch.randn(max(sizes), 1, crop, crop)
+
+    def run(number: int) -> None:
+        for part in images.split(number):
+            model.tokens(part)
+
+    sides: dict[str, Callable[[], object]] = {f"{number} at a time": partial(run, number) for number in sizes}
+    return alternate(sides, rounds=rounds)
+
+
+def decoder_ways(model: DINOCell, crop: int, batch: int, rounds: int) -> dict[str, list[float]]:
+    images = torch.randn(batch, 1, crop, crop)
+    tokens = model.tokens(images)
+    last = [each.contiguous(memory_format=torch.channels_last) for each in tokens]
+    decoder = model.decoder
+    laid_out = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
+    compiled = torch.compile(copy.deepcopy(decoder))
+
+    def run(module: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        module(inputs, images).sigmoid().square().mean().backward()
+
+    return alternate(
+        {
+            "as it is": lambda: run(decoder, tokens),
+            "tokens laid out channels last": lambda: run(decoder, last),
+            "tokens and weights laid out channels last": lambda: run(laid_out, last),
+            "torch.compile": lambda: run(compiled, tokens),
+        },
+        rounds=rounds,
+    )
 
 
 def make_set(root: Path, shape: tuple[int, int]) -> Path:

@@ -45,7 +45,9 @@ def labelled(tmp_path: Path) -> Path:
 def config_of(labelled: Path, output: Path, target: str, *, frozen: bool) -> FinetuneConfig:
     return FinetuneConfig(
         output=output,
-        data=DataConfig(sets=(str(labelled),), validation_share=0.4, crops_per_image=4),
+        data=DataConfig(
+            sets=(str(labelled),), validation_share=0.4, crops_per_image=4, fixed_crops=2 if frozen else None
+        ),
         epochs=2,
         batch_size=4,
         target=target,  # type: ignore[arg-type]

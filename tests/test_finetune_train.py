@@ -4,11 +4,13 @@ import json
 import math
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from dinocell.configs.load import load_config
 from dinocell.data_shards.distance import labels_to_distance
@@ -23,7 +25,7 @@ from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune import train
 from dinocell.finetune.augment import cut, plain
 from dinocell.finetune.config import AugmentConfig, DataConfig, FinetuneConfig
-from dinocell.finetune.data import Crops, loader, split
+from dinocell.finetune.data import Crops, loader, open_sets, split
 from dinocell.finetune.losses import map_loss
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import SegmenterSettings
@@ -215,11 +217,32 @@ def test_a_folder_of_pairs_needs_no_set(folder: Path, tmp_path: Path) -> None:
         (["data.images=b"], "go together"),
         (["data.sets=[a]", "model.weights=w", "model.pretrained=false"], "random weights"),
         (["data.sets=[a]", "data.weights=[1,2]"], "expected one a set"),
+        (["data.sets=[a,b]", "data.weights=[1,0]"], "above 0"),
+        (["data.sets=[a]", "model.patch_size=0"], "patch_size: expected at least 1"),
+        (["data.sets=[a]", "model.blocks=[0,1,2,99]"], "from 0 to 3 for size tiny"),
+        (["data.sets=[a]", "model.blocks=[3,2,1,0]"], "ascending"),
+        (["data.sets=[a]", "model.segmenter=s", "model.blocks=[0,1,2,3]"], "leave out weights and blocks"),
+        (["data.sets=[a]", "optim.learning_rate=0"], "learning_rate: expected more than 0"),
+        (["data.sets=[a]", "optim.clip=0"], "clip: expected more than 0"),
+        (["data.sets=[a]", "optim.betas=[2,3]"], "less than 1"),
+        (["data.sets=[a]", "optim.layer_decay=0"], "layer_decay"),
+        (["data.sets=[a]", "optim.warmup_steps=-3"], "warmup_steps: expected at least 0"),
+        (["data.sets=[a]", "stopping.patience=-1"], "patience: expected at least 0"),
+        (["data.sets=[a]", "augment.rotation_deg=-5"], "rotation_deg: expected 0 to 180"),
+        (["data.sets=[a]", "compute.workers=-1"], "workers: expected at least 0"),
+        (["data.sets=[a]", "seed=-1"], "seed: expected at least 0"),
     ],
 )
 def test_impossible_combinations_are_one_line(overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(FinetuneConfig, None, [f"output={tmp_path}", *overrides])
+        load_config(FinetuneConfig, None, [f"output={tmp_path}", "model.size=tiny", *overrides])
+
+
+@pytest.mark.parametrize("wrong", ["images/f0.tif", "pictures"])
+def test_images_that_are_no_folder_are_one_line(wrong: str, folder: Path, tmp_path: Path) -> None:
+    config = DataConfig(images=str(folder / wrong), masks=str(folder / "masks"))
+    with pytest.raises(DinocellError, match=f"data.images: no folder {folder / wrong}; name a folder, or a pattern"):
+        open_sets(config, tmp_path)
 
 
 def test_the_loss_weighs_cells_and_differences() -> None:
@@ -243,8 +266,26 @@ def test_the_flows_of_a_crop_are_computed_from_the_turned_cells(seed: int) -> No
     image = (made.pixels[0] >> 8).astype(np.uint8)
     crop = cut(image, made.labels, AugmentConfig(crop=64), np.random.default_rng(seed))
     inner = np.s_[crop.context : crop.context + 64, crop.context : crop.context + 64]
-    np.testing.assert_array_equal(crop.flows(), labels_to_flows(crop.labels)[:, inner[0], inner[1]])
+    pieces = np.zeros_like(crop.labels)
+    for number in np.unique(crop.labels[crop.labels > 0]):
+        found, _ = ndimage.label(crop.labels == number, np.ones((3, 3)))
+        pieces[found > 0] = found[found > 0] + pieces.max()
+    np.testing.assert_array_equal(crop.flows(), labels_to_flows(pieces)[:, inner[0], inner[1]])
     np.testing.assert_array_equal(crop.flows()[2] > 0, crop.labels[inner] > 0)
+
+
+def test_a_cell_and_its_mirror_image_have_a_middle_each() -> None:
+    labels = np.zeros((40, 40), np.int32)
+    labels[4:20, 10:26] = 1  # near the upper border, beyond which it is seen again
+    image = np.zeros((40, 40), np.uint8)
+    settings = AugmentConfig(crop=64, scale=(1.0, 1.0), with_cells=0.0)
+    for seed in range(8):
+        crop = cut(image, labels, settings, np.random.default_rng(seed))
+        flows = crop.flows()
+        is_cell = flows[2] > 0
+        assert is_cell.sum() > 400, "more than the cell itself"
+        still = is_cell & (np.hypot(flows[0], flows[1]) == 0)
+        assert still.sum() < 0.02 * is_cell.sum()
 
 
 def test_options_of_the_other_target_are_refused(tmp_path: Path, folder: Path) -> None:
@@ -315,3 +356,83 @@ def test_a_gpu_takes_the_steps_of_the_cpu(folder: Path, tmp_path: Path, target: 
     exact = losses(tmp_path / "cpufloat32")
     np.testing.assert_allclose(losses(tmp_path / "cudafloat32"), exact, rtol=5e-3)
     np.testing.assert_allclose(losses(tmp_path / "cudaauto"), exact, rtol=5e-2)
+
+
+def test_losses_with_kept_features_are_those_without(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Three crops an image in an epoch, of two fixed ones: some come again within the first epoch.
+    settings = ["data.fixed_crops=2", "data.crops_per_image=3", "optim.ema=0.9", "augment.crop=60"]
+    finetune(recipe(folder, tmp_path / "kept", *settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "_keep_features", lambda self, check_room: None)
+        finetune(recipe(folder, tmp_path / "anew", *settings))
+    assert losses(tmp_path / "kept")[:1] == losses(tmp_path / "anew")[:1]
+    np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "anew"), rtol=1e-5)
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("kept", "anew")]
+    found = [[json.loads(line).get("loss/validation", 0.0) for line in each] for each in rows]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(
+        path.name for path in (tmp_path / "anew").iterdir()
+    )
+
+
+def test_kept_features_spare_the_backbone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    tokens = DINOCell.tokens
+
+    def counted(self: DINOCell, images: torch.Tensor) -> list[torch.Tensor]:
+        seen.append(len(images))
+        return tokens(self, images)
+
+    monkeypatch.setattr(DINOCell, "tokens", counted)
+    finetune(recipe(folder, tmp_path / "run", "data.fixed_crops=2", "epochs=4", "picture_every=100"))
+    assert sum(seen) == 5 * 2 + 4  # two crops of each training image, and the validation image in four crops
+
+
+def test_a_run_with_kept_features_that_was_stopped_goes_on_as_if_it_had_not_been(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["data.fixed_crops=1", "epochs=3"]
+    finetune(recipe(folder, tmp_path / "whole", *settings))
+    step = train.Training.step
+
+    def stopped_in_the_fourth(self: train.Training, number: int, batch: object) -> dict[str, object]:
+        if number == 3:
+            signal.raise_signal(signal.SIGUSR2)
+        return step(self, number, batch)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "step", stopped_in_the_fourth)
+        with pytest.raises(RunStopped):
+            finetune(recipe(folder, tmp_path / "parts", *settings))
+    finetune(recipe(folder, tmp_path / "parts", *settings))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_fixed_crops_come_again_and_others_do_not(folder: Path) -> None:
+    divided = split([folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
+    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3, fixed=2)
+    assert crops.num_drawn == 10
+    assert {crops.drawn(number) for number in range(crops.epoch_length)} == set(range(10))
+    first: dict[int, torch.Tensor] = {}
+    for number in range(2 * crops.epoch_length):
+        image = first.setdefault(crops.drawn(number), crops[number].images)
+        assert torch.equal(image, crops[number].images)
+    assert len({image.numpy().tobytes() for image in first.values()}) == 10
+    free = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
+    assert len({free[number].images.numpy().tobytes() for number in range(30)}) == 30
+
+
+def test_fixed_crops_need_a_frozen_backbone_and_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="other features every step"):
+        recipe(folder, tmp_path / "run", "data.fixed_crops=2", "model.freeze_backbone=false")
+    with pytest.raises(ConfigError, match="at least 1, got 0"):
+        recipe(folder, tmp_path / "run", "data.fixed_crops=0")
+    config = recipe(folder, tmp_path / "run", "data.fixed_crops=2")
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    # 10 crops and 4 of the validation image, 4 maps of 32 channels and 8 x 8 patches, in float32.
+    with pytest.raises(ConfigError, match=r"take 0\.459 MB, and .* has 0\.1 MB left"):
+        finetune(config)

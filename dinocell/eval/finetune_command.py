@@ -22,7 +22,12 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("recipe", help="a shipped recipe or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="time two steps and say how long the run takes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="take two steps and say what the run takes: steps, memory, time"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop if images or masks cannot be used, instead of leaving them out"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -32,7 +37,8 @@ def _run(options: argparse.Namespace) -> None:
     from dinocell.finetune.config import FinetuneConfig
     from dinocell.finetune.train import dry_run, finetune
 
-    config = load_config(FinetuneConfig, find_recipe("finetune", options.recipe), options.overrides)
+    overrides = [*options.overrides, *(["data.strict=true"] if options.strict else [])]
+    config = load_config(FinetuneConfig, find_recipe("finetune", options.recipe), overrides)
     if options.dry_run:
         print(dry_run(config))
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float, Float64, Int32
+from jaxtyping import Float, Float64, Int32, Integer
 from scipy import ndimage
 
 from dinocell.data_shards.flows import labels_to_flows
@@ -103,6 +103,19 @@ def keep(masks: Masks, *, flow_error: int | float, min_area_px: int) -> Int32[np
     return labels
 
 
+def flow_errors(flows: Float[np.ndarray, "3 h w"], labels: Integer[np.ndarray, "h w"]) -> Float64[np.ndarray, " n"]:
+    """Return by id, the first for cell 1, how much the flows contradict those that cells of these shapes have.
+
+    See `Masks`; ids are to run from 1.
+    """
+    number = int(labels.max())
+    areas = np.bincount(labels.ravel(), minlength=number + 1)[1:]
+    squared = ((flows[:2] - labels_to_flows(labels)[:2]).astype(np.float64) ** 2).sum(axis=0)
+    sums = np.bincount(labels.ravel(), weights=squared.ravel(), minlength=number + 1)[1:]
+    errors: _Array = sums / np.maximum(areas, 1)
+    return errors
+
+
 def check_flow_thresholds(probability: int | float, flow_error: int | float) -> None:
     """Say what is wrong with the two thresholds.
 
@@ -136,11 +149,8 @@ def _masks(flows: _Array, probability: float) -> Masks:
     cells = np.zeros(is_cell.shape, np.int32)
     cells[is_cell] = _sinks(ends, is_cell.shape)[ends[:, 0], ends[:, 1]]
     labels = _renumbered(_without_holes(cells))
-    number = int(labels.max())
-    areas = np.bincount(labels.ravel(), minlength=number + 1)[1:].astype(np.float64)
-    squared = ((flows[:2] - labels_to_flows(labels)[:2]).astype(np.float64) ** 2).sum(axis=0)
-    sums = np.bincount(labels.ravel(), weights=squared.ravel(), minlength=number + 1)[1:]
-    return Masks(labels=labels, errors=sums / np.maximum(areas, 1), areas=areas)
+    areas = np.bincount(labels.ravel(), minlength=int(labels.max()) + 1)[1:].astype(np.float64)
+    return Masks(labels=labels, errors=flow_errors(flows, labels), areas=areas)
 
 
 def _ends(flows: _Array, is_cell: _Array) -> _Array:

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, Integer, UInt8
 from scipy import ndimage
+from skimage.measure import label
 
 from dinocell.data_shards.distance import labels_to_distance
 from dinocell.data_shards.flows import labels_to_flows
@@ -36,12 +37,16 @@ class Crop(NamedTuple):
         return np.ascontiguousarray(whole[self.context : self.context + size, self.context : self.context + size])
 
     def flows(self) -> Float32[np.ndarray, "3 s s"]:
-        """Return the flow maps of the crop: those of its whole cells; cells that lie outside cost nothing."""
+        """Return the flow maps of the crop: those of its whole cells; cells that lie outside cost nothing.
+
+        A cell and its mirror image beyond the border have one number and, where they do not touch, a middle each.
+        """
         size = self.image.shape[0]
         inner = np.s_[self.context : self.context + size, self.context : self.context + size]
-        is_seen = np.zeros(int(self.labels.max(initial=0)) + 1, bool)
-        is_seen[self.labels[inner]] = True
-        whole = labels_to_flows(np.where(is_seen[self.labels], self.labels, 0))
+        pieces = np.asarray(label(self.labels, connectivity=2), dtype=np.int32)  # type: ignore[no-untyped-call]
+        is_seen = np.zeros(int(pieces.max(initial=0)) + 1, bool)
+        is_seen[pieces[inner]] = True
+        whole = labels_to_flows(np.where(is_seen[pieces], pieces, 0))
         return np.ascontiguousarray(whole[:, inner[0], inner[1]])
 
 

@@ -31,8 +31,12 @@ class DataConfig:
         Labelled sets for validation instead.
     crops_per_image
         Crops of each image an epoch; null: as many as it takes to cover a typical image once.
+    fixed_crops
+        So many augmented crops of each image are drawn once, and every epoch takes from these; null: each crop is a new
+        one. Only with a frozen backbone, whose features of them, and of the validation images, are then computed once
+        and kept on the run folder's disk: less time for less variety.
     strict
-        Stop at the first pair of image and mask that cannot be used, instead of leaving it out and saying so.
+        Stop if there are pairs of image and mask that cannot be used, instead of leaving them out and saying so.
     """
 
     sets: tuple[str, ...] = ()
@@ -44,6 +48,7 @@ class DataConfig:
     validation_share: float = 0.1
     validation_sets: tuple[str, ...] = ()
     crops_per_image: int | None = None
+    fixed_crops: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -55,8 +60,12 @@ class DataConfig:
             raise ValueError(f"validation_share: expected more than 0 and less than 1, got {self.validation_share}")
         if self.weights is not None and len(self.weights) != len(self.sets):
             raise ValueError(f"weights: expected one a set, {len(self.sets)}, got {len(self.weights)}")
-        if self.crops_per_image is not None and self.crops_per_image < 1:
-            raise ValueError(f"crops_per_image: expected at least 1, got {self.crops_per_image}")
+        if self.weights is not None and not all(weight > 0 for weight in self.weights):
+            raise ValueError(f"weights: expected numbers above 0, got {list(self.weights)}; leave out a set instead")
+        for name in ("crops_per_image", "fixed_crops"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +101,17 @@ class ModelConfig:
             raise ValueError(f"size: expected one of {', '.join(VARIANTS)}, got {self.size}")
         if self.weights is not None and not self.pretrained:
             raise ValueError("pretrained=false means random weights: leave out weights, or pretrained=false")
-        if self.segmenter is not None and self.weights is not None:
-            raise ValueError("segmenter and weights: a segmenter has its own backbone; leave out one of them")
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size: expected at least 1, got {self.patch_size}")
+        if self.segmenter is not None and (self.weights is not None or self.blocks is not None):
+            raise ValueError("segmenter: it has its own backbone and blocks; leave out weights and blocks")
+        if self.blocks is not None:
+            depth = VARIANTS[self.size].depth
+            if sorted({*self.blocks}) != list(self.blocks) or not 0 <= self.blocks[0] <= self.blocks[-1] < depth:
+                raise ValueError(
+                    f"blocks: expected four ascending numbers from 0 to {depth - 1} for size {self.size}, "
+                    f"got {list(self.blocks)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +146,8 @@ class AugmentConfig:
         for name in ("flip", "inversion", "with_cells"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a chance from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.rotation_deg <= 180:
+            raise ValueError(f"rotation_deg: expected 0 to 180, got {self.rotation_deg}")
         for name in ("scale", "brightness"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -186,8 +206,20 @@ class OptimConfig:
     max_bad_steps: int = 10
 
     def __post_init__(self) -> None:
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("backbone_learning_rate", "weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers from 0 to less than 1, got {list(self.betas)}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected more than 0, up to 1, got {self.layer_decay}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 to less than 1, got {self.ema}")
+        if self.max_bad_steps < 1:
+            raise ValueError(f"max_bad_steps: expected at least 1, got {self.max_bad_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +236,11 @@ class StoppingConfig:
 
     patience: int = 7
     min_delta: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("patience", "min_delta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +263,12 @@ class ComputeConfig:
     dtype: Precision = "auto"
     workers: int = 2
     timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers: expected at least 0, got {self.workers}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s: expected more than 0, got {self.timeout_s}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,10 +317,17 @@ class FinetuneConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {self.seed}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
         if self.target == "flows" and (self.loss.foreground_weight or self.loss.gradient_weight):
             raise ValueError("loss: foreground_weight and gradient_weight are for target distance; leave them out")
+        if self.data.fixed_crops is not None and not self.model.freeze_backbone:
+            raise ValueError(
+                "data.fixed_crops: a backbone that learns has other features every step; leave it out, or "
+                "model.freeze_backbone=true"
+            )
 
     @property
     def crops_a_step(self) -> int:

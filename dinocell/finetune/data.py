@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,14 +21,17 @@ from dinocell.data_shards.labelled import LabelledImage, LabelledSet, open_label
 from dinocell.data_shards.labelled_build import build_labelled
 from dinocell.data_shards.labelled_sources import folder_pairs
 from dinocell.data_shards.picture import percentile_range, picture_of, to_uint8
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, ImageError
 from dinocell.finetune.augment import Crop, cut, plain
 from dinocell.finetune.config import AugmentConfig, DataConfig
 from dinocell.finetune.preprocess import Levels, SegmenterSettings, equalised, levels_of
 from dinocell.runtime.atomic import write_atomically
+from dinocell.runtime.progress import start_progress
 
 # Images that a worker keeps prepared: a small set is prepared once, of a large one little is kept.
 _KEPT_IMAGES = 64
+# Pairs that are named where some were left out; dataset.json has them all.
+_MOST_NAMES = 10
 
 
 class Examples(NamedTuple):
@@ -56,30 +60,45 @@ class Split(NamedTuple):
         return [self.sets[chosen.data_set][chosen.image] for chosen in self.validation]
 
 
-def open_sets(config: DataConfig, folder: Path) -> list[Path]:
+def open_sets(config: DataConfig, folder: Path, *, anew: bool = False) -> list[Path]:
     """Return the folders of the labelled sets; images and masks given as patterns become one below ``folder``.
+
+    ``anew`` makes that one even if it is there: images may have changed since.
 
     Raises
     ------
     DinocellError
-        If nothing can be used, or, with ``strict``, if anything cannot.
+        If nothing can be used.
     """
     if config.images is None or config.masks is None:
         return [Path(each) for each in config.sets]
     output = folder / "labelled"
-    if not (output / "dataset.json").exists():
+    if anew or not (output / "dataset.json").exists():
         root, images, masks = _patterns(config.images, config.masks)
         pairs = folder_pairs(root, images=images, masks=masks, encoding=config.encoding)
         channel = int(config.channel) if config.channel and config.channel.isdecimal() else config.channel
-        build_labelled(pairs, output, source=str(root), channel=channel, strict=config.strict)
+        bar = start_progress(Console(stderr=True), total_steps=len(pairs), batch_size=1)
+        try:
+            build_labelled(
+                pairs, output, source=str(root), channel=channel, overwrite=output.exists(), progress=bar.advance
+            )
+        except ImageError as error:  # in the user's words: the folder is of our making
+            reason = str(error).removeprefix(f"{output}: ")
+            raise DinocellError(f"data.images, data.masks: {reason} (data.encoding, data.channel)") from error
+        finally:
+            bar.close()
     return [output]
 
 
 def _patterns(images: str, masks: str) -> tuple[Path, str, str]:
     """Return a common folder and two patterns below it."""
     parts = []
-    for pattern in (images, masks):
+    for name, pattern in (("images", images), ("masks", masks)):
         path = Path(pattern).absolute()
+        if not set("{*") & set(pattern) and not path.is_dir():
+            raise DinocellError(
+                f"data.{name}: no folder {path}; name a folder, or a pattern such as {name}/{{name}}.tif"
+            )
         parts.append((path if "{" in pattern else path / "{name}.*").parts)
     shared = 0
     while all(shared < len(each) - 1 for each in parts) and parts[0][shared] == parts[1][shared]:
@@ -99,19 +118,22 @@ def split(sets: Sequence[Path], config: DataConfig, *, seed: int, record: Path |
     Raises
     ------
     DinocellError
-        If there are too few images to divide.
+        If there are too few images to divide, or, with ``strict``, if pairs were left out of the sets.
     """
-    opened = [open_labelled(folder) for folder in sets]
-    training = [Chosen(number, image) for number, each in enumerate(opened) for image in range(len(each))]
+    opened = [open_labelled(folder) for folder in [*sets, *map(Path, config.validation_sets)]]
+    if config.strict and any(each.description.get("skipped") for each in opened):
+        raise DinocellError(
+            f"images and masks that cannot be used: {'; '.join(left_out(opened))}. Mend them, or leave out data.strict"
+        )
+    everything = [Chosen(number, image) for number, each in enumerate(opened) for image in range(len(each))]
+    training = [chosen for chosen in everything if chosen.data_set < len(sets)]
     if config.validation_sets:
-        others = [open_labelled(folder) for folder in config.validation_sets]
-        validation = [Chosen(len(opened) + n, image) for n, each in enumerate(others) for image in range(len(each))]
-        opened += others
+        validation = [c for c in everything if c.data_set >= len(sets)]
     else:
         if len(training) < 2:
             raise DinocellError(
-                f"{', '.join(map(str, sets))}: one image cannot be divided into training and validation; "
-                "add images, or set data.validation_sets"
+                f"{config.images or ', '.join(map(str, sets))}: one image cannot be divided into training and "
+                "validation; add images, or set data.validation_sets"
             )
         order = np.random.default_rng([seed, 0x5B117]).permutation(len(training))
         number = min(len(training) - 1, max(1, round(config.validation_share * len(training))))
@@ -127,6 +149,17 @@ def split(sets: Sequence[Path], config: DataConfig, *, seed: int, record: Path |
     return Split(tuple(opened), tuple(training), tuple(validation))
 
 
+def left_out(sets: Sequence[LabelledSet]) -> Iterator[str]:
+    """Yield for each reason why pairs of image and mask were left out when the sets were made: it, and which ones."""
+    skipped = [skip for each in sets for skip in each.description.get("skipped", [])]
+    for kind in dict.fromkeys(skip["kind"] for skip in skipped):
+        found = [skip for skip in skipped if skip["kind"] == kind]
+        more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
+        names = ", ".join(skip["name"] for skip in found[:_MOST_NAMES])
+        reason = "" if kind == "no cells" else f"; the first: {found[0]['reason']}"
+        yield f"{kind}: {len(found)} ({names}{more}){reason}"
+
+
 class Crops(Dataset[Examples]):
     """The crops of a run by their number; crop ``n`` is the same whenever and wherever it is made.
 
@@ -136,6 +169,8 @@ class Crops(Dataset[Examples]):
         How often each set is to come; None: as often as it has images.
     crops_per_image
         Of the typical image an epoch.
+    fixed
+        So many crops of each image are drawn, and come again when all have been; None: each crop is a new one.
     """
 
     def __init__(
@@ -147,8 +182,11 @@ class Crops(Dataset[Examples]):
         seed: int,
         weights: Sequence[float] | None = None,
         crops_per_image: int | None = None,
+        fixed: int | None = None,
     ) -> None:
         self._divided, self._settings, self._augment, self._seed = divided, settings, augment, seed
+        self._fixed = fixed
+        self._place = {chosen: place for place, chosen in enumerate(divided.training)}
         members: dict[int, list[Chosen]] = {}
         for chosen in divided.training:
             members.setdefault(chosen.data_set, []).append(chosen)
@@ -163,7 +201,8 @@ class Crops(Dataset[Examples]):
         self._prepare = lru_cache(maxsize=_KEPT_IMAGES)(self._prepare_anew)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self._divided, self._settings, self._augment, self._seed, self._members, self._quotas)
+        parts = (self._divided, self._settings, self._augment, self._seed, self._fixed)
+        return _rebuild, (*parts, self._members, self._quotas)
 
     @property
     def epoch_length(self) -> int:
@@ -172,11 +211,26 @@ class Crops(Dataset[Examples]):
 
     def __getitem__(self, number: int) -> Examples:
         image, labels, levels = self._prepare(self.chosen(number))
-        generator = np.random.default_rng([self._seed, 1, number])
+        generator = np.random.default_rng([self._seed, 1, number if self._fixed is None else self.drawn(number)])
         return example(cut(image, labels, self._augment, generator), levels, self._settings)
 
     def chosen(self, number: int) -> Chosen:
         """Return the image that a crop is cut from: each comes once before any comes twice."""
+        return self._chosen(number)[0]
+
+    def drawn(self, number: int) -> int:
+        """Return which of all fixed crops a crop is, from 0 to before `num_drawn`."""
+        assert self._fixed is not None
+        chosen, turn = self._chosen(number)
+        return self._place[chosen] * self._fixed + turn % self._fixed
+
+    @property
+    def num_drawn(self) -> int:
+        """Number of fixed crops; 0 if every crop is a new one."""
+        return (self._fixed or 0) * len(self._divided.training)
+
+    def _chosen(self, number: int) -> tuple[Chosen, int]:
+        """Return a crop's image, and how often that has come before."""
         epoch, within = divmod(number, self.epoch_length)
         order = _shuffled(self._seed, 2, epoch, self.epoch_length)
         slot = int(order[within])
@@ -184,15 +238,17 @@ class Crops(Dataset[Examples]):
         nth = epoch * int(self._quotas[data_set]) + slot - int(self._quotas[:data_set].sum())
         members = self._members[data_set]
         turn, index = divmod(nth, len(members))
-        return members[int(_shuffled(self._seed, 3 + data_set, turn, len(members))[index])]
+        return members[int(_shuffled(self._seed, 3 + data_set, turn, len(members))[index])], turn
 
     def _prepare_anew(self, chosen: Chosen) -> tuple[np.ndarray, np.ndarray, Levels]:
         return prepared(self._divided.sets[chosen.data_set][chosen.image], self._settings)
 
 
-def _rebuild(divided: Split, settings: SegmenterSettings, augment: AugmentConfig, seed: int, *rest: object) -> Crops:
+def _rebuild(
+    divided: Split, settings: SegmenterSettings, augment: AugmentConfig, seed: int, fixed: int | None, *rest: object
+) -> Crops:
     """Unpickle for a worker, which opens the files again and starts with nothing prepared."""
-    crops = Crops(divided, settings, augment, seed=seed, crops_per_image=1)
+    crops = Crops(divided, settings, augment, seed=seed, crops_per_image=1, fixed=fixed)
     crops._members, crops._quotas = rest  # type: ignore[assignment]
     return crops
 
@@ -234,7 +290,7 @@ def loader(
     ``batch_size`` is that of all ranks; a rank takes every ``ranks``-th crop of it.
     """
     steps = range(first_step, last_step)
-    numbers = [list(range(step * batch_size + rank, (step + 1) * batch_size, ranks)) for step in steps]
+    numbers = [crops_of_step(step, batch_size=batch_size, rank=rank, ranks=ranks) for step in steps]
     return DataLoader(
         crops,
         batch_sampler=numbers,
@@ -243,6 +299,11 @@ def loader(
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
+
+
+def crops_of_step(step: int, *, batch_size: int, rank: int, ranks: int) -> list[int]:
+    """Return the numbers of a rank's crops of a step, counted from 0."""
+    return list(range(step * batch_size + rank, (step + 1) * batch_size, ranks))
 
 
 def joined(examples: Sequence[Examples]) -> Examples:

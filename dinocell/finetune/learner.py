@@ -1,7 +1,7 @@
 """The model of a fine-tuning run: network, moving average and optimizer, one step at a time, on one rank or several."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.data import Examples
+from dinocell.finetune.kept_features import KeptFeatures
 from dinocell.finetune.losses import map_loss
 from dinocell.finetune.model import DINOCell, create_dinocell_model, replace_settings
 from dinocell.runtime.bad_steps import BadSteps
@@ -37,6 +38,8 @@ class Learner:
         What the gradient moves.
     average
         Its moving average, which is validated and written; the model itself if the recipe wants none.
+    kept
+        What the frozen backbone said of numbered crops, once there is a place to keep it.
     """
 
     def __init__(
@@ -70,9 +73,22 @@ class Learner:
             most=config.optim.max_bad_steps,
             advice=f"Lower optim.learning_rate; {config.output / 'last.pt'} is the last good model",
         )
+        self.kept: KeptFeatures | None = None
 
-    def step(self, batch: Examples, rate: float) -> dict[str, Any]:
-        """Learn from a batch, at a share of the learning rates, and return what is to be logged."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products."""
+        return torch.bfloat16 if uses_bfloat16(self._dtype, self._device) else torch.float32
+
+    def keep_features(self, folder: Path) -> None:
+        """Compute the backbone's features of numbered crops once, and keep them below ``folder``."""
+        self.kept = KeptFeatures(folder, self.dtype)
+
+    def step(self, batch: Examples, rate: float, numbers: Sequence[int] | None = None) -> dict[str, Any]:
+        """Learn from a batch, at a share of the learning rates, and return what is to be logged.
+
+        ``numbers`` of the crops, one each, are what their features are kept by; None: nothing is kept of them.
+        """
         optim = self._optim
         images, targets = (part.to(self._device, non_blocking=True) for part in batch)
         set_rates(
@@ -82,7 +98,7 @@ class Learner:
             backbone_factor=optim.backbone_learning_rate / optim.learning_rate,
         )
         self.model.train()
-        maps = self._maps(self._parallel, images)
+        maps = self._maps(self._parallel, images, numbers)
         loss = map_loss(maps, targets, self.model.target, **vars(self._loss))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -94,16 +110,23 @@ class Learner:
         metrics: dict[str, Any] = {"loss/train": error, "health/skipped_steps": self.bad_steps.total}
         metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         metrics["schedule/learning_rate"] = rate * optim.learning_rate
+        if not self.model.freeze_backbone:
+            metrics["schedule/backbone_learning_rate"] = rate * optim.backbone_learning_rate
         return metrics
 
     @torch.no_grad()
-    def predict(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
-        """Return the averaged model's maps, on the device."""
-        return self._maps(self.average.eval(), images.to(self._device))
+    def predict(
+        self, images: Float[Tensor, "b 1 h w"], numbers: Sequence[int] | None = None
+    ) -> Float[Tensor, "b k h w"]:
+        """Return the averaged model's maps, on the device; ``numbers`` as in `step`."""
+        return self._maps(self.average.eval(), images.to(self._device), numbers)
 
-    def _maps(self, model: nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=uses_bfloat16(self._dtype, self._device)):
-            maps: Tensor = model(images)
+    def _maps(self, model: nn.Module, images: Tensor, numbers: Sequence[int] | None) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            tokens = None
+            if self.kept is not None and numbers is not None:
+                tokens = self.kept.tokens(numbers, images, self.model.tokens)
+            maps: Tensor = model(images, tokens)
         return maps.float()
 
     def write(self, path: Path, *, line: str, licences: list[str]) -> None:

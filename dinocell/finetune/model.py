@@ -158,7 +158,9 @@ class DINOCell(nn.Module):
             self.backbone.eval()
         return self
 
-    def forward(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
+    def forward(
+        self, images: Float[Tensor, "b 1 h w"], tokens: Sequence[Float[Tensor, "b d rows columns"]] | None = None
+    ) -> Float[Tensor, "b k h w"]:
         """Return maps of the images' size, in the units of the target: distances and chances in [0, 1].
 
         Parameters
@@ -166,8 +168,10 @@ class DINOCell(nn.Module):
         images
             Prepared by `dinocell.finetune.preprocess.prepare`; of any size: sides that the patch does not divide are
             mirrored up and the maps cut back.
+        tokens
+            What `tokens` returned for these images, where that is known.
         """
-        logits = self.forward_logits(images)
+        logits = self.forward_logits(images) if tokens is None else self._decoded(images, tokens)
         if self.target == "distance":
             return logits.sigmoid()
         # In float32: under autocast a chance above 0.998 would round to 1, whose cross entropy has no gradient.
@@ -175,16 +179,21 @@ class DINOCell(nn.Module):
 
     def forward_logits(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
         """Return the maps before the sigmoid, for losses that are written in logits."""
+        return self._decoded(images, self.tokens(images))
+
+    def _decoded(self, images: Tensor, tokens: Sequence[Tensor]) -> Tensor:
         height, width = images.shape[-2:]
-        patch = self.backbone.config.patch_size
-        padded = _padded(images, -height % patch, -width % patch)
-        logits: Tensor = self.decoder(self.tokens(padded), padded)
+        logits: Tensor = self.decoder(tokens, self._whole_patches(images))
         return logits[..., :height, :width]
 
     def tokens(self, images: Float[Tensor, "b 1 h w"]) -> list[Float[Tensor, "b d rows columns"]]:
         """Return the backbone's maps that the decoder gets, the shallowest first."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            return self.backbone.forward_maps(images, self.blocks)
+            return self.backbone.forward_maps(self._whole_patches(images), self.blocks)
+
+    def _whole_patches(self, images: Tensor) -> Tensor:
+        patch = self.backbone.config.patch_size
+        return _padded(images, -images.shape[-2] % patch, -images.shape[-1] % patch)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "DINOCell":

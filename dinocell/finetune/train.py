@@ -1,20 +1,25 @@
 """The fine-tuning run: labelled sets and a backbone in, a segmenter out."""
 
 import math
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
-from dinocell.finetune.data import Crops, Examples, Split, loader, open_sets, split
+from dinocell.finetune.data import Crops, Examples, Split, crops_of_step, loader, open_sets, split
+from dinocell.finetune.kept_features import bytes_of_crop, in_bytes
 from dinocell.finetune.learner import Learner
 from dinocell.finetune.pictures import draw_examples
+from dinocell.finetune.summary import describe_run
 from dinocell.finetune.validation import Scorer, choose_thresholds, validation_error
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.distributed import World, barrier, together
@@ -70,13 +75,31 @@ def dry_run(config: FinetuneConfig) -> str:
         training = Training(config, world, is_dry=True)
         seconds = 0.0
         for number, batch in zip(range(2), training.batches(0), strict=False):
-            begin = perf_counter()
-            training.step(number, batch)
-            seconds = perf_counter() - begin
-        total = timedelta(seconds=round(seconds * training.total_steps))
+            seconds = _timed_step(training, number, batch)
+        # Steps whose crops are all new; the others find their features kept, as this one does if it is taken again.
+        new, again = training.total_steps, 0.0
+        if training.learner.kept:
+            new = min(new, math.ceil(training.crops.num_drawn / config.crops_a_step))
+            again = _timed_step(training, number, batch)
+        total = timedelta(seconds=round(seconds * new + again * (training.total_steps - new)))
+        cuda = world.device.type == "cuda"
+        used = torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        kept = f", {again:.2f} s when its crops come again" if training.learner.kept else ""
         return "\n".join(
-            [*training.facts(), f"a step takes {seconds:.2f} s on {world.device}; the run {total} at most"]
+            [
+                *training.facts(),
+                f"a step takes {seconds:.2f} s on {world.device}{kept}; {in_bytes(used)} at the peak",
+                f"the run takes {total} at most, without validation; nothing was written",
+            ]
         )
+
+
+def _timed_step(training: "Training", number: int, batch: Examples) -> float:
+    begin = perf_counter()
+    training.step(number, batch)
+    if training.world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - begin
 
 
 @dataclass(kw_only=True)
@@ -115,8 +138,11 @@ class Training:
         if config.crops_a_step % world.size:
             raise ConfigError(f"batch_size: {config.crops_a_step} crops cannot be shared by {world.size} ranks")
         self.config, self.world = config, world
+        self.checkpointer = Checkpointer(config.output / "checkpoints", timeout_s=config.compute.timeout_s)
+        has_begun = bool(self.checkpointer.steps())
         if world.is_main:
-            open_sets(config.data, config.output)
+            # What has begun goes on with the images that it began with; before that, images may still be mended.
+            open_sets(config.data, config.output, anew=not has_begun)
         barrier()
         record = config.output / "split.json" if world.is_main and not is_dry else None
         self.split: Split = split(open_sets(config.data, config.output), config.data, seed=config.seed, record=record)
@@ -129,38 +155,51 @@ class Training:
             seed=config.seed,
             weights=config.data.weights,
             crops_per_image=config.data.crops_per_image,
+            fixed=config.data.fixed_crops,
         )
         self.steps_per_epoch = math.ceil(self.crops.epoch_length / config.crops_a_step)
         self.total_steps = config.epochs * self.steps_per_epoch
+        if self.crops.num_drawn:
+            self._keep_features(check_room=not is_dry)
         warmup = min(config.optim.warmup_steps, self.total_steps // 10)
         self._schedule = Schedule(peak=1.0, end=0.0, warmup=warmup)
-        self.checkpointer = Checkpointer(config.output / "checkpoints", timeout_s=config.compute.timeout_s)
         self.progress = Progress()
 
     def _pixel_size(self) -> float | None:
         sizes = {self.split.sets[c.data_set][c.image].pixel_size_um for c in self.split.training}
         return sizes.pop() if len(sizes) == 1 else None
 
+    def _keep_features(self, *, check_room: bool) -> None:
+        output = self.config.output
+        output.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(output).free, self._feature_bytes * self.world.local_size
+        if check_room and needed > free:
+            raise ConfigError(
+                f"data.fixed_crops: the features of its crops take {in_bytes(needed)}, and {output} has "
+                f"{in_bytes(free)} left; set it lower, take another output, or leave it out"
+            )
+        self.learner.keep_features(output)
+
+    @property
+    def _feature_bytes(self) -> int:
+        """Of a rank's kept features, at most."""
+        vit, crop = self.learner.model.backbone.config, self.config.augment.crop
+        drawn = min(self.crops.num_drawn, self.total_steps * self.config.crops_a_step)
+        shapes: list[tuple[int, ...]] = [each.labels.shape for each in self.split.validation_images()]
+        validated = sum(-(-height // crop) * -(-width // crop) for height, width in shapes)
+        each = bytes_of_crop(crop=crop, patch_size=vit.patch_size, width=vit.width, dtype=self.learner.dtype)
+        return (drawn + validated) * each
+
     def facts(self) -> list[str]:
         """Say what the run is, in lines."""
-        model = self.learner.model
-        count = {
-            name: sum(p.numel() for p in part.parameters()) / 1e6
-            for name, part in (("backbone", model.backbone), ("decoder", model.decoder))
-        }
-        skipped = [line for each in self.split.sets for line in each.description.get("skipped", [])]
-        left_out = (
-            [f"left out when the sets were made: {len(skipped)}, the first {skipped[0]['reason']}"] if skipped else []
+        return describe_run(
+            self.config,
+            self.learner,
+            self.split,
+            self.crops,
+            total_steps=self.total_steps,
+            feature_bytes=self._feature_bytes if self.learner.kept else 0,
         )
-        frozen = " (frozen)" if model.freeze_backbone else ""
-        return [
-            f"backbone {count['backbone']:.1f} M{frozen}, decoder {count['decoder']:.1f} M parameters; "
-            f"{' | '.join(model.card.derived_from) or 'random weights'}",
-            f"{len(self.split.training)} images to learn from, {len(self.split.validation)} to validate on; "
-            f"{self.crops.epoch_length} crops an epoch, {self.config.epochs} epochs at most: "
-            f"{self.total_steps} steps of {self.config.crops_a_step}",
-            *left_out,
-        ]
 
     def batches(self, first_step: int) -> "DataLoader[Examples]":
         """Return the batches of this rank from a step on."""
@@ -202,7 +241,10 @@ class Training:
 
     def step(self, number: int, batch: Examples) -> dict[str, Any]:
         """Learn from a batch; ``number`` counts from 0."""
-        return self.learner.step(batch, value_at(self._schedule, number, self.total_steps))
+        size, world = self.config.crops_a_step, self.world
+        crops = crops_of_step(number, batch_size=size, rank=world.rank, ranks=world.size)
+        drawn = [self.crops.drawn(each) for each in crops] if self.crops.num_drawn else None
+        return self.learner.step(batch, value_at(self._schedule, number, self.total_steps), drawn)
 
     def _end_of_epoch(self, run: Run, step: int, epoch: int, score: Scorer | None, batch: Examples) -> dict[str, Any]:
         config, progress = self.config, self.progress
@@ -227,6 +269,7 @@ class Training:
             crop=self.config.augment.crop,
             batch_size=self.config.crops_a_step,
             world=self.world,
+            first_number=self.crops.num_drawn,
         )
 
     def write(self, name: str, step: int) -> None:
@@ -244,13 +287,15 @@ class Training:
     def finish(self, run: Run, score: Scorer | None) -> None:
         """Choose thresholds on the validation images, store them, and mark the run as finished."""
         best = self.config.output / "best.pt"
-        if self.world.is_main:
-            if score is not None:
-                scored = choose_thresholds(best, self.split.validation_images(), score, self.world.device)
-                shown = ", ".join(f"{name} {value:.3f}" for name, value in scored.metrics.items())
-                chosen = ", ".join(f"{name} {value}" for name, value in scored.settings.items())
-                run.note(f"best epoch {self.progress.best_epoch}: {shown}; thresholds: {chosen}")
-            run.note(f"segmenter: {best}")
+        if self.world.is_main and score is not None:
+            images = self.split.validation_images()
+            run.note(f"choosing thresholds on {len(images)} validation image{'s' * (len(images) > 1)}")
+            scored = choose_thresholds(best, images, score, self.world.device)
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in scored.metrics.items())
+            chosen = ", ".join(f"{name} {value}" for name, value in scored.settings.items()) or "as they were"
+            run.note(f"best epoch {self.progress.best_epoch}: {shown}; thresholds: {chosen}")
+            if not any(scored.metrics.values()):
+                run.note("no cell was found: train longer (epochs, data.crops_per_image), or see docs/training.md")
         barrier()
         self.progress.finished = True
         self.save()

@@ -27,13 +27,18 @@ Scorer = Callable[[DINOCell, Sequence[LabelledImage], bool], Scored]
 
 @torch.no_grad()
 def validation_error(
-    learner: Learner, images: Sequence[LabelledImage], *, crop: int, batch_size: int, world: World
+    learner: Learner, images: Sequence[LabelledImage], *, crop: int, batch_size: int, world: World, first_number: int
 ) -> float:
-    """Return the mean loss over all crops of the images, whole ones without augmentation, over all ranks."""
+    """Return the mean loss over all crops of the images, whole ones without augmentation, over all ranks.
+
+    ``first_number`` is that of the first crop, where features are kept.
+    """
     total = torch.zeros(2, dtype=torch.float64)
     own = images[world.rank :: world.size]
     for batch in validation_batches(own, learner.average.settings, crop=crop, batch_size=batch_size):
-        loss = map_loss(learner.predict(batch.images), batch.targets.to(world.device), learner.average.target)
+        numbers = range(first_number, first_number := first_number + len(batch.images))
+        maps = learner.predict(batch.images, numbers)
+        loss = map_loss(maps, batch.targets.to(world.device), learner.average.target)
         total += torch.tensor([float(loss) * len(batch.images), len(batch.images)], dtype=torch.float64)
     total = sum_over_ranks(total)
     return float(total[0] / total[1])
