@@ -212,6 +212,7 @@ def test_a_start_from_a_good_teacher_does_it_no_harm(tmp_path: Path, monkeypatch
     [
         ({"views": ViewsConfig(policy="stack", channels=("x",), global_size=32, local_size=16)}, "has none of x"),
         ({"compute": ComputeConfig(device="cuda")}, "cuda was asked for"),
+        ({"compute": ComputeConfig(device="cpu", attention="varlen")}, "varlen needs CUDA and bfloat16, got cpu"),
         ({"data": DataConfig(shards=("nowhere",))}, "nowhere: no shard set"),
         ({"model": ModelConfig(variant="tiny", weights="missing.pth")}, "missing.pth"),
     ],
@@ -424,6 +425,24 @@ def test_where_cls_looks_is_the_attention_of_the_last_block(monkeypatch: pytest.
     vit(images)
     found = vit.cls_attention(images)
     torch.testing.assert_close(found.flatten(2), wanted[vit.config.depth - 1][:, :, 0, vit.config.num_prefix :])
+
+
+def test_a_look_attends_in_a_way_that_takes_any_type(shard_set: Path, tmp_path: Path) -> None:
+    kernels = []
+
+    def watch(teacher: VisionTransformer) -> dict[str, float]:
+        kernels.append((teacher.kernel, {block.attn.kernel for block in teacher.blocks}))
+        return {}
+
+    compute = ComputeConfig(workers=0, attention="dense")
+    config = config_of(shard_set, tmp_path / "run", steps=3, compute=compute, watch=WatchConfig(every=1))
+    pretrain(config, watch=watch)
+    assert kernels == [("sdpa", {"sdpa"})] * 3
+    same = replace(config, output=tmp_path / "same", compute=ComputeConfig(workers=0))
+    pretrain(same)
+    rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    found = [row["loss/total"] for row in rows if "loss/total" in row]
+    np.testing.assert_allclose(found, losses(same.output), rtol=1e-4)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -158,7 +158,7 @@ class ComputeConfig:
     attention
         How attention is computed, see `dinocell.models.attention`; other than ``sdpa``: CUDA.
     compile
-        Compile each block. Off on the CPU, where it gains nothing.
+        Compile each block: 1.5x on an H200 (benchmarks/results/pretrain_step_gpu.md), nothing on the CPU.
     recompute
         What the backward pass computes again instead of keeping it. ``activations``: the outputs of norms and
         activations, no matrix product; ``blocks``: all of each block, and the teacher's logits. Figures:

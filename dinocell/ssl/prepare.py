@@ -96,10 +96,22 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
     """Return student and teacher on this rank's device, spread over the ranks if there are several.
 
     Every rank builds the same model in main memory first, so random weights do not depend on the number of ranks.
+
+    Raises
+    ------
+    DinocellError
+        If weights cannot be read or do not fit, or the attention kernel does not run on the device.
     """
+    compute = config.compute
+    if compute.attention == "varlen" and not (
+        world.device.type == "cuda" and uses_bfloat16(compute.dtype, world.device)
+    ):
+        raise ConfigError(
+            f"compute.attention: varlen needs CUDA and bfloat16, got {world.device.type} and compute.dtype="
+            f"{compute.dtype}; use sdpa"
+        )
     torch.manual_seed(config.seed)
     gram = config.gram if config.uses_gram else None
-    compute = config.compute
     keep_logits = compute.recompute != "blocks"
     model = StudentTeacher(_backbone(config), config.heads, config.losses, gram, keep_logits=keep_logits).train()
     backbones = [backbone_of(side) for side in (model.student, model.teacher, model.gram) if "backbone" in side]

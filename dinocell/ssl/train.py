@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -205,13 +205,25 @@ def _look(
     teacher = _whole_teacher(model, keep=run.is_main)
     if teacher is None or views is None:
         return
-    with torch.compiler.set_stance("force_eager"):  # a look has its own shapes, for which nothing should be compiled
+    with _for_a_look(teacher):
         if draws:
             run.image(step, "views", draw_views(views))
             for name, picture in draw_features(teacher, views).items():
                 run.image(step, name, picture)
         if measures and watch is not None:
             run.log(step, watch(teacher), always=True)
+
+
+@contextmanager
+def _for_a_look(teacher: VisionTransformer) -> Iterator[None]:
+    """Compile nothing for the shapes of a look, and attend in a way that takes float32 as well."""
+    kernel = teacher.kernel
+    teacher.set_kernel("sdpa")
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        teacher.set_kernel(kernel)
 
 
 def _whole_teacher(model: StudentTeacher, *, keep: bool) -> VisionTransformer | None:
