@@ -258,7 +258,11 @@ class Training:
         if score is not None and self.world.is_main and epoch % config.score_every == 0:
             metrics |= score(self.learner.average.eval(), self.split.validation_images(), False).metrics
         if epoch % config.picture_every == 0 and self.world.is_main:
-            run.image(step, "examples", draw_examples(batch, self.learner.predict(batch.images).cpu()))
+            run.image(
+                step,
+                "examples (image, target, prediction, error)",
+                draw_examples(batch, self.learner.predict(batch.images).cpu()),
+            )
         return metrics
 
     def validation_error(self) -> float:
