@@ -54,6 +54,19 @@ def test_build_info_verify_preview(folder: Path, tmp_path: Path, capsys: pytest.
     assert np.asarray(Image.open(tmp_path / "p.png")).shape == (14 + 2 * (14 + 192 + 4), 3 * 196)
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_listing_that_fails_leaves_no_folder_of_its_own(
+    folder: Path, tmp_path: Path, is_there: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "set"
+    if is_there:
+        output.mkdir()
+    assert main(build(folder, output, "--channels", "nonesuch")) == 2
+    assert "nonesuch" in capsys.readouterr().err
+    assert output.exists() == is_there
+    assert main(build(folder, output)) == 0
+
+
 def test_verify_lists_the_damage_and_fails(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(build(folder, tmp_path / "set")) == 0
     (tmp_path / "set" / "shard-000003.tar").unlink()
