@@ -149,7 +149,7 @@ def test_channels_are_grey_rgb_or_chosen(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_labelled(tmp_path / "set")[0].pixels, four[:3])
     (skipped,) = report.skipped
     assert skipped.kind == "several channels"
-    assert skipped.reason.startswith("stains: 4 channels (DNA, ER, RNA, AGP), where one")
+    assert skipped.reason.startswith("stains: 4 channels (DNA, ER, RNA, AGP); expected one")
     assert skipped.reason.endswith("(--channel chooses one)")
     build_labelled([stains], tmp_path / "er", channel="ER")
     np.testing.assert_array_equal(open_labelled(tmp_path / "er")[0].pixels[1], four[1])

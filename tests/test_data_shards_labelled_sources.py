@@ -389,7 +389,7 @@ def test_advice_names_the_flags_of_this_command(tmp_path: Path, capsys: pytest.C
         run(*line, "--output", tmp_path / "set")
     run(*line, "--output", tmp_path / "set", "--keep-empty")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "1 x several channels, such as 1: 2 channels, where one or three colours were expected (--channel" in shown
+    assert "1 x several channels, such as 1: 2 channels; expected one, or red, green and blue (--channel" in shown
 
 
 def test_every_kind_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:

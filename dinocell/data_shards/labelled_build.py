@@ -231,7 +231,7 @@ def _to_bgr(picture: Picture) -> tuple[np.ndarray, list[float] | None]:
     pixels = picture.pixels[:-1] if picture.channel_names[-1:] == ("alpha",) else picture.pixels
     if len(pixels) not in (1, 3):
         names = f" ({', '.join(picture.channel_names)})" if picture.channel_names else ""
-        raise PairError("several channels", f"{len(pixels)} channels{names}, where one or three colours were expected")
+        raise PairError("several channels", f"{len(pixels)} channels{names}; expected one, or red, green and blue")
     levels = None
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255
