@@ -38,7 +38,7 @@ def quick() -> None:
             field = make_field(seed, look)
             write_tiff(folder / "images" / f"{seed}.tif", field.pixels[0])
             write_labels(folder / "masks" / f"{seed}.tif", field.labels)
-        small = ["model.size=tiny", "model.pretrained=false", "augment.crop=64", "epochs=1", "batch_size=2"]
+        small = ["model.size=nano", "model.pretrained=false", "augment.crop=64", "epochs=1", "batch_size=2"]
         small += ["data.crops_per_image=1", "compute.workers=0", "optim.warmup_steps=1"]
         model = finetune_on_pairs(folder, Path(scratch) / "run", small)
         unseen = make_field(99, look)

@@ -74,7 +74,14 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="few small fields, three steps")
     options = parser.parse_args()
     if options.quick:
-        small = ["steps=3", "batch_size=4", "views.global_size=64", "views.local_size=32", "compute.workers=0"]
+        small = [
+            "model.variant=nano",
+            "steps=3",
+            "batch_size=4",
+            "views.global_size=64",
+            "views.local_size=32",
+            "compute.workers=0",
+        ]
         small += ["picture_every=100", "export_every=3", "log_every=1"]
         with TemporaryDirectory() as scratch:
             main(Path(scratch) / "example", fields=3, size=128, overrides=small)

@@ -1,5 +1,6 @@
 """What several test files need: a source of small fields on disk, and shard sets built from it."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +54,21 @@ def field_pixels(number: int, height: int = 64, width: int = 96) -> np.ndarray:
     return pixels.round().astype(np.uint16)
 
 
+def write_fields(folder: Path, num_fields: int, **options: int) -> FolderOfFields:
+    """Write fields to disk and return their source."""
+    folder.mkdir(exist_ok=True)
+    for number in range(num_fields):
+        for name, plane in zip(NAMES, field_pixels(number), strict=True):
+            write_tiff(folder / f"f{number:03d}_{name}.tif", plane, pixel_size_um=0.65)
+    return FolderOfFields(folder=str(folder), num_fields=num_fields, **options)
+
+
 @pytest.fixture
 def fields(tmp_path: Path) -> Callable[..., FolderOfFields]:
     """Return a function that writes fields to disk and gives their source."""
 
     def make(num_fields: int = 10, **options: int) -> FolderOfFields:
-        folder = tmp_path / "input"
-        folder.mkdir(exist_ok=True)
-        for number in range(num_fields):
-            for name, plane in zip(NAMES, field_pixels(number), strict=True):
-                write_tiff(folder / f"f{number:03d}_{name}.tif", plane, pixel_size_um=0.65)
-        return FolderOfFields(folder=str(folder), num_fields=num_fields, **options)
+        return write_fields(tmp_path / "input", num_fields, **options)
 
     return make
 
@@ -71,11 +76,18 @@ def fields(tmp_path: Path) -> Callable[..., FolderOfFields]:
 SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
 
 
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the set that ``shard_set`` copies: a test may damage its own."""
+    folder = tmp_path_factory.mktemp("shards")
+    build(write_fields(folder / "input", 10), folder / "set", settings=SMALL, workers=1)
+    return folder / "set"
+
+
 @pytest.fixture
-def shard_set(tmp_path: Path, fields: Callable[..., FolderOfFields]) -> Path:
-    """Build a set of 10 fields, 60 tiles of 3 x 32 x 32, in 10 shards."""
-    build(fields(10), tmp_path / "set", settings=SMALL, workers=1)
-    return tmp_path / "set"
+def shard_set(built_once: Path, tmp_path: Path) -> Path:
+    """Return a set of 10 fields, 60 tiles of 3 x 32 x 32, in 10 shards."""
+    return Path(shutil.copytree(built_once, tmp_path / "set"))
 
 
 @pytest.fixture

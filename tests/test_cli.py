@@ -1,4 +1,4 @@
-"""The command line, as its users type it: a process of its own for each line."""
+"""The command line, as its users type it; what a process does otherwise than a call is seen in a process of its own."""
 
 import json
 import os
@@ -41,6 +41,14 @@ def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
+def refused(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line that a command ends with, called here: importing torch anew for each would take long."""
+    capsys.readouterr()
+    code = main(list(map(str, arguments)))
+    said = capsys.readouterr()
+    return one_line_error(subprocess.CompletedProcess(arguments, code, said.out, said.err))
+
+
 @pytest.mark.parametrize("module", ["dinocell", "dinocell.cli"])
 def test_both_modules_run_as_the_console_script(module: str) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
@@ -70,9 +78,9 @@ def test_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert "nowhere.pth" in one_line_error(dinocell("info", tmp_path / "nowhere.pth"))
 
 
-def test_damaged_checkpoint_is_one_line(checkpoint: Path) -> None:
+def test_damaged_checkpoint_is_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "teacher_checkpoint.pth" in one_line_error(dinocell("info", checkpoint))
+    assert "teacher_checkpoint.pth" in refused("info", checkpoint, capsys=capsys)
 
 
 def test_a_bug_keeps_its_traceback_and_exits_with_1(checkpoint: Path) -> None:
@@ -115,12 +123,12 @@ def test_export_converts_and_says_what_it_did(checkpoint: Path, tmp_path: Path) 
     torch.testing.assert_close(theirs(grey.repeat(1, 3, 1, 1)).cls, ours(grey).cls, rtol=1e-5, atol=1e-5)
 
 
-def test_export_never_overwrites_unasked(checkpoint: Path, tmp_path: Path) -> None:
+def test_export_never_overwrites_unasked(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "there.pth"
     output.write_bytes(b"precious")
-    assert "--overwrite" in one_line_error(dinocell("export", checkpoint, "--output", output))
+    assert "--overwrite" in refused("export", checkpoint, "--output", output, capsys=capsys)
     assert output.read_bytes() == b"precious"
-    assert dinocell("export", checkpoint, "--output", output, "--overwrite").returncode == 0
+    assert main(["export", str(checkpoint), "--output", str(output), "--overwrite"]) == 0
     assert load_backbone(output).config.width == 48
 
 

@@ -144,10 +144,13 @@ def test_channels_are_grey_rgb_or_chosen(tmp_path: Path) -> None:
     four = RNG.integers(0, 256, (4, 40, 60), dtype=np.uint8)
     rgba = pair("alpha", four, cells(40, 60), channel_names=("red", "green", "blue", "alpha"))
     stains = pair("stains", four, cells(40, 60), channel_names=("DNA", "ER", "RNA", "AGP"))
-    report = build_labelled([rgba, stains], tmp_path / "set")
+    report = build_labelled([rgba, stains], tmp_path / "set", advice={"several channels": "--channel chooses one"})
     assert open_labelled(tmp_path / "set").names == ["alpha"]
     np.testing.assert_array_equal(open_labelled(tmp_path / "set")[0].pixels, four[:3])
-    assert "stains: 4 channels (DNA, ER, RNA, AGP); choose one with --channel" in report.skipped[0].reason
+    (skipped,) = report.skipped
+    assert skipped.kind == "several channels"
+    assert skipped.reason.startswith("stains: 4 channels (DNA, ER, RNA, AGP); expected one")
+    assert skipped.reason.endswith("(--channel chooses one)")
     build_labelled([stains], tmp_path / "er", channel="ER")
     np.testing.assert_array_equal(open_labelled(tmp_path / "er")[0].pixels[1], four[1])
 

@@ -379,6 +379,19 @@ def test_the_command_builds_and_reports_on_one_screen(tmp_path: Path, capsys: py
     assert len(open_labelled(output)) == 2
 
 
+def test_advice_names_the_flags_of_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = np.kron(np.arange(6, dtype=np.uint16).reshape(2, 3), np.ones((9, 9), np.uint16))
+    for number, planes in enumerate((labels[None], np.stack([labels, labels[::-1]]))):
+        write_tiff(tmp_path / f"{number}.tif", planes)
+        write_labels(tmp_path / f"{number}_mask.png", labels * number)
+    line = ["folder", "--input", tmp_path, "--images", "{name}.tif", "--masks", "{name}_mask.png"]
+    with pytest.raises(DinocellError, match=r"1 x no cells, 1 x several channels.*\(--keep-empty keeps such images\)"):
+        run(*line, "--output", tmp_path / "set")
+    run(*line, "--output", tmp_path / "set", "--keep-empty")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 x several channels, such as 1: 2 channels; expected one, or red, green and blue (--channel" in shown
+
+
 def test_every_kind_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ([], ["livecell"], ["cellpose"], ["ctc"], ["dsb2018"], ["folder"]):
         with pytest.raises(SystemExit, match="0"):

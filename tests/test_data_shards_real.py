@@ -32,9 +32,10 @@ def schwann() -> list[np.ndarray]:
 
 
 def nuclei() -> list[np.ndarray]:
-    """Pictures stored as RGBA; the alpha that says nothing goes."""
+    """Pictures stored as RGBA: the alpha that says nothing goes, and of three equal planes one stays."""
     paths = DATA.glob("dsb2018_stage1_train/*/images/*.png")
-    return [np.asarray(Image.open(path))[..., :3].transpose(2, 0, 1) for path in paths]
+    pictures = [np.asarray(Image.open(path))[..., :3].transpose(2, 0, 1) for path in paths]
+    return [planes if (planes != planes[0]).any() else planes[:1] for planes in pictures]
 
 
 def single(pattern: str) -> Callable[[], list[np.ndarray]]:

@@ -54,6 +54,19 @@ def test_build_info_verify_preview(folder: Path, tmp_path: Path, capsys: pytest.
     assert np.asarray(Image.open(tmp_path / "p.png")).shape == (14 + 2 * (14 + 192 + 4), 3 * 196)
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_listing_that_fails_leaves_no_folder_of_its_own(
+    folder: Path, tmp_path: Path, is_there: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "set"
+    if is_there:
+        output.mkdir()
+    assert main(build(folder, output, "--channels", "nonesuch")) == 2
+    assert "nonesuch" in capsys.readouterr().err
+    assert output.exists() == is_there
+    assert main(build(folder, output)) == 0
+
+
 def test_verify_lists_the_damage_and_fails(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(build(folder, tmp_path / "set")) == 0
     (tmp_path / "set" / "shard-000003.tar").unlink()
@@ -163,10 +176,11 @@ def test_whatever_lies_in_a_folder_becomes_a_sample_or_a_reason(tmp_path: Path, 
 
 
 def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(folder: Path, tmp_path: Path) -> None:
-    for number in range(10, 600):
+    for number in range(10, 200):
         for name in ("DNA", "ER", "AGP"):
             (folder / f"f{number:03d}_{name}.tif").write_bytes((folder / f"f{number % 10:03d}_{name}.tif").read_bytes())
-    line = [sys.executable, "-m", "dinocell", *build(folder, tmp_path / "set", "--workers", "2")]
+    small = ("--samples-per-shard", "60")
+    line = [sys.executable, "-m", "dinocell", *build(folder, tmp_path / "set", *small, "--workers", "2")]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("set/shard-*.tar")):
@@ -177,6 +191,6 @@ def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(folder: Path, tmp_path: P
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert not (tmp_path / "set" / "manifest.json").exists()
-    assert main(build(folder, tmp_path / "set")) == 0
-    assert main(build(folder, tmp_path / "whole")) == 0
+    assert main(build(folder, tmp_path / "set", *small)) == 0
+    assert main(build(folder, tmp_path / "whole", *small)) == 0
     assert content(tmp_path / "set") == content(tmp_path / "whole")

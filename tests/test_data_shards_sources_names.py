@@ -466,6 +466,22 @@ def test_pattern_without_channel_takes_files_with_all_channels(tmp_path: Path) -
     assert read_field(field).channel_names == ("DNA", "ER", "RNA")
 
 
+@pytest.mark.parametrize("num_planes", [1, 3, 4])
+def test_pattern_without_channel_takes_grey_pictures_stored_as_colour(tmp_path: Path, num_planes: int) -> None:
+    plane = RNG.integers(1, 255, (5, 7)).astype(np.uint8)
+    alpha = np.arange(35, dtype=np.uint8).reshape(5, 7)
+    planes = np.stack([plane] * min(num_planes, 3) + [alpha] * (num_planes == 4), axis=-1)
+    Image.fromarray(planes[..., 0] if num_planes == 1 else planes).save(tmp_path / "A01.png")
+    for channels, name in (((), "grey"), (("DNA",), "DNA")):
+        (field,) = fields(PatternSource(input=str(tmp_path), pattern="{well}.png", channels=channels))
+        picture = read_field(field)
+        assert picture.channel_names == (name,)
+        np.testing.assert_array_equal(picture.pixels, plane[None])
+    if num_planes == 3:  # three names say that there are three channels, equal or not
+        (field,) = fields(PatternSource(input=str(tmp_path), pattern="{well}.png", channels=("a", "b", "c")))
+        assert read_field(field).channel_names == ("a", "b", "c")
+
+
 def test_pattern_without_channel_takes_zarr_folders_as_files(tmp_path: Path) -> None:
     touch(tmp_path, "A02_1.zarr/0/0")
     (field,) = fields(PatternSource(input=str(tmp_path), pattern="{well}_{site}.zarr"))

@@ -32,6 +32,13 @@ from dinocell.errors import ShardError
 SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
 
 
+@pytest.fixture
+def shard_set(fields: Callable[..., Any], tmp_path: Path) -> Path:
+    """Build the set here: its manifest names the folder of the fields, and the builds below have that very one."""
+    build(fields(10), tmp_path / "set", settings=SMALL, workers=1)
+    return tmp_path / "set"
+
+
 def content(folder: Path) -> dict[str, str]:
     """Every file of a set, also hidden ones, by its hash."""
     return {

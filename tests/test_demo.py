@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinocell.cli import main
 from dinocell.data_shards.images import write_labels, write_tiff
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.demo.data import FieldCounts, own_material
@@ -17,6 +18,7 @@ from dinocell.errors import DinocellError
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a demo in a process of its own, as people do."""
     line = [sys.executable, "-m", "dinocell", "demo", "--quick", *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, check=False, env=dict(os.environ))
 
@@ -53,21 +55,21 @@ def test_a_second_call_keeps_what_is_done(demo: tuple[Path, str]) -> None:
         path: path.stat().st_mtime_ns for path in folder.glob("finetune/*.pt")
     }
     (folder / "report.html").unlink()
-    assert run("--output", folder).returncode == 0
+    assert main(["demo", "--quick", "--output", str(folder)]) == 0
     assert (folder / "report.html").exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_other_settings_in_the_same_folder_are_refused(demo: tuple[Path, str]) -> None:
-    result = run("--output", demo[0], "seed=5")
-    assert result.returncode == 2
-    assert "other settings" in result.stderr
+def test_other_settings_in_the_same_folder_are_refused(
+    demo: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--quick", "--output", str(demo[0]), "seed=5"]) == 2
+    assert "other settings" in capsys.readouterr().err
 
 
-def test_quick_is_one_recipe_and_takes_no_other() -> None:
-    result = run("standard")
-    assert result.returncode == 2
-    assert "--quick is the recipe 'quick'" in result.stderr
+def test_quick_is_one_recipe_and_takes_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--quick", "standard"]) == 2
+    assert "--quick is the recipe 'quick'" in capsys.readouterr().err
 
 
 def test_nothing_that_is_scored_was_in_a_training(demo: tuple[Path, str]) -> None:

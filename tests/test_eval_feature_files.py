@@ -16,7 +16,7 @@ from dinocell.runtime.distributed import World
 
 def tiny(in_channels: int = 1, seed: int = 0) -> VisionTransformer:
     torch.manual_seed(seed)
-    vit = VisionTransformer(variant_config("tiny", patch_size=8, in_channels=in_channels)).eval()
+    vit = VisionTransformer(variant_config("nano", patch_size=8, in_channels=in_channels)).eval()
     vit.init_weights(layer_scale=1.0)
     return vit
 

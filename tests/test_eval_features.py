@@ -26,7 +26,7 @@ SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
 
 def tiny(in_channels: int = 1, seed: int = 0) -> VisionTransformer:
     torch.manual_seed(seed)
-    vit = VisionTransformer(variant_config("tiny", patch_size=8, in_channels=in_channels)).eval()
+    vit = VisionTransformer(variant_config("nano", patch_size=8, in_channels=in_channels)).eval()
     vit.init_weights(layer_scale=1.0)
     return vit
 
@@ -62,7 +62,7 @@ def test_settings_make_the_feature_that_plain_code_makes() -> None:
         wanted = middle.mean(0, keepdim=True) if settings.channels == "mean" else middle
         wanted = (wanted - wanted.mean((1, 2), keepdim=True)) / wanted.std((1, 2), keepdim=True, correction=0)
         torch.testing.assert_close(inputs[:, 0], wanted, atol=1e-5, rtol=1e-5)
-        blocks = vit.forward_blocks(wanted[:, None], range(12 - settings.n_last_blocks, 12))
+        blocks = vit.forward_blocks(wanted[:, None], range(vit.config.depth - settings.n_last_blocks, vit.config.depth))
         parts = [out.cls for out in blocks] + ([blocks[-1].patches.mean(1)] if settings.avgpool else [])
         found = tokens_to_feature(vit, inputs, settings)
         torch.testing.assert_close(found, torch.cat(parts, 1).detach(), atol=1e-4, rtol=1e-4)
@@ -135,8 +135,8 @@ def test_eight_bit_keeps_its_scale_and_sixteen_is_stretched() -> None:
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError):
         FeatureSettings(n_last_blocks=0)
-    with pytest.raises(ConfigError, match="n_last_blocks: the model has 12"):
-        tokens_to_feature(tiny(), torch.zeros(1, 1, 16, 16), FeatureSettings(n_last_blocks=13))
+    with pytest.raises(ConfigError, match="n_last_blocks: the model has 4"):
+        tokens_to_feature(tiny(), torch.zeros(1, 1, 16, 16), FeatureSettings(n_last_blocks=5))
 
 
 def test_the_online_probe_knows_the_samples_again(shard_set: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_command_watches_and_draws_views(
 
     line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", "steps=2", "batch_size=2"]
     line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
-    assert main([*line, "watch.every=1", "watch.tiles=4"]) == 0
+    assert main([*line, "watch.every=1", "watch.tiles=4", "model.variant=nano"]) == 0
     said = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("probe/consistency_margin" in row for row in said) == 2
     views = ["--views", "debug", "views.global_size=32", "views.local_size=16"]

@@ -123,6 +123,18 @@ def test_one_image_and_none_are_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert last.startswith("dinocell: data.images, data.masks: not one pair could be used (1 x no cells)")
 
 
+def test_advice_names_the_keys_of_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "mine")
+    for path in (folder / "images").iterdir():
+        stains = np.random.default_rng(0).integers(0, 255, (2, 60, 72), np.uint8)
+        tifffile.imwrite(path, stains, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+    assert finetune(folder) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "not one pair could be used (5 x several channels)" in line
+    assert line.endswith("(data.channel chooses one)")
+    assert "--" not in line
+
+
 def test_images_that_were_mended_before_the_first_step_are_read_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,7 @@ def scores(folder: Path, name: str) -> dict[str, object]:
 
 def test_knn_names_class_folders(class_folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = class_folders / "out"
-    line = ["knn", "--weights", "random:tiny", "--train", str(class_folders / "train"), "--test"]
+    line = ["knn", "--weights", "random:nano", "--train", str(class_folders / "train"), "--test"]
     line += [str(class_folders / "test"), "--crop-size", "32", "--nb-knn", "1", "5", "--output", str(output)]
     assert main(line) == 0
     rows = scores(output, "knn")["rows"]
@@ -176,7 +176,7 @@ def test_linear_learns_says_what_it_was_chosen_on_and_is_used_again(
 
 
 def test_hpaone_as_published(hpaone: Path, tmp_path: Path) -> None:
-    common = ["--weights", "random:tiny", "--hpaone", str(hpaone), "--crop-size", "32", "--channels", "bag"]
+    common = ["--weights", "random:nano", "--hpaone", str(hpaone), "--crop-size", "32", "--channels", "bag"]
     line = ["knn", *common, "--task", "CELL_TYPE", "--nb-knn", "3"]
     assert main([*line, "--output", str(tmp_path / "a")]) == 0
     rows = scores(tmp_path / "a", "knn")["rows"]
@@ -213,7 +213,7 @@ def hpafov(tmp_path: Path) -> Path:
 
 
 def test_hpafov_as_published_without_its_unlabelled_rows(hpafov: Path, tmp_path: Path) -> None:
-    line = ["knn", "--weights", "random:tiny", "--hpafov", str(hpafov), "--crop-size", "32", "--nb-knn", "3"]
+    line = ["knn", "--weights", "random:nano", "--hpafov", str(hpafov), "--crop-size", "32", "--nb-knn", "3"]
     for task, classes in (("PROTEIN_LOCALIZATION", PLACES), ("CELL_TYPE", LINES)):
         assert main([*line, "--task", task, "--output", str(tmp_path / "o")]) == 0
         about = scores(tmp_path / "o", "knn")["about"]
@@ -226,7 +226,7 @@ def test_hpafov_as_published_without_its_unlabelled_rows(hpafov: Path, tmp_path:
 
 
 def test_chammi_leaves_a_group_out(chammi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["knn", "--weights", "random:tiny", "--chammi", str(chammi), "--subset", "CP", "--chammi-task", "Task_four"]
+    line = ["knn", "--weights", "random:nano", "--chammi", str(chammi), "--subset", "CP", "--chammi-task", "Task_four"]
     line += ["--task", "label", "--crop-size", "32", "--nb-knn", "1", "--output", str(tmp_path / "o")]
     assert main([*line, "--leave-one-out", "plate"]) == 0
     with (tmp_path / "o" / "knn_classes.csv").open() as file:
@@ -247,7 +247,7 @@ def test_features_consistency_and_profiles_of_a_shard_set(
     line = [
         "features",
         "--weights",
-        "random:tiny",
+        "random:nano",
         "--data",
         str(shard_set),
         "--crop-size",
@@ -269,11 +269,11 @@ def test_features_consistency_and_profiles_of_a_shard_set(
                  str(tmp_path / "p")]) == 2  # fmt: skip
     assert "no well has a replicate to find" in capsys.readouterr().err
     found = tmp_path / "consistency"
-    line = ["consistency", "--weights", "random:tiny", "random:small", "--data", str(shard_set), "--crop-size", "32"]
+    line = ["consistency", "--weights", "random:nano", "random:tiny", "--data", str(shard_set), "--crop-size", "32"]
     assert main([*line, "--limit", "10", "--output", str(found)]) == 0
     rows = scores(found, "consistency")["rows"]
     assert isinstance(rows, list)
-    assert [row["weights"] for row in rows] == ["random:tiny", "random:small"]
+    assert [row["weights"] for row in rows] == ["random:nano", "random:tiny"]
     low, high = (float(each) for each in rows[0]["margin 95 %"].split(" to "))
     assert low <= rows[0]["margin"] <= high
     for name in ("same_field_1.png", "retrieval_2.png", "consistency.md"):
@@ -290,6 +290,7 @@ def test_scores_land_in_the_run_that_made_the_teacher(shard_set: Path, tmp_path:
         "steps=2",
         "batch_size=2",
         "watch.every=0",
+        "model.variant=nano",
     ]
     line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
     assert main(line) == 0
@@ -340,12 +341,12 @@ def test_scores_land_in_the_run_that_made_the_teacher(shard_set: Path, tmp_path:
     ("line", "said"),
     [
         (
-            ["knn", "--weights", "random:tiny", "--train", "a", "--output", "o"],
+            ["knn", "--weights", "random:nano", "--train", "a", "--output", "o"],
             "expected --train and --test, or one of",
         ),
-        (["knn", "--weights", "random:tiny", "--chammi", "a", "--output", "o"], "--subset: expected Allen, HPA or CP"),
+        (["knn", "--weights", "random:nano", "--chammi", "a", "--output", "o"], "--subset: expected Allen, HPA or CP"),
         (["features", "--weights", "random:none", "--data", "{}", "--output", "o"], "expected one of nano, tiny"),
-        (["consistency", "--weights", "random:tiny", "--data", "nowhere", "--output", "o"], "nowhere"),
+        (["consistency", "--weights", "random:nano", "--data", "nowhere", "--output", "o"], "nowhere"),
         (["profiles", "nowhere", "--treatment", "x", "--output", "o"], "nowhere: holds no features"),
     ],
 )

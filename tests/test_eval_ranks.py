@@ -28,7 +28,7 @@ PLACES = ("nucleoplasm", "cytosol")
 
 def tiny() -> VisionTransformer:
     torch.manual_seed(0)
-    vit = VisionTransformer(variant_config("tiny", patch_size=8, in_channels=1)).eval()
+    vit = VisionTransformer(variant_config("nano", patch_size=8, in_channels=1)).eval()
     vit.init_weights(layer_scale=1.0)
     return vit
 
@@ -94,7 +94,7 @@ def write_hpaone(folder: Path) -> None:
 
 
 def commands_of(folder: Path, output: Path) -> list[list[str]]:
-    common = ["--weights", "random:tiny", "--device", "cpu", "--crop-size", "32", "--batch-size", "4"]
+    common = ["--weights", "random:nano", "--device", "cpu", "--crop-size", "32", "--batch-size", "4"]
     sets = ["--train", str(folder / "set"), "--test", str(folder / "set"), "--task", "site"]
     fast = ["--epochs", "1", "--epoch-steps", "4"]
     return [

@@ -51,7 +51,7 @@ def config_of(labelled: Path, output: Path, target: str, *, frozen: bool) -> Fin
         epochs=2,
         batch_size=4,
         target=target,  # type: ignore[arg-type]
-        model=ModelConfig(size="tiny", pretrained=False, freeze_backbone=frozen),
+        model=ModelConfig(size="nano", pretrained=False, freeze_backbone=frozen),
         augment=AugmentConfig(crop=32),
         optim=OptimConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, ema=0.5),
         log_every=1,

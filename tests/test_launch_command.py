@@ -125,7 +125,7 @@ def test_without_slurm_it_says_what_to_do(
 def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None:
     command = ["pretrain", "debug", f"data.shards=[{shard_set}]", "steps=3", "batch_size=4", "log_every=1"]
     command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
-    command += ["watch.every=0"]
+    command += ["watch.every=0", "model.variant=nano"]
     rows = {}
     for processes in (1, 2):
         output = tmp_path / f"run{processes}"
@@ -145,6 +145,7 @@ def test_what_happens_to_one_process_happens_to_all(number: signal.Signals, shar
     output = tmp_path / "run"
     command = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={output}", "steps=4000", "batch_size=4"]
     command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
+    command += ["model.variant=nano"]
     line = [sys.executable, "-m", "dinocell", "launch", "--cluster", "local", "--processes", "2", "--", *command]
     launched = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -46,7 +46,7 @@ def _load_cluster() -> ModuleType:
 slurm = _load_cluster()
 pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"no SLURM here: {slurm.missing()}")
 
-STEPS = 24
+STEPS = 16
 _NUMBER = re.compile(r"submitted (\d+)")
 
 
@@ -63,7 +63,7 @@ def config_of(shard_set: Path, output: Path, **changes: object) -> PretrainConfi
         steps=STEPS,
         batch_size=4,
         views=ViewsConfig(global_size=32, local_size=16, num_local=2),
-        model=ModelConfig(variant="tiny", layer_scale=0.3, drop_path=0.0),
+        model=ModelConfig(variant="nano", layer_scale=0.3, drop_path=0.0),
         heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
         schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=1), last_layer=Freeze(hold=1)),
         log_every=1,

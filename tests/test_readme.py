@@ -152,17 +152,22 @@ def test_a_line_that_cannot_be_typed_is_found(line: str, error: type[BaseExcepti
 
 def test_every_file_of_the_tree_and_every_link_exists() -> None:
     (tree,) = [block.text for block in blocks(README) if block.text.startswith("dinocell/\n")]
-    folder, count = ROOT, 0
+    folder, count, listed = ROOT, 0, set()
     for line in tree.splitlines():
         names = re.split(r"\s{2,}", line.strip())[0].split(", ")
         depth = (len(line) - len(line.lstrip())) // 2
         base = {0: ROOT, 1: ROOT / "dinocell", 2: folder}[depth]
         for name in names:
-            assert list(base.glob(name.rstrip("/"))), f"{name} is not in {base}"
+            found = list(base.glob(name.rstrip("/")))
+            assert found, f"{name} is not in {base}"
+            listed |= set(found)
             count += 1
         if names[0].endswith("/") and depth == 1:
             folder = base / names[0]
     assert count > 100
+    in_parts = {path.parent for path in listed if path.suffix == ".py"}  # other folders have one line for all
+    modules = {path for part in in_parts for path in part.glob("*.py")} - listed
+    assert {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"} == set()
     for path in (README, *DOCS, ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"

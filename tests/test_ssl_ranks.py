@@ -41,7 +41,7 @@ def config_of(shard_set: Path, output: Path, **compute: object) -> PretrainConfi
         steps=STEPS,
         batch_size=12,
         views=ViewsConfig(global_size=32, local_size=16, num_local=2),
-        model=ModelConfig(variant="tiny", layer_scale=0.3, drop_path=0.0),
+        model=ModelConfig(variant="nano", layer_scale=0.3, drop_path=0.0),
         heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
         schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=1), last_layer=Freeze(hold=1)),
         log_every=1,
@@ -87,10 +87,12 @@ def teacher(output: Path) -> dict[str, torch.Tensor]:
     return read_weights(output / "eval" / f"training_{STEPS}" / "teacher_checkpoint.pth").tensors
 
 
-@pytest.fixture
-def alone(shard_set: Path, tmp_path: Path) -> Path:
-    pretrain(config_of(shard_set, tmp_path / "alone"))
-    return tmp_path / "alone"
+@pytest.fixture(scope="module")
+def alone(built_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run of one process."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    pretrain(config_of(built_once, output))
+    return output
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
         steps=10,
         batch_size=4,
         views=ViewsConfig(global_size=32, local_size=16, num_local=2),
-        model=ModelConfig(variant="tiny", layer_scale=0.1, drop_path=0.1),
+        model=ModelConfig(variant="nano", layer_scale=0.1, drop_path=0.1),
         heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
         schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=0.2), last_layer=Freeze(hold=1)),
         log_every=1,
@@ -161,7 +161,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: 
 
 def test_from_weights_the_backbone_rests_at_first(shard_set: Path, tmp_path: Path) -> None:
     start = pretrain(config_of(shard_set, tmp_path / "start", steps=2))
-    model = ModelConfig(variant="tiny", weights=str(start), drop_path=0.0)
+    model = ModelConfig(variant="nano", weights=str(start), drop_path=0.0)
     schedules = Schedules(learning_rate=Schedule(peak=0.01), backbone=Freeze(hold=3, warmup=2))
     config = config_of(shard_set, tmp_path / "run", model=model, schedules=schedules)
     samples, both, trainer = prepared(config)
@@ -214,7 +214,7 @@ def test_a_start_from_a_good_teacher_does_it_no_harm(tmp_path: Path, monkeypatch
         ({"compute": ComputeConfig(device="cuda")}, "cuda was asked for"),
         ({"compute": ComputeConfig(device="cpu", attention="varlen")}, "varlen needs CUDA and bfloat16, got cpu"),
         ({"data": DataConfig(shards=("nowhere",))}, "nowhere: no shard set"),
-        ({"model": ModelConfig(variant="tiny", weights="missing.pth")}, "missing.pth"),
+        ({"model": ModelConfig(variant="nano", weights="missing.pth")}, "missing.pth"),
     ],
 )
 def test_mistakes_are_one_line_before_the_first_step(
@@ -297,7 +297,7 @@ def test_accumulated_parts_give_the_gradient_of_the_whole(shard_set: Path, tmp_p
             optim=OptimConfig(accumulate=parts),
             masking=MaskingConfig(samples_per_group=2),
             losses=LossConfig(centring="softmax", koleo_weight=0.0, centre_momentum=1.0),
-            model=ModelConfig(variant="tiny", layer_scale=0.1, drop_path=0.0),
+            model=ModelConfig(variant="nano", layer_scale=0.1, drop_path=0.0),
         )
         samples, model, trainer = prepared(config)
         levels = channel_levels([each.manifest for each in samples.sets], config.views)
@@ -453,7 +453,7 @@ def on_cuda(shard_set: Path, output: Path, **compute: Any) -> PretrainConfig:
     return config_of(
         shard_set,
         output,
-        model=ModelConfig(variant="tiny", layer_scale=0.1, drop_path=0.0),
+        model=ModelConfig(variant="nano", layer_scale=0.1, drop_path=0.0),
         compute=ComputeConfig(workers=0, **{"device": "cuda", "dtype": "float32", **compute}),
     )
 

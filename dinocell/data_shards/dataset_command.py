@@ -2,7 +2,7 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 _ENCODINGS = ("labels", "regions", "instances")
 _MAX_SKIPPED_LINES = 8
+_ADVICE = {"no cells": "--keep-empty keeps such images", "several channels": "--channel chooses one"}
+_ENCODING_ADVICE = {"not a label image": "--encoding says what masks are"}
 
 
 def register(subparsers: Any) -> None:
@@ -157,10 +159,18 @@ def _run_folder(options: argparse.Namespace) -> None:
     from dinocell.data_shards.labelled_sources import folder_pairs
 
     pairs = folder_pairs(options.input, images=options.images, masks=options.masks, encoding=options.encoding)
-    _build(options, pairs, source=f"{options.images} with {options.masks} ({options.encoding})")
+    source = f"{options.images} with {options.masks} ({options.encoding})"
+    _build(options, pairs, source=source, advice=_ADVICE | _ENCODING_ADVICE)
 
 
-def _build(options: argparse.Namespace, pairs: "Sequence[Pair]", *, source: str, licence: str = "") -> None:
+def _build(
+    options: argparse.Namespace,
+    pairs: "Sequence[Pair]",
+    *,
+    source: str,
+    licence: str = "",
+    advice: Mapping[str, str] = _ADVICE,
+) -> None:
     from rich.console import Console
 
     from dinocell.data_shards.labelled_build import build_labelled
@@ -178,6 +188,7 @@ def _build(options: argparse.Namespace, pairs: "Sequence[Pair]", *, source: str,
             keep_empty=options.keep_empty,
             strict=options.strict,
             overwrite=options.overwrite,
+            advice=advice,
             progress=bar.advance,
         )
     finally:

@@ -7,7 +7,7 @@ one sub-folder a size, or, with a target size, are fitted into a square and padd
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +58,7 @@ def build_labelled(
     keep_empty: bool = False,
     strict: bool = False,
     overwrite: bool = False,
+    advice: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> BuildReport:
     """Write a labelled set (see ``dinocell.data_shards.labelled``).
@@ -80,6 +81,8 @@ def build_labelled(
         Stop at the first pair that cannot be used.
     overwrite
         Replace ``output`` if it is a labelled set; anything else that exists stays.
+    advice
+        By the kind of what is wrong with a pair: which setting of the caller would mend it. It follows the reason.
     progress
         Called with the number of pairs done.
 
@@ -99,10 +102,11 @@ def build_labelled(
                 content = pair.read()
                 example = _prepared(pair.name, content, target_size=target_size, channel=channel, keep_empty=keep_empty)
             except ImageError as error:
-                if strict:
-                    raise
                 kind = error.kind if isinstance(error, PairError) else "cannot be read"
-                writer.skipped.append(Skipped(pair.name, kind, str(error)))
+                reason = f"{error} ({advice[kind]})" if advice and kind in advice else str(error)
+                if strict:
+                    raise PairError(kind, reason) from error
+                writer.skipped.append(Skipped(pair.name, kind, reason))
             else:
                 writer.append(example, content.notes)
             progress(done)
@@ -189,7 +193,7 @@ def _prepared(
     if labels.max() > np.iinfo(np.int32).max:
         raise PairError("ids too large", f"{name}: id {labels.max()}; the largest that fits is {2**31 - 1}")
     if not keep_empty and not labels.any():
-        raise PairError("no cells", f"{name}: the mask is empty (--keep-empty keeps such images)")
+        raise PairError("no cells", f"{name}: the mask is empty")
     try:
         pixels, levels = _to_bgr(picture if channel is None else picture.select(channel))
     except ImageError as error:
@@ -227,7 +231,7 @@ def _to_bgr(picture: Picture) -> tuple[np.ndarray, list[float] | None]:
     pixels = picture.pixels[:-1] if picture.channel_names[-1:] == ("alpha",) else picture.pixels
     if len(pixels) not in (1, 3):
         names = f" ({', '.join(picture.channel_names)})" if picture.channel_names else ""
-        raise PairError("values or channels", f"{len(pixels)} channels{names}; choose one with --channel")
+        raise PairError("several channels", f"{len(pixels)} channels{names}; expected one, or red, green and blue")
     levels = None
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255

@@ -12,6 +12,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def make_plan(
     ImageError
         If no field can be read.
     """
+    is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     folder = output / f"{BUILD_FOLDER}-{secrets.token_hex(4)}.part"
     (folder / "fields").mkdir(parents=True)
@@ -110,9 +112,17 @@ def make_plan(
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if is_new:
+            _remove_if_empty(output)
     plan = open_plan(output)
     assert plan is not None
     return plan
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder that nothing was put into: another process may be building there."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _spool(source: Source, folder: Path, listed: Callable[[int], None]) -> int:

@@ -115,7 +115,8 @@ class PatternSource:
     """Files whose relative paths follow a pattern: ``{plate}/{well}_s{site}_w{channel}.tif`` (see ``NamePattern``).
 
     The id is made of all fields but the channel. Fields other than plate, well, site and channel become labels.
-    Without a ``{channel}`` each file is a field with the channels that it holds.
+    Without a ``{channel}`` each file is a field with the channels that it holds, a grey picture stored as colour with
+    one, ``grey``; with two names or more in ``channels`` it has the channels that its file has.
 
     Attributes
     ----------
@@ -284,7 +285,7 @@ def _pattern_file(file: Listed, values: dict[str, str], channels: tuple[str, ...
         field_id="/".join(value for name, value in values.items() if name != "channel" and value) or "field",
         channel=values.get("channel", ""),
         path=file.path,
-        layout="grey" if by_channel else "planes",
+        layout="grey" if by_channel else "colour" if len(channels) < 2 else "planes",
         channels=() if by_channel else channels,
         plate=values.get("plate"),
         well=values.get("well"),

@@ -30,6 +30,7 @@ from dinocell.runtime.progress import start_progress
 
 # Images that a worker keeps prepared: a small set is prepared once, of a large one little is kept.
 _KEPT_IMAGES = 64
+_ADVICE = {"several channels": "data.channel chooses one", "not a label image": "data.encoding says what masks are"}
 # Pairs that are named where some were left out; dataset.json has them all.
 _MOST_NAMES = 10
 
@@ -80,11 +81,17 @@ def open_sets(config: DataConfig, folder: Path, *, anew: bool = False) -> list[P
         bar = start_progress(Console(stderr=True), total_steps=len(pairs), batch_size=1)
         try:
             build_labelled(
-                pairs, output, source=str(root), channel=channel, overwrite=output.exists(), progress=bar.advance
+                pairs,
+                output,
+                source=str(root),
+                channel=channel,
+                overwrite=output.exists(),
+                advice=_ADVICE,
+                progress=bar.advance,
             )
         except ImageError as error:  # in the user's words: the folder is of our making
             reason = str(error).removeprefix(f"{output}: ")
-            raise DinocellError(f"data.images, data.masks: {reason} (data.encoding, data.channel)") from error
+            raise DinocellError(f"data.images, data.masks: {reason}") from error
         finally:
             bar.close()
     return [output]
