@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinocell.errors import DinocellError
-from dinocell.eval.feature_files import extract_to, read_features
+from dinocell.eval.feature_files import extract_to, read_features, weights_of
 from dinocell.eval.features import FeatureSettings, extract
 from dinocell.eval.image_sets import ShardImages
 from dinocell.models.vit import VisionTransformer, variant_config
@@ -78,3 +78,10 @@ def test_features_of_something_else_are_not_mixed_in(shard_set: Path, tmp_path: 
         extract_to(tmp_path / "out", vit, images, FeatureSettings(channels="mean"), weights="w")
     with pytest.raises(DinocellError, match=r"nothing: holds no features"):
         read_features(tmp_path / "nothing")
+
+
+def test_folders_that_do_not_say_where_the_weights_lay_are_of_no_run(tmp_path: Path) -> None:
+    (tmp_path / "extraction.json").write_text('{"weights": "a hash"}')
+    assert weights_of(tmp_path) == ""
+    (tmp_path / "extraction.json").write_text('{"weights": "a hash", "weights_from": "teacher.pth"}')
+    assert weights_of(tmp_path) == "teacher.pth"

@@ -17,7 +17,7 @@ from dinocell.data_shards.images import write_png
 from dinocell.eval.feature_files import extract_to, read_features
 from dinocell.eval.features import FeatureSettings
 from dinocell.eval.image_sets import ShardImages
-from dinocell.eval.knn import knn_scores, own_part
+from dinocell.eval.knn import knn_scores
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World, together
 
@@ -42,7 +42,7 @@ def votes(world: World, *, tied: bool, multilabel: bool, count: int) -> dict[int
     labels = torch.randint(0, 5, (count,), generator=generator)
     rows = torch.randint(0, 2, (count, 5), generator=generator).float()
     return knn_scores(
-        known[own_part(count, world)],
+        known[world.part(count)],
         rows if multilabel else labels,
         asked,
         ks=[1, 4, count],

@@ -3,10 +3,11 @@
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from dinocell.runtime.memory import available_bytes
+from dinocell.runtime.memory import available_bytes, peak_bytes
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -62,3 +63,11 @@ def test_this_machine_has_less_than_its_whole_memory() -> None:
     found = available_bytes(CPU)
     assert found is not None
     assert 0 < found <= whole
+
+
+def test_the_peak_does_not_fall_when_memory_is_given_back() -> None:
+    before = peak_bytes(torch.device("cpu"))
+    taken = np.ones(before // 8 + 10**6)  # more than this process has ever had
+    assert peak_bytes(torch.device("cpu")) >= taken.nbytes
+    del taken
+    assert peak_bytes(torch.device("cpu")) >= before

@@ -13,7 +13,6 @@ import numpy as np
 from dinocell.errors import DinocellError
 from dinocell.eval.features import Features, FeatureSettings, feature_rows, other_channels
 from dinocell.eval.image_sets import ImageSet
-from dinocell.eval.knn import own_part
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.distributed import World, barrier
@@ -68,7 +67,7 @@ def extract_to(
     _claim(folder, facts, weights, world)
     path, part = folder / "features.npy", folder / f".features-{world.rank}-of-{world.size}.jsonl"
     if not (folder / "rows.csv").exists():
-        _extract_part(part, backbone, images, settings, own_part(len(images), world), half=half, progress=progress)
+        _extract_part(part, backbone, images, settings, world.part(len(images)), half=half, progress=progress)
         barrier()
         if world.is_main:
             _join(folder, images, world.size, half=half)
@@ -187,9 +186,9 @@ def read_features(folder: Path) -> Features:
 
 
 def weights_of(folder: Path) -> str:
-    """Return where the weights of the features lay when they were extracted."""
+    """Return where the weights of the features lay when they were extracted; "" in folders that do not say."""
     said: dict[str, str] = json.loads((folder / "extraction.json").read_text(encoding="utf-8"))
-    return said[_PLACE]
+    return said.get(_PLACE, "")
 
 
 def fingerprint(weights: str) -> str:

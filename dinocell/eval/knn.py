@@ -20,11 +20,6 @@ from dinocell.runtime.distributed import World, gather, max_over_ranks
 TEMPERATURE = 0.07
 
 
-def own_part(count: int, world: World) -> slice:
-    """Return which of ``count`` rows are this rank's: one span each, in the order of the ranks."""
-    return slice(count * world.rank // world.size, count * (world.rank + 1) // world.size)
-
-
 @torch.no_grad()
 def knn_scores(
     train: Float[Tensor, "part d"],
@@ -44,7 +39,7 @@ def knn_scores(
     ----------
     train, queries
         Features in any scale; they are brought to unit length here, a chunk at a time. With several ranks, ``train``
-        is this rank's part of them, `own_part`.
+        is this rank's part of them, `World.part`.
     labels
         A class number for each training image, or for multi-label sets a row of zeros and ones; of all ranks' images.
     num_classes
@@ -70,7 +65,7 @@ def knn_scores(
     for chunk in queries.split(query_chunk):
         cosine, index = _nearest(train, _unit(chunk), count=max(ks), train_chunk=train_chunk)
         if world.size > 1:
-            cosine, index = _of_all_ranks(cosine, index + own_part(len(labels), world).start, max(ks), world)
+            cosine, index = _of_all_ranks(cosine, index + world.part(len(labels)).start, max(ks), world)
         weight = torch.exp((cosine - cosine[:, :1]) / temperature)
         voters = labels[index]
         votes = one_hot(voters, num_classes or -1).float() if labels.ndim == 1 else voters
@@ -132,7 +127,7 @@ def _check(
     positive: tuple[float | int, ...],
     world: World,
 ) -> None:
-    part = own_part(len(labels), world)
+    part = world.part(len(labels))
     if len(train) != part.stop - part.start:
         raise ValueError(
             f"expected {part.stop - part.start} training features for {len(labels)} labels and {world.size} ranks, got "

@@ -83,12 +83,10 @@ def _check_neighbours(ks: Sequence[int], count: int) -> None:
 
 
 def _plain(options: argparse.Namespace, material: Material) -> "tuple[dict[int, torch.Tensor], Task, int]":
-    from dinocell.eval.knn import own_part
-
     task = material.task
     _check_neighbours(options.nb_knn, len(task.train))
     rows = task.train_kept.nonzero()[:, 0]
-    train = material.train.tensor(rows[own_part(len(rows), material.world)])
+    train = material.train.tensor(rows[material.world.part(len(rows))])
     scores = _ask(options, material, train, task.train, material.test.tensor(task.test_kept))
     return scores, task, len(task.train)
 
@@ -121,7 +119,6 @@ def _leave_one_out(options: argparse.Namespace, material: Material) -> "tuple[di
     import torch
 
     from dinocell.eval.image_sets import labels_of
-    from dinocell.eval.knn import own_part
 
     task = material.task
     if task.multilabel:
@@ -144,7 +141,7 @@ def _leave_one_out(options: argparse.Namespace, material: Material) -> "tuple[di
     for group in sorted(set(groups)):
         asked = torch.from_numpy(groups == group)
         known, labels = torch.cat((train, test[~asked])), torch.cat((task.train, task.test[~asked]))
-        part = own_part(len(known), material.world)
+        part = material.world.part(len(known))
         found = _ask(options, material, known[part], labels, test[asked])
         for k, each in found.items():
             scores[k][asked] = each

@@ -6,7 +6,6 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 from typing import Any
 
@@ -23,6 +22,7 @@ from dinocell.finetune.summary import describe_run
 from dinocell.finetune.validation import Scorer, choose_thresholds, validation_error
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.distributed import World, barrier, together
+from dinocell.runtime.memory import peak_bytes
 from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.runtime.schedules import Schedule, value_at
@@ -82,8 +82,7 @@ def dry_run(config: FinetuneConfig) -> str:
             new = min(new, math.ceil(training.crops.num_drawn / config.crops_a_step))
             again = _timed_step(training, number, batch)
         total = timedelta(seconds=round(seconds * new + again * (training.total_steps - new)))
-        cuda = world.device.type == "cuda"
-        used = torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        used = peak_bytes(world.device)
         kept = f", {again:.2f} s when its crops come again" if training.learner.kept else ""
         return "\n".join(
             [

@@ -49,6 +49,10 @@ class World:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
+    def part(self, count: int) -> slice:
+        """Return which of ``count`` rows are this rank's: one span each, in the order of the ranks."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
 
 def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     """Join the other processes, if there are any.

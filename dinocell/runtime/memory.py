@@ -1,7 +1,9 @@
-"""How much memory there is to be had: a GPU's own, or the machine's within the limits that a job was given."""
+"""How much memory there is to be had, of a GPU or of the machine within a job's limits, and how much was taken."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 
@@ -24,6 +26,13 @@ def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | No
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     rooms = [*_of_machine(root), *_of_groups(root)]
     return max(0, min(rooms)) if rooms else None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most that was taken: on CUDA by tensors since the last reset, else by this process in its life."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _of_machine(root: Path) -> Iterator[int]:

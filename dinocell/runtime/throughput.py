@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from resource import RUSAGE_SELF, getrusage
 from typing import TypeVar
 
 import torch
+
+from dinocell.runtime.memory import peak_bytes
 
 Item = TypeVar("Item")
 
@@ -93,8 +94,8 @@ def peak_flop_per_s(name: str) -> float | None:
 
 
 def _memory(device: torch.device) -> dict[str, float]:
+    peak = peak_bytes(device) / 1e9
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 1e9
         torch.cuda.reset_peak_memory_stats(device)
         return {"memory/gb": torch.cuda.memory_allocated(device) / 1e9, "memory/peak_gb": peak}
-    return {"memory/peak_gb": 1024 * getrusage(RUSAGE_SELF).ru_maxrss / 1e9}
+    return {"memory/peak_gb": peak}

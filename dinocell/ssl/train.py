@@ -6,7 +6,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import Weights, save_weights
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.distributed import World, from_main, together
+from dinocell.runtime.memory import peak_bytes
 from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.runtime.throughput import Throughput
@@ -58,12 +58,11 @@ def dry_run(config: PretrainConfig) -> str:
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start  # of the last, which is warm
-        cuda = world.device.type == "cuda"
-        used = torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        used = peak_bytes(world.device) / 1e9
         return "\n".join(
             [
                 *describe_run(config, samples, model, world),
-                f"a step takes {seconds:.2f} s on {world.device}, reading included; {used / 1e9:.1f} GB at the peak",
+                f"a step takes {seconds:.2f} s on {world.device}, reading included; {used:.1f} GB at the peak",
                 f"the run would take {timedelta(seconds=round(seconds * config.steps))}; nothing was written",
             ]
         )
