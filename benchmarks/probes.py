@@ -36,7 +36,7 @@ def main() -> None:
     memory = {name: peak(name) for name in sides}
     seconds = alternate(sides, rounds=1 if options.quick else options.rounds, warmup=0)
     grids = classifiers(300 if options.quick else 2000)
-    grid_seconds = alternate(grids, rounds=1, warmup=0)
+    grid_seconds = alternate(grids, rounds=1 if options.quick else options.rounds, warmup=0)
     lines = [
         "# Probes",
         "",

@@ -192,19 +192,20 @@ def train_grid(
     optimizer = torch.optim.AdamW([weight, bias], betas=_BETAS, eps=_EPS, weight_decay=0.0, fused=True)
     per_epoch = settings.epoch_steps or max(1, count // settings.batch_size)
     steps = settings.epochs * per_epoch
-    batches = _batches(count, min(settings.batch_size, count), generator)
+    batches = _batches(rows, labels, min(settings.batch_size, count), generator)
+    decaying, decays = bool(decays.any()), rates * decays
     for step in range(steps):
-        which = next(batches)
-        batch, wanted = features[rows[which]].to(device).float(), labels[which].to(device)
+        which, wanted = next(batches)
+        batch, wanted = features[which].to(device).float(), wanted.to(device)
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
             logits = F.linear(batch, weight.flatten(0, 1), bias.flatten()).unflatten(1, (len(grid), num_classes))
             # The sum over classifiers of each one's mean loss has each one's own gradient.
-            residual = (_residual(logits.mul_(rates[:, None]), wanted) / len(batch)).flatten(1)
+            residual = _residual(logits.mul_(rates[:, None]), wanted).flatten(1)
             weight.grad = (residual.T @ batch).unflatten(0, (len(grid), num_classes))
             bias.grad = residual.sum(0).unflatten(0, (len(grid), num_classes))
-            if decays.any():
-                shrink = 1 - cosine * rates * decays
+            if decaying:
+                shrink = 1 - cosine * decays
                 weight.mul_(shrink[:, None, None])
                 bias.mul_(shrink[:, None])
         optimizer.param_groups[0]["lr"] = cosine
@@ -214,21 +215,24 @@ def train_grid(
 
 
 def _residual(logits: Float[Tensor, "b g c"], labels: Tensor) -> Float[Tensor, "b g c"]:
-    """Return the gradient of the loss of each row and classifier by its logits."""
+    """Return the gradient of the mean loss of each classifier by its logits."""
     if labels.ndim == 1:
         probabilities = logits.softmax(-1)
         probabilities[torch.arange(len(labels)), :, labels] -= 1
-        return probabilities
+        return probabilities.div_(len(labels))
     # The mean over classes as well, as torch's binary cross entropy has it.
-    return (logits.sigmoid() - labels[:, None]) / labels.shape[1]
+    return (logits.sigmoid() - labels[:, None]).div_(labels.numel())
 
 
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches without end: each image once a pass, the rest of a pass that fills no batch left out."""
+def _batches(
+    rows: Int[Tensor, " n"], labels: Tensor, size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows and labels without end: each image once a pass, the rest of a pass that fills no batch left out."""
     while True:
-        order = torch.randperm(count, generator=generator)
-        for start in range(0, count - size + 1, size):
-            yield order[start : start + size]
+        order = torch.randperm(len(rows), generator=generator)
+        rows_now, labels_now = rows[order], labels[order]
+        for start in range(0, len(rows) - size + 1, size):
+            yield rows_now[start : start + size], labels_now[start : start + size]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
