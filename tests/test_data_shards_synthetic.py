@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 from scipy import ndimage
+from skimage.measure import regionprops
 
-from dinocell.data_shards.synthetic import CELL_TYPES, STAINS, SyntheticConfig, SyntheticField, make_field
+from dinocell.data_shards.synthetic import CELL_SHAPES, CELL_TYPES, STAINS, SyntheticConfig, SyntheticField, make_field
 
 ALL_STAINS = tuple(STAINS)
 
@@ -182,7 +183,7 @@ def test_pictures_are_neither_black_nor_saturated() -> None:
         ({"num_cells": (9, 3)}, "num_cells: expected"),
         ({"cell_radius_px": 1.0}, "cell_radius_px: expected at least 4, got 1.0"),
         ({"touching": 1.5}, "touching: expected a share"),
-        ({"num_classes": 5}, "num_classes: expected a number from 1 to 4, got 5"),
+        ({"num_classes": 5}, "num_classes: expected a number from 1 to 4, that of cell_types, got 5"),
         ({"num_classes": 2, "class_weights": (1.0,)}, r"class_weights: expected 2 numbers .* got \(1.0,\)"),
         ({"class_weights": (0.0, 0.0, 0.0, 0.0)}, "class_weights: expected"),
         ({"blur_px": (2.0, 1.0)}, "blur_px: expected"),
@@ -211,3 +212,20 @@ def test_cells_that_lie_beyond_the_edge_are_left_out() -> None:
     crowded = SyntheticConfig(size=(1024, 1024), num_cells=(1048, 1048), cell_radius_px=14.0, channels=("DNA",))
     field = make_field(0, crowded)
     assert 800 < field.labels.max() <= 1048
+
+
+def test_shapes_differ_in_outline_and_not_in_area() -> None:
+    areas, elongations = [], []
+    for number, shape in enumerate(CELL_SHAPES):
+        weights = tuple(float(number == other) for other in range(len(CELL_SHAPES)))
+        config = SyntheticConfig(cell_types=CELL_SHAPES, class_weights=weights, touching=0.0, channels=("DNA",))
+        fields = [make_field(seed, config) for seed in range(2)]
+        assert fields[0].class_names[number] == shape.name
+        cells = [cell for field in fields for cell in regionprops(field.labels)]
+        areas.append(np.median([cell.area for cell in cells]))
+        elongations.append(np.median([cell.axis_major_length / cell.axis_minor_length for cell in cells]))
+    assert max(areas) < 1.2 * min(areas)
+    disc, rod, arms, star = elongations
+    assert rod > arms > max(disc, star)
+    same = ("brightness", "chromatin", "chromatin_grain", "nucleoli", "edge_actin", "fibre_actin", "mito_grain")
+    assert all(len({getattr(shape, name) for shape in CELL_SHAPES}) == 1 for name in same)

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8, UInt16
 
 from dinocell.data_shards.synthetic_cells import grow, settle
-from dinocell.data_shards.synthetic_config import CELL_TYPES, SyntheticConfig
+from dinocell.data_shards.synthetic_config import CELL_SHAPES, CELL_TYPES, SyntheticConfig
 from dinocell.data_shards.synthetic_stains import STAINS
 from dinocell.data_shards.synthetic_textures import blurred
 
-__all__ = ["CELL_TYPES", "STAINS", "SyntheticConfig", "SyntheticField", "make_field"]
+__all__ = ["CELL_SHAPES", "CELL_TYPES", "STAINS", "SyntheticConfig", "SyntheticField", "make_field"]
 
 _Array = np.ndarray
 
@@ -67,7 +67,7 @@ def make_field(seed: int | np.random.SeedSequence, config: SyntheticConfig | Non
         nuclei=np.where(canvas.nucleus_radius < 1, canvas.labels, 0).astype(np.int32),
         classes=canvas.cells.kind.copy(),
         channel_names=config.channels,
-        class_names=tuple(kind.name for kind in CELL_TYPES[: config.num_classes]),
+        class_names=tuple(kind.name for kind in config.cell_types[: config.num_classes]),
     )
 
 

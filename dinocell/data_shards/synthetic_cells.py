@@ -7,7 +7,7 @@ import numpy as np
 from scipy import ndimage
 
 from dinocell.data_shards.distance import distance_to_boundary
-from dinocell.data_shards.synthetic_config import CELL_TYPES, SyntheticConfig
+from dinocell.data_shards.synthetic_config import CellType, SyntheticConfig
 from dinocell.data_shards.synthetic_textures import SHEET_PX, sheets, smooth_noise
 
 _Array = np.ndarray
@@ -16,7 +16,8 @@ _Array = np.ndarray
 class Cells(NamedTuple):
     """The cells of a field, one row a cell; lengths in pixels, angles in radians."""
 
-    kind: _Array  # class
+    types: tuple[CellType, ...]  # the classes
+    kind: _Array  # number of the class
     row: _Array  # centre
     column: _Array
     angle: _Array  # of the long axis
@@ -32,7 +33,11 @@ class Cells(NamedTuple):
 
     def keep(self, which: _Array) -> "Cells":
         """Return some of the cells."""
-        return Cells(*(column[which] for column in self))
+        return Cells(self.types, *(column[which] for column in self[1:]))
+
+    def of_class(self, name: str) -> _Array:
+        """Return a property of each cell's class."""
+        return _of_class(self.types, self.kind, name)
 
 
 _NUM_ANGLES = 512
@@ -40,9 +45,8 @@ _TRIES = 24  # places that a cell looks at
 _MITOTIC_SHARE = 0.03
 
 
-def of_kind(kind: _Array, name: str) -> _Array:
-    """Return a property of each cell's class."""
-    return np.asarray(np.array([getattr(cell_type, name) for cell_type in CELL_TYPES], np.float32)[kind])
+def _of_class(types: tuple[CellType, ...], kind: _Array, name: str) -> _Array:
+    return np.asarray(np.array([getattr(cell_type, name) for cell_type in types], np.float32)[kind])
 
 
 def settle(generator: np.random.Generator, config: SyntheticConfig) -> Cells:
@@ -52,7 +56,7 @@ def settle(generator: np.random.Generator, config: SyntheticConfig) -> Cells:
     kind = generator.choice(config.num_classes, n, p=weights / weights.sum())
 
     def vary(name: str, spread: float) -> _Array:
-        drawn: _Array = of_kind(kind, name) * np.exp(generator.normal(0, spread, n))
+        drawn: _Array = _of_class(config.cell_types, kind, name) * np.exp(generator.normal(0, spread, n))
         return drawn
 
     mitotic = generator.random(n) < _MITOTIC_SHARE
@@ -66,12 +70,13 @@ def settle(generator: np.random.Generator, config: SyntheticConfig) -> Cells:
     # A nucleus is rarely in the very middle; an elongated cell leaves it more room along its axis.
     along, across = generator.normal(0, 0.09, (2, n)) * radius * [[1], [0.6]]
     cells = Cells(
+        types=config.cell_types,
         kind=kind,
         row=row,
         column=column,
         angle=angle,
         radius=radius,
-        outline=_outlines(generator, kind, radius, aspect, angle, mitotic),
+        outline=_outlines(generator, config.cell_types, kind, radius, aspect, angle, mitotic),
         nucleus_row=row + along * np.sin(angle) + across * np.cos(angle),
         nucleus_column=column + along * np.cos(angle) - across * np.sin(angle),
         nucleus_length=nucleus * np.sqrt(nucleus_aspect),
@@ -122,7 +127,13 @@ def _room(candidates: _Array, centres: _Array, reach: _Array) -> _Array:
 
 
 def _outlines(
-    generator: np.random.Generator, kind: _Array, radius: _Array, aspect: _Array, angle: _Array, mitotic: _Array
+    generator: np.random.Generator,
+    types: tuple[CellType, ...],
+    kind: _Array,
+    radius: _Array,
+    aspect: _Array,
+    angle: _Array,
+    mitotic: _Array,
 ) -> _Array:
     """Draw each cell's radius in every direction: an ellipse, lobes, and the arms that its class has."""
     n = len(kind)
@@ -133,8 +144,8 @@ def _outlines(
     for order, size in ((2, 0.06), (3, 0.08), (4, 0.05), (5, 0.03), (7, 0.015)):
         lobe = generator.normal(0, size, (n, 1)) * calm
         shape *= 1 + lobe * np.cos(order * turn + generator.uniform(0, 2 * np.pi, (n, 1)))
-    num_arms, arm = of_kind(kind, "protrusions"), of_kind(kind, "arm")
-    for j in range(max(cell_type.protrusions for cell_type in CELL_TYPES)):
+    num_arms, arm = _of_class(types, kind, "protrusions"), _of_class(types, kind, "arm")
+    for j in range(max(cell_type.protrusions for cell_type in types)):
         # Arms are spread about the cell, the first two along its axis.
         towards = angle + 2 * np.pi * j / np.maximum(num_arms, 1) + generator.normal(0, 0.35, n)
         length = arm * generator.uniform(0.3, 1.4, n) * (j < num_arms) * ~mitotic

@@ -1,6 +1,6 @@
 """What a synthetic field may look like: the classes of cells, the stains, and the settings of a field."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 STAIN_NAMES = ("DNA", "RNA", "ER", "AGP", "Mito", "Phase")
 
@@ -54,6 +54,35 @@ CELL_TYPES = (
 )  # fmt: skip
 
 
+def _shape(
+    name: str, *, radius: float, aspect: float, nucleus_aspect: float, arms: int = 0, arm: float = 0.0
+) -> CellType:
+    """Return the class "epithelial" with another outline; what is a share of the radius keeps its size in pixels."""
+    plain = CELL_TYPES[0]
+    return replace(
+        plain,
+        name=name,
+        radius=radius,
+        aspect=aspect,
+        protrusions=arms,
+        arm=arm,
+        nucleus=plain.nucleus / radius,
+        nucleus_aspect=nucleus_aspect,
+        reach=plain.reach / radius,
+        golgi=plain.golgi / radius,
+    )
+
+
+# Classes that differ in the outlines of cells and nuclei alone; the radii make up for the area of arms. Brightness and
+# texture hardly tell them apart, as they do the classes above: what names them has seen shapes.
+CELL_SHAPES = (
+    _shape("disc", radius=1.0, aspect=1.0, nucleus_aspect=1.0),
+    _shape("rod", radius=1.04, aspect=2.6, nucleus_aspect=2.2),
+    _shape("two arms", radius=0.88, aspect=1.1, nucleus_aspect=1.5, arms=2, arm=1.2),
+    _shape("star", radius=0.81, aspect=1.0, nucleus_aspect=1.0, arms=5, arm=0.9),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
     """How a field looks. The same seed gives the same cells whatever the channels, the noise and the bit depth are.
@@ -71,8 +100,10 @@ class SyntheticConfig:
         Radius of a typical cell, in pixels.
     touching
         Share of the cells, in [0, 1], that settle beside another cell; the others keep away as long as there is room.
+    cell_types
+        The classes: :data:`CELL_TYPES`, which differ in everything, :data:`CELL_SHAPES`, or your own.
     num_classes
-        How many of :data:`CELL_TYPES` occur.
+        How many of them occur.
     class_weights
         How frequent each class is, ``num_classes`` numbers; None is equally frequent. ``(0, 1, 0, 0)`` is a pure field.
     blur_px
@@ -94,6 +125,7 @@ class SyntheticConfig:
     num_cells: tuple[int, int] = (24, 44)
     cell_radius_px: float = 18.0
     touching: float = 0.7
+    cell_types: tuple[CellType, ...] = CELL_TYPES
     num_classes: int = 4
     class_weights: tuple[float, ...] | None = None
     blur_px: tuple[float, float] = (0.7, 1.4)
@@ -118,7 +150,8 @@ class SyntheticConfig:
                "(fewest, most) with 0 <= fewest <= most")  # fmt: skip
         expect(self.cell_radius_px >= 4, "cell_radius_px", "at least 4")
         expect(0 <= self.touching <= 1, "touching", "a share in [0, 1]")
-        expect(1 <= self.num_classes <= len(CELL_TYPES), "num_classes", f"a number from 1 to {len(CELL_TYPES)}")
+        most = len(self.cell_types)
+        expect(1 <= self.num_classes <= most, "num_classes", f"a number from 1 to {most}, that of cell_types")
         if self.class_weights is not None:
             right = len(self.class_weights) == self.num_classes and min(self.class_weights) >= 0
             expect(right and sum(self.class_weights) > 0, "class_weights",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dinocell.data_shards.synthetic_cells import Canvas, of_kind
+from dinocell.data_shards.synthetic_cells import Canvas
 from dinocell.data_shards.synthetic_textures import blurred
 
 _Array = np.ndarray
@@ -12,8 +12,8 @@ _Array = np.ndarray
 
 def _varied(generator: np.random.Generator, canvas: Canvas, name: str, spread: float = 0.15) -> _Array:
     """Give every pixel its cell's property, each cell a little off its class."""
-    kind = canvas.cells.kind
-    return canvas.per_pixel(of_kind(kind, name) * np.exp(generator.normal(0, spread, len(kind))))
+    of_class = canvas.cells.of_class(name)
+    return canvas.per_pixel(of_class * np.exp(generator.normal(0, spread, len(of_class))))
 
 
 def _brightness(generator: np.random.Generator, canvas: Canvas) -> _Array:
@@ -35,7 +35,7 @@ def _dna(canvas: Canvas, generator: np.random.Generator) -> _Array:
 def _rna(canvas: Canvas, generator: np.random.Generator) -> _Array:
     """Paint nucleoli and the cytoplasm, fullest about the nucleus."""
     n = len(canvas.cells.kind)
-    count = generator.poisson(of_kind(canvas.cells.kind, "nucleoli")) * ~canvas.cells.mitotic
+    count = generator.poisson(canvas.cells.of_class("nucleoli")) * ~canvas.cells.mitotic
     count = np.maximum(count, ~canvas.cells.mitotic)
     pixels = np.flatnonzero(canvas.nucleus)
     owner = canvas.labels.ravel()[pixels] - 1
