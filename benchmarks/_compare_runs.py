@@ -1,11 +1,13 @@
-"""Compare fine-tuned runs on the validation images that they share: one table, with intervals.
+"""Compare fine-tuned runs on images that none was trained on: one table, with intervals.
 
     python benchmarks/_compare_runs.py RUN [RUN ...]     # folders of `dinocell finetune`; writes results/real_run.md
-    python benchmarks/_compare_runs.py RUN --picture validation.png    # and draws the first run's validation images
+    python benchmarks/_compare_runs.py RUN --picture validation.png    # and draws the first run's images
+    python benchmarks/_compare_runs.py RUN SEGMENTER --sets datasets/test/*     # on labelled sets; segmenters as well
 
-The runs must have been trained on the same sets with the same seed: then their validation images, chosen by image and
-never trained on, are the same, and this checks it. The thresholds are those in each run's file, which fine-tuning found
-on these same images: all rows profit alike; for a number that stands alone take other images (`dinocell evaluate`).
+Without ``--sets`` the runs must have been trained on the same sets with the same seed: then their validation images,
+chosen by image and never trained on, are the same, and this checks it. The thresholds are those in each run's file,
+which fine-tuning found on these same images: all rows profit alike. With ``--sets`` the numbers stand alone, if neither
+a run's training nor its validation has seen those images.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from _harness import write_result
 
 from dinocell.configs.load import load_config
 from dinocell.data_shards.images import write_png
-from dinocell.data_shards.labelled import LabelledImage
+from dinocell.data_shards.labelled import LabelledImage, open_labelled
 from dinocell.eval.baseline import otsu_baseline
 from dinocell.eval.bootstrap import ctc_intervals, matching_intervals
 from dinocell.eval.outputs import overlay
@@ -31,34 +33,31 @@ from dinocell.finetune.model import DINOCell
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--picture", type=Path, help="PNG: the first run's validation images, truth beside prediction")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="labelled sets to compare on")
+    parser.add_argument("--picture", type=Path, help="PNG: the first run's images, truth above prediction")
+    parser.add_argument("--result", default="real_run", help="name of the result file")
     options = parser.parse_args()
-    lines, kinds, names = [], [], None
+    images = [image for path in options.sets for image in open_labelled(path)] or validation_images(options.runs[0])
+    names = [image.name for image in images]
+    kinds = [is_phase_contrast(image) for image in images]
+    lines = [row("Otsu + watershed, no training", images, [otsu(image) for image in images], kinds, "")]
     for run in options.runs:
-        config = load_config(FinetuneConfig, run / "config.yaml", [])
-        images = split(
-            open_sets(config.data, config.output), config.data, seed=config.seed, record=None
-        ).validation_images()
-        if names is None:
-            names = [image.name for image in images]
-            kinds = [is_phase_contrast(image) for image in images]
-            lines += [row("Otsu + watershed, no training", images, [otsu(image) for image in images], kinds, "")]
-            heading = (
-                f"{len(images)} validation images: {len(images) - sum(kinds)} of nuclei, {sum(kinds)} of whole cells "
-                f"in phase contrast, {sum(int(len(np.unique(image.labels)) - 1) for image in images)} cells."
-            )
-        if [image.name for image in images] != names:
+        if not options.sets and [image.name for image in validation_images(run)] != names:
             raise SystemExit(f"{run}: has other validation images than {options.runs[0]}")
-        pipeline = DINOCellPipeline(DINOCell.from_pretrained(run / "best.pt"))
+        pipeline = DINOCellPipeline(DINOCell.from_pretrained(run if run.is_file() else run / "best.pt"))
         predicted = [pipeline.run(np.asarray(image.pixels)) for image in images]
         if run == options.runs[0] and options.picture:
             write_png(options.picture, sheet(images, predicted))
-        lines.append(row(describe(run, config), images, predicted, kinds, trained(run)))
+        lines.append(row(describe(run), images, predicted, kinds, trained(run)))
+        print(lines[-1], flush=True)
     text = "\n".join(
         [
             "# Fine-tuned on real images",
             "",
-            f"{heading} Intervals are 95 %, drawn over images.",
+            f"{len(images)} {'test' if options.sets else 'validation'} images: {len(images) - sum(kinds)} of nuclei, "
+            f"{sum(kinds)} of whole cells in phase contrast, "
+            f"{sum(int(len(np.unique(image.labels)) - 1) for image in images):,} cells. Intervals are 95 %, drawn over "
+            "images.",
             "",
             "| run | OP_CSB | SEG | DET | AP at IoU 0.5 | OP_CSB, nuclei | OP_CSB, phase contrast | training |",
             "|---|---|---|---|---|---|---|---|",
@@ -66,16 +65,29 @@ def main() -> None:
         ]
     )
     print(text)
-    print(write_result("real_run", text, ["torch", "numpy"]))
+    print(write_result(options.result, text, ["torch", "numpy"]))
 
 
-def describe(run: Path, config: FinetuneConfig) -> str:
+def validation_images(run: Path) -> list[LabelledImage]:
+    config = load_config(FinetuneConfig, run / "config.yaml", [])
+    chosen = split(open_sets(config.data, config.output), config.data, seed=config.seed, record=None)
+    return chosen.validation_images()
+
+
+def describe(run: Path) -> str:
+    if run.is_file():
+        return run.name
+    config = load_config(FinetuneConfig, run / "config.yaml", [])
     weights = "random" if config.model.weights is None else f"pretrained ({Path(config.model.weights).parts[-4]})"
+    if config.model.segmenter is not None:
+        weights = f"from {Path(config.model.segmenter).name}"
     how = "frozen" if config.model.freeze_backbone else "free"
     return f"{run.name}: {config.model.size}, patch {config.model.patch_size}, {weights}, {how}"
 
 
 def trained(run: Path) -> str:
+    if run.is_file():
+        return ""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return f"{max(entry['step'] for entry in entries)} steps"
 
