@@ -38,8 +38,9 @@ from dinocell.ssl.pictures import draw_features, principal_colours
 from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import dry_run, pretrain
 from dinocell.ssl.trainer import Trainer
+from dinocell.ssl.view_levels import channel_levels
 from dinocell.ssl.view_plan import ViewsConfig
-from dinocell.ssl.views import Views, channel_levels, make_views
+from dinocell.ssl.views import Views, make_views
 
 
 def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
