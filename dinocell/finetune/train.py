@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
-from dinocell.finetune.data import Crops, Examples, Split, crops_of_step, loader, open_sets, split
+from dinocell.finetune.data import Crops, Examples, crops_of_step, loader
 from dinocell.finetune.kept_features import bytes_of_crop, in_bytes
 from dinocell.finetune.learner import Learner
 from dinocell.finetune.pictures import draw_examples
+from dinocell.finetune.sets import Split, open_sets, split
 from dinocell.finetune.summary import describe_run
 from dinocell.finetune.validation import Scorer, choose_thresholds, validation_error
 from dinocell.runtime.checkpoint import Checkpointer
