@@ -228,6 +228,16 @@ def test_mistakes_are_one_line_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_kernel_that_is_not_installed_is_one_line_before_the_first_step(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)  # what Python keeps for a package that is not there
+    config = config_of(shard_set, tmp_path / "run", compute=ComputeConfig(device="cpu", attention="xformers"))
+    with pytest.raises(ConfigError, match=r"compute\.attention: xformers is not installed here"):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_impossible_settings_are_refused(shard_set: Path, tmp_path: Path) -> None:
     for changes in ({"steps": 0}, {"batch_size": 0}, {"views": ViewsConfig(global_size=30)}):
         with pytest.raises((ConfigError, ValueError), match="expected"):
