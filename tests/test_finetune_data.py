@@ -1,13 +1,17 @@
 """The stream of crops: which image comes when, for each rank, and which crops come again."""
 
+import pickle
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pytest
 import torch
 
+from dinocell.data_shards.labelled import LabelledImage
 from dinocell.finetune.config import AugmentConfig, DataConfig
-from dinocell.finetune.data import Crops, loader
-from dinocell.finetune.preprocess import SegmenterSettings
+from dinocell.finetune.data import Crops, loader, prepared
+from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.finetune.sets import split
 
 
@@ -29,6 +33,28 @@ def test_two_ranks_see_together_what_one_sees(labelled_folder: Path) -> None:
     for whole, first, second in zip(alone, *halves, strict=True):
         torch.testing.assert_close(whole.images[0::2], first.images)
         torch.testing.assert_close(whole.targets[1::2], second.targets)
+
+
+def test_a_worker_that_gets_the_crops_pickled_cuts_the_same(labelled_folder: Path) -> None:
+    divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
+    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3, fixed=2)
+    sent = pickle.dumps(crops)
+    assert len(sent) < 10_000, "no image goes with them"
+    other = pickle.loads(sent)
+    for number in range(0, 3 * crops.epoch_length, 4):
+        torch.testing.assert_close(other[number], crops[number], rtol=0, atol=0)
+    assert other.epoch_length == crops.epoch_length
+
+
+@pytest.mark.parametrize("convention", ["standardised", "unit"])
+def test_training_sees_an_image_as_the_segmenter_in_use_does(convention: Literal["standardised", "unit"]) -> None:
+    settings = SegmenterSettings(convention=convention)
+    noise = np.random.default_rng(0).integers(0, 256, (1, 40, 50), dtype=np.uint8)
+    for pixels in (noise, np.full_like(noise, 7)):
+        labels = np.zeros((40, 50), np.int32)
+        image = LabelledImage(pixels=pixels, labels=labels, distance=None, crowd=None, name="a", pixel_size_um=None)
+        grey, _, levels = prepared(image, settings)
+        np.testing.assert_array_equal(levels.apply(grey), prepare(pixels[0], settings))
 
 
 def test_fixed_crops_come_again_and_others_do_not(labelled_folder: Path) -> None:

@@ -6,7 +6,7 @@ and a run that goes on at a step sees what it would have seen.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinocell.data_shards.labelled import LabelledImage
-from dinocell.data_shards.picture import percentile_range, picture_of, to_uint8
+from dinocell.data_shards.picture import picture_of
 from dinocell.finetune.augment import Crop, cut, plain
 from dinocell.finetune.config import AugmentConfig
-from dinocell.finetune.preprocess import Levels, SegmenterSettings, equalised, levels_of
+from dinocell.finetune.preprocess import Levels, SegmenterSettings, grey_levels, levels_of
 from dinocell.finetune.sets import Chosen, Split
 
 # Images that a worker keeps prepared: a small set is prepared once, of a large one little is kept.
@@ -72,9 +72,13 @@ class Crops(Dataset[Examples]):
         self._quotas = np.maximum(1, np.rint(total * shares / shares.sum())).astype(int)
         self._prepare = lru_cache(maxsize=_KEPT_IMAGES)(self._prepare_anew)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        parts = (self._divided, self._settings, self._augment, self._seed, self._fixed)
-        return _rebuild, (*parts, self._members, self._quotas)
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's worker starts with nothing prepared; the sets open their files again.
+        return {name: value for name, value in vars(self).items() if name != "_prepare"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare = lru_cache(maxsize=_KEPT_IMAGES)(self._prepare_anew)
 
     @property
     def epoch_length(self) -> int:
@@ -116,15 +120,6 @@ class Crops(Dataset[Examples]):
         return prepared(self._divided.sets[chosen.data_set][chosen.image], self._settings)
 
 
-def _rebuild(
-    divided: Split, settings: SegmenterSettings, augment: AugmentConfig, seed: int, fixed: int | None, *rest: object
-) -> Crops:
-    """Unpickle for a worker, which opens the files again and starts with nothing prepared."""
-    crops = Crops(divided, settings, augment, seed=seed, crops_per_image=1, fixed=fixed)
-    crops._members, crops._quotas = rest  # type: ignore[assignment]
-    return crops
-
-
 @lru_cache(maxsize=16)
 def _shuffled(seed: int, stream: int, turn: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, turn]).permutation(length)
@@ -132,10 +127,8 @@ def _shuffled(seed: int, stream: int, turn: int, length: int) -> np.ndarray:
 
 def prepared(image: LabelledImage, settings: SegmenterSettings) -> tuple[np.ndarray, np.ndarray, Levels]:
     """Return equalised grey levels, the cells as int32, and how levels come to the convention."""
-    grey = picture_of(np.asarray(image.pixels)).plane()
-    low, high = percentile_range(grey, *settings.percentiles)
-    levels = equalised(to_uint8(grey, low, high), settings)
-    return levels, np.ascontiguousarray(image.labels, dtype=np.int32), levels_of(levels, settings)
+    grey = grey_levels(picture_of(np.asarray(image.pixels)).plane(), settings)
+    return grey, np.ascontiguousarray(image.labels, dtype=np.int32), levels_of(grey, settings)
 
 
 def example(crop: Crop, levels: Levels, settings: SegmenterSettings) -> Examples:
