@@ -53,4 +53,4 @@ def score_segmenter(
     ctc, matching = ctc_score(references, labels), matching_score(references, labels)
     metrics = {"score/seg": ctc.seg, "score/det": ctc.det, "score/op_csb": ctc.op_csb}
     metrics["score/f1_at_0.5"] = matching.at[0].f1
-    return Scored({name: float(value) for name, value in metrics.items()}, dict(settings))
+    return Scored({name: float(value) for name, value in metrics.items()}, settings)
