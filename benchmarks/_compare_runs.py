@@ -26,8 +26,8 @@ from dinocell.eval.outputs import overlay
 from dinocell.eval.overlaps import find_overlaps
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.finetune.config import FinetuneConfig
-from dinocell.finetune.data import open_sets, split
 from dinocell.finetune.model import DINOCell
+from dinocell.finetune.sets import open_sets, split
 
 
 def main() -> None:

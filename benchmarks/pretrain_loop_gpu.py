@@ -24,8 +24,9 @@ from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.write import build
 from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, WatchConfig
 from dinocell.ssl.train import pretrain
+from dinocell.ssl.view_levels import channel_levels
 from dinocell.ssl.view_plan import PlanViews, ViewsConfig
-from dinocell.ssl.views import channel_levels, make_views
+from dinocell.ssl.views import make_views
 
 
 def main() -> None:

@@ -26,8 +26,9 @@ from reading import CHANNELS, TILE, Fields, synthetic_fields
 from dinocell.data_shards.read import Batch, stream
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.write import build
+from dinocell.ssl.view_levels import Levels, channel_levels
 from dinocell.ssl.view_plan import PlanViews, Policy, ViewsConfig, plan_views
-from dinocell.ssl.views import Levels, Views, channel_levels, make_views
+from dinocell.ssl.views import Views, make_views
 
 _BATCH, _NUM_BATCHES = 4, 6
 _POLICIES: tuple[Policy, ...] = ("consistency", "average", "bag")

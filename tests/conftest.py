@@ -1,4 +1,4 @@
-"""What several test files need: a source of small fields on disk, and shard sets built from it."""
+"""What several test files need: a source of small fields on disk, shard sets built from it, and labelled images."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from dinocell.data_shards.fields import Field, FieldFile, Rejected
-from dinocell.data_shards.images import write_tiff
+from dinocell.data_shards.images import write_labels, write_tiff
+from dinocell.data_shards.labelled_build import build_labelled
+from dinocell.data_shards.labelled_sources import folder_pairs
 from dinocell.data_shards.shard import ShardSettings
+from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
 
@@ -73,6 +76,7 @@ def fields(tmp_path: Path) -> Callable[..., FolderOfFields]:
     return make
 
 
+CELLS = SyntheticConfig(size=(96, 112), channels=("AGP",), num_cells=(6, 10), cell_radius_px=12.0)
 SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
 
 
@@ -111,3 +115,17 @@ def segmenter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     torch.nn.init.normal_(built.decoder.head.weight, std=1.0)
     built.save_pretrained(tmp_path / "model.pt")
     return str(tmp_path / "model.pt")
+
+
+@pytest.fixture(scope="session")
+def labelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of six images with masks, and their labelled set."""
+    root = tmp_path_factory.mktemp("own")
+    for kind in ("images", "masks"):
+        (root / kind).mkdir()
+    for number in range(6):
+        made = make_field(number, CELLS)
+        write_tiff(root / "images" / f"f{number}.tif", made.pixels)
+        write_labels(root / "masks" / f"f{number}.tif", made.labels)
+    build_labelled(folder_pairs(root, images="images/{name}.tif", masks="masks/{name}.tif"), root / "set")
+    return root

@@ -116,7 +116,9 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(model: DINOCell, mon
     found = score_segmenter(model, [labelled()], True)
     assert set(found.settings) == {"probability", "flow_error"}
     assert found.metrics["score/op_csb"] > 0.98
-    assert model.settings.probability == found.settings["probability"]
+    assert model.settings.probability == 0.97, "the model stays as it is"
+    replace_settings(model, **found.settings)
+    assert score_segmenter(model, [labelled()], False).metrics == found.metrics
 
 
 def test_the_search_scores_what_the_thresholds_give(tmp_path: Path) -> None:

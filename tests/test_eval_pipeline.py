@@ -148,7 +148,9 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(mirror: DINOCellPipe
     found = score_segmenter(mirror.model, [image], True)
     assert set(found.settings) == {"cells_max", "cell_fill", "merge_px"}
     assert found.metrics["score/op_csb"] > 0.95
-    assert mirror.model.settings.cells_max == found.settings["cells_max"]
+    assert mirror.model.settings.cells_max == 0.95, "the model stays as it is"
+    replace_settings(mirror.model, **found.settings)
+    assert score_segmenter(mirror.model, [image], False).metrics == found.metrics
 
 
 def test_windows_are_as_large_as_the_crops_of_the_training(model: DINOCell) -> None:

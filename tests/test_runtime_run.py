@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dinocell.configs.load import load_config
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.runtime import progress
 from dinocell.runtime.environment import git_state
@@ -69,22 +68,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     yield now
     monkeypatch.undo()
-
-
-def test_start_writes_the_config_and_the_environment(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "a"
-    config = Config(lr=1e-5)
-    with Run.start(folder, config, console=quiet()):
-        pass
-    with Run.start(folder, config, console=quiet()):
-        pass
-    assert load_config(Config, folder / "config.yaml") == config
-    starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["starts"]
-    assert len(starts) == 2
-    assert starts[0]["argv"] == sys.argv
-    assert starts[0]["packages"]["torch"] == torch.__version__
-    assert starts[0]["started"].endswith("+00:00")
-    assert not list(folder.glob(".*"))  # no temporary files
 
 
 def test_log_writes_the_same_numbers_to_json_tensorboard_and_console(tmp_path: Path) -> None:
@@ -160,16 +143,12 @@ def test_what_is_no_number_is_refused(tmp_path: Path, metrics: dict[str, Any], m
         run.log(1, metrics)
 
 
-def test_another_config_is_refused_but_other_compute_is_not(tmp_path: Path) -> None:
+def test_another_config_is_refused_before_and_at_the_start(tmp_path: Path) -> None:
     Run.start(tmp_path, Config(), console=quiet()).close()
-    with pytest.raises(ConfigError) as caught:
-        Run.start(tmp_path, Config(lr=0.5, blocks=(1,)), console=quiet())
-    message = str(caught.value)
-    assert str(tmp_path) in message
-    assert "lr: 0.001 -> 0.5; blocks: [2, 5] -> [1]" in message
-    assert "\n" not in message
-    Run.start(tmp_path, Config(compute=Compute(num_workers=0)), console=quiet()).close()
-    Run.start(tmp_path, Config(lr=0.5), ignore=("compute", "lr"), console=quiet()).close()
+    for refused in (Run.check, Run.start):
+        with pytest.raises(ConfigError, match=r"lr: 0\.001 -> 0\.5"):
+            refused(tmp_path, Config(lr=0.5))
+    Run.check(tmp_path, Config(compute=Compute(num_workers=0)))
 
 
 def test_resuming_drops_what_will_be_computed_again(tmp_path: Path) -> None:
@@ -312,12 +291,6 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "mkdir", refuse)  # chmod does not stop root
     with pytest.raises(DinocellError, match="cannot be written: Permission denied"):
         Run.start(tmp_path / "run", Config(), console=quiet())
-
-
-def test_a_broken_environment_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(DinocellError, match=r"environment\.json: expected"):
-        Run.start(tmp_path, Config(), console=quiet())
 
 
 @pytest.mark.parametrize("arguments", [{"log_every": 0}, {"resume_step": -1}])

@@ -38,8 +38,9 @@ from dinocell.ssl.pictures import draw_features, principal_colours
 from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import dry_run, pretrain
 from dinocell.ssl.trainer import Trainer
+from dinocell.ssl.view_levels import channel_levels
 from dinocell.ssl.view_plan import ViewsConfig
-from dinocell.ssl.views import Views, channel_levels, make_views
+from dinocell.ssl.views import Views, make_views
 
 
 def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
@@ -224,6 +225,16 @@ def test_mistakes_are_one_line_before_the_first_step(
         pytest.skip("there is a CUDA device")
     with pytest.raises(DinocellError, match=message):
         pretrain(config_of(shard_set, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_kernel_that_is_not_installed_is_one_line_before_the_first_step(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)  # what Python keeps for a package that is not there
+    config = config_of(shard_set, tmp_path / "run", compute=ComputeConfig(device="cpu", attention="xformers"))
+    with pytest.raises(ConfigError, match=r"compute\.attention: xformers is not installed here"):
+        pretrain(config)
     assert not (tmp_path / "run").exists()
 
 

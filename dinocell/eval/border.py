@@ -16,8 +16,8 @@ import math
 import numpy as np
 from scipy.special import ndtr
 
-from dinocell.eval.compiled import compiled
 from dinocell.eval.measure import CellMeasures
+from dinocell.runtime.compiled import compiled
 
 _Array = np.ndarray
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64, Integer, Shaped
 
-from dinocell.eval.compiled import compiled
 from dinocell.eval.convex_hulls import hull_areas
+from dinocell.runtime.compiled import compiled
 
 _Array = np.ndarray
 _SQRT2 = math.sqrt(2)

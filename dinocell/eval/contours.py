@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Integer
 from skimage.measure import label as label_pieces
 
-from dinocell.eval.compiled import compiled
+from dinocell.runtime.compiled import compiled
 
 _Array = np.ndarray
 

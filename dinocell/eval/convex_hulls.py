@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dinocell.eval.compiled import compiled
+from dinocell.runtime.compiled import compiled
 
 _Array = np.ndarray
 

@@ -5,47 +5,34 @@ A segmenter is scored twice: with its mended watershed, and with the plain one (
 ``flows`` the plain rule drops no cell for its flow error. The network sees every image once.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Integer, UInt8
+from jaxtyping import Float32, Integer
 
 from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.masks import read_labels
-from dinocell.data_shards.picture import picture_of
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.ctc_programs import OfficialScores, check_programs
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet
 from dinocell.eval.flow_thresholds import search_flows
 from dinocell.eval.grid_search import keep_maps
 from dinocell.eval.mending import Mending
-from dinocell.eval.mistakes import draw_mistakes
+from dinocell.eval.mistakes import Mistakes, WorstImages
 from dinocell.eval.official import LabelStore, check_few_enough
 from dinocell.eval.overlaps import Overlaps, find_overlaps
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.predicted_files import find_predictions
 from dinocell.eval.rules import FOUND, OURS, PLAIN, FoundThresholds, rules_of
-from dinocell.eval.score_rows import ImageScores, PooledScores, Scores, pool, score_tables
+from dinocell.eval.score_rows import ImageScores, PooledScores, pool, score_tables
 from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search
 
 ALL_SETS = "all"
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Mistakes:
-    """A picture of an image on which the first method did badly, see `draw_mistakes`."""
-
-    dataset: str
-    image: str
-    method: str
-    scores: Scores
-    picture: UInt8[np.ndarray, "3 h w"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,13 +120,9 @@ def evaluate_sets(
         for name, each in sets.items():
             check_few_enough(name, each)
         store = LabelStore(scratch / "labels")
-    files = {
-        tool: {name: find_predictions(folder, name, each.names) for name, each in sets.items()}
-        for tool, folder in predictions.items()
-    }
-    for tool, of_sets in files.items():
-        _check_distinct(predictions[tool], [file for each in of_sets.values() for file in each])
-        if pipeline is not None:  # a file that does not fit is found before the network's long work, not after it
+    files = {tool: _files(sets, folder) for tool, folder in predictions.items()}
+    if pipeline is not None:  # a file that does not fit is found before the network's long work, not after it
+        for of_sets in files.values():
             for dataset, index, image in _all_images(sets):
                 _read(of_sets[dataset][index], image.labels.shape)
     found: FoundThresholds | None = None
@@ -154,7 +137,7 @@ def evaluate_sets(
 
     tables: dict[tuple[str, str], list[Overlaps]] = {(name, method): [] for name in sets for method in methods}
     images: list[ImageScores] = []
-    worst: list[Mistakes] = []
+    worst = WorstImages(num_worst)
     total = sum(map(len, sets.values()))
     for number, (dataset, index, image) in enumerate(_all_images(sets)):
         reference = np.ascontiguousarray(image.labels)
@@ -171,7 +154,7 @@ def evaluate_sets(
             row = ImageScores(method=method, dataset=dataset, image=image.name, scores=score_tables([table]))
             images.append(row)
             if method == next(iter(methods)):
-                worst = _with(worst, row, image, labels, table, num_worst)
+                worst.add(row, image, labels, table)
         progress("scored", number + 1, total)
     groups: dict[str, tuple[str, ...]] = {name: (name,) for name in sets}
     if len(sets) > 1:
@@ -192,7 +175,7 @@ def evaluate_sets(
         for method in methods
     ]
     return Evaluation(
-        methods=methods, images=tuple(images), pooled=tuple(pooled), worst=tuple(worst), threshold_search=found
+        methods=methods, images=tuple(images), pooled=tuple(pooled), worst=tuple(worst.mistakes), threshold_search=found
     )
 
 
@@ -228,13 +211,15 @@ def _check(
         )
 
 
-def _check_distinct(folder: Path, files: Sequence[Path]) -> None:
-    """Refuse to score one label image as that of two images."""
-    twice = [file for file, times in Counter(files).items() if times > 1]
+def _files(sets: Mapping[str, EvaluationSet], folder: Path) -> dict[str, list[Path]]:
+    """Find a tool's label image of each image of each set; one that would be that of two images is refused."""
+    files = {name: find_predictions(folder, name, each.names) for name, each in sets.items()}
+    twice = [file for file, times in Counter(file for each in files.values() for file in each).items() if times > 1]
     if twice:
         raise DinocellError(
             f"{twice[0]}: several images have this name; sort the label images into {folder}/SET, one folder a set"
         )
+    return files
 
 
 def _all_images(sets: Mapping[str, EvaluationSet]) -> Iterator[tuple[str, int, LabelledImage]]:
@@ -261,7 +246,7 @@ def _search(
 ) -> FoundThresholds:
     settings = pipeline.model.settings
     references = [np.asarray(image.labels) for _, _, image in _all_images(sets)]
-    if pipeline.model.settings.target == "flows":
+    if settings.target == "flows":
         return search_flows(
             maps,
             references,
@@ -288,22 +273,3 @@ def _read(file: Path, shape: tuple[int, ...]) -> Integer[np.ndarray, "h w"]:
 
 def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _with(
-    worst: Sequence[Mistakes],
-    row: ImageScores,
-    image: LabelledImage,
-    labels: Integer[np.ndarray, "h w"],
-    table: Overlaps,
-    number: int,
-) -> list[Mistakes]:
-    """Put an image among the worst if it belongs there; images without a mistake, or without a cell, never do."""
-    score = row.scores.f1
-    is_worse = len(worst) < number or (number > 0 and score < worst[-1].scores.f1)
-    if math.isnan(score) or score == 1 or not is_worse:
-        return list(worst)
-    plane = picture_of(np.asarray(image.pixels)).plane()
-    picture = draw_mistakes(plane, np.asarray(image.labels), labels, table)
-    mistakes = Mistakes(dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, picture=picture)
-    return sorted([*worst, mistakes], key=lambda each: each.scores.f1)[:number]

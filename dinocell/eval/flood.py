@@ -18,7 +18,7 @@ no height that counts is negative.
 
 import numpy as np
 
-from dinocell.eval.compiled import compiled, inlined
+from dinocell.runtime.compiled import compiled, inlined
 
 __all__ = ["claim_ring", "flood_ring", "rank_heights"]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dinocell.eval.compiled import compiled
+from dinocell.runtime.compiled import compiled
 
 __all__ = ["REST_EVERY", "REST_PX", "follow"]
 

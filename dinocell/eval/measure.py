@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from dinocell.data_shards.distance import distance_to_boundary
-from dinocell.eval.compiled import compiled
+from dinocell.runtime.compiled import compiled
 
 _Array = np.ndarray
 

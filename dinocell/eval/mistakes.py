@@ -1,12 +1,17 @@
-"""Pictures of what went wrong: false cells red, missed cells blue, the others' outlines green."""
+"""Pictures of what went wrong: false cells red, missed cells blue, the others' outlines green; of the worst images."""
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Integer, Real, UInt8
 from skimage.segmentation import find_boundaries
 
-from dinocell.data_shards.picture import percentile_range, to_uint8
+from dinocell.data_shards.labelled import LabelledImage
+from dinocell.data_shards.picture import percentile_range, picture_of, to_uint8
 from dinocell.eval.matching import find_matches
 from dinocell.eval.overlaps import Overlaps
+from dinocell.eval.score_rows import ImageScores, Scores
 
 FALSE, MISSED, RIGHT = (235, 40, 40), (50, 110, 255), (90, 210, 90)
 
@@ -14,6 +19,39 @@ _PERCENTILES = (0.5, 99.8)
 _OPACITY = 0.4
 # A report of six pictures stays a few MB.
 _LARGEST_PX = 1000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mistakes:
+    """A picture of an image on which a method did badly, see `draw_mistakes`."""
+
+    dataset: str
+    image: str
+    method: str
+    scores: Scores
+    picture: UInt8[np.ndarray, "3 h w"]
+
+
+class WorstImages:
+    """The mistakes on the ``number`` images of the lowest F1 so far, the lowest first.
+
+    Images without a mistake, or without a cell, are never among them.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.mistakes: list[Mistakes] = []
+        self._number = number
+
+    def add(self, row: ImageScores, image: LabelledImage, labels: Integer[np.ndarray, "h w"], table: Overlaps) -> None:
+        """Take an image in if it belongs here: only then its picture is drawn."""
+        score = row.scores.f1
+        is_worse = len(self.mistakes) < self._number or (self._number > 0 and score < self.mistakes[-1].scores.f1)
+        if math.isnan(score) or score == 1 or not is_worse:
+            return
+        plane = picture_of(np.asarray(image.pixels)).plane()
+        picture = draw_mistakes(plane, np.asarray(image.labels), labels, table)
+        mistakes = Mistakes(dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, picture=picture)
+        self.mistakes = sorted([*self.mistakes, mistakes], key=lambda each: each.scores.f1)[: self._number]
 
 
 def draw_mistakes(

@@ -155,7 +155,7 @@ class DINOCellPipeline:
         DinocellError
             If thresholds are out of range, or not those of the model's target.
         """
-        self._refuse(cells_max=cells_max, cell_fill=cell_fill)
+        self._refuse(cells_max=cells_max, cell_fill=cell_fill)  # before the network's long work
         maps = self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
         labels = self.cells(maps, cells_max=cells_max, cell_fill=cell_fill)
         if not return_dist_map:
@@ -204,11 +204,10 @@ class DINOCellPipeline:
             device=self.device,
             progress=progress,
         )
-        if self.model.target == "flows":
-            np.clip(maps[2], 0, 1, out=maps[2])
-            return maps if scale == 1 else np.stack([_resized(each, plane.shape) for each in maps])
-        found = np.clip(maps[0], 0, 1, out=maps[0])
-        return found if scale == 1 else _resized(found, plane.shape)
+        np.clip(maps[-1], 0, 1, out=maps[-1])  # blending leaves rounding; of flows the last is the chance of a cell
+        if scale != 1:
+            maps = np.stack([_resized(each, plane.shape) for each in maps])
+        return maps if self.model.target == "flows" else maps[0]
 
     def distance(
         self,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from dinocell.eval.compiled import compiled
+from dinocell.runtime.compiled import compiled
 
 _Array = np.ndarray
 

@@ -9,8 +9,9 @@ from dinocell.eval.ctc import ctc_score
 from dinocell.eval.flow_thresholds import search_flows
 from dinocell.eval.matching import matching_score
 from dinocell.eval.pipeline import DINOCellPipeline
+from dinocell.eval.rules import FOUND, rules_of
 from dinocell.eval.thresholds import search
-from dinocell.finetune.model import DINOCell, replace_settings
+from dinocell.finetune.model import DINOCell
 from dinocell.finetune.validation import Scored
 
 # Merging pieces of a cell helps bent cells on sharp maps and joins neighbours on blurred ones: let the images say.
@@ -28,8 +29,8 @@ def score_segmenter(
     """Return SEG, DET, OP_CSB and F1 over all images pooled.
 
     With ``find_thresholds`` the point that scores best on a grid of 20 x 20 thresholds and four ways of merging (of
-    target ``flows``: 9 x 9 thresholds) is taken, put into the model, and returned as settings, unless those of the
-    model score as well; the network sees every image once.
+    target ``flows``: 9 x 9 thresholds) is scored and returned as settings, unless those of the model score as well. The
+    model stays as it is, and sees every image once.
 
     ``crop_size`` and ``stride`` are those of the windows, see `DINOCellPipeline`.
     """
@@ -38,19 +39,18 @@ def score_segmenter(
     maps = [pipeline.maps(np.asarray(image.pixels)) for image in images]
     references = [np.ascontiguousarray(image.labels, dtype=np.int32) for image in images]
     settings: dict[str, float | None] = {}
-    if find_thresholds and any(labels.any() for labels in references):
+    labels = [pipeline.cells(each) for each in maps]
+    if find_thresholds and any(reference.any() for reference in references):
         found = (
             search_flows(maps, references, min_area_px=model.settings.min_area_px)
             if model.target == "flows"
             else search(maps, references, merge_px=_MERGES)
         )
-        as_they_are = ctc_score(references, [pipeline.cells(each) for each in maps]).op_csb
-        if not as_they_are >= found.best_score:
+        if not ctc_score(references, labels).op_csb >= found.best_score:
             settings = found.best._asdict()
-            replace_settings(model, **settings)
-            pipeline = DINOCellPipeline(model, device, crop_size, stride=stride)
-    labels = [pipeline.cells(each) for each in maps]
+            rule = rules_of(pipeline, found)[FOUND]
+            labels = [rule.labels(each) for each in maps]
     ctc, matching = ctc_score(references, labels), matching_score(references, labels)
     metrics = {"score/seg": ctc.seg, "score/det": ctc.det, "score/op_csb": ctc.op_csb}
     metrics["score/f1_at_0.5"] = matching.at[0].f1
-    return Scored({name: float(value) for name, value in metrics.items()}, dict(settings))
+    return Scored({name: float(value) for name, value in metrics.items()}, settings)

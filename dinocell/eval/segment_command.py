@@ -81,14 +81,12 @@ def _run(options: argparse.Namespace) -> None:
     inputs = [*options.images, *(f"@{file}" for file in options.list)]
     if not inputs:
         raise DinocellError("no images: give files, folders, patterns, or a list of them with --list FILE")
-    if options.model is None:
-        from dinocell.finetune.box import NOTICE
-
-        print(NOTICE, file=sys.stderr)
+    files = find_images(inputs, without=options.output)
+    pipeline = _pipeline(options)
     request = Request(
         output=options.output,
         products=frozenset(product for product in ENDINGS if getattr(options, product)),
-        maps=_target_of_model(options) if options.save_dist_map else "distance",
+        maps=pipeline.model.target,
         save_ctc=options.save_ctc,
         save_coco=options.save_coco,
         frames=options.frames,
@@ -96,19 +94,16 @@ def _run(options: argparse.Namespace) -> None:
         pixel_size_um=options.pixel_size,
         overwrite=options.overwrite,
     )
-    jobs = plan_jobs(find_images(inputs, without=request.output), request)
+    jobs = plan_jobs(files, request)
     if options.dry_run:
         for job in jobs:
             print(f"{job.file} -> {', '.join(names_of_results(job, request))}")
         tables = [SUMMARY, *([COCO] if request.save_coco else [])]
         print(f"all images -> {', '.join(str(request.output / name) for name in tables)}")
-        print(
-            f"{len(jobs)} images; {_cost([job.file for job in jobs], _pipeline(options), request)}; nothing was written"
-        )
+        print(f"{len(jobs)} images; {_cost(files, pipeline, request)}; nothing was written")
         return
     from dinocell.eval.segment_run import segment_files
 
-    pipeline = _pipeline(options)
     failed = segment_files(jobs, pipeline, request, say=print)
     if failed:
         listed = "\n".join(f"  {line}" for line in failed.values())
@@ -117,10 +112,13 @@ def _run(options: argparse.Namespace) -> None:
 
 def _pipeline(options: argparse.Namespace) -> "DINOCellPipeline":
     from dinocell.eval.pipeline import DINOCellPipeline
+    from dinocell.finetune.box import NOTICE, SEGMENTER
     from dinocell.finetune.model import DINOCell
 
+    if options.model is None:
+        print(NOTICE, file=sys.stderr)
     return DINOCellPipeline(
-        DINOCell.from_pretrained(_model(options)),
+        DINOCell.from_pretrained(options.model or SEGMENTER),
         device=options.device,
         cells_max=options.cells_max,
         cell_fill=options.cell_fill,
@@ -168,16 +166,3 @@ def _first_picture(files: Sequence[Path], *, frames: bool) -> "Picture | None":
         with suppress(ImageError):
             return next(iter(read_stack(file))) if frames else read_image(file)
     return None
-
-
-def _target_of_model(options: argparse.Namespace) -> str:
-    """Return ``distance`` or ``flows``: what the model's maps are, and are called."""
-    from dinocell.finetune.files import read_segmenter
-
-    return read_segmenter(_model(options)).settings.target
-
-
-def _model(options: argparse.Namespace) -> str | Path:
-    from dinocell.finetune.box import SEGMENTER
-
-    return options.model or SEGMENTER

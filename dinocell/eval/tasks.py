@@ -61,43 +61,37 @@ def make_task(
     DinocellError
         If the columns are not there, or their values are not what they should be.
     """
-    if columns or name == PROTEIN:
-        chosen = list(columns) or [each for each in _boolean_columns(train) if _is_place(each)]
-        if not chosen:
+    sets, wheres = (train, test), (train_name, test_name)
+    multilabel = bool(columns) or name == PROTEIN
+    if multilabel:
+        classes = list(columns) or [each for each in _boolean_columns(train) if _is_place(each)]
+        if not classes:
             raise DinocellError(
                 f"{train_name}: no columns of true and false that name a place of the cell; name them with --columns"
             )
-        rows = [_rows(each, chosen, where) for each, where in ((train, train_name), (test, test_name))]
+        rows = [_rows(each, classes, where) for each, where in zip(sets, wheres, strict=True)]
         # Every protein is somewhere: an image of the Human Protein Atlas without a place was not looked at. Columns
         # that the caller names may well be all false.
         kept = [torch.ones(len(each), dtype=torch.bool) if columns else each.bool().any(1) for each in rows]
-        for each, where in zip(kept, (train_name, test_name), strict=True):
-            if not each.any():
-                raise DinocellError(f"{where}: no image has a place of the cell that is true")
         targets = [each[labelled] for each, labelled in zip(rows, kept, strict=True)]
-        return Task(
-            classes=tuple(chosen),
-            train=targets[0],
-            test=targets[1],
-            train_kept=kept[0],
-            test_kept=kept[1],
-            multilabel=True,
-        )
-    named = [_classes(name, each, where) for each, where in ((train, train_name), (test, test_name))]
-    classes = sorted({label for labels in named for label in labels if label})
-    number = {label: index for index, label in enumerate(classes)}
-    kept = [torch.tensor([bool(label) for label in labels]) for labels in named]
-    targets = [torch.tensor([number[label] for label in labels if label]) for labels in named]
-    for target, where in zip(targets, (train_name, test_name), strict=True):
+        lacking = "has a place of the cell that is true"
+    else:
+        named = [_classes(name, each, where) for each, where in zip(sets, wheres, strict=True)]
+        classes = sorted({label for labels in named for label in labels if label})
+        number = {label: index for index, label in enumerate(classes)}
+        kept = [torch.tensor([bool(label) for label in labels]) for labels in named]
+        targets = [torch.tensor([number[label] for label in labels if label]) for labels in named]
+        lacking = f"has a label {name!r}"
+    for target, where in zip(targets, wheres, strict=True):
         if not len(target):
-            raise DinocellError(f"{where}: no image has a label {name!r}")
+            raise DinocellError(f"{where}: no image {lacking}")
     return Task(
         classes=tuple(classes),
         train=targets[0],
         test=targets[1],
         train_kept=kept[0],
         test_kept=kept[1],
-        multilabel=False,
+        multilabel=multilabel,
     )
 
 

@@ -33,7 +33,7 @@ class Crop(NamedTuple):
     def distance(self) -> Float32[np.ndarray, "s s"]:
         """Return the distance map of the crop."""
         size = self.image.shape[0]
-        whole = labels_to_distance(self.labels) if self.labels.any() else np.zeros(self.labels.shape, np.float32)
+        whole = labels_to_distance(self.labels)
         return np.ascontiguousarray(whole[self.context : self.context + size, self.context : self.context + size])
 
     def flows(self) -> Float32[np.ndarray, "3 s s"]:

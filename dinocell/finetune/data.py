@@ -1,38 +1,28 @@
-"""Labelled sets as a stream of crops: which image comes when, the split, and the loader.
+"""Labelled sets as a stream of crops: which image comes when, what is made of it, and the loader.
 
 A crop follows from the seed and its number in the run alone: neither the workers nor the number of ranks change it,
 and a run that goes on at a step sees what it would have seen.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinocell.data_shards.labelled import LabelledImage, LabelledSet, open_labelled
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.picture import percentile_range, picture_of, to_uint8
-from dinocell.errors import DinocellError, ImageError
+from dinocell.data_shards.labelled import LabelledImage
+from dinocell.data_shards.picture import picture_of
 from dinocell.finetune.augment import Crop, cut, plain
-from dinocell.finetune.config import AugmentConfig, DataConfig
-from dinocell.finetune.preprocess import Levels, SegmenterSettings, equalised, levels_of
-from dinocell.runtime.atomic import write_atomically
-from dinocell.runtime.progress import start_progress
+from dinocell.finetune.config import AugmentConfig
+from dinocell.finetune.preprocess import Levels, SegmenterSettings, grey_levels, levels_of
+from dinocell.finetune.sets import Chosen, Split
 
 # Images that a worker keeps prepared: a small set is prepared once, of a large one little is kept.
 _KEPT_IMAGES = 64
-_ADVICE = {"several channels": "data.channel chooses one", "not a label image": "data.encoding says what masks are"}
-# Pairs that are named where some were left out; dataset.json has them all.
-_MOST_NAMES = 10
 
 
 class Examples(NamedTuple):
@@ -40,131 +30,6 @@ class Examples(NamedTuple):
 
     images: Float[Tensor, "b 1 s s"]
     targets: Float[Tensor, "b k s s"]
-
-
-class Chosen(NamedTuple):
-    """An image of one of several sets."""
-
-    data_set: int
-    image: int
-
-
-class Split(NamedTuple):
-    """The images to learn from and to validate on; the latter may lie in sets of their own."""
-
-    sets: tuple[LabelledSet, ...]
-    training: tuple[Chosen, ...]
-    validation: tuple[Chosen, ...]
-
-    def validation_images(self) -> list[LabelledImage]:
-        """Open the validation images."""
-        return [self.sets[chosen.data_set][chosen.image] for chosen in self.validation]
-
-
-def open_sets(config: DataConfig, folder: Path, *, anew: bool = False) -> list[Path]:
-    """Return the folders of the labelled sets; images and masks given as patterns become one below ``folder``.
-
-    ``anew`` makes that one even if it is there: images may have changed since.
-
-    Raises
-    ------
-    DinocellError
-        If nothing can be used.
-    """
-    if config.images is None or config.masks is None:
-        return [Path(each) for each in config.sets]
-    output = folder / "labelled"
-    if anew or not (output / "dataset.json").exists():
-        root, images, masks = _patterns(config.images, config.masks)
-        pairs = folder_pairs(root, images=images, masks=masks, encoding=config.encoding)
-        channel = int(config.channel) if config.channel and config.channel.isdecimal() else config.channel
-        bar = start_progress(Console(stderr=True), total_steps=len(pairs), batch_size=1)
-        try:
-            build_labelled(
-                pairs,
-                output,
-                source=str(root),
-                channel=channel,
-                overwrite=output.exists(),
-                advice=_ADVICE,
-                progress=bar.advance,
-            )
-        except ImageError as error:  # in the user's words: the folder is of our making
-            reason = str(error).removeprefix(f"{output}: ")
-            raise DinocellError(f"data.images, data.masks: {reason}") from error
-        finally:
-            bar.close()
-    return [output]
-
-
-def _patterns(images: str, masks: str) -> tuple[Path, str, str]:
-    """Return a common folder and two patterns below it."""
-    parts = []
-    for name, pattern in (("images", images), ("masks", masks)):
-        path = Path(pattern).absolute()
-        if not set("{*") & set(pattern) and not path.is_dir():
-            raise DinocellError(
-                f"data.{name}: no folder {path}; name a folder, or a pattern such as {name}/{{name}}.tif"
-            )
-        parts.append((path if "{" in pattern else path / "{name}.*").parts)
-    shared = 0
-    while all(shared < len(each) - 1 for each in parts) and parts[0][shared] == parts[1][shared]:
-        if "{" in parts[0][shared] or "*" in parts[0][shared]:
-            break
-        shared += 1
-    root = Path(*parts[0][:shared])
-    if not root.is_dir():
-        raise DinocellError(f"data.images, data.masks: no folder {root}")
-    below = ["/".join(each[shared:]) for each in parts]
-    return root, below[0], below[1]
-
-
-def split(sets: Sequence[Path], config: DataConfig, *, seed: int, record: Path | None) -> Split:
-    """Divide the images, drawn by ``seed``, and write who is where to ``record``.
-
-    Raises
-    ------
-    DinocellError
-        If there are too few images to divide, or, with ``strict``, if pairs were left out of the sets.
-    """
-    opened = [open_labelled(folder) for folder in [*sets, *map(Path, config.validation_sets)]]
-    if config.strict and any(each.description.get("skipped") for each in opened):
-        raise DinocellError(
-            f"images and masks that cannot be used: {'; '.join(left_out(opened))}. Mend them, or leave out data.strict"
-        )
-    everything = [Chosen(number, image) for number, each in enumerate(opened) for image in range(len(each))]
-    training = [chosen for chosen in everything if chosen.data_set < len(sets)]
-    if config.validation_sets:
-        validation = [c for c in everything if c.data_set >= len(sets)]
-    else:
-        if len(training) < 2:
-            raise DinocellError(
-                f"{config.images or ', '.join(map(str, sets))}: one image cannot be divided into training and "
-                "validation; add images, or set data.validation_sets"
-            )
-        order = np.random.default_rng([seed, 0x5B117]).permutation(len(training))
-        number = min(len(training) - 1, max(1, round(config.validation_share * len(training))))
-        validation = [training[index] for index in sorted(order[:number])]
-        training = [training[index] for index in sorted(order[number:])]
-    if record is not None:
-        names = {
-            kind: [f"{opened[c.data_set].folder}: {opened[c.data_set].names[c.image]}" for c in chosen]
-            for kind, chosen in (("training", training), ("validation", validation))
-        }
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
-    return Split(tuple(opened), tuple(training), tuple(validation))
-
-
-def left_out(sets: Sequence[LabelledSet]) -> Iterator[str]:
-    """Yield for each reason why pairs of image and mask were left out when the sets were made: it, and which ones."""
-    skipped = [skip for each in sets for skip in each.description.get("skipped", [])]
-    for kind in dict.fromkeys(skip["kind"] for skip in skipped):
-        found = [skip for skip in skipped if skip["kind"] == kind]
-        more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
-        names = ", ".join(skip["name"] for skip in found[:_MOST_NAMES])
-        reason = "" if kind == "no cells" else f"; the first: {found[0]['reason']}"
-        yield f"{kind}: {len(found)} ({names}{more}){reason}"
 
 
 class Crops(Dataset[Examples]):
@@ -207,9 +72,13 @@ class Crops(Dataset[Examples]):
         self._quotas = np.maximum(1, np.rint(total * shares / shares.sum())).astype(int)
         self._prepare = lru_cache(maxsize=_KEPT_IMAGES)(self._prepare_anew)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        parts = (self._divided, self._settings, self._augment, self._seed, self._fixed)
-        return _rebuild, (*parts, self._members, self._quotas)
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's worker starts with nothing prepared; the sets open their files again.
+        return {name: value for name, value in vars(self).items() if name != "_prepare"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare = lru_cache(maxsize=_KEPT_IMAGES)(self._prepare_anew)
 
     @property
     def epoch_length(self) -> int:
@@ -251,15 +120,6 @@ class Crops(Dataset[Examples]):
         return prepared(self._divided.sets[chosen.data_set][chosen.image], self._settings)
 
 
-def _rebuild(
-    divided: Split, settings: SegmenterSettings, augment: AugmentConfig, seed: int, fixed: int | None, *rest: object
-) -> Crops:
-    """Unpickle for a worker, which opens the files again and starts with nothing prepared."""
-    crops = Crops(divided, settings, augment, seed=seed, crops_per_image=1, fixed=fixed)
-    crops._members, crops._quotas = rest  # type: ignore[assignment]
-    return crops
-
-
 @lru_cache(maxsize=16)
 def _shuffled(seed: int, stream: int, turn: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, turn]).permutation(length)
@@ -267,10 +127,8 @@ def _shuffled(seed: int, stream: int, turn: int, length: int) -> np.ndarray:
 
 def prepared(image: LabelledImage, settings: SegmenterSettings) -> tuple[np.ndarray, np.ndarray, Levels]:
     """Return equalised grey levels, the cells as int32, and how levels come to the convention."""
-    grey = picture_of(np.asarray(image.pixels)).plane()
-    low, high = percentile_range(grey, *settings.percentiles)
-    levels = equalised(to_uint8(grey, low, high), settings)
-    return levels, np.ascontiguousarray(image.labels, dtype=np.int32), levels_of(levels, settings)
+    grey = grey_levels(picture_of(np.asarray(image.pixels)).plane(), settings)
+    return grey, np.ascontiguousarray(image.labels, dtype=np.int32), levels_of(grey, settings)
 
 
 def example(crop: Crop, levels: Levels, settings: SegmenterSettings) -> Examples:

@@ -38,6 +38,8 @@ class Learner:
         What the gradient moves.
     average
         Its moving average, which is validated and written; the model itself if the recipe wants none.
+    dtype
+        Of matrix products.
     kept
         What the frozen backbone said of numbered crops, once there is a place to keep it.
     """
@@ -45,13 +47,9 @@ class Learner:
     def __init__(
         self, config: FinetuneConfig, world: World, *, trained_on: tuple[str, ...], pixel_size_um: float | None
     ) -> None:
-        self._optim, self._loss, self._dtype, self._device = (
-            config.optim,
-            config.loss,
-            config.compute.dtype,
-            world.device,
-        )
-        self._ranks = world.size
+        self._optim, self._loss = config.optim, config.loss
+        self._device, self._ranks = world.device, world.size
+        self.dtype = torch.bfloat16 if uses_bfloat16(config.compute.dtype, world.device) else torch.float32
         torch.manual_seed(config.seed)
         self.model = _model(config).to(world.device)
         replace_settings(self.model, trained_on=trained_on, pixel_size_um=pixel_size_um, window_px=config.augment.crop)
@@ -74,11 +72,6 @@ class Learner:
             advice=f"Lower optim.learning_rate; {config.output / 'last.pt'} is the last good model",
         )
         self.kept: KeptFeatures | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of matrix products."""
-        return torch.bfloat16 if uses_bfloat16(self._dtype, self._device) else torch.float32
 
     def keep_features(self, folder: Path) -> None:
         """Compute the backbone's features of numbered crops once, and keep them below ``folder``."""

@@ -96,12 +96,21 @@ def prepare(image: Shaped[np.ndarray, "h w"], settings: SegmenterSettings) -> Fl
     """
     if image.dtype.kind not in "biuf":
         raise ImageError(f"expected real numbers, got values of type {image.dtype}")
+    grey = grey_levels(image, settings)
+    return levels_of(grey, settings).apply(grey)
+
+
+def grey_levels(image: Shaped[np.ndarray, "h w"], settings: SegmenterSettings) -> UInt8[np.ndarray, "h w"]:
+    """Stretch grey levels between the two percentiles, round them to 8 bits, and equalise them.
+
+    Raises
+    ------
+    ImageError
+        If the image is empty or a value is not finite.
+    """
     low, high = percentile_range(image, *settings.percentiles)
     grey = to_uint8(image, low, high)
-    if not grey.any():  # equalisation would lift it: 0.008 instead of 0
-        return np.zeros(image.shape, np.float32)
-    grey = equalised(grey, settings)
-    return levels_of(grey, settings).apply(grey)
+    return equalised(grey, settings) if grey.any() else grey  # equalisation would lift a constant image: 0.008, not 0
 
 
 def equalised(image: UInt8[np.ndarray, "h w"], settings: SegmenterSettings) -> UInt8[np.ndarray, "h w"]:

@@ -1,9 +1,10 @@
 """What a fine-tuning run is, in words: for its log and for a dry run."""
 
 from dinocell.finetune.config import FinetuneConfig
-from dinocell.finetune.data import Crops, Split, left_out
+from dinocell.finetune.data import Crops
 from dinocell.finetune.kept_features import in_bytes
 from dinocell.finetune.learner import Learner
+from dinocell.finetune.sets import Split, left_out
 
 
 def describe_run(

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
-from dinocell.finetune.data import Crops, Examples, Split, crops_of_step, loader, open_sets, split
+from dinocell.finetune.data import Crops, Examples, crops_of_step, loader
 from dinocell.finetune.kept_features import bytes_of_crop, in_bytes
 from dinocell.finetune.learner import Learner
 from dinocell.finetune.pictures import draw_examples
+from dinocell.finetune.sets import Split, open_sets, split
 from dinocell.finetune.summary import describe_run
 from dinocell.finetune.validation import Scorer, choose_thresholds, validation_error
 from dinocell.runtime.checkpoint import Checkpointer
@@ -249,7 +250,14 @@ class Training:
         config, progress = self.config, self.progress
         metrics: dict[str, Any] = {"epoch": float(epoch)}
         if epoch % config.validate_every == 0 or step == self.total_steps:
-            error = self.validation_error()
+            error = validation_error(
+                self.learner,
+                self.split.validation_images(),
+                crop=config.augment.crop,
+                batch_size=config.crops_a_step,
+                world=self.world,
+                first_number=self.crops.num_drawn,
+            )
             metrics["loss/validation"] = error
             is_best = progress.take(error, epoch, after=config.validate_every, min_delta=config.stopping.min_delta)
             for name in ("best.pt", "last.pt") if is_best else ("last.pt",):
@@ -263,17 +271,6 @@ class Training:
                 draw_examples(batch, self.learner.predict(batch.images).cpu()),
             )
         return metrics
-
-    def validation_error(self) -> float:
-        """Return the mean loss over all validation images, over all ranks."""
-        return validation_error(
-            self.learner,
-            self.split.validation_images(),
-            crop=self.config.augment.crop,
-            batch_size=self.config.crops_a_step,
-            world=self.world,
-            first_number=self.crops.num_drawn,
-        )
 
     def write(self, name: str, step: int) -> None:
         """Export the weights; on the main rank."""

@@ -2,8 +2,7 @@
 
 ::
 
-    config.yaml        the resolved configuration, every key written out
-    environment.json   {"starts": [...]}: version, commit, packages, command line, machine of each start
+    config.yaml, environment.json    see dinocell.runtime.run_folder
     metrics.jsonl      one line a log step, see dinocell.runtime.metrics_file
     log.txt            notes with their time (UTC)
     tensorboard/       the same numbers, plus images, histograms and texts
@@ -16,7 +15,6 @@ does nothing.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Collection, Mapping
@@ -31,13 +29,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from rich.console import Console
 
-from dinocell.configs.differences import diff_configs
-from dinocell.configs.load import read_mapping, to_dict, to_yaml
-from dinocell.errors import ConfigError, DinocellError
-from dinocell.runtime.atomic import write_atomically
-from dinocell.runtime.environment import environment
+from dinocell.errors import DinocellError
 from dinocell.runtime.metrics_file import MetricsFile
 from dinocell.runtime.progress import LiveProgress, PlainProgress, start_progress
+from dinocell.runtime.run_folder import check_same, claim
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -132,7 +127,7 @@ class Run:
         outputs = None
         if is_main:
             try:
-                _claim(folder, config, ignore)
+                claim(folder, config, ignore)
                 progress = start_progress(
                     console or Console(), total_steps=total_steps, done_steps=resume_step, batch_size=batch_size
                 )
@@ -165,7 +160,7 @@ class Run:
         ConfigError
             If it does.
         """
-        _check_same(folder, config, ignore)
+        check_same(folder, config, ignore)
 
     def __enter__(self) -> Run:
         return self
@@ -297,34 +292,6 @@ def _to_floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
         values = torch.stack([tensor.to(dtype) for tensor in tensors.values()]).tolist()
         fetched |= dict(zip(tensors, values, strict=True))
     return {name: fetched[name] if name in fetched else float(value) for name, value in metrics.items()}
-
-
-def _claim(folder: Path, config: object, ignore: Collection[str]) -> None:
-    """Make the folder, or check that it belongs to the same configuration; write what is run and where."""
-    if folder.exists() and not folder.is_dir():
-        raise DinocellError(f"run folder {folder}: is a file, expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_same(folder, config, ignore)
-    write_atomically(folder / "config.yaml", to_yaml(config))
-    environment_file = folder / "environment.json"
-    starts: list[Any] = []
-    if environment_file.exists():
-        try:
-            starts = json.loads(environment_file.read_text(encoding="utf-8"))["starts"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DinocellError(f'{environment_file}: expected {{"starts": [...]}}; move it away') from error
-    write_atomically(environment_file, json.dumps({"starts": [*starts, environment()]}, indent=2) + "\n")
-
-
-def _check_same(folder: Path, config: object, ignore: Collection[str]) -> None:
-    config_file = folder / "config.yaml"
-    if config_file.exists():
-        differing = diff_configs(read_mapping(config_file), to_dict(config), ignore)
-        if differing:
-            raise ConfigError(
-                f"run folder {folder} holds a run with other settings ({'; '.join(differing)}); "
-                "use another output folder, or the same settings"
-            )
 
 
 def _open(folder: Path, resume_step: int, progress: LiveProgress | PlainProgress) -> _Outputs:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -100,7 +101,8 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
     Raises
     ------
     DinocellError
-        If weights cannot be read or do not fit, or the attention kernel does not run on the device.
+        If weights cannot be read or do not fit, or the attention kernel is not installed or does not run on the
+        device.
     """
     compute = config.compute
     if compute.attention == "varlen" and not (
@@ -110,6 +112,8 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
             f"compute.attention: varlen needs CUDA and bfloat16, got {world.device.type} and compute.dtype="
             f"{compute.dtype}; use sdpa"
         )
+    if compute.attention == "xformers" and find_spec("xformers") is None:
+        raise ConfigError("compute.attention: xformers is not installed here; install it, or use varlen or sdpa")
     torch.manual_seed(config.seed)
     gram = config.gram if config.uses_gram else None
     keep_logits = compute.recompute != "blocks"

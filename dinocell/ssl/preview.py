@@ -13,8 +13,9 @@ from dinocell.runtime.distributed import World
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.pictures import grey
 from dinocell.ssl.prepare import open_shards
+from dinocell.ssl.view_levels import channel_levels
 from dinocell.ssl.view_plan import ViewPlan, ViewsConfig, plan_views
-from dinocell.ssl.views import channel_levels, make_views
+from dinocell.ssl.views import make_views
 
 
 def preview_views(config: PretrainConfig, output: Path, *, num_samples: int = 8) -> None:

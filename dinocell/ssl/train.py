@@ -28,7 +28,8 @@ from dinocell.ssl.pictures import draw_features, draw_views
 from dinocell.ssl.prepare import backbone_of, build_model, describe_run, flop_per_image, open_shards
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.trainer import Trainer, eval_folder
-from dinocell.ssl.views import Levels, Views, channel_levels, make_views
+from dinocell.ssl.view_levels import Levels, channel_levels
+from dinocell.ssl.views import Views, make_views
 
 Watch = Callable[[VisionTransformer], Mapping[str, float]]
 """Measures a teacher while it is trained: channel consistency, neighbours. The command gives one."""

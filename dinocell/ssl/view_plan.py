@@ -108,6 +108,11 @@ class ViewsConfig:
         return self.num_global + self.num_local
 
     @property
+    def sizes(self) -> list[int]:
+        """Side of each view in pixels."""
+        return [self.global_size] * self.num_global + [self.local_size] * self.num_local
+
+    @property
     def in_channels(self) -> int:
         """Input channels of the model."""
         return len(self.channels) if self.policy == "stack" else 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dinocell.eval.compiled import cache_folder
+from dinocell.runtime.compiled import cache_folder
 
 SCRIPT = """
 import logging, sys

@@ -1,0 +1,71 @@
+"""The stream of crops: which image comes when, for each rank, and which crops come again."""
+
+import pickle
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from dinocell.data_shards.labelled import LabelledImage
+from dinocell.finetune.config import AugmentConfig, DataConfig
+from dinocell.finetune.data import Crops, loader, prepared
+from dinocell.finetune.preprocess import SegmenterSettings, prepare
+from dinocell.finetune.sets import split
+
+
+def test_every_image_comes_equally_often_whatever_the_epoch(labelled_folder: Path) -> None:
+    divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
+    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
+    for epoch in range(3):
+        numbers = range(epoch * crops.epoch_length, (epoch + 1) * crops.epoch_length)
+        counts = np.bincount([crops.chosen(number).image for number in numbers], minlength=6)
+        assert sorted(counts) == [0, 3, 3, 3, 3, 3]
+
+
+def test_two_ranks_see_together_what_one_sees(labelled_folder: Path) -> None:
+    divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
+    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=2)
+    settings = {"first_step": 1, "last_step": 3, "batch_size": 4, "workers": 0}
+    alone = list(loader(crops, rank=0, ranks=1, **settings))
+    halves = [list(loader(crops, rank=rank, ranks=2, **settings)) for rank in range(2)]
+    for whole, first, second in zip(alone, *halves, strict=True):
+        torch.testing.assert_close(whole.images[0::2], first.images)
+        torch.testing.assert_close(whole.targets[1::2], second.targets)
+
+
+def test_a_worker_that_gets_the_crops_pickled_cuts_the_same(labelled_folder: Path) -> None:
+    divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
+    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3, fixed=2)
+    sent = pickle.dumps(crops)
+    assert len(sent) < 10_000, "no image goes with them"
+    other = pickle.loads(sent)
+    for number in range(0, 3 * crops.epoch_length, 4):
+        torch.testing.assert_close(other[number], crops[number], rtol=0, atol=0)
+    assert other.epoch_length == crops.epoch_length
+
+
+@pytest.mark.parametrize("convention", ["standardised", "unit"])
+def test_training_sees_an_image_as_the_segmenter_in_use_does(convention: Literal["standardised", "unit"]) -> None:
+    settings = SegmenterSettings(convention=convention)
+    noise = np.random.default_rng(0).integers(0, 256, (1, 40, 50), dtype=np.uint8)
+    for pixels in (noise, np.full_like(noise, 7)):
+        labels = np.zeros((40, 50), np.int32)
+        image = LabelledImage(pixels=pixels, labels=labels, distance=None, crowd=None, name="a", pixel_size_um=None)
+        grey, _, levels = prepared(image, settings)
+        np.testing.assert_array_equal(levels.apply(grey), prepare(pixels[0], settings))
+
+
+def test_fixed_crops_come_again_and_others_do_not(labelled_folder: Path) -> None:
+    divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
+    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3, fixed=2)
+    assert crops.num_drawn == 10
+    assert {crops.drawn(number) for number in range(crops.epoch_length)} == set(range(10))
+    first: dict[int, torch.Tensor] = {}
+    for number in range(2 * crops.epoch_length):
+        image = first.setdefault(crops.drawn(number), crops[number].images)
+        assert torch.equal(image, crops[number].images)
+    assert len({image.numpy().tobytes() for image in first.values()}) == 10
+    free = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
+    assert len({free[number].images.numpy().tobytes() for number in range(30)}) == 30
