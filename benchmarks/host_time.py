@@ -63,7 +63,7 @@ _NO_LAUNCH = frozenset(
         *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "result_type"),
         *("is_nonzero", "item", "_local_scalar_dense", "set_", "lift_fresh", "size", "movedim", "numpy_T", "view_as"),
         *("to", "contiguous", "detach_", "squeeze_", "unsqueeze_", "transpose_", "_conj", "resolve_conj", "conj"),
-        *("resolve_neg", "swapaxes", "swapdims", "unfold", "view_as_real", "T", "mT", "numpy_t", "broadcast_to"),
+        *("promote_types", "resolve_neg", "swapaxes", "swapdims", "view_as_real", "T", "mT", "numpy_t", "broadcast_to"),
     )
 )
 

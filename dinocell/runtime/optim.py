@@ -125,8 +125,9 @@ class _AdamW(torch.optim.AdamW):
         found_inf = getattr(self, "found_inf", None)
         counts = [count for lists in merged.values() for count in lists[4]]
         if counts:
-            # A step that is not taken does not count; the kernel leaves its tensors alone.
-            torch._foreach_add_(counts, 1 if found_inf is None else 1 - found_inf)
+            # A step that is not taken does not count; the kernel leaves its tensors alone. A single tensor instead of
+            # the list would be read back from the device.
+            torch._foreach_add_(counts, 1 if found_inf is None else [1 - found_inf] * len(counts))
         for (rate, decay, beta1, beta2, eps), (parameters, gradients, means, squares, steps) in merged.items():
             if not parameters:
                 continue
@@ -227,9 +228,10 @@ def clip_gradients(
         for name, part in gradients.items()
     }
     norms = _over_shards(norms, {name: part[0] for name, part in parts.items() if part})
-    for name, part in gradients.items():
+    factors = (max_norm / (torch.stack(list(norms.values())) + 1e-6)).clamp(max=1)
+    for part, factor in zip(gradients.values(), factors.unbind(), strict=True):
         if part:
-            torch._foreach_mul_(part, (max_norm / (norms[name] + 1e-6)).clamp(max=1))
+            torch._foreach_mul_(part, factor)
     return norms
 
 
