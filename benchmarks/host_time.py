@@ -9,9 +9,13 @@ width 32, 2 x 32 and 8 x 16 px at patch 8, K 64, 2 tiles, one thread. As on a GP
 together, under autocast to bfloat16. What is left is what a GPU would have to wait for, but for kernels of a few
 microseconds each, which a CPU runs where a GPU has them launched. So the counts are the measure:
 
-``launches``      operators without views, allocations and those inside of another, a fused kernel of the compiler once
+``launches``      operators that call no other and are neither views nor allocations; kernels of the compiler; what
+                  takes a list of tensors, once
 ``dispatched``    calls of operators, of whatever kind
 ``Python calls``  calls of Python functions, as the interpreter counts them
+
+``wrapped`` is the plain step as each of several ranks takes it (FSDP2), in a group of one. A side that is not ours is
+timed and counted by this script, too.
 
 Every side is a process of its own, and they take their steps in turns. The first step, compiler included, is timed
 with an empty cache.
@@ -50,8 +54,10 @@ _PHASES = (
     "the rest",
 )
 _DEPTHS = ("small", "base", "large")
+_WAYS = ("plain", "compiled", "wrapped")
 _COUNTS = ("launches", "dispatched", "Python calls")
 _MARK = "phase "
+_LISTS = ("aten::_foreach", "aten::_fused")
 
 # Operators that start nothing on a device: views and allocations.
 _NO_LAUNCH = frozenset(
@@ -72,10 +78,10 @@ class Case(NamedTuple):
     """A row of the table."""
 
     variant: str
-    compiled: bool
+    way: str
 
     def __str__(self) -> str:
-        return f"{self.variant}, {'compiled' if self.compiled else 'plain'}"
+        return f"{self.variant}, {self.way}"
 
 
 def main() -> None:
@@ -85,21 +91,21 @@ def main() -> None:
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="of a side in a round")
-    parser.add_argument("--plain", action="store_true", help="nothing is compiled")
+    parser.add_argument("--ways", nargs="+", choices=_WAYS, default=list(_WAYS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--root", help=argparse.SUPPRESS)
-    parser.add_argument("--worker", choices=("plain", "compiled"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=_WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.variants, options.rounds, options.steps, options.plain = ["small"], 2, 1, True
+        options.variants, options.rounds, options.steps, options.ways = ["small"], 2, 1, ["plain"]
     if options.worker:
         sys.path.insert(0, options.root)
-        work(Case(options.variants[0], options.worker == "compiled"), options)
+        work(Case(options.variants[0], options.worker), options)
         return
     found = {}
     for variant in options.variants:
-        for compiled in (False,) if options.plain else (False, True):
-            case = Case(variant, compiled)
+        for way in options.ways:
+            case = Case(variant, way)
             found[case] = measure(case, options)
             print("\n".join(report(options, found)), flush=True)
     if not options.quick:
@@ -167,7 +173,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 def start(case: Case, root: Path, cache: Path, options: argparse.Namespace) -> "subprocess.Popen[str]":
     """Start the process of a side."""
-    command = [sys.executable, __file__, "--worker", "compiled" if case.compiled else "plain"]
+    command = [sys.executable, __file__, "--worker", case.way]
     command += ["--root", str(root), "--variants", case.variant]
     command += ["--steps", str(options.steps), "--drop-path", str(options.drop_path)]
     environment = {
@@ -197,7 +203,7 @@ def answer(worker: "subprocess.Popen[str]") -> dict[str, Any]:
 def work(case: Case, options: argparse.Namespace) -> None:
     """Be a side: take the first steps, then time or count whenever asked to."""
     torch.set_num_threads(1)
-    if case.compiled:
+    if case.way == "compiled":
         import torch._inductor.config as inductor
 
         inductor.cpp.enable_kernel_profile = True  # its kernels are operators to the profiler
@@ -272,24 +278,29 @@ def count_operators(step: Callable[[], object]) -> dict[str, dict[str, int]]:
         step()
     launches: Counter[str] = Counter()
     dispatched: Counter[str] = Counter()
-    for event in profiler.events():
-        if not (event.name.startswith("aten::") or "fused" in event.name):
-            continue
-        phase, callers = _place(event)
+    events = [each for each in profiler.events() if each.name.startswith("aten::") or "fused" in each.name]
+    starts = {id(event): event.name not in _NO_LAUNCH for event in events}
+    places = [_place(event) for event in events]
+    for event, (_, callers) in zip(events, places, strict=True):
+        if starts[id(event)]:
+            for caller in callers:
+                starts[id(caller)] &= caller.name.startswith(_LISTS)
+    for event, (phase, callers) in zip(events, places, strict=True):
         # A list of tensors is one launch on a GPU, whatever a CPU makes of it.
-        dispatched[phase] += not any(name.startswith(("aten::_foreach", "aten::_fused")) for name in callers)
-        launches[phase] += event.name not in _NO_LAUNCH and not any(name not in _NO_LAUNCH for name in callers)
+        within = any(caller.name.startswith(_LISTS) for caller in callers)
+        dispatched[phase] += not within
+        launches[phase] += starts[id(event)] and not within
     return {"launches": dict(launches), "dispatched": dict(dispatched)}
 
 
-def _place(event: FunctionEvent) -> tuple[str, list[str]]:
+def _place(event: FunctionEvent) -> tuple[str, list[FunctionEvent]]:
     """Return the phase of an operator, and the operators that have called it."""
     callers, parent = [], event.cpu_parent
     while parent is not None:
         if parent.name.startswith(_MARK):
             return parent.name.removeprefix(_MARK), callers
         if parent.name.startswith("aten::"):
-            callers.append(parent.name)
+            callers.append(parent)
         parent = parent.cpu_parent
     return "the rest", callers
 
@@ -317,7 +328,7 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
     from dinocell.runtime.distributed import World
     from dinocell.ssl import trainer as module
     from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
-    from dinocell.ssl.prepare import backbone_of, build_model
+    from dinocell.ssl.prepare import _spread, backbone_of, build_model
     from dinocell.ssl.student_teacher import StudentTeacher
     from dinocell.ssl.view_plan import ViewsConfig
     from dinocell.ssl.views import Views
@@ -332,10 +343,13 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
         views=ViewsConfig(policy="stack", channels=("a", "b", "c"), global_size=sizes[0], local_size=sizes[1]),
         model=ModelConfig(variant=case.variant, layer_scale=0.1, drop_path=drop_path),
         heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
-        compute=ComputeConfig(device="cpu", dtype="bfloat16", compile=case.compiled),
+        compute=ComputeConfig(device="cpu", dtype="bfloat16", compile=case.way == "compiled"),
     )
     world = World()
     model = build_model(config, world)
+    if case.way == "wrapped":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        _spread(config, model, world)
     sides = {"teacher forward": model.teacher, "student forward": model.student}
     for name, side in sides.items():
         backbone_of(side).one_pass = True

@@ -1,10 +1,10 @@
 """Which rows of the residual stream belong to whom, when a block computes only some of them.
 
 Two reasons: drop path (some sequences skip a branch) and the last block's short cut (only some tokens will be read).
+As with `Segment`, what a block is told is neither a tuple nor a dataclass.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,28 +13,27 @@ from torch import Tensor
 from dinocell.models.attention import Segment
 
 
-class WantedRows(NamedTuple):
+class WantedRows:
     """The rows of a block's output that somebody will read, and the sequence that each belongs to.
 
     ``among_queries`` indexes the query rows of the block's segments (see `Segment.queries`), ``rows`` all rows.
     """
 
-    rows: Int[Tensor, " m"]
-    among_queries: Int[Tensor, " m"]
-    sequence: Int[Tensor, " m"]
+    def __init__(self, rows: Int[Tensor, " m"], among_queries: Int[Tensor, " m"], sequence: Int[Tensor, " m"]) -> None:
+        self.rows, self.among_queries, self.sequence = rows, among_queries, sequence
 
 
-class Subset(NamedTuple):
+class Subset:
     """The sequences that take a branch (the others skip it: drop path).
 
     ``segments`` are the kept sequences alone, ``rows`` theirs among all; ``sequences`` number them among those of all
     segments. ``factors``, one a segment, keep the branch's expectation.
     """
 
-    rows: Int[Tensor, " k"]
-    sequences: Int[Tensor, " s"]
-    segments: list[Segment]
-    factors: list[float]
+    def __init__(
+        self, rows: Int[Tensor, " k"], sequences: Int[Tensor, " s"], segments: list[Segment], factors: list[float]
+    ) -> None:
+        self.rows, self.sequences, self.segments, self.factors = rows, sequences, segments, factors
 
     def add(self, rows: Float[Tensor, "n d"], branch: Float[Tensor, "k d"]) -> Float[Tensor, "n d"]:
         """Return all rows with the scaled branch added to the kept ones."""
@@ -80,7 +79,7 @@ def find_subsets(segments: Sequence[Segment], kept: Sequence[Int[Tensor, "depth 
         tokens = torch.arange(first_row, first_row + segment.tokens, device=sequences.device)
         rows.append((sequences[..., None] * segment.tokens + tokens).flatten(2))
         numbers.append(sequences + first)
-        smaller.append(segment._replace(batch=sequences.shape[-1]))
+        smaller.append(Segment(sequences.shape[-1], segment.tokens, segment.rotary))
         factors.append(segment.batch / sequences.shape[-1])
         first_row += segment.batch * segment.tokens
         first += segment.batch
@@ -113,7 +112,7 @@ def find_wanted_rows(
         rows.append(start + owner * segment.tokens + token)
         among.append(start_among + owner * queries + token)
         sequences.append(start_sequence + owner)
-        shrunk.append(segment._replace(queries=queries))
+        shrunk.append(Segment(segment.batch, segment.tokens, segment.rotary, queries))
         start += segment.batch * segment.tokens
         start_among += segment.batch * queries
         start_sequence += segment.batch
