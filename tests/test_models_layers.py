@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from dinocell.errors import DinocellError
 from dinocell.models.attention import Attention, AttentionKernel, Segment
 from dinocell.models.layers import Block, GeluMlp, LayerScale, PatchEmbedding, SwigluMlp
 from dinocell.models.positions import RopeConfig, rotary_table
-from dinocell.models.rows import draw_kept_sequences
+from dinocell.models.rows import Subset, draw_kept_sequences, find_subsets
 
 
 def make_block(*, kernel: str = "sdpa", layer_scale: bool = True, mlp: str = "gelu") -> Block:
@@ -141,6 +141,15 @@ def test_block_without_layer_scale_adds_its_branches_plainly() -> None:
     torch.testing.assert_close(block(rows, segments), middle + block.mlp(block.norm2(middle)))
 
 
+def subsets(segments: list[Segment], attended: list[Tensor], fed: list[Tensor]) -> tuple[Subset, Subset]:
+    """Return what a block is told of the sequences that take its branches."""
+    everything = [
+        find_subsets(segments, [torch.stack([each])[:, None].expand(1, 2, -1) for each in side])[0]
+        for side in (attended, fed)
+    ]
+    return everything[0][0], everything[1][1]
+
+
 @pytest.mark.parametrize("branch", [0, 1])
 def test_drop_path_keeps_the_expectation_of_a_branch(branch: int) -> None:
     """Averaging over every subset gives the full branch (G.9)."""
@@ -151,7 +160,7 @@ def test_drop_path_keeps_the_expectation_of_a_branch(branch: int) -> None:
     pairs = [torch.tensor([a, b]) for a in range(4) for b in range(4) if a < b]
     everyone = [torch.arange(4)]
     kept = [([pair], everyone) if branch == 0 else (everyone, [pair]) for pair in pairs]
-    mean = torch.stack([block(rows, segments, each) for each in kept]).mean(0)
+    mean = torch.stack([block(rows, segments, subsets(segments, *each)) for each in kept]).mean(0)
     torch.testing.assert_close(mean, block(rows, segments), rtol=1e-4, atol=1e-5)
 
 
@@ -159,7 +168,7 @@ def test_drop_path_leaves_skipped_samples_untouched_and_scales_the_others() -> N
     block = make_block()
     nn.init.zeros_(block.ls2.gamma)
     rows, segments = torch.randn(4 * 5, 16), [segment(4, (2, 2))]
-    out = block(rows, segments, ([torch.tensor([2])], [torch.arange(4)])).view(4, 5, 16)
+    out = block(rows, segments, subsets(segments, [torch.tensor([2])], [torch.arange(4)])).view(4, 5, 16)
     before, full = rows.view(4, 5, 16), block(rows, segments).view(4, 5, 16)
     for sample in (0, 1, 3):
         assert torch.equal(out[sample], before[sample])
@@ -170,23 +179,35 @@ def test_keeping_everyone_is_the_plain_block() -> None:
     block = make_block()
     rows, segments = torch.randn(2 * 10 + 3 * 5, 16), [segment(2, (3, 3)), segment(3, (2, 2))]
     everyone = [torch.arange(2), torch.arange(3)]
-    torch.testing.assert_close(block(rows, segments, (everyone, everyone)), block(rows, segments))
+    torch.testing.assert_close(block(rows, segments, subsets(segments, everyone, everyone)), block(rows, segments))
+
+
+def test_subsets_name_the_rows_and_sequences_of_every_block_and_segment() -> None:
+    segments = [Segment(3, 2, None), Segment(2, 4, None)]
+    kept = [torch.tensor([[[2, 0], [1, 2]], [[0, 1], [2, 1]]]), torch.tensor([[[1], [0]], [[0], [1]]])]
+    for block, pair in enumerate(find_subsets(segments, kept)):
+        for branch, subset in enumerate(pair):
+            large, small = (each[block, branch].tolist() for each in kept)
+            rows = [2 * s + t for s in large for t in range(2)] + [6 + 4 * s + t for s in small for t in range(4)]
+            assert subset.rows.tolist() == rows
+            assert subset.sequences.tolist() == [*large, *(3 + s for s in small)]
+            assert [(s.batch, s.tokens) for s in subset.segments] == [(2, 2), (1, 4)]
+            assert subset.factors == [1.5, 2]
+            factors = subset.factor_of_sequences(5, torch.zeros(())).tolist()
+            assert factors == [1.5 * (s in large) for s in range(3)] + [2.0 * (s in small) for s in range(2)]
 
 
 @pytest.mark.parametrize(("batch", "drop_path", "count"), [(10, 0.3, 7), (10, 0.0, 10), (1, 0.9, 1), (3, 0.99, 1)])
 def test_number_of_kept_sequences_is_fixed(batch: int, drop_path: float, count: int) -> None:
-    drawn = draw_kept_sequences([Segment(batch, 5, None)], 6, drop_path, device=torch.device("cpu"))
-    assert len(drawn) == 6
-    for attention, mlp in drawn:
-        for (kept,) in (attention, mlp):
-            assert len(kept) == count
-            assert len(set(kept.tolist())) == count
+    (drawn,) = draw_kept_sequences([batch], 6, drop_path, device=torch.device("cpu"))
+    assert drawn.shape == (6, 2, count)
+    assert all(len(set(kept.tolist())) == count for kept in drawn.flatten(0, 1))
 
 
 def test_every_sequence_is_kept_equally_often() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = draw_kept_sequences([Segment(8, 5, None)], 4000, 0.5, device=torch.device("cpu"), generator=generator)
-    counts = torch.stack([F.one_hot(kept, 8).sum(0) for (kept,), _ in drawn]).float().mean(0)
+    (drawn,) = draw_kept_sequences([8], 4000, 0.5, device=torch.device("cpu"), generator=generator)
+    counts = F.one_hot(drawn[:, 0], 8).sum(1).float().mean(0)
     assert (counts - 0.5).abs().max() < 0.04  # five standard deviations of a share of 4,000 draws
 
 

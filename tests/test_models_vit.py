@@ -263,14 +263,29 @@ def test_same_generator_gives_the_same_weights() -> None:
     )
 
 
-def test_rotary_tables_are_made_once_a_resolution_and_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotary_tables_with_noise_are_made_once_a_resolution_and_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     import dinocell.models.vit as module
 
     calls = []
     original = module.rotary_table
     monkeypatch.setattr(module, "rotary_table", lambda grid, *a, **k: calls.append(grid) or original(grid, *a, **k))
-    make()([torch.randn(2, 1, 16, 16), torch.randn(2, 1, 8, 8)])
-    assert calls == [(4, 4), (2, 2)]
+    vit = make(noise=TrainingNoise(rope_rescale=2.0)).train()
+    for _ in range(2):
+        vit([torch.randn(2, 1, 16, 16), torch.randn(2, 1, 8, 8)])
+    assert calls == [(4, 4), (2, 2)] * 2
+
+
+def test_rotary_tables_without_noise_are_made_once() -> None:
+    from dinocell.models.positions import kept_rotary_table
+
+    vit, images = make(noise=TrainingNoise(drop_path=0.5)).train(), torch.randn(2, 1, 16, 16)
+    kept_rotary_table.cache_clear()
+    with torch.inference_mode():  # what is made in here cannot be kept for a pass with gradient
+        vit(images)
+    assert kept_rotary_table.cache_info().misses == 0
+    for _ in range(3):
+        vit(images).cls.sum().backward()
+    assert kept_rotary_table.cache_info().misses == 1
 
 
 def test_attention_runs_once_a_block_and_resolution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Groups, rates, clipping and the moving average, on a real backbone and real heads."""
 
+import copy
 import inspect
 import math
 
@@ -150,6 +151,33 @@ def test_step_equals_adamw_by_hand() -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.01 * decay) - 0.01)
 
 
+def test_steps_equal_those_of_torch_bit_for_bit_with_a_bad_one_between_and_its_state_loaded() -> None:
+    """Groups of equal rates share a launch; a state of torch's own optimizer goes on in ours."""
+    ours, theirs = modules(), modules()
+    for part, module in ours.items():
+        theirs[part].load_state_dict(module.state_dict())
+    optimizers = [adamw(parameter_groups(parts, depth=2, layer_decay=0.9)) for parts in (ours, theirs)]
+    plain = torch.optim.AdamW(optimizers[1].param_groups, lr=0.0, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for number, bad in enumerate([0.0, 0.0, 1.0, 0.0]):
+        for optimizer in (optimizers[0], plain):
+            set_rates(optimizer, learning_rate=0.01, weight_decay=0.3, last_layer_factor=float(number > 0))
+            optimizer.found_inf = torch.tensor(bad)  # type: ignore[attr-defined]
+        for module, twin in zip(ours.values(), theirs.values(), strict=True):
+            for parameter, same in zip(module.parameters(), twin.parameters(), strict=True):
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                same.grad = parameter.grad.clone()
+        optimizers[0].step()
+        plain.step()
+        if number == 1:
+            optimizers[0].load_state_dict(copy.deepcopy(plain.state_dict()))
+        for part, module in ours.items():
+            for parameter, same in zip(module.parameters(), theirs[part].parameters(), strict=True):
+                assert torch.equal(parameter, same)
+                for name, value in plain.state[same].items():
+                    assert torch.equal(optimizers[0].state[parameter][name], value), name
+
+
 def test_state_of_the_optimizer_is_plain_values_and_tensors() -> None:
     parts = modules()
     optimizer = adamw(parameter_groups(parts, depth=2, layer_decay=0.9))
@@ -180,6 +208,28 @@ def test_each_module_is_clipped_by_itself() -> None:
     assert norms["b"].item() == pytest.approx(0.1 * math.sqrt(6))
     assert parts["a"].weight.grad.norm().item() == pytest.approx(3, rel=1e-5)
     assert torch.equal(parts["b"].weight.grad, torch.full((2, 3), 0.1))
+
+
+def test_clipping_equals_that_of_torch_bit_for_bit_for_modules_and_for_lists() -> None:
+    for largest in (1e-3, 1e3):
+        parts, lists, twins = modules(), modules(), modules()
+        for part, module in parts.items():
+            generator = torch.Generator().manual_seed(1)
+            module.register_parameter("unused", nn.Parameter(torch.zeros(2)))
+            for name, parameter in module.named_parameters():
+                if name != "unused":
+                    parameter.grad = torch.randn(parameter.shape, generator=generator)
+                    for other in (lists, twins):
+                        other[part].get_parameter(name).grad = parameter.grad.clone()
+        norms = clip_gradients(parts, largest)
+        also = clip_gradients({part: list(module.parameters()) for part, module in lists.items()}, largest)
+        for part, twin in twins.items():
+            wanted = nn.utils.clip_grad_norm_(twin.parameters(), largest)
+            assert torch.equal(norms[part], wanted)
+            assert torch.equal(also[part], wanted)
+            for name, parameter in twin.named_parameters():
+                for found in (parts, lists):
+                    assert torch.equal(found[part].get_parameter(name).grad, parameter.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,5 +1,12 @@
 """The fused cross-entropy against autograd through the whole matrix of logits, and against NumPy."""
 
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +191,43 @@ def test_bfloat16_rows_agree_with_float32_to_their_precision(keep: bool) -> None
     assert [each.dtype for each in ours] == [torch.bfloat16, torch.float32]
     for mine, theirs in zip(ours, gradients(expected, exact), strict=True):
         assert torch.cosine_similarity(mine.float().flatten(), theirs.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+def test_compiled_targets_losses_and_gradients_are_the_plain_ones_for_any_number_of_rows(tmp_path: Path) -> None:
+    """In a process of its own: the annotations that the test suite checks at run time are not for the compiler.
+
+    Kernels for a CPU: six graphs, 20 s. In bfloat16 the plain way rounds a quotient once more.
+    """
+    script = """
+        import torch
+        from torch._dynamo.utils import counters
+        from torch.nn.functional import normalize
+        from dinocell.ssl.cross_entropy import prototype_cross_entropy
+        from dinocell.ssl.heads import Projection
+        from dinocell.ssl.targets import TeacherLogits, sinkhorn_targets
+
+        def found(rows, dtype, compiled):
+            torch.manual_seed(rows)
+            unit = normalize(torch.randn(rows, 8), dim=1).to(dtype).requires_grad_()
+            prototypes = torch.randn(24, 8, requires_grad=True)
+            teacher = Projection(normalize(torch.randn(rows, 8), dim=1).to(dtype), torch.randn(24, 8))
+            ways = {"piece_elements": 24 * 16, "compiled": compiled}
+            (targets,) = sinkhorn_targets([TeacherLogits(teacher, keep=True)], 0.1, **ways)
+            loss = prototype_cross_entropy(Projection(unit, prototypes), targets, torch.rand(rows), **ways)
+            loss.total.backward()
+            return targets.offsets, loss.total.detach(), loss.rows, unit.grad.float(), prototypes.grad
+
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+            for rows in (40, 37, 5):
+                for ours, plain in zip(found(rows, dtype, True), found(rows, dtype, False), strict=True):
+                    assert (ours - plain).abs().max() <= tolerance * plain.abs().max(), (dtype, rows)
+        print(counters["stats"]["unique_graphs"], "graphs", sum(counters["graph_break"].values()), "breaks")
+    """
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.stdout == "6 graphs 0 breaks\n", result.stderr[-2000:]
 
 
 def test_misfits_are_refused() -> None:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dinocell.cli import main
 from dinocell.configs.load import to_yaml
@@ -454,6 +456,102 @@ def test_a_look_attends_in_a_way_that_takes_any_type(shard_set: Path, tmp_path: 
     rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     found = [row["loss/total"] for row in rows if "loss/total" in row]
     np.testing.assert_allclose(found, losses(same.output), rtol=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators for whose result, or for whose numbers from main memory, the host would wait on a GPU."""
+
+    NAMES = (
+        *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "bincount"),
+        *("unique_dim", "_unique2", "unique_consecutive", "lift_fresh", "repeat_interleave.Tensor"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function).removeprefix("aten.")
+        indices = args[1] if name.startswith(("index.", "index_put", "_index_put_impl_")) else ()
+        by_mask = any(each is not None and each.dtype == torch.bool for each in indices)
+        if by_mask or name in self.NAMES or name.split(".")[0] in self.NAMES:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("centring", ["sinkhorn", "softmax"])
+def test_between_log_steps_the_host_waits_for_nothing(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, centring: Any
+) -> None:
+    config = config_of(
+        shard_set,
+        tmp_path / "run",
+        model=ModelConfig(variant="nano", drop_path=0.3),
+        losses=LossConfig(centring=centring),
+        schedules=Schedules(learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2)),
+        optim=OptimConfig(accumulate=2),
+    )
+    samples, model, trainer = prepared(config)
+    masks = trainer._masks
+
+    def drawn_on_the_host(batch: Any) -> Any:
+        with _disable_current_modes():
+            return masks(batch)
+
+    monkeypatch.setattr(trainer, "_masks", drawn_on_the_host)
+    for side in (model.student, model.teacher, model.gram):
+        prepare.backbone_of(side).one_pass = True  # as on a GPU
+    levels = channel_levels([each.manifest for each in samples.sets], config.views)
+    batches = iter(samples)
+    for number in range(4):  # the first makes the optimizer's moments and what is kept from step to step
+        parts = []
+        for _ in range(2):
+            batch = next(batches)
+            parts.append((batch, make_views(batch, config.views, levels, seed=0, device=torch.device("cpu"))))
+        with Waits() as waits:
+            trainer.step(number, parts, watch=False)
+        assert number == 0 or waits.found == []
+    with Waits() as waits:
+        trainer.step(4, parts, watch=True)
+    assert "_local_scalar_dense.default" in waits.found, "a log step looks: this test would notice"
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "blocks"])
+def test_compiled_steps_are_those_of_plain_ones(shard_set: Path, tmp_path: Path, recompute: str) -> None:
+    """Whole passes or, where blocks are computed again, block by block; targets and losses.
+
+    In a process of its own (the annotations that the test suite checks at run time are not for the compiler), with the
+    compiler's front half alone: its kernels are tried in test_ssl_cross_entropy and take half a minute.
+    """
+    schedules = Schedules(learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2))
+    plain = config_of(shard_set, tmp_path / "plain", steps=3, schedules=schedules, watch=WatchConfig(every=0))
+    pretrain(plain)
+    compute = ComputeConfig(workers=0, compile=True, recompute=recompute)  # type: ignore[arg-type]
+    (tmp_path / "recipe.yaml").write_text(to_yaml(replace(plain, output=tmp_path / "compiled", compute=compute)))
+    script = f"""
+        import functools
+        import torch
+        import torch._dynamo
+        from torch._dynamo.utils import counters
+
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+        compile_module = torch.nn.Module.compile
+        torch.nn.Module.compile = functools.partialmethod(compile_module, backend="aot_eager")
+        from dinocell.cli import main
+        assert main(["pretrain", {str(tmp_path / "recipe.yaml")!r}]) == 0
+        print("breaks", sum(counters["graph_break"].values()))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.endswith("breaks 0\n")
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-4)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -13,7 +13,7 @@ resolution, and computed by one of four kernels that give the same result:
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,17 @@ from dinocell.models.scale import LayerScale, scaled_linear
 AttentionKernel = Literal["sdpa", "varlen", "xformers", "dense"]
 
 
-class Segment(NamedTuple):
+class Segment:
     """Consecutive rows that hold ``batch`` sequences of ``tokens`` tokens each, and how to rotate them.
 
     ``queries`` limits attention to the first tokens of each sequence (the last block of a pass that wants CLS only);
     ``None`` means all.
+
+    Neither a tuple nor a dataclass: FSDP2 looks for gradients inside of those, at every block.
     """
 
-    batch: int
-    tokens: int
-    rotary: RotaryTable | None
-    queries: int | None = None
+    def __init__(self, batch: int, tokens: int, rotary: RotaryTable | None, queries: int | None = None) -> None:
+        self.batch, self.tokens, self.rotary, self.queries = batch, tokens, rotary, queries
 
 
 class Attention(nn.Module):

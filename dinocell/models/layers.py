@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinocell.models.attention import Attention, Segment
-from dinocell.models.rows import KeptSequences, Subset, WantedRows, branch_factors
+from dinocell.models.rows import Subset, WantedRows
 from dinocell.models.scale import LayerScale, scaled_linear
 
 Given = TypeVar("Given")
@@ -103,7 +103,7 @@ class Block(nn.Module):
         self,
         rows: Float[Tensor, "n d"],
         segments: Sequence[Segment],
-        kept: tuple[KeptSequences, KeptSequences] | None = None,
+        kept: tuple[Subset, Subset] | None = None,
         wanted: WantedRows | None = None,
     ) -> Float[Tensor, "m d"]:
         """Transform the residual stream.
@@ -113,7 +113,7 @@ class Block(nn.Module):
         rows
             Tokens of all sequences, segment after segment.
         kept
-            Sequences that take the attention branch and the MLP branch; ``None``: all.
+            Sequences that take the attention branch and the MLP branch, see `find_subsets`; ``None``: all.
         wanted
             Compute and return only these rows; ``None``: all. Exact: keys and values still come from every row.
         """
@@ -125,15 +125,13 @@ class Block(nn.Module):
                 rows = rows[wanted.rows] + self.attn.project(mixed[wanted.among_queries], self.ls1)
             return rows + self._mlp(rows)
 
-        everything = [segment._replace(queries=None) for segment in segments]
-        subset = Subset.of(everything, kept[0])
-        rows = subset.add(rows, self._attention(rows[subset.rows], subset.segments))
+        attended, fed = kept
+        rows = attended.add(rows, self._attention(rows[attended.rows], attended.segments))
         if wanted is not None:
             rows = rows[wanted.rows]
-            share = branch_factors(segments, kept[1], rows)[wanted.sequence, None]
+            share = fed.factor_of_sequences(sum(segment.batch for segment in segments), rows)[wanted.sequence, None]
             return rows + self._mlp(rows) * share
-        subset = Subset.of(everything, kept[1])
-        return subset.add(rows, self._mlp(rows[subset.rows]))
+        return fed.add(rows, self._mlp(rows[fed.rows]))
 
     def _attention(self, rows: Tensor, segments: Sequence[Segment]) -> Tensor:
         return self.attn.project(self.attn.mix(self._queries_keys_values(rows), segments), self.ls1)

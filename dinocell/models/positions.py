@@ -1,10 +1,11 @@
 """Where a patch is: rotary tables (DINOv3) and learned, interpolated embeddings (DINOv2, Cell-DINO).
 
-Both are made once for a resolution and a forward pass, never once a block.
+Both are made once for a resolution and a forward pass, never once a block; tables without noise are kept.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -73,6 +74,11 @@ class TrainingNoise:
     rope_jitter: float | None = None
     rope_rescale: float | None = None
 
+    @property
+    def moves_positions(self) -> bool:
+        """Whether coordinates are perturbed at all."""
+        return any(value is not None for value in (self.rope_shift, self.rope_jitter, self.rope_rescale))
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"drop_path: expected a share in [0, 1), got {self.drop_path}")
@@ -140,6 +146,14 @@ def rotary_table(
     angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1).tile(2)
     angles = F.pad(angles, (0, 0, num_prefix, 0))[:, None, None, :]
     return RotaryTable(angles.cos(), angles.sin())
+
+
+@lru_cache(maxsize=8)
+def kept_rotary_table(
+    grid: tuple[int, int], num_prefix: int, head_dim: int, config: RopeConfig, device: torch.device
+) -> RotaryTable:
+    """Return `rotary_table` without noise, made once for each of the last few resolutions: nobody writes into it."""
+    return rotary_table(grid, num_prefix, head_dim, config, device=device)
 
 
 def _perturb(

@@ -1,10 +1,10 @@
 """Which rows of the residual stream belong to whom, when a block computes only some of them.
 
 Two reasons: drop path (some sequences skip a branch) and the last block's short cut (only some tokens will be read).
+As with `Segment`, what a block is told is neither a tuple nor a dataclass.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,39 +13,27 @@ from torch import Tensor
 from dinocell.models.attention import Segment
 
 
-class WantedRows(NamedTuple):
+class WantedRows:
     """The rows of a block's output that somebody will read, and the sequence that each belongs to.
 
     ``among_queries`` indexes the query rows of the block's segments (see `Segment.queries`), ``rows`` all rows.
     """
 
-    rows: Int[Tensor, " m"]
-    among_queries: Int[Tensor, " m"]
-    sequence: Int[Tensor, " m"]
+    def __init__(self, rows: Int[Tensor, " m"], among_queries: Int[Tensor, " m"], sequence: Int[Tensor, " m"]) -> None:
+        self.rows, self.among_queries, self.sequence = rows, among_queries, sequence
 
 
-KeptSequences = Sequence[Int[Tensor, " _"]]
-"""For each segment, the sequences that take a branch (the others skip it: drop path)."""
+class Subset:
+    """The sequences that take a branch (the others skip it: drop path).
 
+    ``segments`` are the kept sequences alone, ``rows`` theirs among all; ``sequences`` number them among those of all
+    segments. ``factors``, one a segment, keep the branch's expectation.
+    """
 
-class Subset(NamedTuple):
-    """The rows of the kept sequences, and the factors that keep the branch's expectation."""
-
-    rows: Int[Tensor, " k"]
-    segments: list[Segment]
-    factors: list[float]
-
-    @classmethod
-    def of(cls, segments: Sequence[Segment], kept: KeptSequences) -> "Subset":
-        """Find the rows of the kept sequences of all segments."""
-        rows, start = [], 0
-        for segment, sequences in zip(segments, kept, strict=True):
-            tokens = torch.arange(segment.tokens, device=sequences.device)
-            rows.append((start + sequences[:, None] * segment.tokens + tokens).flatten())
-            start += segment.batch * segment.tokens
-        smaller = [segment._replace(batch=len(sequences)) for segment, sequences in zip(segments, kept, strict=True)]
-        factors = [segment.batch / len(sequences) for segment, sequences in zip(segments, kept, strict=True)]
-        return cls(torch.cat(rows), smaller, factors)
+    def __init__(
+        self, rows: Int[Tensor, " k"], sequences: Int[Tensor, " s"], segments: list[Segment], factors: list[float]
+    ) -> None:
+        self.rows, self.sequences, self.segments, self.factors = rows, sequences, segments, factors
 
     def add(self, rows: Float[Tensor, "n d"], branch: Float[Tensor, "k d"]) -> Float[Tensor, "n d"]:
         """Return all rows with the scaled branch added to the kept ones."""
@@ -53,34 +41,51 @@ class Subset(NamedTuple):
         parts = [part * factor for part, factor in zip(branch.split(sizes), self.factors, strict=True)]
         return rows.index_add(0, self.rows, torch.cat(parts).to(rows.dtype))
 
-
-def branch_factors(segments: Sequence[Segment], kept: KeptSequences, like: Tensor) -> Float[Tensor, " s"]:
-    """Return for every sequence of every segment 0 (skips the branch) or batch / kept."""
-    factors = []
-    for segment, sequences in zip(segments, kept, strict=True):
-        factor = like.new_zeros(segment.batch)
-        factors.append(factor.index_fill(0, sequences, segment.batch / len(sequences)))
-    return torch.cat(factors)
+    def factor_of_sequences(self, num_sequences: int, like: Tensor) -> Float[Tensor, " s"]:
+        """Return for every sequence of every segment 0 (skips the branch) or batch / kept."""
+        sizes = [segment.batch for segment in self.segments]
+        factors = [like.new_full((size,), factor) for size, factor in zip(sizes, self.factors, strict=True)]
+        return like.new_zeros(num_sequences).index_copy(0, self.sequences, torch.cat(factors))
 
 
 def draw_kept_sequences(
-    segments: Sequence[Segment],
+    batches: Sequence[int],
     depth: int,
     drop_path: float,
     *,
     device: torch.device,
     generator: torch.Generator | None = None,
-) -> list[tuple[KeptSequences, KeptSequences]]:
-    """Draw for every block and branch the ``max(1, floor(batch * (1 - drop_path)))`` sequences that take it.
+) -> list[Int[Tensor, "depth 2 _"]]:
+    """Draw for each segment the ``max(1, floor(batch * (1 - drop_path)))`` sequences that take each branch of a block.
 
     The count is fixed, so shapes are static and the saving is real; each sequence is kept with the same probability.
     """
     drawn = []
-    for segment in segments:
-        count = max(1, int(segment.batch * (1 - drop_path)))
-        order = torch.rand(depth, 2, segment.batch, generator=generator, device=device).argsort(dim=-1)
+    for batch in batches:
+        count = max(1, int(batch * (1 - drop_path)))
+        order = torch.rand(depth, 2, batch, generator=generator, device=device).argsort(dim=-1)
         drawn.append(order[..., :count])
-    return [([d[i, 0] for d in drawn], [d[i, 1] for d in drawn]) for i in range(depth)]
+    return drawn
+
+
+def find_subsets(segments: Sequence[Segment], kept: Sequence[Int[Tensor, "depth 2 _"]]) -> list[tuple[Subset, Subset]]:
+    """Return the subsets of the attention branch and the MLP branch of every block; ``kept`` has one tensor a segment.
+
+    All blocks at once: one by one, their indices are a dozen small operations a branch.
+    """
+    rows, numbers, smaller, factors = [], [], [], []
+    first_row = first = 0
+    for segment, sequences in zip(segments, kept, strict=True):
+        tokens = torch.arange(first_row, first_row + segment.tokens, device=sequences.device)
+        rows.append((sequences[..., None] * segment.tokens + tokens).flatten(2))
+        numbers.append(sequences + first)
+        smaller.append(Segment(sequences.shape[-1], segment.tokens, segment.rotary))
+        factors.append(segment.batch / sequences.shape[-1])
+        first_row += segment.batch * segment.tokens
+        first += segment.batch
+    pairs = zip(torch.cat(rows, 2).flatten(0, 1), torch.cat(numbers, 2).flatten(0, 1), strict=True)
+    subsets = [Subset(*pair, smaller, factors) for pair in pairs]
+    return list(zip(subsets[::2], subsets[1::2], strict=True))
 
 
 def num_output_rows(segment: Segment, select: Int[Tensor, " m"] | None, num_prefix: int) -> int:
@@ -107,7 +112,7 @@ def find_wanted_rows(
         rows.append(start + owner * segment.tokens + token)
         among.append(start_among + owner * queries + token)
         sequences.append(start_sequence + owner)
-        shrunk.append(segment._replace(queries=queries))
+        shrunk.append(Segment(segment.batch, segment.tokens, segment.rotary, queries))
         start += segment.batch * segment.tokens
         start_among += segment.batch * queries
         start_sequence += segment.batch

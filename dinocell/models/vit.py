@@ -19,11 +19,12 @@ from dinocell.models.layers import Block, GeluMlp, PatchEmbedding, SwigluMlp
 from dinocell.models.positions import (
     RotaryTable,
     TrainingNoise,
+    kept_rotary_table,
     learned_positions,
     position_parameter,
     rotary_table,
 )
-from dinocell.models.rows import KeptSequences, draw_kept_sequences, find_wanted_rows, num_output_rows
+from dinocell.models.rows import Subset, draw_kept_sequences, find_subsets, find_wanted_rows, num_output_rows
 from dinocell.models.scale import LayerScale
 
 __all__ = ["VARIANTS", "ViTConfig", "ViTOutput", "VisionTransformer", "variant_config"]
@@ -196,7 +197,7 @@ class VisionTransformer(nn.Module):
         chosen = [block % depth for block in blocks]
         parts: list[list[ViTOutput]] = []
         for piece in self._pieces(images, None, None):
-            rows, segments = self._rows([piece])
+            rows, segments = self._rows([piece], self._tables([piece]))
             outputs: dict[int, ViTOutput] = {}
             for index, after in enumerate(self._run(rows, segments, None, stop=max(chosen) + 1)):
                 if index in chosen:
@@ -222,7 +223,8 @@ class VisionTransformer(nn.Module):
     def cls_attention(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads rows columns"]:
         """Return how much the CLS token of the last block attends to every patch, by head; a row sums to at most 1."""
         grid = self.grid(images)
-        rows, segments = self._rows([_Input(images, None, None)])
+        inputs = [_Input(images, None, None)]
+        rows, segments = self._rows(inputs, self._tables(inputs))
         for after in self._run(rows, segments, None, stop=len(self.blocks) - 1):
             rows = after
         last = self.blocks[-1]
@@ -274,59 +276,81 @@ class VisionTransformer(nn.Module):
                 wanted = select[ends[0] : ends[1]] - first
             yield _Input(some, None if masks is None else masks[index * size : (index + 1) * size], wanted)
 
+    def compile_pass(self) -> None:
+        """Compile all that a pass computes, from pixels to normalised tokens, as one piece.
+
+        Blocks compiled one by one cost the host a check of every block's inputs in every pass. What is drawn at random
+        stays outside; shapes are taken to be the same in every step.
+        """
+        self._through = torch.compile(self._through, dynamic=False)  # type: ignore[method-assign]
+
     def _pass(self, inputs: list["_Input"], generator: torch.Generator | None, local: list[bool]) -> list[ViTOutput]:
         """Run all blocks over the rows of all inputs."""
-        rows, segments = self._rows(inputs, generator)
+        tables = self._tables(inputs, generator)
         kept = None
         if self.training and self.noise.drop_path > 0:
+            batches = [len(each.images) for each in inputs]
             kept = draw_kept_sequences(
-                segments, self.config.depth, self.noise.drop_path, device=rows.device, generator=generator
+                batches, self.config.depth, self.noise.drop_path, device=inputs[0].images.device, generator=generator
             )
+        return self._through(inputs, tables, kept, local)
+
+    def _through(
+        self,
+        inputs: list["_Input"],
+        tables: list[RotaryTable | None],
+        kept: list[Tensor] | None,
+        local: list[bool],
+    ) -> list[ViTOutput]:
+        """Return the tokens of all inputs: what a pass computes once all that is random has been drawn."""
+        rows, segments = self._rows(inputs, tables)
         select = [each.select for each in inputs]
-        for after in self._run(rows, segments, kept, select=select):
+        dropped = None if kept is None else find_subsets(segments, kept)
+        for after in self._run(rows, segments, dropped, select=select):
             rows = after
         return self._finish(rows, segments, select, norm=True, local=local)
 
     def _rows(
-        self, inputs: list["_Input"], generator: torch.Generator | None = None
+        self, inputs: list["_Input"], tables: list[RotaryTable | None]
     ) -> tuple[Float[Tensor, "n d"], list[Segment]]:
-        """Embed patches, mask them, add CLS, registers and positions; make the rotary tables."""
+        """Embed patches, mask them, add CLS, registers and positions."""
         rows, segments = [], []
-        for images, masks, _ in inputs:
-            grid = self.grid(images)
+        for (images, masks, _), table in zip(inputs, tables, strict=True):
             patches = self.patch_embed(images)
             if masks is not None:
                 patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
             cls: Tensor = self.cls_token
             if self.pos_embed is not None:
-                positions = learned_positions(self.pos_embed, grid, self.config.learned)
+                positions = learned_positions(self.pos_embed, self.grid(images), self.config.learned)
                 cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
             prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
             tokens = torch.cat([*(t.to(patches.dtype).expand(len(images), -1, -1) for t in prefix), patches], dim=1)
             rows.append(tokens.flatten(0, 1))
-            segments.append(Segment(len(images), tokens.shape[1], self._rotary(grid, images.device, generator)))
+            segments.append(Segment(len(images), tokens.shape[1], table))
         return rows[0] if len(rows) == 1 else torch.cat(rows), segments
 
-    def _rotary(
-        self, grid: tuple[int, int], device: torch.device, generator: torch.Generator | None
-    ) -> RotaryTable | None:
+    def _tables(self, inputs: list["_Input"], generator: torch.Generator | None = None) -> list[RotaryTable | None]:
+        """Make the rotary table of each input, or take it from the passes before."""
         if self.config.positions != "rope":
-            return None
-        return rotary_table(
-            grid,
-            self.config.num_prefix,
-            self.config.width // self.config.heads,
-            self.config.rope,
-            noise=self.noise if self.training else None,
-            generator=generator,
-            device=device,
-        )
+            return [None] * len(inputs)
+        noise = self.noise if self.training and self.noise.moves_positions else None
+        # A table made in inference mode is of no use in training, and one kept is no part of a compiled graph.
+        keep = not torch.compiler.is_compiling() and noise is None and not torch.is_inference_mode_enabled()
+        sizes = (self.config.num_prefix, self.config.width // self.config.heads, self.config.rope)
+        tables: list[RotaryTable | None] = []
+        for images, _, _ in inputs:
+            grid, device = self.grid(images), images.device
+            if keep:
+                tables.append(kept_rotary_table(grid, *sizes, device))
+            else:
+                tables.append(rotary_table(grid, *sizes, noise=noise, generator=generator, device=device))
+        return tables
 
     def _run(
         self,
         rows: Float[Tensor, "n d"],
         segments: list[Segment],
-        kept: list[tuple[KeptSequences, KeptSequences]] | None,
+        kept: list[tuple[Subset, Subset]] | None,
         *,
         select: Sequence[Tensor | None] = (),
         stop: int | None = None,

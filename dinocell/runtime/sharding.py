@@ -95,12 +95,15 @@ def shard(
         after.set_modules_to_backward_prefetch([before])
 
 
-def release(modules: Iterable[nn.Module]) -> None:
+def sharded_parts(modules: Iterable[nn.Module]) -> list[FSDPModule]:
+    """Return what `shard` has spread, of these modules and all inside of them."""
+    return [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def release(parts: Iterable[FSDPModule]) -> None:
     """Let go of gathered parameters, so that ``parameters()`` are this rank's shards again (before a moving average).
 
     After a pass without gradient a root keeps what it gathered.
     """
-    for module in modules:
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+    for part in parts:
+        part.reshard()

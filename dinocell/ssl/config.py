@@ -158,7 +158,9 @@ class ComputeConfig:
     attention
         How attention is computed, see `dinocell.models.attention`; other than ``sdpa``: CUDA.
     compile
-        Compile each block: 1.5x on an H200 (benchmarks/results/pretrain_step_gpu.md), nothing on the CPU.
+        Compile whole passes of the backbones (on several ranks, or with ``recompute=blocks``, each block), targets and
+        losses. The first step takes minutes. Of a GPU only compiled blocks are known: 1.5x on an H200
+        (benchmarks/results/pretrain_step_gpu.md); nothing on the CPU. See benchmarks/results/host_time.md.
     recompute
         What the backward pass computes again instead of keeping it. ``activations``: the outputs of norms and
         activations, no matrix product; ``blocks``: all of each block, and the teacher's logits. Figures:

@@ -4,11 +4,12 @@ Formulas and weights: Caron et al. 2021 (DINO), Zhou et al. 2022 (iBOT), Sablayr
 2024 (DINOv2), Simeoni et al. 2025 (DINOv3, Gram anchoring).
 """
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dinocell.ssl.cross_entropy import prototype_cross_entropy
@@ -33,6 +34,7 @@ def dino_loss(
     temperature: float = 0.1,
     local_weight: float = 1.0,
     piece_elements: int | None = None,
+    compiled: bool = False,
 ) -> DinoLoss:
     """Compare the CLS token of every student crop with the teacher's of every *other* global crop of the same image.
 
@@ -51,7 +53,7 @@ def dino_loss(
         Of the student.
     local_weight
         Factor on the local pairs (DINOv3 lowers it late in training); the global ones keep their weight.
-    piece_elements
+    piece_elements, compiled
         See `prototype_cross_entropy`.
 
     Raises
@@ -75,20 +77,19 @@ def dino_loss(
     others = probabilities.flip(0)
     if num_globals > 2:
         others = (mean * num_globals - probabilities).div_(num_globals - 1)
-    image = torch.arange(batch, device=mean.device)
-    target_of_row = torch.cat(
-        (torch.arange(num_globals * batch, device=mean.device), (image + num_globals * batch).repeat(num_locals))
+    of_global_row = (num_globals - 1) / (num_pairs * batch)
+    of_local_row = local_weight * num_globals / (num_pairs * batch)
+    weights = torch.cat(
+        (mean.new_full((num_globals * batch,), of_global_row), mean.new_full((num_locals * batch,), of_local_row))
     )
-    weight = mean.new_empty(num_crops, batch)
-    weight[:num_globals] = (num_globals - 1) / (num_pairs * batch)
-    weight[num_globals:] = local_weight * num_globals / (num_pairs * batch)
     loss = prototype_cross_entropy(
         student,
         torch.cat((others.flatten(0, 1), mean)),
-        weight.flatten(),
+        weights,
         temperature=temperature,
-        target_of_row=target_of_row,
+        target_of_row=_target_of_row(num_globals, num_locals, batch, mean.device),
         piece_elements=piece_elements,
+        compiled=compiled,
     )
     of_global, of_local = loss.rows.split((num_globals * batch, num_locals * batch))
     return DinoLoss(loss.total, _mean(of_global if num_global_pairs else of_global[:0]), _mean(of_local))
@@ -102,6 +103,7 @@ def ibot_loss(
     num_images: int,
     temperature: float = 0.1,
     piece_elements: int | None = None,
+    compiled: bool = False,
 ) -> Float[Tensor, ""]:
     """Compare the student's masked patches with the teacher's view of the same, unmasked patches.
 
@@ -115,12 +117,13 @@ def ibot_loss(
         Global crops of the batch, masked or not: the mean is over these.
     temperature
         Of the student.
-    piece_elements
+    piece_elements, compiled
         See `prototype_cross_entropy`.
     """
     share = weights / num_images
-    loss = prototype_cross_entropy(student, targets, share, temperature=temperature, piece_elements=piece_elements)
-    return loss.total
+    return prototype_cross_entropy(
+        student, targets, share, temperature=temperature, piece_elements=piece_elements, compiled=compiled
+    ).total
 
 
 def koleo_loss(
@@ -196,6 +199,14 @@ def gram_loss(
             return squared.mean()
         pairs = use[:, :, None] & use[:, None, :]
         return (squared * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+@lru_cache(maxsize=8)
+def _target_of_row(num_globals: int, num_locals: int, batch: int, device: torch.device) -> Int[Tensor, " n"]:
+    """Return the row of (others of each global crop, then means) for each student row; the same in every step."""
+    of_globals = torch.arange(num_globals * batch, device=device)
+    of_locals = torch.arange(num_globals * batch, (num_globals + 1) * batch, device=device).repeat(num_locals)
+    return torch.cat((of_globals, of_locals))
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -117,13 +117,19 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
     torch.manual_seed(config.seed)
     gram = config.gram if config.uses_gram else None
     keep_logits = compute.recompute != "blocks"
-    model = StudentTeacher(_backbone(config), config.heads, config.losses, gram, keep_logits=keep_logits).train()
+    model = StudentTeacher(
+        _backbone(config), config.heads, config.losses, gram, keep_logits=keep_logits, compiled=compute.compile
+    ).train()
     backbones = [backbone_of(side) for side in (model.student, model.teacher, model.gram) if "backbone" in side]
     for backbone in backbones:
         backbone.set_kernel(compute.attention)
     recompute(backbone_of(model.student), compute.recompute)
     if compute.compile:
         for backbone in backbones:
+            # Ranks gather parameters block by block, and their masks may differ in number from step to step.
+            if world.size == 1 and compute.recompute != "blocks":
+                backbone.compile_pass()
+                continue
             for block in backbone.blocks:
                 # Shapes are the same in every step; dynamic ones would make slower code when the teacher's differ.
                 block.compile(dynamic=False)

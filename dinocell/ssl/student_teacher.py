@@ -17,7 +17,7 @@ from dinocell.ssl.config import GramConfig, HeadsConfig, LossConfig
 from dinocell.ssl.heads import Projection, ProjectionHead
 from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
 from dinocell.ssl.masking import PatchMasks
-from dinocell.ssl.targets import Centre, Targets, TeacherLogits, sinkhorn_targets
+from dinocell.ssl.targets import Centre, Targets, TeacherLogits, compiled_once, one_rank, sinkhorn_targets
 from dinocell.ssl.views import Views
 
 
@@ -53,6 +53,8 @@ class StudentTeacher(nn.Module):
         Of the recipe, if the Gram loss is to count at some time.
     keep_logits
         Hold the teacher's logits for the time of a step, see `TeacherLogits`: faster, and more memory.
+    compiled
+        Let the compiler join the passes over logits, in targets and losses.
 
     On several ranks each takes its part of the batch: targets are balanced over all of them, and the mean of their
     losses is the loss of one process with the whole batch.
@@ -66,9 +68,10 @@ class StudentTeacher(nn.Module):
         gram: GramConfig | None = None,
         *,
         keep_logits: bool = True,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
-        self._losses, self._gram, self._keep_logits = losses, gram, keep_logits
+        self._losses, self._gram, self._keep_logits, self._compiled = losses, gram, keep_logits, compiled
         names = ("dino_head",) if heads.shared else ("dino_head", "ibot_head")
         self.student = nn.ModuleDict({"backbone": backbone})
         for name in names:
@@ -149,6 +152,7 @@ class StudentTeacher(nn.Module):
             num_locals=num_locals,
             temperature=self._losses.student_temperature,
             local_weight=local_weight,
+            compiled=self._compiled,
         )
         ibot = ibot_loss(
             self._patch_head(self.student)(masked),
@@ -156,8 +160,9 @@ class StudentTeacher(nn.Module):
             masks.weights,
             num_images=num_globals * batch,
             temperature=self._losses.student_temperature,
+            compiled=self._compiled,
         )
-        koleo = torch.stack([_koleo(own) for own in outputs[0].cls.split(batch)]).sum()
+        koleo = torch.stack([self._koleo(own) for own in outputs[0].cls.split(batch)]).sum()
         total = dino.total + self._losses.ibot_weight * ibot + self._losses.koleo_weight * koleo
         gram = total.new_zeros(())
         if with_gram:
@@ -171,7 +176,15 @@ class StudentTeacher(nn.Module):
             raise ValueError("gram_weight: expected 0, for the model was built without a Gram teacher")
         with torch.no_grad():
             wanted = self.gram["backbone"](images).patches
-        return gram_loss(patches, wanted, negatives=self._gram.negatives)
+        loss = compiled_once(gram_loss) if self._compiled else gram_loss
+        return loss(patches, wanted, negatives=self._gram.negatives)
+
+    def _koleo(self, cls: Tensor) -> Tensor:
+        """Look for neighbours among the tokens of all ranks."""
+        loss = compiled_once(koleo_loss) if self._compiled else koleo_loss
+        if is_alone():
+            return loss(cls)
+        return loss(cls, everyone=gather(cls), first=rank() * len(cls))
 
     @torch.no_grad()
     def _targets(self, images: Tensor, masks: PatchMasks, temperature: float) -> tuple[Targets, Targets]:
@@ -183,7 +196,11 @@ class StudentTeacher(nn.Module):
         logits = [TeacherLogits(projection, keep=self._keep_logits) for projection in projections]
         if self.centres is None:
             cls, patches = sinkhorn_targets(
-                logits, temperature, iterations=self._losses.sinkhorn_iterations, sum_over_ranks=sum_over_ranks
+                logits,
+                temperature,
+                iterations=self._losses.sinkhorn_iterations,
+                sum_over_ranks=one_rank if is_alone() else sum_over_ranks,
+                compiled=self._compiled,
             )
             return cls, patches
         centres = [cast("Centre", centre) for centre in self.centres]
@@ -195,10 +212,3 @@ class StudentTeacher(nn.Module):
     @staticmethod
     def _patch_head(side: nn.ModuleDict) -> nn.Module:
         return side["ibot_head"] if "ibot_head" in side else side["dino_head"]
-
-
-def _koleo(cls: Tensor) -> Tensor:
-    """Look for neighbours among the tokens of all ranks."""
-    if is_alone():
-        return koleo_loss(cls)
-    return koleo_loss(cls, everyone=gather(cls), first=rank() * len(cls))

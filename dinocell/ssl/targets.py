@@ -5,14 +5,19 @@ number a prototype says it all, the normaliser of a row follows. So targets are 
 again from their two factors a piece at a time) and one offset a prototype, never a matrix of probabilities.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dinocell.ssl.heads import Projection
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Return the sum of a tensor over all ranks, such as ``torch.distributed.all_reduce`` on a copy."""
@@ -51,6 +56,13 @@ class TeacherLogits:
         """Prototypes, K."""
         return len(self.prototypes)
 
+    def part(self, which: slice | Int[Tensor, " m"]) -> "TeacherLogits":
+        """Return some rows as logits of their own."""
+        some = copy.copy(self)
+        some.rows = self.rows[which]
+        some.kept = None if self.kept is None else self.kept[which]
+        return some
+
     @torch.no_grad()
     def piece(
         self,
@@ -82,6 +94,10 @@ class Targets:
         """Rows of this rank."""
         return self.logits.num_rows
 
+    def part(self, which: slice | Int[Tensor, " m"]) -> "Targets":
+        """Return some rows as targets of their own."""
+        return replace(self, logits=self.logits.part(which))
+
     def piece(
         self, which: slice | Int[Tensor, " m"], *, scratch: Float[Tensor, "2 m k"] | None = None
     ) -> Float[Tensor, "m k"]:
@@ -104,6 +120,7 @@ def sinkhorn_targets(
     iterations: int = 3,
     sum_over_ranks: SumOverRanks = one_rank,
     piece_elements: int | None = None,
+    compiled: bool = False,
 ) -> list[Targets]:
     """Balance the use of prototypes by Sinkhorn-Knopp (Caron et al. 2020, SwAV; the targets of DINOv3).
 
@@ -124,6 +141,8 @@ def sinkhorn_targets(
         For several ranks; the result is then that of one process with all rows.
     piece_elements
         Elements of a piece of logits, see `pieces`.
+    compiled
+        Let the compiler join the passes over a piece of logits: less memory traffic, the result but for rounding.
 
     Raises
     ------
@@ -134,13 +153,13 @@ def sinkhorn_targets(
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
     scales = [_scale(each, temperature) for each in logits]
     sizes = [each.num_prototypes for each in logits]
-    local = [_log_sums(each, scale, piece_elements) for each, scale in zip(logits, scales, strict=True)]
+    local = [_log_sums(each, scale, piece_elements, compiled) for each, scale in zip(logits, scales, strict=True)]
     offsets = [-total for total in _add_logs(local, [each.num_rows for each in logits], sum_over_ranks)]
     for _ in range(iterations - 1):
         # Each prototype's share lies in [1 / K, number of rows]: with the offsets so far its column of exp(logits)
         # sums to 1 and no row sums to more than K. Hence plain sums, plain logarithms, and no maximum over ranks.
         now = [Targets(*triple) for triple in zip(logits, scales, offsets, strict=True)]
-        shares = sum_over_ranks(torch.cat([_column_sums(each, piece_elements) for each in now]))
+        shares = sum_over_ranks(torch.cat([_column_sums(each, piece_elements, compiled) for each in now]))
         offsets = [old - share.log() for old, share in zip(offsets, shares.split(sizes), strict=True)]
     return [Targets(*triple) for triple in zip(logits, scales, offsets, strict=True)]
 
@@ -233,10 +252,15 @@ def _scale(logits: TeacherLogits, temperature: float | Tensor) -> Tensor:
     return torch.full((), temperature, dtype=dtype, device=device).reciprocal()  # no copy, which would wait for a GPU
 
 
-def _log_sums(logits: TeacherLogits, scale: Tensor, elements: int | None) -> Float[Tensor, " k"]:
+def _log_sums(logits: TeacherLogits, scale: Tensor, elements: int | None, compiled: bool) -> Float[Tensor, " k"]:
     """Return log sum over this rank's rows of exp(scale * logits); -inf without rows."""
     count, device = logits.num_prototypes, logits.rows.device
     total = torch.full((count,), -torch.inf, dtype=scale.dtype, device=device)
+    if compiled:
+        for which in pieces(logits.num_rows, count, device, elements):
+            some = compiled_once(_log_sums_of_piece)(with_any_rows(logits.part(which)), scale)
+            total = torch.logaddexp(total, some)
+        return total
     zero = torch.zeros_like(total)
     for which, scratch in with_scratch(1, logits.num_rows, zero, elements):
         scaled = logits.piece(which, scale, zero, out=scratch[0])
@@ -245,19 +269,57 @@ def _log_sums(logits: TeacherLogits, scale: Tensor, elements: int | None) -> Flo
     return total
 
 
-def _column_sums(targets: Targets, elements: int | None) -> Float[Tensor, " k"]:
+def _log_sums_of_piece(logits: TeacherLogits, scale: Tensor) -> Float[Tensor, " k"]:
+    """Return `_log_sums` of all rows at once."""
+    scaled = logits.piece(slice(None), scale, scale.new_zeros(logits.num_prototypes))
+    largest = scaled.amax(0)
+    return (scaled - largest).exp().sum(0).log() + largest
+
+
+def _column_sums(targets: Targets, elements: int | None, compiled: bool) -> Float[Tensor, " k"]:
     total = torch.zeros_like(targets.offsets)
+    if compiled:
+        for which in pieces(targets.num_rows, len(total), total.device, elements):
+            total += compiled_once(_column_sums_of_piece)(with_any_rows(targets.part(which)))
+        return total
     for which, scratch in with_scratch(2, targets.num_rows, total, elements):
         total += targets.piece(which, scratch=scratch).sum(0)
     return total
 
 
+def _column_sums_of_piece(targets: Targets) -> Float[Tensor, " k"]:
+    """Return `_column_sums` of all rows at once."""
+    return targets.probabilities().sum(0)
+
+
+@cache
+def compiled_once(function: Function) -> Function:
+    """Return the function compiled, the same one in every step."""
+    return cast("Function", torch.compile(function))
+
+
+Rows = TypeVar("Rows", bound=TeacherLogits | Targets | Tensor)
+
+
+def with_any_rows(piece: Rows) -> Rows:
+    """Tell the compiler that pieces differ in their number of rows: the last one, and those of ranks in every step."""
+    if isinstance(piece, Targets):
+        with_any_rows(piece.logits)
+    else:
+        for each in (piece.rows, piece.kept) if isinstance(piece, TeacherLogits) else (piece,):
+            if each is not None:
+                torch._dynamo.maybe_mark_dynamic(each, 0)
+    return piece
+
+
 def _add_logs(local: Sequence[Tensor], num_rows: Sequence[int], sum_over_ranks: SumOverRanks) -> list[Tensor]:
     """Return log of the sum over ranks of exp(local), in two sums.
 
-    The first finds the ranks' mean as a common shift, weighted by rows. The largest rank lies above it, so nothing
-    underflows as a whole; float64 holds ranks that differ by up to e^700.
+    Alone there is nothing to add. The first finds the ranks' mean as a common shift, weighted by rows. The largest rank
+    lies above it, so nothing underflows as a whole; float64 holds ranks that differ by up to e^700.
     """
+    if sum_over_ranks is one_rank:
+        return list(local)
     sizes = [len(each) for each in local]
     weighted = [torch.where(each.isneginf(), 0, each) * n for each, n in zip(local, num_rows, strict=True)]
     counts = [each.new_full((1,), n) for each, n in zip(local, num_rows, strict=True)]  # a copy would wait for a GPU

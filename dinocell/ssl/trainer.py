@@ -24,7 +24,7 @@ from dinocell.runtime.optim import (
 )
 from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.schedules import value_at
-from dinocell.runtime.sharding import release
+from dinocell.runtime.sharding import release, sharded_parts
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.masking import PatchMasks, draw_masks
 from dinocell.ssl.monitors import feature_spread, target_use
@@ -59,6 +59,12 @@ class Trainer:
             head_weight_decay_factor=config.optim.head_weight_decay_factor,
         )
         self._optimizer = adamw(groups, betas=config.optim.betas)
+        # Found once: a walk through the modules of a deep model takes longer than most of what is done with them.
+        self._parameters: dict[str, list[Tensor]] = {
+            name: list(module.parameters()) for name, module in model.student.items()
+        }
+        self._teacher_parameters = list(model.teacher.parameters())
+        self._sharded = sharded_parts([model.student, model.teacher, model.gram])
         side = config.views.global_size // config.model.patch_size
         self._grid = (side, side)
         self._bad_steps = BadSteps(
@@ -99,12 +105,12 @@ class Trainer:
             model.take_gram_teacher()
         self._optimizer.zero_grad(set_to_none=True)
         output, losses = self._backward(number, parts, now)
-        for parameter in model.student.parameters():
+        for parameter in self._student_parameters():
             if parameter.grad is None:  # what a recipe leaves out still has its place in the optimizer's state
                 parameter.grad = torch.zeros_like(parameter)
         # Before the update: the targets are made of the teacher's prototypes when they are looked at.
         measured = _measure(output) if watch else {}
-        norms = clip_gradients(dict(model.student.items()), config.optim.clip)
+        norms = clip_gradients(self._parameters, config.optim.clip)
         self._update(losses, norms, now.teacher_momentum)
         return measured | self._numbers(losses, norms, now) if watch else {}
 
@@ -161,8 +167,11 @@ class Trainer:
     def _update(self, losses: Losses, norms: dict[str, Tensor], momentum: float) -> None:
         """Take the step, unless it is a bad one, and let the teacher follow."""
         self._bad_steps.step(self._optimizer, [losses.total, *norms.values()])
-        release([self._model.student, self._model.teacher, self._model.gram])
-        update_teacher(self._model.teacher.parameters(), self._model.student.parameters(), momentum)
+        release(self._sharded)
+        update_teacher(self._teacher_parameters, self._student_parameters(), momentum)
+
+    def _student_parameters(self) -> list[Tensor]:
+        return [parameter for part in self._parameters.values() for parameter in part]
 
     def _numbers(self, losses: Losses, norms: dict[str, Tensor], now: _Values) -> dict[str, Any]:
         """Losses are means over all ranks."""
