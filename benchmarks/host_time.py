@@ -343,7 +343,7 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
         views=ViewsConfig(policy="stack", channels=("a", "b", "c"), global_size=sizes[0], local_size=sizes[1]),
         model=ModelConfig(variant=case.variant, layer_scale=0.1, drop_path=drop_path),
         heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
-        compute=ComputeConfig(device="cpu", dtype="bfloat16", compile=case.way == "compiled"),
+        compute=ComputeConfig(device="cpu", dtype="bfloat16", compile="all" if case.way == "compiled" else "nothing"),
     )
     world = World()
     model = build_model(config, world)

@@ -81,7 +81,7 @@ def recipe(options: argparse.Namespace, variant: str, workers: int, shards: Path
         picture_every=10**9,
         export_every=10**9,
         watch=WatchConfig(every=0),
-        compute=ComputeConfig(workers=workers, compile=not options.quick),
+        compute=ComputeConfig(workers=workers, compile="nothing" if options.quick else "blocks"),
     )
 
 

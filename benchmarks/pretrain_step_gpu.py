@@ -28,7 +28,7 @@ from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World
 from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
 from dinocell.runtime.throughput import peak_flop_per_s
-from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
+from dinocell.ssl.config import Compile, ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
 from dinocell.ssl.masking import MaskingConfig, draw_masks
 from dinocell.ssl.memory import step_memory
 from dinocell.ssl.prepare import build_model, flop_per_image
@@ -43,7 +43,9 @@ _CASES = (
     "large/16/32/65536",
     "large/16/32/8192",
 )
-_SIDES = ("dinocell, compiled", "dinocell", "DINOv3")
+_SIDES = ("dinocell, compiled", "dinocell, all compiled", "dinocell", "DINOv3")
+# What is compiled of ours, see `ComputeConfig`.
+_COMPILED: dict[str, Compile] = {"dinocell, compiled": "blocks", "dinocell, all compiled": "all", "dinocell": "nothing"}
 _CHANNELS = ("a", "b", "c")
 
 
@@ -62,7 +64,7 @@ class Case(NamedTuple):
         patch_size, batch_size, num_prototypes = map(int, numbers)
         return cls(variant, patch_size, batch_size, num_prototypes)
 
-    def config(self, device: str, *, compiled: bool, quick: bool) -> PretrainConfig:
+    def config(self, device: str, *, compiled: Compile, quick: bool) -> PretrainConfig:
         """Return what the product would train by."""
         sizes = {"global_size": 32, "local_size": 16} if quick else {}
         return PretrainConfig(
@@ -205,7 +207,7 @@ def work(options: argparse.Namespace, case: Case, device: str) -> None:
             device=device,
         )
     else:
-        config = case.config(device, compiled=options.worker.endswith("compiled"), quick=options.quick)
+        config = case.config(device, compiled=_COMPILED[options.worker], quick=options.quick)
         facts["estimate"] = step_memory(config, World(device=torch.device(device))).total
         step = our_step(config, device)
     for _ in range(3):
@@ -257,7 +259,7 @@ def our_step(config: PretrainConfig, device: str) -> Callable[[], torch.Tensor]:
 
 def case_flop(case: Case, quick: bool) -> float:
     """Return the operations of a step by image."""
-    config = case.config("cpu", compiled=False, quick=quick)
+    config = case.config("cpu", compiled="nothing", quick=quick)
     with torch.device("meta"):
         backbone = VisionTransformer(variant_config(case.variant, patch_size=case.patch_size, in_channels=3))
     return flop_per_image(config, _Shape(backbone))  # type: ignore[arg-type]

@@ -516,8 +516,8 @@ def test_between_log_steps_the_host_waits_for_nothing(
     assert "_local_scalar_dense.default" in waits.found, "a log step looks: this test would notice"
 
 
-@pytest.mark.parametrize("recompute", ["nothing", "blocks"])
-def test_compiled_steps_are_those_of_plain_ones(shard_set: Path, tmp_path: Path, recompute: str) -> None:
+@pytest.mark.parametrize(("what", "recompute"), [("all", "nothing"), ("all", "blocks"), ("blocks", "nothing")])
+def test_compiled_steps_are_those_of_plain_ones(shard_set: Path, tmp_path: Path, what: str, recompute: str) -> None:
     """Whole passes or, where blocks are computed again, block by block; targets and losses.
 
     In a process of its own (the annotations that the test suite checks at run time are not for the compiler), with the
@@ -526,7 +526,7 @@ def test_compiled_steps_are_those_of_plain_ones(shard_set: Path, tmp_path: Path,
     schedules = Schedules(learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2))
     plain = config_of(shard_set, tmp_path / "plain", steps=3, schedules=schedules, watch=WatchConfig(every=0))
     pretrain(plain)
-    compute = ComputeConfig(workers=0, compile=True, recompute=recompute)  # type: ignore[arg-type]
+    compute = ComputeConfig(workers=0, compile=what, recompute=recompute)  # type: ignore[arg-type]
     (tmp_path / "recipe.yaml").write_text(to_yaml(replace(plain, output=tmp_path / "compiled", compute=compute)))
     script = f"""
         import functools
@@ -573,11 +573,13 @@ def on_cuda(shard_set: Path, output: Path, **compute: Any) -> PretrainConfig:
     ("compute", "tolerance"),
     [
         ({}, 2e-3),
-        ({"compile": True}, 2e-3),
+        ({"compile": "blocks"}, 2e-3),
+        ({"compile": "all"}, 2e-3),
         ({"recompute": "activations"}, 2e-3),
         ({"recompute": "blocks"}, 2e-3),
         ({"dtype": "bfloat16"}, 3e-2),
-        ({"dtype": "bfloat16", "compile": True}, 3e-2),
+        ({"dtype": "bfloat16", "compile": "blocks"}, 3e-2),
+        ({"dtype": "bfloat16", "compile": "all"}, 3e-2),
         ({"dtype": "bfloat16", "attention": "varlen"}, 3e-2),
     ],
 )
@@ -586,7 +588,9 @@ def test_a_gpu_takes_the_steps_of_the_cpu(
 ) -> None:
     pretrain(on_cuda(shard_set, tmp_path / "cpu", device="cpu"))
     on_gpu = on_cuda(shard_set, tmp_path / "gpu", **compute)
-    if on_gpu.compute.compile:  # the annotations that the test suite checks at run time are not for the compiler
+    if (
+        on_gpu.compute.compile != "nothing"
+    ):  # the annotations that the test suite checks at run time are not for the compiler
         (tmp_path / "recipe.yaml").write_text(to_yaml(on_gpu))
         command = [sys.executable, "-m", "dinocell", "pretrain", str(tmp_path / "recipe.yaml")]
         subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)

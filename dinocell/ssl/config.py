@@ -13,6 +13,7 @@ from dinocell.ssl.masking import MaskingConfig
 from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.view_plan import ViewsConfig
 
+Compile = Literal["nothing", "blocks", "all"]
 Recompute = Literal["nothing", "activations", "blocks"]
 
 
@@ -158,9 +159,10 @@ class ComputeConfig:
     attention
         How attention is computed, see `dinocell.models.attention`; other than ``sdpa``: CUDA.
     compile
-        Compile whole passes of the backbones (on several ranks, or with ``recompute=blocks``, each block), targets and
-        losses. The first step takes minutes. Of a GPU only compiled blocks are known: 1.5x on an H200
-        (benchmarks/results/pretrain_step_gpu.md); nothing on the CPU. See benchmarks/results/host_time.md.
+        ``blocks``: each block; 1.5x on an H200 (benchmarks/results/pretrain_step_gpu.md), nothing on the CPU. ``all``:
+        whole passes of the backbones (on several ranks, or with ``recompute=blocks``, each block), targets and losses;
+        less work for the host and twice the time of the first step (benchmarks/results/host_time.md), not tried on a
+        GPU yet.
     recompute
         What the backward pass computes again instead of keeping it. ``activations``: the outputs of norms and
         activations, no matrix product; ``blocks``: all of each block, and the teacher's logits. Figures:
@@ -174,7 +176,7 @@ class ComputeConfig:
     workers: int = 2
     parallel: Parallel = "auto"
     attention: AttentionKernel = "sdpa"
-    compile: bool = False
+    compile: Compile = "nothing"
     recompute: Recompute = "nothing"
     timeout_s: float = 1800.0
 

@@ -118,16 +118,16 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
     gram = config.gram if config.uses_gram else None
     keep_logits = compute.recompute != "blocks"
     model = StudentTeacher(
-        _backbone(config), config.heads, config.losses, gram, keep_logits=keep_logits, compiled=compute.compile
+        _backbone(config), config.heads, config.losses, gram, keep_logits=keep_logits, compiled=compute.compile == "all"
     ).train()
     backbones = [backbone_of(side) for side in (model.student, model.teacher, model.gram) if "backbone" in side]
     for backbone in backbones:
         backbone.set_kernel(compute.attention)
     recompute(backbone_of(model.student), compute.recompute)
-    if compute.compile:
+    if compute.compile != "nothing":
         for backbone in backbones:
             # Ranks gather parameters block by block, and their masks may differ in number from step to step.
-            if world.size == 1 and compute.recompute != "blocks":
+            if compute.compile == "all" and world.size == 1 and compute.recompute != "blocks":
                 backbone.compile_pass()
                 continue
             for block in backbone.blocks:
