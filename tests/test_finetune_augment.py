@@ -87,3 +87,30 @@ def test_plain_crops_cover_the_image_in_order() -> None:
     np.testing.assert_array_equal(np.concatenate(rows)[:96, :112], image)
     maps = [np.concatenate([crop.distance() for crop in crops[start : start + 2]], axis=1) for start in (0, 2)]
     np.testing.assert_allclose(np.concatenate(maps)[:90, :106], labels_to_distance(made.labels)[:90, :106], atol=0.5)
+
+
+def test_blur_and_noise_change_grey_levels_alone() -> None:
+    made = make_field(4, SMALL)
+    image = np.full(made.labels.shape, 128, np.uint8) + (made.labels % 5 * 8).astype(np.uint8)  # nothing is clipped
+    clear = AugmentConfig(crop=64)
+    plain_crop = cut(image, made.labels, clear, np.random.default_rng(1))
+    noisy = cut(image, made.labels, AugmentConfig(crop=64, noise=0.1), np.random.default_rng(1))
+    blurred = cut(image, made.labels, AugmentConfig(crop=64, blur_px=3.0), np.random.default_rng(1))
+    for crop in (noisy, blurred):
+        np.testing.assert_array_equal(crop.labels, plain_crop.labels)
+        assert crop.image.min() >= 0
+        assert crop.image.max() <= 255
+    inner = (plain_crop.image > 80) & (plain_crop.image < 175)
+    assert 0 < (noisy.image - plain_crop.image)[inner].std() < 0.1 * 255
+    assert np.abs(np.diff(blurred.image)).sum() < np.abs(np.diff(plain_crop.image)).sum()
+    deviations = []
+    for seed in range(40):
+        with_noise, without = (
+            cut(image, made.labels, AugmentConfig(crop=64, noise=noise), np.random.default_rng(seed)).image
+            for noise in (0.05, 0.0)
+        )
+        inner = (without > 80) & (without < 175)
+        deviations.append((with_noise - without)[inner].std())
+    assert max(deviations) < 1.1 * 0.05 * 255
+    assert min(deviations) < 0.2 * 0.05 * 255
+    assert 0.3 < np.mean(deviations) / (0.05 * 255) < 0.7

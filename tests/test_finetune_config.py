@@ -28,6 +28,8 @@ from dinocell.finetune.config import FinetuneConfig
         (["data.sets=[a]", "optim.warmup_steps=-3"], "warmup_steps: expected at least 0"),
         (["data.sets=[a]", "stopping.patience=-1"], "patience: expected at least 0"),
         (["data.sets=[a]", "augment.rotation_deg=-5"], "rotation_deg: expected 0 to 180"),
+        (["data.sets=[a]", "augment.blur_px=11"], "blur_px: expected 0 to 10 pixels"),
+        (["data.sets=[a]", "augment.noise=-0.1"], "noise: expected a share of the grey range"),
         (["data.sets=[a]", "compute.workers=-1"], "workers: expected at least 0"),
         (["data.sets=[a]", "seed=-1"], "seed: expected at least 0"),
     ],

@@ -82,7 +82,7 @@ def cut(
     levels = np.clip((255 - pixels if inverted else pixels) * np.float32(brightness), 0, 255)
     # OpenCV turns float32, which holds ids up to 16 million exactly.
     cells = _warped(labels.astype(np.float32), linear, centre, size + 2 * context, cv2.INTER_NEAREST).astype(np.int32)
-    return Crop(image=levels, labels=cells, context=context, inverted=inverted)
+    return Crop(image=_spoilt(levels, config, generator), labels=cells, context=context, inverted=inverted)
 
 
 def plain(image: UInt8[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"], size: int) -> list[Crop]:
@@ -112,6 +112,20 @@ def _warped(source: np.ndarray, linear: np.ndarray, centre: np.ndarray, size: in
     matrix = np.concatenate([linear, offset[:, None]], axis=1)
     flags = interpolation | cv2.WARP_INVERSE_MAP
     return np.asarray(cv2.warpAffine(source, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101))
+
+
+def _spoilt(
+    levels: Float32[np.ndarray, "s s"], config: AugmentConfig, generator: np.random.Generator
+) -> Float32[np.ndarray, "s s"]:
+    """Blur, then add noise, as focus and then the camera do."""
+    if config.blur_px > 0:
+        levels = cv2.GaussianBlur(
+            levels, (0, 0), max(generator.uniform(0, config.blur_px), 1e-3)
+        )  # 0 is not for OpenCV
+    if config.noise > 0:
+        deviation = np.float32(255 * generator.uniform(0, config.noise))
+        levels = np.clip(levels + deviation * generator.standard_normal(levels.shape, np.float32), 0, 255)
+    return levels
 
 
 def _centre(labels: np.ndarray, seen: float, with_cells: float, generator: np.random.Generator) -> np.ndarray:

@@ -116,7 +116,9 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Augmentation (SAMCell's); one affine map an image, the cells by nearest neighbour, the target from the cells.
+    """Augmentation (SAMCell's; blur and noise are ours).
+
+    One affine map an image, the cells by nearest neighbour, the target from the cells.
 
     Attributes
     ----------
@@ -130,6 +132,9 @@ class AugmentConfig:
         Least and largest factor.
     with_cells
         Chance that a crop is drawn around a cell; else anywhere.
+    blur_px, noise
+        Largest deviation of a Gaussian blur, in pixels, and of Gaussian noise, as a share of the range of grey levels;
+        each crop draws its own, from 0 on. For a model that is to stand other microscopes' focus and light; 0: none.
     """
 
     crop: int = 256
@@ -139,6 +144,8 @@ class AugmentConfig:
     brightness: tuple[float, float] = (0.95, 1.05)
     inversion: float = 0.5
     with_cells: float = 0.9
+    blur_px: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.crop < 16:
@@ -148,6 +155,10 @@ class AugmentConfig:
                 raise ValueError(f"{name}: expected a chance from 0 to 1, got {getattr(self, name)}")
         if not 0 <= self.rotation_deg <= 180:
             raise ValueError(f"rotation_deg: expected 0 to 180, got {self.rotation_deg}")
+        if not 0 <= self.blur_px <= 10:
+            raise ValueError(f"blur_px: expected 0 to 10 pixels, got {self.blur_px}")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"noise: expected a share of the grey range from 0 to 1, got {self.noise}")
         for name in ("scale", "brightness"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
