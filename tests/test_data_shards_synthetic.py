@@ -219,7 +219,7 @@ def test_shapes_differ_in_outline_and_not_in_area() -> None:
     for number, shape in enumerate(CELL_SHAPES):
         weights = tuple(float(number == other) for other in range(len(CELL_SHAPES)))
         config = SyntheticConfig(cell_types=CELL_SHAPES, class_weights=weights, touching=0.0, channels=("DNA",))
-        fields = [make_field(seed, config) for seed in range(2)]
+        fields = [make_field(seed, config) for seed in range(8)]
         assert fields[0].class_names[number] == shape.name
         cells = [cell for field in fields for cell in regionprops(field.labels)]
         areas.append(np.median([cell.area for cell in cells]))
