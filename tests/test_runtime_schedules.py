@@ -24,7 +24,8 @@ def plain(schedule: Schedule, num_steps: int) -> np.ndarray:
     def steps(span: float) -> int:
         return span if isinstance(span, int) else round(span * num_steps)
 
-    hold, warmup = steps(schedule.hold), steps(schedule.warmup)
+    hold = steps(schedule.hold)
+    warmup = min(steps(schedule.warmup), num_steps - hold)
     held = np.full(hold, schedule.start)
     linear = np.linspace(schedule.start, schedule.peak, warmup, endpoint=False)
     rest = num_steps - hold - warmup
@@ -69,6 +70,12 @@ def test_any_schedule_equals_the_plain_arrays(
         cosine=None if constant else cosine,
     )
     np.testing.assert_allclose(whole(schedule, num_steps), plain(schedule, num_steps), rtol=1e-9, atol=1e-12)
+
+
+def test_two_halves_fit_into_an_odd_number_of_steps() -> None:
+    values = whole(Schedule(peak=1.0, hold=0.5, warmup=0.5), 43)
+    np.testing.assert_array_equal(values[:22], 0)
+    np.testing.assert_allclose(values[22:], np.arange(21) / 21)
 
 
 def test_warmup_meets_the_peak_and_the_cosine_ends_exactly() -> None:

@@ -90,6 +90,8 @@ def value_at(schedule: Schedule, step: int, num_steps: int) -> float:
     if not 0 <= step < num_steps:
         raise ValueError(f"step: expected 0 to {num_steps - 1}, got {step}")
     hold, warmup = num_steps_of(schedule.hold, num_steps), num_steps_of(schedule.warmup, num_steps)
+    if isinstance(schedule.hold, float) and isinstance(schedule.warmup, float) and schedule.hold + schedule.warmup <= 1:
+        warmup = min(warmup, num_steps - hold)  # two shares of the run fit into it, though both be rounded up
     if hold + warmup > num_steps:
         raise ConfigError(f"hold and warmup are {hold} + {warmup} steps, the run has {num_steps}: make them shorter")
     if step < hold:
