@@ -101,7 +101,7 @@ def sharded_parts(modules: Iterable[nn.Module]) -> list[FSDPModule]:
 
 
 def release(parts: Iterable[FSDPModule]) -> None:
-    """Let go of gathered parameters, so that ``parameters()`` are this rank's shards again (before a moving average).
+    """Let go of gathered parameters, which an update of the shards (a moving average) would not reach.
 
     After a pass without gradient a root keeps what it gathered.
     """

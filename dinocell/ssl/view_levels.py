@@ -19,10 +19,12 @@ Levels = Sequence[Mapping[str, tuple[float, float]]]
 def channel_levels(manifests: Sequence[Manifest], config: ViewsConfig) -> list[dict[str, tuple[float, float]]]:
     """Take the values that become 0 and 1 from the statistics of each data set.
 
+    Where both percentiles are one value, the least and the largest stand in for them.
+
     Raises
     ------
     ConfigError
-        If a manifest does not hold these percentiles, or a channel has one value only.
+        If a manifest does not hold these percentiles.
     """
     levels: list[dict[str, tuple[float, float]]] = []
     for manifest in manifests:
