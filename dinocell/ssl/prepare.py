@@ -21,6 +21,7 @@ from dinocell.runtime.optim import scaled_learning_rate
 from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.sharding import choose_parallel, make_mesh, shard
 from dinocell.ssl.config import PretrainConfig, Recompute
+from dinocell.ssl.masking import DrawMasks
 from dinocell.ssl.memory import describe_memory, step_memory
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.view_plan import PlanViews, ViewsConfig
@@ -52,6 +53,7 @@ def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> S
         world_size=world.size,
         block_shards=data.block_shards,
         choose=PlanViews(config.views, config.seed),
+        draw=masks_of(config),
         cache=data.cache,
         cache_gb=data.cache_gb,
     )
@@ -59,6 +61,12 @@ def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> S
         _check_channels(config.views, each.location, tuple(each.manifest.channels))
         _check_tiles(config.views, each.location, each.manifest.shapes)
     return samples
+
+
+def masks_of(config: PretrainConfig) -> DrawMasks:
+    """Return what draws the masks of the recipe's global crops."""
+    side = config.views.global_size // config.model.patch_size
+    return DrawMasks(config.masking, (side, side), config.views.num_global, config.seed)
 
 
 def _check_channels(views: ViewsConfig, location: str, names: tuple[str, ...]) -> None:
