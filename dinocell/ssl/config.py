@@ -254,6 +254,8 @@ class PretrainConfig:
         for name in (*counts, "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {self.seed}")
         if self.optim.accumulate < 1 or self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"optim.accumulate: expected a divisor of batch_size {self.batch_size}, got {self.optim.accumulate}"
