@@ -161,8 +161,8 @@ class ComputeConfig:
     compile
         ``blocks``: each block; 1.5x on an H200 (benchmarks/results/pretrain_step_gpu.md), nothing on the CPU. ``all``:
         whole passes of the backbones (on several ranks, or with ``recompute=blocks``, each block), targets and losses;
-        less work for the host (benchmarks/results/host_time.md), 1.02x for a large batch on an H200, and two to three
-        times the time of the first step (benchmarks/results/pretrain_step_gpu_large.md).
+        less work for the host (benchmarks/results/host_time.md), another 1.08x for S/8 and 1.02x for L/16, and two to
+        three times the time of the first step (benchmarks/results/pretrain_step_gpu_large.md).
     recompute
         What the backward pass computes again instead of keeping it. ``activations``: the outputs of norms and
         activations, no matrix product; ``blocks``: all of each block, and the teacher's logits. Figures:
