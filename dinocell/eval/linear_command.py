@@ -85,7 +85,7 @@ def _train(options: argparse.Namespace, material: Material) -> None:
         seed=options.seed,
     )
     name = metric_name(options, task)
-    metric = metric_of(name, multilabel=task.multilabel)
+    metric = metric_of(name, multilabel=task.multilabel, logits=True)
     train, rows = material.train.stored(), task.train_kept.nonzero()[:, 0]
     test = material.test.tensor(task.test_kept)
     learn, held = split_off(len(rows), settings.validation_share, seed=settings.seed)
@@ -175,7 +175,7 @@ def _score_saved(options: argparse.Namespace, material: Material) -> None:
     if not task.multilabel:
         labels = torch.tensor([saved.classes.index(task.classes[label]) for label in task.test.tolist()])
     scores = saved.scores(material.test.tensor(task.test_kept))
-    found = metric_of(name, multilabel=task.multilabel)(scores, labels)
+    found = metric_of(name, multilabel=task.multilabel, logits=True)(scores, labels)
     about = describe(options, material) | {"classifier": str(options.classifier)}
     del about["trained on"]
     paths = write_scores(options.output, "linear", about, [{name: found.value}])
