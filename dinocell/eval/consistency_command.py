@@ -148,19 +148,16 @@ def _run_profiles(options: argparse.Namespace) -> None:
     profiles = whiten(
         profiles, method=options.whiten, plates=plates, controls=controls if options.control is not None else None
     )
-    # Controls are what the others are ranked among; they are not asked themselves.
-    result = replicate_retrieval(profiles, treatments, plates, across_plates=not options.same_plate)
+    result = replicate_retrieval(
+        profiles, treatments, plates, control=options.control, across_plates=not options.same_plate
+    )
+    mean, retrieved = result.mean_average_precision, result.retrieved
     shown: list[dict[str, Any]] = [
         {"treatment": each, "mean_average_precision": float(score), "p": float(p), "corrected_p": float(q)}
         for each, score, p, q in zip(
             result.treatments, result.mean_precision, result.p_value, result.corrected, strict=True
         )
-        if each != options.control
     ]
-    if not shown:
-        raise DinocellError(f"{name}: no treatment besides the control has replicates")
-    mean = float(np.mean([row["mean_average_precision"] for row in shown]))
-    retrieved = float(np.mean([row["corrected_p"] < 0.05 for row in shown]))
     about = {
         "features": name,
         "wells": len(profiles),

@@ -118,6 +118,7 @@ def replicate_retrieval(
     treatments: Sequence[str],
     plates: Sequence[str],
     *,
+    control: str | None = None,
     across_plates: bool = True,
     num_random: int = 10_000,
     seed: int = 0,
@@ -126,6 +127,8 @@ def replicate_retrieval(
 
     Parameters
     ----------
+    control
+        The treatment of untreated wells: others are ranked among them, they are not asked themselves.
     across_plates
         Only wells on other plates are to be found; otherwise all others of the treatment.
     num_random
@@ -134,7 +137,7 @@ def replicate_retrieval(
     Raises
     ------
     DinocellError
-        If no well has both a replicate to find and a well of another treatment on its plate.
+        If no well that is asked has both a replicate to find and a well of another treatment on its plate.
     """
     names, plate = np.asarray(treatments), np.asarray(plates)
     unit = profiles / np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)
@@ -145,7 +148,7 @@ def replicate_retrieval(
         wanted = same & (plate != plate[query]) if across_plates else same.copy()
         wanted[query] = False
         others = ~same & (plate == plate[query])
-        if not wanted.any() or not others.any():
+        if names[query] == control or not wanted.any() or not others.any():
             continue
         among = np.concatenate((np.flatnonzero(others), np.flatnonzero(wanted)))
         # Of equal cosines the wrong ones count first.
@@ -155,7 +158,10 @@ def replicate_retrieval(
     asked = ~np.isnan(precision)
     if not asked.any():
         where = " on another plate" if across_plates else ""
-        raise DinocellError(f"no well has a replicate{where} to find and a well of another treatment on its own plate")
+        which = "well" if control is None else "treated well"
+        raise DinocellError(
+            f"no {which} has a replicate{where} to find and a well of another treatment on its own plate"
+        )
     pairs = {(int(relevant), int(others)) for relevant, others in counts[asked]}
     random = {pair: _random_precisions(*pair, num_random, seed) for pair in pairs}
     found = sorted({str(name) for name in names[asked]})
