@@ -171,6 +171,9 @@ def test_pixel_size_and_channel_names_come_from_ome_and_imagej_but_not_from_dots
     assert picture.channel_names == ("DNA", "ER")
     tifffile.imwrite(tmp_path / "dpi.tif", pixels[0], resolution=(72, 72), resolutionunit="INCH", metadata=None)
     assert read_image(tmp_path / "dpi.tif").pixel_size_um is None
+    # What ImageJ saves of it: dots an inch have become the picture's scale.
+    tifffile.imwrite(tmp_path / "inch.tif", pixels[0], imagej=True, resolution=(300, 300), metadata={"unit": "inch"})
+    assert read_image(tmp_path / "inch.tif").pixel_size_um is None
     tifffile.imwrite(tmp_path / "oblong.tif", pixels[0], imagej=True, resolution=(4, 2), metadata={"unit": "um"})
     assert read_image(tmp_path / "oblong.tif").pixel_size_um is None
 
