@@ -9,7 +9,7 @@ import torch
 from dinocell.data_shards.distance import labels_to_distance
 from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.errors import ImageError
+from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.ctc import ctc_score
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.scoring import score_segmenter
@@ -102,6 +102,27 @@ def test_an_image_of_another_pixel_size_is_scaled_and_the_labels_come_back(
     labels = pipeline.run(as_picture(large), pixel_size_um=0.5)
     assert labels.shape == large.shape
     assert ctc_score(large, labels).op_csb > 0.9
+
+
+def test_a_pixel_size_in_another_unit_is_refused_and_asks_for_no_memory(mirror: DINOCellPipeline) -> None:
+    replace_settings(mirror.model, pixel_size_um=0.5)
+    with pytest.raises(ImageError, match=r"pixels of 325 um, where the segmenter learnt from 0\.5 um"):
+        mirror.run(np.zeros((64, 64), np.uint8), pixel_size_um=325)
+    replace_settings(mirror.model, pixel_size_um=None)
+    for size in (0, -1, np.inf, np.nan):
+        with pytest.raises(DinocellError, match="pixel_size_um: expected more than 0"):
+            mirror.run(np.zeros((64, 64), np.uint8), pixel_size_um=float(size))
+
+
+def test_a_stride_that_is_too_wide_or_a_device_that_is_not_there_is_refused_at_once(model: DINOCell) -> None:
+    for stride in (0, 113):
+        with pytest.raises(DinocellError, match=rf"stride: expected 1 to 112 px .*, got {stride}"):
+            DINOCellPipeline(model, crop_size=128, stride=stride)
+    assert DINOCellPipeline(model, crop_size=128, stride=112).run(np.zeros((130, 200), np.uint8)).max() == 0
+    with pytest.raises(DinocellError, match="expected auto, cpu or cuda, got 'gpu'"):
+        DINOCellPipeline(model, device="gpu")
+    with pytest.raises(DinocellError, match="cuda:99 was asked for, and there is none"):
+        DINOCellPipeline(model, device="cuda:99")
 
 
 @pytest.mark.parametrize("image", [np.zeros((0, 4)), np.zeros(7), np.zeros((2, 3, 4, 5)), np.full((32, 32), np.nan)])

@@ -133,6 +133,24 @@ def test_an_input_that_means_nothing_is_one_line(
     assert "no image there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--pixel-size", "0"], "--pixel-size: expected more than 0 micrometres, got 0"),
+        (["--pixel-size", "inf"], "--pixel-size: expected more than 0 micrometres, got inf"),
+        (["--stride", "999"], "stride: expected 1 to 224 px"),
+        (["--device", "gpu"], "expected auto, cpu or cuda, got 'gpu'"),
+    ],
+)
+def test_an_option_out_of_range_is_one_line_and_nothing_is_written(
+    option: list[str], message: str, images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(images, "--model", model, "--output", tmp_path / "out", *option) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_backbone_is_no_segmenter(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"teacher": {"backbone.cls_token": torch.zeros(1, 1, 4)}}, tmp_path / "teacher.pth")
     assert segment(images, "--model", tmp_path / "teacher.pth", "--output", tmp_path / "out") == 2
