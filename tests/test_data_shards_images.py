@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dinocell.data_shards import image_writers
 from dinocell.data_shards.images import (
     Picture,
     count_frames,
@@ -438,6 +439,18 @@ def test_web_addresses_are_read(web: str, tmp_path: Path) -> None:
 
 
 # Writing.
+
+
+def test_what_may_not_fit_into_four_gigabytes_is_written_with_offsets_of_64_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = noise(2, 16, 16)
+    for limit, is_big in ((pixels.nbytes, False), (pixels.nbytes - 1, True)):
+        monkeypatch.setattr(image_writers, "_CLASSIC_TIFF_BYTES", limit)
+        write_tiff(tmp_path / "a.tif", pixels)
+        with tifffile.TiffFile(tmp_path / "a.tif") as file:
+            assert file.is_bigtiff == is_big
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels, pixels)
 
 
 def test_written_tiffs_carry_channels_and_pixel_size_and_are_the_same_bytes_each_time(tmp_path: Path) -> None:
