@@ -14,6 +14,7 @@ from dinocell.cli import main
 from dinocell.data_shards.images import read_image, write_tiff
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.eval.outputs import write_cells
+from dinocell.eval.segment_jobs import find_images
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 
@@ -190,6 +191,64 @@ def test_a_list_names_files_folders_and_patterns(
     assert "a.ome.tif -> " in shown
     assert "zwei größen.png -> " in shown
     assert "2 images" in shown
+
+
+def found_in(folder: Path, *inputs: object, without: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_images([*map(str, inputs)], without=without)]
+
+
+def test_a_folder_is_searched_through_its_links_but_not_where_files_are_hidden(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for path in (folder / ".ipynb_checkpoints" / "a.tif", folder / "._a.tif", folder / "a.tif", elsewhere / "b.tif"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "notes.txt").touch()
+    (folder / "plate").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    results = folder / "results"
+    assert found_in(folder, folder, without=results) == ["a.tif", "plate/b.tif"]
+    for each in (folder, results):
+        (each / "c_labels.tif").parent.mkdir(exist_ok=True)
+        (each / "c_labels.tif").touch()
+    assert found_in(folder, folder, without=results) == ["a.tif", "c_labels.tif", "plate/b.tif"]
+    assert found_in(folder, f"{folder}/**/*.tif", without=results) == ["a.tif", "c_labels.tif"]
+    assert found_in(folder, f"{folder}/*", without=results)[:2] == ["a.tif", "c_labels.tif"]  # and plate, a folder
+    assert found_in(folder, f"{results}/*.tif", without=results) == ["results/c_labels.tif"]
+    assert found_in(folder, f"{folder}/.ipy*/*.tif", without=results) == [".ipynb_checkpoints/a.tif"]
+    (results / "chosen").mkdir()
+    (results / "chosen" / "d.tif").touch()
+    assert found_in(folder, results / "chosen", without=results) == ["results/chosen/d.tif"]
+
+
+def test_an_image_that_is_named_twice_is_segmented_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tif").touch()
+    monkeypatch.chdir(tmp_path)
+    assert find_images(["a.tif", str(tmp_path), f"{tmp_path}/*.tif"], without=tmp_path / "out") == [Path("a.tif")]
+
+
+def test_results_beside_the_images_are_neither_segmented_nor_written_over_images(
+    images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(images, "--model", model, "--output", images) == 2
+    assert f"{images}: is where the results go, too" in capsys.readouterr().err
+    file = images / "a.ome.tif"
+    assert segment(file, "--model", model, "--output", images) == 0
+    assert segment(*sorted(images.glob("*.tif")), "--model", model, "--output", images, "--overwrite") == 2
+    assert "a_labels.tif: is given as an image, and results of" in capsys.readouterr().err
+    assert sorted(path.name for path in images.glob("*.*")) == ["a.ome.tif", "a_labels.tif", "summary.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("n" * 249, "too long for those of its results"), ("zelle\udcf6", r"zelle\xf6_labels.tif is not")],
+)
+def test_a_name_that_results_cannot_have_is_refused_before_anything_is_done(
+    name: str, said: str, images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "a.ome.tif").rename(tmp_path / f"{name}.tif")
+    assert segment(tmp_path / f"{name}.tif", "--model", model, "--output", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
