@@ -90,9 +90,9 @@ def segment_files(
     except BaseException:
         # Told to stop, or the disk is full: keep what is done if that can be, and report what happened first.
         with suppress(DinocellError):
-            tables.write(request.output)
+            tables.write()
         raise
-    tables.write(request.output)
+    tables.write()
     return progress.failed
 
 
@@ -117,7 +117,8 @@ class _Progress:
             self.num_cells += num_cells
         if read.is_last:
             self.num_finished += 1
-            done = f"{file}: {self.num_cells} cells" if self.num_pictures else f"{file}: there already"
+            there = f"{file}: there already (--overwrite computes it again)"
+            done = f"{file}: {self.num_cells} cells" if self.num_pictures else there
             self.say(f"[{self.num_finished}/{self.num_files}] {self.failed.get(file, done)}")
             self.num_pictures = self.num_cells = 0
 
@@ -167,8 +168,10 @@ def _pictures(jobs: Sequence[Job], request: Request, tables: Tables) -> Iterator
             target = target_of(job, request)
             if tables.is_done(target) and not request.overwrite:
                 yield _Read(job, found_done=tuple(tables.unlisted(job, [target])))
-            else:
-                yield _Read(job, target, read_image(job.file))
+                continue
+            if not request.overwrite:
+                tables.check_ours(target)
+            yield _Read(job, target, read_image(job.file))
         except ImageError as error:
             yield _Read(job, error=error)
 
@@ -179,6 +182,8 @@ def _frames(job: Job, request: Request, tables: Tables) -> Iterator[_Read]:
     if not all(is_done):
         for number, picture in enumerate(read_stack(job.file)):
             if not is_done[number]:
+                if not request.overwrite:
+                    tables.check_ours(targets[number])
                 yield _Read(job, targets[number], picture, frame=number, is_last=False)
     done = [target for target, is_one in zip(targets, is_done, strict=True) if is_one]
     yield _Read(job, found_done=tuple(tables.unlisted(job, done)))
