@@ -104,6 +104,14 @@ def test_frames_of_a_stack_are_segmented_on_request(model: str, tmp_path: Path) 
     assert sorted(path.name for path in out.glob("*_labels.tif")) == [f"film_f{n:04d}_labels.tif" for n in range(3)]
 
 
+def test_a_stack_without_frames_says_which_option_is_meant(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tifffile.imwrite(tmp_path / "film; 2.tif", np.zeros((3, 40, 40), np.uint8), imagej=True, metadata={"axes": "TYX"})
+    assert segment(tmp_path / "film; 2.tif", "--model", model, "--output", tmp_path / "out") == 1
+    assert "film; 2.tif: several frames (time, depth or pages); add --frames to segment each" in capsys.readouterr().out
+
+
 def test_a_dry_run_lists_and_writes_nothing(
     images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

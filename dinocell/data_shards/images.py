@@ -26,7 +26,7 @@ import numpy as np
 from dinocell.data_shards.image_writers import write_labels, write_png, write_tiff
 from dinocell.data_shards.locations import local_path, open_bytes
 from dinocell.data_shards.picture import COLOURS, MOST_CHANNELS, Frames, Picture, percentile_range, to_uint8
-from dinocell.errors import ImageError
+from dinocell.errors import ImageError, StackError
 
 __all__ = [
     "Picture",
@@ -91,7 +91,7 @@ def read_image(
         if frames_as_channels:
             return _as_channels([frames[index] for index in range(len(frames))])
         if frame is None and len(frames) > 1:
-            raise ImageError(
+            raise StackError(
                 f"a stack of {len(frames)} frames (time, depth or pages), where one picture was expected; "
                 "choose a frame, read them one by one, or take them as channels"
             )
@@ -137,7 +137,8 @@ def _errors_named(path: str | Path) -> Iterator[None]:
     except ImageError as error:
         if str(path) in str(error):
             raise
-        raise ImageError(f"{path}: {error}") from error
+        kind = StackError if isinstance(error, StackError) else ImageError
+        raise kind(f"{path}: {error}") from error
     except _DECODER_ERRORS as error:
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(f"{path}: damaged or not supported ({cause}); copy it again or convert it to TIFF") from error

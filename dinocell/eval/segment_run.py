@@ -19,7 +19,7 @@ import numpy as np
 from dinocell.data_shards.image_writers import write_labels
 from dinocell.data_shards.images import count_frames, read_image, read_stack
 from dinocell.data_shards.picture import Picture
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import DinocellError, ImageError, StackError
 from dinocell.eval.coco_file import coco_image
 from dinocell.eval.contours import trace_cells
 from dinocell.eval.ctc_folders import check_ids, write_mask
@@ -172,6 +172,9 @@ def _pictures(jobs: Sequence[Job], request: Request, tables: Tables) -> Iterator
             if not request.overwrite:
                 tables.check_ours(target)
             yield _Read(job, target, read_image(job.file))
+        except StackError:
+            several = "several frames (time, depth or pages); add --frames to segment each of them"
+            yield _Read(job, error=ImageError(f"{job.file}: {several}"))
         except ImageError as error:
             yield _Read(job, error=error)
 
