@@ -95,6 +95,15 @@ def test_names_that_collide_are_refused_before_anything_is_done(images: Path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_dots_in_a_name_are_kept(model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for day in (1, 2):
+        write_tiff(tmp_path / "in" / f"2026.01.0{day}.ome.tif", make_field(day, SMALL).pixels[0])
+    assert segment(tmp_path / "in", "--model", model, "--output", tmp_path / "out") == 0
+    labels = sorted(path.name for path in (tmp_path / "out").glob("*.tif"))
+    assert labels == ["2026.01.01_labels.tif", "2026.01.02_labels.tif"]
+
+
 def test_frames_of_a_stack_are_segmented_on_request(model: str, tmp_path: Path) -> None:
     planes = np.stack([make_field(seed, SMALL).pixels[0] for seed in range(3)])
     tifffile.imwrite(tmp_path / "film.tif", planes, imagej=True, metadata={"axes": "TYX"})

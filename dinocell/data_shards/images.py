@@ -31,6 +31,7 @@ from dinocell.errors import ImageError, StackError
 __all__ = [
     "Picture",
     "count_frames",
+    "image_stem",
     "open_bytes",
     "percentile_range",
     "read_image",
@@ -64,6 +65,12 @@ _DECODER_ERRORS = (
     zlib.error,
     tokenize.TokenError,
 )
+
+
+def image_stem(name: str) -> str:
+    """Return an image's name, with folders or without, less its ending: ``2026.01.05`` of ``2026.01.05.ome.tif``."""
+    endings = (".ome.tif", ".ome.tiff", *IMAGE_SUFFIXES)
+    return next((name[: -len(ending)] for ending in endings if name.lower().endswith(ending)), name)
 
 
 def read_image(

@@ -184,12 +184,14 @@ def plan_jobs(files: Sequence[Path], request: Request) -> list[Job]:
         If names collide, results would replace an image, a name is too long or not Unicode, or it has no frame number
         where the challenge's layout needs one.
     """
+    from dinocell.data_shards.images import IMAGE_SUFFIXES, image_stem
+
     given = {_absolute(file) for file in files}
     stems: dict[str, Path] = {}
     masks: dict[Path, Path] = {}
     jobs = []
     for file in files:
-        stem = file.name.split(".")[0] if file.name.lower().endswith((".ome.tif", ".ome.tiff")) else file.stem
+        stem = image_stem(file.name) if file.name.lower().endswith(IMAGE_SUFFIXES) else file.stem
         mask = _ctc_mask(file, stem, request) if request.save_ctc else None
         for wanted, taken in ((f"{stem}{LABELS}", stems.get(stem)), (mask, masks.get(mask) if mask else None)):
             if taken is not None:
