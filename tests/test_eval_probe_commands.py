@@ -361,6 +361,30 @@ def test_mistakes_are_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "said"),
+    [
+        ("consistency", ("--limit", "-1"), "--limit: expected at least 1 sample, got -1"),
+        ("knn", ("--temperature", "0"), "--temperature: expected more than 0, got 0"),
+        ("knn", ("--temperature", "nan"), "--temperature: expected more than 0, got nan"),
+        ("knn", ("--device", "gpu"), "expected auto, cpu or cuda, got 'gpu'"),
+        ("linear", ("--learning-rates", "nan"), "--learning-rates: expected numbers above 0, got nan"),
+        ("linear", ("--weight-decays", "0", "-1"), "--weight-decays: expected numbers of at least 0, got 0, -1"),
+        ("linear", ("--train-batch-size", "0"), "--train-batch-size: expected at least 1"),
+    ],
+)
+def test_options_out_of_range_are_one_line_before_features_are_made(
+    command: str, option: tuple[str, ...], said: str, shard_set: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    sets = ["--data", shard_set] if command == "consistency" else ["--train", shard_set, "--test", shard_set]
+    line = [command, "--weights", "random:nano", *sets, "--output", tmp_path / "o", *option]
+    assert main([str(word) for word in line]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert said in error
+    assert not (tmp_path / "o").exists()
+
+
 def test_cell_types_of_a_column_and_of_several(draw: Callable[[int], np.ndarray]) -> None:
     rows = [{"cell_type": "a"}, {"cell_type": ""}, {"cell_type": "b"}]
     task = make_task("CELL_TYPE", rows, rows, train_name="t", test_name="u")

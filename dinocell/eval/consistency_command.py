@@ -48,6 +48,8 @@ def _run_consistency(options: argparse.Namespace) -> None:
     from dinocell.eval.probe_sets import load_weights, open_set
     from dinocell.runtime.distributed import start
 
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit: expected at least 1 sample, got {options.limit}")
     device = start(options.device).device
     images = open_set(options.data)
     settings = FeatureSettings(
