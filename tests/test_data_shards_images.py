@@ -188,6 +188,9 @@ def test_png_round_trip_is_exact(tmp_path: Path, dtype: str, channels: int) -> N
     assert picture.pixels.dtype == pixels.dtype
     np.testing.assert_array_equal(picture.pixels, pixels)
     assert picture.is_colour == (channels > 1)
+    for size in ((1, 17), (13, 1), (1, 1)):
+        write_png(tmp_path / "a.png", pixels[:, : size[0], : size[1]])
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels[:3], pixels[:3, : size[0], : size[1]])
 
 
 def test_png_of_one_bit_is_bool_and_a_palette_is_colours_or_numbers(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def write_png(path: str | Path, pixels: Shaped[np.ndarray, "h w"] | Shaped[np.nd
     import imagecodecs
 
     samples = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
-    content = imagecodecs.png_encode(np.ascontiguousarray(samples))
+    # A copy in any case: of one pixel every order is contiguous, and the encoder looks at the strides.
+    content = imagecodecs.png_encode(samples.copy(order="C"))
     with _replacing(path) as temporary:
         temporary.write_bytes(content)
 
