@@ -109,7 +109,7 @@ def test_thresholds_of_the_other_target_are_refused(model: DINOCell) -> None:
 def test_scoring_finds_thresholds_that_are_at_least_as_good(model: DINOCell, monkeypatch: pytest.MonkeyPatch) -> None:
     flows = labels_to_flows(FIELD.labels)
     flows[2] *= 0.95
-    monkeypatch.setattr(DINOCellPipeline, "maps", lambda _self, _image: flows)
+    monkeypatch.setattr(DINOCellPipeline, "maps", lambda _self, _image, **_: flows)
     assert score_segmenter(model, [labelled()], True).settings == {}
     replace_settings(model, probability=0.97)
     assert score_segmenter(model, [labelled()], False).metrics["score/seg"] == 0

@@ -1,6 +1,7 @@
 """From an image to cells: shapes and types, thresholds of one call, pixel sizes, scores."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from dinocell.data_shards.distance import labels_to_distance
 from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.errors import DinocellError, ImageError
+from dinocell.eval import scoring
 from dinocell.eval.ctc import ctc_score
+from dinocell.eval.mending import Mending
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.scoring import score_segmenter
+from dinocell.eval.thresholds import search
 from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.models.config import VARIANTS, variant_config
@@ -172,6 +176,29 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(mirror: DINOCellPipe
     assert mirror.model.settings.cells_max == 0.95, "the model stays as it is"
     replace_settings(mirror.model, **found.settings)
     assert score_segmenter(mirror.model, [image], False).metrics == found.metrics
+
+
+def test_scoring_scales_images_and_drops_small_cells_as_the_segmenter_in_use_does(
+    mirror: DINOCellPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_settings(mirror.model, pixel_size_um=1.0, min_area_px=400, cells_max=0.6)
+    picture = as_picture(FIELD.labels)
+    image = LabelledImage(
+        pixels=picture[None], labels=FIELD.labels, distance=None, crowd=None, name="a", pixel_size_um=1.25
+    )
+    in_use = DINOCellPipeline(mirror.model, "cpu").run(picture, pixel_size_um=1.25)
+    own = ctc_score(FIELD.labels, in_use).op_csb
+    assert own != ctc_score(FIELD.labels, DINOCellPipeline(mirror.model, "cpu").run(picture)).op_csb
+    assert score_segmenter(mirror.model, [image], False).metrics["score/op_csb"] == pytest.approx(own)
+    tried: list[Mending] = []
+
+    def coarse(*args: Any, mending: Mending, **_: Any) -> Any:
+        tried.append(mending)
+        return search(*args, steps=2, mending=mending)
+
+    monkeypatch.setattr(scoring, "search", coarse)
+    score_segmenter(mirror.model, [image], True)
+    assert [each.min_area_px for each in tried] == [400]
 
 
 def test_windows_are_as_large_as_the_crops_of_the_training(model: DINOCell) -> None:
