@@ -71,6 +71,12 @@ def test_layouts_mean_the_same(mirror: DINOCellPipeline) -> None:
         np.testing.assert_array_equal(mirror.run(image), expected)
 
 
+def test_a_low_colour_picture_is_no_stack_of_narrow_channels(mirror: DINOCellPipeline) -> None:
+    plane = as_picture(FIELD.labels)[60:70]
+    rgb = np.repeat(plane[..., None], 3, axis=2)
+    np.testing.assert_array_equal(mirror.run(rgb), mirror.run(plane))
+
+
 def test_a_channel_can_be_chosen(mirror: DINOCellPipeline) -> None:
     plane = as_picture(FIELD.labels)
     stack = np.stack([plane[::-1], plane])
