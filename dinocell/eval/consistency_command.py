@@ -134,16 +134,23 @@ def _run_profiles(options: argparse.Namespace) -> None:
     from dinocell.eval.feature_files import read_features, weights_of
     from dinocell.eval.image_sets import labels_of
     from dinocell.eval.probe_report import log_to_run, write_scores
-    from dinocell.eval.profiles import replicate_retrieval, to_wells, whiten
+    from dinocell.eval.profiles import check_wells, replicate_retrieval, to_wells, whiten
 
     found = read_features(options.features)
     name = str(options.features)
+    columns = [labels_of(found.labels, column, name) for column in (options.treatment, options.plate, options.well)]
+    known = np.array(
+        [all(row) for row in zip(*columns, strict=True)]
+    )  # an image of no well would be in one with all such
+    if not known.any():
+        raise DinocellError(f"{name}: no image has {options.treatment}, {options.plate} and {options.well}")
     treatment, plate, well = (
-        labels_of(found.labels, column, name) for column in (options.treatment, options.plate, options.well)
+        [each for each, is_one in zip(column, known, strict=True) if is_one] for column in columns
     )
     if options.control is not None and options.control not in treatment:
         raise ConfigError(f"--control: no image has {options.treatment} {options.control!r}")
-    values = np.asarray(found.values, np.float64).reshape(len(found.values), -1)
+    values = np.asarray(found.values, np.float64).reshape(len(found.values), -1)[known]
+    check_wells(treatment, plate, well)
     profiles, first = to_wells(values, plate, well)
     treatments, plates = ([column[row] for row in first] for column in (treatment, plate))
     controls = np.array([each == options.control for each in treatments])
@@ -162,6 +169,8 @@ def _run_profiles(options: argparse.Namespace) -> None:
     ]
     about = {
         "features": name,
+        "images": f"{int(known.sum())}; {int((~known).sum())} left out, of no {options.treatment}, {options.plate} or "
+        f"{options.well}",
         "wells": len(profiles),
         "plates": len(set(plates)),
         "whitening": options.whiten,

@@ -43,6 +43,24 @@ class Retrieval:
     retrieved: float
 
 
+def check_wells(treatments: Sequence[str], plates: Sequence[str], wells: Sequence[str]) -> None:
+    """Raise if the images of a well do not agree on what it was treated with.
+
+    Raises
+    ------
+    DinocellError
+        If there is such a well; it names the first.
+    """
+    known: dict[tuple[str, str], str] = {}
+    for treatment, plate, well in zip(treatments, plates, wells, strict=True):
+        other = known.setdefault((plate, well), treatment)
+        if other != treatment:
+            raise DinocellError(
+                f"plate {plate}, well {well}: has the treatments {other} and {treatment}, expected one; is the well's "
+                "name in another column (--well, --plate)?"
+            )
+
+
 def to_wells(
     features: Float[np.ndarray, "n d"], plates: Sequence[str], wells: Sequence[str]
 ) -> tuple[Float[np.ndarray, "w d"], Int[np.ndarray, " w"]]:
