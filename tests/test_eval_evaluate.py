@@ -173,6 +173,7 @@ def test_missing_and_ambiguous_predictions_are_named(tmp_path: Path, files: list
 @pytest.mark.parametrize("file", ["A.1.tif", "A.1_labels.tif", "A.1_cp_masks.png", "A.1.tif_labels.tif"])
 def test_predictions_of_images_whose_names_have_an_ending_are_found(tmp_path: Path, file: str) -> None:
     (tmp_path / file).touch()
+    (tmp_path / "A.1_seg.npy").touch()  # Cellpose leaves it there, too
     assert find_predictions(tmp_path, "livecell", ["A.1.tif"]) == [tmp_path / file]
 
 

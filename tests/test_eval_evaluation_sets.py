@@ -95,6 +95,13 @@ def test_labelled_sets_stay_what_they_are(tmp_path: Path) -> None:
     assert isinstance(open_evaluation_set(tmp_path), LabelledSet)
 
 
+def test_what_cellpose_leaves_beside_images_is_no_image(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for name in ("größe 0_seg.npy", "größe 1_seg.npy", "._größe 0.ome.tif"):
+        (tmp_path / "images" / name).touch()
+    assert open_evaluation_set(tmp_path).names == ["größe 0", "größe 1"]
+
+
 def test_names_of_images_keep_their_dots(tmp_path: Path) -> None:
     write_folders(tmp_path)
     for kind, end in (("images", ".ome.tif"), ("masks", "_masks.tif")):

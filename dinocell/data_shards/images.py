@@ -31,6 +31,7 @@ from dinocell.errors import ImageError, StackError
 __all__ = [
     "Picture",
     "count_frames",
+    "has_image_name",
     "image_stem",
     "open_bytes",
     "percentile_range",
@@ -65,6 +66,14 @@ _DECODER_ERRORS = (
     zlib.error,
     tokenize.TokenError,
 )
+
+
+def has_image_name(name: str) -> bool:
+    """Say whether a file is an image by its name: hidden ones are not, nor what Cellpose leaves beside images.
+
+    Its ``NAME_seg.npy`` is a pickle of masks and settings, which nothing here would open.
+    """
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not name.lower().endswith("_seg.npy")
 
 
 def image_stem(name: str) -> str:

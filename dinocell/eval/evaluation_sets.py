@@ -13,7 +13,7 @@ from typing import Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
-from dinocell.data_shards.images import IMAGE_SUFFIXES, image_stem
+from dinocell.data_shards.images import has_image_name, image_stem
 from dinocell.data_shards.labelled import LabelledImage, open_labelled
 from dinocell.data_shards.labelled_sources import Pair, PairContent, cellpose_pairs, dsb2018_pairs, read_pair
 from dinocell.data_shards.masks import read_labels
@@ -167,11 +167,7 @@ def _mask_alone(mask: Path) -> PairContent:
 
 
 def _open_folders(folder: Path, encoding: str = "labels") -> PairSet:
-    images = [
-        path
-        for path in sorted((folder / "images").iterdir())
-        if path.name.lower().endswith(IMAGE_SUFFIXES) and path.name[0] != "."
-    ]
+    images = [path for path in sorted((folder / "images").iterdir()) if has_image_name(path.name)]
     names = [image_stem(path.name) for path in images]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

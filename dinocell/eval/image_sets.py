@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from dinocell.data_shards.fields import Field, FieldFile, LabelValue, Rejected, Source, read_field
-from dinocell.data_shards.images import IMAGE_SUFFIXES
+from dinocell.data_shards.images import has_image_name
 from dinocell.data_shards.listing import base_name, list_files
 from dinocell.data_shards.read import stream
 from dinocell.errors import DinocellError, ImageError
@@ -142,7 +142,7 @@ class ClassFolders:
         for folder in folders:
             label = base_name(folder)  # in one Unicode spelling, as another computer's folder of this class has it
             for file in list_files(folder, folders_as_files=(".zarr",)):
-                if file.name.lower().endswith(IMAGE_SUFFIXES):
+                if has_image_name(Path(file.name).name):
                     yield Field(id=f"{label}/{file.name}", files=(FieldFile(path=file.path),), labels={"class": label})
 
 

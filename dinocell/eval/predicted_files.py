@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinocell.data_shards.images import IMAGE_SUFFIXES, image_stem
+from dinocell.data_shards.images import IMAGE_SUFFIXES, has_image_name, image_stem
 from dinocell.errors import DinocellError
 
 # What tools append to the image's name: nothing, `dinocell segment`, Cellpose, and habits of others.
@@ -30,7 +30,8 @@ def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[P
     missing: list[str] = []
     for name in names:
         stems = dict.fromkeys((name, image_stem(name)))  # LIVECell's names are whole: a.tif
-        candidates = [inside / f"{stem}{end}{suffix}" for stem in stems for end in ENDINGS for suffix in IMAGE_SUFFIXES]
+        possible = [f"{stem}{end}{suffix}" for stem in stems for end in ENDINGS for suffix in IMAGE_SUFFIXES]
+        candidates = [inside / each for each in possible if has_image_name(Path(each).name)]
         sequence, _, number = name.rpartition("/")
         candidates += [inside / f"{sequence}_RES" / f"mask{number}.tif"] if sequence and number.isdecimal() else []
         there = [path for path in candidates if path.exists()]

@@ -121,11 +121,11 @@ def _is_folder(path: Path) -> bool:
 
 def _images_in(folder: Path, without: Path) -> list[Path]:
     """Return the images of a folder and of those below it."""
-    from dinocell.data_shards.images import IMAGE_SUFFIXES
+    from dinocell.data_shards.images import has_image_name
     from dinocell.data_shards.listing import list_files
 
     listed = [Path(file.path) for file in list_files(folder, folders_as_files=(".zarr",))]
-    images = [path for path in listed if path.name.lower().endswith(IMAGE_SUFFIXES)]
+    images = [path for path in listed if has_image_name(path.name)]
     return images if _is_inside(folder.resolve(), without) else [each for each in images if not _is_in(each, without)]
 
 
