@@ -245,6 +245,25 @@ def test_results_of_another_image_of_the_same_name_are_not_taken_for_this_ones(
     assert "there already" in capsys.readouterr().out
 
 
+def test_results_that_were_being_replaced_when_the_disk_filled_up_are_not_taken_for_whole(
+    images: Path, segmenter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = (images / "t0.tif", "--model", segmenter, "--output", tmp_path / "out", "--csv", "--save-viz")
+    assert segment(*line, "--cells-max", "0.2", "--cell-fill", "0.1") == 0
+    old = contents(tmp_path / "out")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment_run, "write_overlay", full)
+        assert segment(*line, "--cells-max", "0.6", "--overwrite") == 2
+    assert segment(*line, "--cells-max", "0.6") == 0
+    found = contents(tmp_path / "out")
+    assert all(found[name] != old[name] for name in ("t0_cells.csv", "t0_overlay.png", "t0_labels.tif"))
+    assert len(found["t0_cells.csv"].splitlines()) - 1 == summary(tmp_path / "out")["t0"]
+
+
 def test_plates_whose_folders_are_called_alike_are_told_apart(
     images: Path, segmenter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

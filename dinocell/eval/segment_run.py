@@ -213,6 +213,8 @@ def _write(found: _Found, output: Path, *, with_coco: bool) -> Written:
     paths, labels, size = found.target.paths, found.labels, found.pixel_size_um
     file = found.read.job.file
     with output_errors(output):
+        # Where labels are, all is: those of an earlier run would vouch for a mixture if this one were stopped here.
+        paths["labels"].unlink(missing_ok=True)
         if "csv" in paths:
             shown = found.picture.grey()
             names = shown.channel_names
