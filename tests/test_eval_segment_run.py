@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 from roifile import roiread
 
 from dinocell.cli import main
@@ -262,6 +263,37 @@ def test_results_that_were_being_replaced_when_the_disk_filled_up_are_not_taken_
     found = contents(tmp_path / "out")
     assert all(found[name] != old[name] for name in ("t0_cells.csv", "t0_overlay.png", "t0_labels.tif"))
     assert len(found["t0_cells.csv"].splitlines()) - 1 == summary(tmp_path / "out")["t0"]
+
+
+def test_results_by_other_settings_are_not_taken_for_what_is_asked_for(
+    images: Path, segmenter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (images / "t0.tif", "--model", segmenter, "--output", tmp_path / "out")
+    assert segment(*line, "--cells-max", "0.2", "--cell-fill", "0.1") == 0
+    assert segment(*line, "--cells-max", "0.2", "--cell-fill", "0.1", "--csv", "--stride", "192") == 0
+    for other in (["--cells-max", "0.6"], ["--cells-max", "0.2", "--cell-fill", "0.1", "--pixel-size", "0.5"]):
+        assert segment(*line, *other) == 2
+        assert "results named t0 are there, by model" in capsys.readouterr().err
+        assert segment(images / "t1.tif", *line[1:], *other) == 0  # another image may have been made by others
+        (tmp_path / "out" / "t1_labels.tif").unlink()
+    another = DINOCell.from_pretrained(segmenter)
+    torch.nn.init.zeros_(another.decoder.head.weight)
+    another.save_pretrained(tmp_path / "other.pt")
+    more = ("--cells-max", "0.2", "--cell-fill", "0.1")
+    assert segment(line[0], "--model", tmp_path / "other.pt", *line[3:], *more) == 2
+    assert segment(line[0], "--model", tmp_path / "other.pt", *line[3:], *more, "--overwrite") == 0
+    another.save_pretrained(tmp_path / "same.safetensors")
+    assert segment(line[0], "--model", tmp_path / "same.safetensors", *line[3:], *more) == 0
+
+
+def test_a_summary_without_settings_can_be_added_to(images: Path, segmenter: str, tmp_path: Path) -> None:
+    line = ("--model", segmenter, "--output", tmp_path / "out")
+    assert segment(images / "t0.tif", *line) == 0
+    table = tmp_path / "out" / "summary.csv"
+    rows = [row[:4] for row in csv.reader(table.read_text(encoding="utf-8").splitlines())]
+    table.write_text("\ufeff" + "".join(f"{','.join(row)}\n" for row in rows), encoding="utf-8")
+    assert segment(images, *line, "--cells-max", "0.6") == 0
+    assert sorted(summary(tmp_path / "out")) == ["t0", "t1", "t2", "t3", "t4"]
 
 
 def test_plates_whose_folders_are_called_alike_are_told_apart(

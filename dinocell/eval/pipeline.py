@@ -87,9 +87,10 @@ class DINOCellPipeline:
         self.model = model.to(self.device).eval()
         settings = model.settings
         self.crop_size = settings.window_px if crop_size is None else crop_size
-        self.stride, self.batch_size = stride, batch_size
-        largest = self.crop_size - self.crop_size // 8
-        if stride is not None and not 1 <= stride <= largest:
+        overlap = self.crop_size // 8
+        self.stride, self.batch_size = self.crop_size - 2 * overlap if stride is None else stride, batch_size
+        largest = self.crop_size - overlap
+        if not 1 <= self.stride <= largest:
             raise DinocellError(
                 f"stride: expected 1 to {largest} px for windows of {self.crop_size} px (this model's), got {stride}"
             )

@@ -101,6 +101,7 @@ def _run(options: argparse.Namespace) -> None:
         channel=options.channel,
         pixel_size_um=options.pixel_size,
         overwrite=options.overwrite,
+        settings=_settings(pipeline, options),
     )
     jobs = plan_jobs(files, request)
     if options.dry_run:
@@ -134,6 +135,17 @@ def _pipeline(options: argparse.Namespace) -> "DINOCellPipeline":
         flow_error=options.flow_error,
         stride=options.stride,
     )
+
+
+def _settings(pipeline: "DINOCellPipeline", options: argparse.Namespace) -> str:
+    """Return what the cells depend on, besides the image."""
+    if pipeline.model.target == "distance":
+        thresholds = {"cells max": pipeline.cells_max, "cell fill": pipeline.cell_fill}
+    else:
+        thresholds = {"probability": pipeline.probability, "flow error": pipeline.flow_error}
+    shown = thresholds | {"channel": options.channel, "pixel size": options.pixel_size, "stride": pipeline.stride}
+    said = [f"{name} {value:g}" for name, value in shown.items() if value is not None]
+    return ", ".join([f"model {pipeline.model.fingerprint()}", *said])
 
 
 def _cost(files: Sequence[Path], pipeline: "DINOCellPipeline", request: "Request") -> str:

@@ -46,6 +46,9 @@ class Request:
         Of the images, whatever their files say; None: what they say.
     overwrite
         Compute again what is there.
+    settings
+        How cells are found, in words: what is there of other settings is not taken for what is asked for. Empty: that
+        is not looked at.
     """
 
     output: Path
@@ -57,6 +60,7 @@ class Request:
     channel: int | None = None
     pixel_size_um: float | None = None
     overwrite: bool = False
+    settings: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +206,7 @@ def plan_jobs(files: Sequence[Path], request: Request) -> list[Job]:
         if mask is not None:
             masks[mask] = file
         jobs.append(Job(file=file, stem=stem, ctc_mask=mask))
-        target = _first_target(jobs[-1], request)
+        target = first_target(jobs[-1], request)
         _check_names(file, target)
         replaced = next((path for path in target.paths.values() if _absolute(path) in given), None)
         if replaced is not None:
@@ -243,13 +247,14 @@ def _ctc_mask(file: Path, stem: str, request: Request) -> Path:
 
 def names_of_results(job: Job, request: Request) -> list[str]:
     """Return the files of one image for people to read, the labels first; of a stack those of its first frame."""
-    target = _first_target(job, request)
+    target = first_target(job, request)
     *others, labels = target.paths.values()
     more = ["..."] if request.frames else []
     return [*map(str, (labels, *others)), *more, *(["(there already)"] if target.is_done else [])]
 
 
-def _first_target(job: Job, request: Request) -> Target:
+def first_target(job: Job, request: Request) -> Target:
+    """Return where the results of a file go; of a stack those of its first frame."""
     return next(targets_of_frames(job, 1, request)) if request.frames else target_of(job, request)
 
 

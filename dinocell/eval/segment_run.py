@@ -206,13 +206,13 @@ def _compute(read: _Read, pipeline: DINOCellPipeline, request: Request, writer: 
     except ImageError as error:
         return _Waiting(read, error=error)
     found = _Found(read, target, picture, plane, labels, maps, size)
-    return _Waiting(read, writing=writer.submit(_write, found, request.output, with_coco=request.save_coco))
+    return _Waiting(read, writing=writer.submit(_write, found, request))
 
 
-def _write(found: _Found, output: Path, *, with_coco: bool) -> Written:
+def _write(found: _Found, request: Request) -> Written:
     paths, labels, size = found.target.paths, found.labels, found.pixel_size_um
     file = found.read.job.file
-    with output_errors(output):
+    with output_errors(request.output):
         # Where labels are, all is: those of an earlier run would vouch for a mixture if this one were stopped here.
         paths["labels"].unlink(missing_ok=True)
         if "csv" in paths:
@@ -235,5 +235,6 @@ def _write(found: _Found, output: Path, *, with_coco: bool) -> Written:
             paths["save_ctc"].parent.mkdir(exist_ok=True)
             write_mask(paths["save_ctc"], labels)
         write_labels(paths["labels"], labels, pixel_size_um=size)
-    coco = coco_image(labels, file_name=file.name, frame=found.read.frame) if with_coco else None
-    return Written(found.target.name, file, int(labels.max()), float((labels > 0).mean()), coco)
+    coco = coco_image(labels, file_name=file.name, frame=found.read.frame) if request.save_coco else None
+    share = float((labels > 0).mean())
+    return Written(found.target.name, file, int(labels.max()), share, coco, request.settings)

@@ -14,11 +14,11 @@ import numpy as np
 from dinocell.data_shards.masks import read_labels
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.coco_file import CocoImage, read_coco_file, write_coco_file
-from dinocell.eval.segment_jobs import COCO, SUMMARY, Job, Request, Target
+from dinocell.eval.segment_jobs import COCO, SUMMARY, Job, Request, Target, first_target
 from dinocell.runtime.atomic import replacing
 
-_COLUMNS = ("image", "cells", "covered_share", "file")
-_SOURCE = _COLUMNS.index("file")
+_COLUMNS = ("image", "cells", "covered_share", "file", "settings")
+_SOURCE, _SETTINGS = _COLUMNS.index("file"), _COLUMNS.index("settings")
 
 
 class Written(NamedTuple):
@@ -29,6 +29,7 @@ class Written(NamedTuple):
     num_cells: int
     covered_share: float
     coco: CocoImage | None
+    settings: str
 
 
 @dataclass(kw_only=True, eq=False)
@@ -76,7 +77,13 @@ class Tables:
     def add(self, written: Written) -> None:
         """Enter a picture."""
         share = f"{written.covered_share:.4f}"
-        self.new_rows[written.name] = (written.name, written.num_cells, share, self._source(written.file))
+        self.new_rows[written.name] = (
+            written.name,
+            written.num_cells,
+            share,
+            self._source(written.file),
+            written.settings,
+        )
         if written.coco is not None:
             self.new_coco[written.name] = written.coco
 
@@ -102,15 +109,15 @@ class Tables:
             )
 
     def unlisted(self, job: Job, done: Sequence[Target]) -> Iterator[Written]:
-        """Yield what the summary lacks of results that are on the disk: their run was killed."""
+        """Yield what the summary lacks of results on the disk: their run was killed, and its settings are not known."""
         for target in done:
             if target.name not in self.rows:
                 labels = read_labels(target.paths["labels"])
                 num_cells = int(np.count_nonzero(np.unique(labels)))
-                yield Written(target.name, job.file, num_cells, float((labels > 0).mean()), None)
+                yield Written(target.name, job.file, num_cells, float((labels > 0).mean()), None, "")
 
     def check_sources(self, jobs: Sequence[Job], request: Request) -> None:
-        """Refuse to take the results of another image, of the same name in another folder, for this one's.
+        """Refuse to take the results of another image or of other settings for what is asked for.
 
         Raises
         ------
@@ -120,10 +127,17 @@ class Tables:
         if request.overwrite:
             return
         for job in jobs:
-            row = self.rows.get(f"{job.stem}_f0000" if request.frames else job.stem, ())
+            target = first_target(job, request)
+            row = self.rows.get(target.name, ())
             if len(row) > _SOURCE and not self._is_of(str(row[_SOURCE]), job.file):
                 raise DinocellError(
                     f"{request.output}: results named {job.stem} are there, of {row[_SOURCE]}, not of {job.file}; "
+                    "choose another --output, or replace them with --overwrite"
+                )
+            settings = str(row[_SETTINGS]) if len(row) > _SETTINGS else ""
+            if settings and request.settings not in ("", settings) and target.paths["labels"].exists():
+                raise DinocellError(
+                    f"{request.output}: results named {job.stem} are there, by {settings}, not by {request.settings}; "
                     "choose another --output, or replace them with --overwrite"
                 )
 
@@ -174,7 +188,7 @@ def _read_summary(path: Path) -> dict[str, Sequence[object]]:
         raise DinocellError(
             f"{path}: cannot be added to ({error}); move it away, or choose another --output"
         ) from error
-    if rows and tuple(rows[0]) != _COLUMNS:
+    if rows and tuple(rows[0]) not in (_COLUMNS, _COLUMNS[:_SETTINGS]):
         raise DinocellError(
             f"{path}: cannot be added to (not a table of 'dinocell segment', or saved by another program in its own "
             "way); move it away, or choose another --output"
