@@ -114,6 +114,23 @@ def test_too_few_images_are_one_line(tmp_path: Path) -> None:
         own_material(tmp_path / "one", tmp_path / "out", workers=1)
 
 
+@pytest.mark.parametrize("words", [["quick"], ["quick", "--data", "IMAGES"]])
+def test_a_folder_of_something_else_is_left_alone(
+    own: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    words = [str(own) if word == "IMAGES" else word for word in words]
+    assert main(["demo", *words, "--output", str(own)]) == 2
+    assert f"output: {own} exists and holds no demo" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_images_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "quick", "--data", str(tmp_path / "images"), "--output", str(tmp_path / "demo")]) == 2
+    assert "images: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists(), "the next call may name another folder"
+
+
 def test_counts_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 labelled"):
         FieldCounts(labelled=1)

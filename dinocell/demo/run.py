@@ -50,7 +50,7 @@ def run_demo(config: DemoConfig) -> str:
     Raises
     ------
     ConfigError
-        If the folder holds a demo with other settings.
+        If the folder holds a demo with other settings, or something else, or there is no folder of images.
     """
     start, console = time.monotonic(), Console()
     _claim(config)
@@ -87,8 +87,10 @@ def run_demo(config: DemoConfig) -> str:
 
 
 def _claim(config: DemoConfig) -> None:
-    """Take the folder, or go on in it if it is of the same demo."""
+    """Take a new folder, or go on in one of the same demo; in any other, what a demo replaces may be the user's."""
     path = config.output / "demo.yaml"
+    if config.data is not None and not config.data.is_dir():
+        raise ConfigError(f"data: {config.data}: no such folder")
     if path.exists():
         differing = diff_configs(read_mapping(path), to_dict(config), ())
         if differing:
@@ -96,6 +98,8 @@ def _claim(config: DemoConfig) -> None:
                 f"{config.output} holds a demo with other settings ({'; '.join(differing)}); "
                 "remove it, or choose another output"
             )
+    elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
+        raise ConfigError(f"output: {config.output} exists and holds no demo; choose a new folder")
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_yaml(config))
 
