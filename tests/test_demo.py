@@ -12,6 +12,7 @@ import pytest
 
 from dinocell.cli import main
 from dinocell.data_shards.images import write_labels, write_tiff
+from dinocell.data_shards.labelled import open_labelled
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.demo.data import FieldCounts, own_material
 from dinocell.errors import DinocellError
@@ -105,6 +106,25 @@ def test_own_images_without_masks_still_make_shards(own: Path, tmp_path: Path) -
     material = own_material(own, tmp_path / "out", workers=1)
     assert material.train is None
     assert json.loads((material.shards[0] / "manifest.json").read_text())["num_samples"] == 5
+
+
+def test_names_with_points_are_whole_names(own: Path, tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        for path in list((own / kind).iterdir()):
+            path.rename(path.with_name(f"cells_0.65um.{path.name}"))
+        (own / kind / "._n0.tif").write_bytes(b"what macOS writes beside a picture on a foreign disk")
+    material = own_material(own, tmp_path / "out", workers=1)
+    assert json.loads((material.shards[0] / "manifest.json").read_text())["num_samples"] == 4
+    assert material.train is not None
+    assert material.unseen is not None
+    assert open_labelled(material.train).names == [f"cells_0.65um.n{number}" for number in range(1, 5)]
+    assert open_labelled(material.unseen).names == ["cells_0.65um.n0"]
+
+
+def test_two_images_of_one_name_are_one_line(own: Path, tmp_path: Path) -> None:
+    shutil.copy(own / "images" / "n0.ome.tif", own / "images" / "n0.tiff")
+    with pytest.raises(DinocellError, match=r"n0.ome.tif and .*n0.tiff: two pictures of one name"):
+        own_material(own, tmp_path / "out", workers=1)
 
 
 def test_too_few_images_are_one_line(tmp_path: Path) -> None:
