@@ -61,6 +61,8 @@ class ShardSet:
             self._fetch_ahead(position)
         start, size = (int(number) for number in self._index[place.sample])
         shard = self.manifest.shards[place.shard]
+        if start + size > shard.num_bytes:
+            raise SampleError(f"{shard.file}: the index is damaged (bytes {start} to {start + size})")
         try:
             content = os.pread(self._open(place.shard), size, start)
         except OSError as error:

@@ -111,6 +111,9 @@ def _problems(path: Path, task: _Task) -> Iterator[str]:
     keys = set()
     with path.open("rb") as file:
         for number, (start, length) in enumerate(task.index.tolist()):
+            if start + length > size:
+                yield f"sample {number}: the index leads to bytes {start} to {start + length}"
+                continue
             file.seek(start)
             try:
                 sample = parse_sample(memoryview(file.read(length)))
