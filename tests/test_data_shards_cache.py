@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -17,6 +19,7 @@ from dinocell.data_shards import cache as cache_module
 from dinocell.data_shards.cache import ShardCache, check_room
 from dinocell.data_shards.manifest import Shard
 from dinocell.data_shards.read import loader, stream
+from dinocell.data_shards.verify import verify
 from dinocell.errors import ShardError
 
 
@@ -30,7 +33,7 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 server.requests.append(self.path.lstrip("/"))
-                path = server.folder / self.path.lstrip("/")
+                path = server.folder / unquote(urlsplit(self.path).path.lstrip("/"))
                 if server.failures:
                     server.failures -= 1
                     self.send_error(503)
@@ -169,6 +172,26 @@ def test_a_remote_set_reads_like_the_local_one(server: Server, shard_set: Path, 
         assert (ours.storage == theirs.storage).all()
     held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar"))
     assert held <= 0.7 * size
+
+
+@pytest.mark.parametrize("place", ["my set é", "my%20set%20%C3%A9", "my set é/?signature=a/b%3D"])
+def test_web_addresses_may_have_spaces_and_queries(server: Server, shard_set: Path, tmp_path: Path, place: str) -> None:
+    shutil.copytree(shard_set, server.folder / "my set é")
+    address = f"{server.address}/{place}"
+    assert verify(address) == []
+    for batch in stream(address, batch_size=20, stop=60, cache=tmp_path / "cache"):
+        assert not batch.damaged
+    assert all(("?signature=a/b%3D" in request) == ("?" in place) for request in server.requests)
+
+
+def test_a_file_address_is_a_folder_of_this_disk(shard_set: Path) -> None:
+    address = f"file://{shard_set}"
+    assert verify(address) == []
+    [batch] = stream(address, batch_size=60, stop=60)
+    assert len(batch) == 60
+    (shard_set / "manifest.json").unlink()
+    with pytest.raises(ShardError, match="no shard set"):
+        stream(address, batch_size=1)
 
 
 def test_a_remote_set_needs_a_cache(server: Server, shard_set: Path) -> None:

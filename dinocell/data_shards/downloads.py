@@ -5,7 +5,7 @@ import http.client
 import urllib.request
 from typing import IO, Any
 
-from dinocell.data_shards.locations import bucket_options
+from dinocell.data_shards.locations import bucket_options, quoted
 from dinocell.errors import ImageError
 
 _CHUNK = 4 << 20
@@ -34,7 +34,7 @@ def download(address: str, target: IO[bytes]) -> str:
 def _open(address: str) -> Any:  # something with read() and close()
     try:
         if address.startswith(("http://", "https://")):
-            return urllib.request.urlopen(address, timeout=_TIMEOUT_S)
+            return urllib.request.urlopen(quoted(address), timeout=_TIMEOUT_S)
         import fsspec  # type: ignore[import-untyped]
 
         filesystem, path = fsspec.url_to_fs(address, **bucket_options(address))

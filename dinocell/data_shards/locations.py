@@ -61,7 +61,7 @@ def web_file_exists(url: str) -> bool:
     """
 
     def fetch() -> bytes:
-        with urllib.request.urlopen(urllib.request.Request(_quoted(url), method="HEAD"), timeout=_TIMEOUT_S):
+        with urllib.request.urlopen(urllib.request.Request(quoted(url), method="HEAD"), timeout=_TIMEOUT_S):
             return b""
 
     try:
@@ -74,6 +74,11 @@ def web_file_exists(url: str) -> bool:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
+
+
+def quoted(url: str) -> str:
+    """Return an address with spaces and letters beyond ASCII as percent signs; what is quoted already stays."""
+    return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
 
 def bucket_options(url: str) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def _read_local(path: Path, first: int | None) -> bytes:
 
 def _read_web(url: str, first: int | None) -> bytes:
     def fetch() -> bytes:
-        with urllib.request.urlopen(_quoted(url), timeout=_TIMEOUT_S) as response:
+        with urllib.request.urlopen(quoted(url), timeout=_TIMEOUT_S) as response:
             return bytes(response.read(first))  # raises IncompleteRead where the server promised more
 
     try:
@@ -137,11 +142,6 @@ def _read_web(url: str, first: int | None) -> bytes:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
-
-
-def _quoted(url: str) -> str:
-    """Return an address with spaces and letters beyond ASCII as percent signs; what is quoted already stays."""
-    return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
 
 def _read_bucket(url: str, first: int | None) -> bytes:
