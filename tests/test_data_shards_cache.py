@@ -159,6 +159,12 @@ def test_a_cache_too_small_for_three_blocks_is_refused(tmp_path: Path) -> None:
     check_room(ShardCache(tmp_path, max_bytes=50 * 10**9), shards[:3], 1)
 
 
+def test_copies_that_another_process_removes_meanwhile_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "removed")  # listed, and not there when it is looked at
+    shard = Shard(file="a.tar", num_samples=1, num_bytes=100, sha256="0" * 64)
+    check_room(ShardCache(tmp_path, max_bytes=10**6), (shard,), block_shards=1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_remote_set_reads_like_the_local_one(server: Server, shard_set: Path, tmp_path: Path, workers: int) -> None:
     server.folder = shard_set

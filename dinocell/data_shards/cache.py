@@ -71,7 +71,7 @@ class ShardCache:
                 if part.stem == shard.sha256 or self._is_leftover(part):
                     part.unlink(missing_ok=True)
                 else:
-                    held += self._size(part)
+                    held += _size(part)
             copies = sorted((copy.stat().st_mtime, copy.stat().st_size, copy) for copy in self.folder.glob("*.tar"))
             held += sum(size for _, size, _ in copies)
             for _, size, copy in copies:
@@ -83,12 +83,6 @@ class ShardCache:
             with part.open("wb") as file:
                 file.truncate(shard.num_bytes)
         return part
-
-    def _size(self, part: Path) -> int:
-        try:
-            return part.stat().st_size
-        except FileNotFoundError:  # it has just become a copy, which is counted as such
-            return 0
 
     def _is_leftover(self, part: Path) -> bool:
         """Whether nobody is downloading to this file: its process was killed."""
@@ -124,6 +118,14 @@ class ShardCache:
         raise ShardError(f"{address}: not downloaded in {_TRIES} tries; the last: {reason}")
 
 
+def _size(path: Path) -> int:
+    """Return a file's size; 0 if another process has just renamed or removed it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def check_room(cache: ShardCache, shards: tuple[Shard, ...], block_shards: int) -> None:
     """Check that the cache holds the block that is being read, the next one, and one that slower processes still read.
 
@@ -139,6 +141,6 @@ def check_room(cache: ShardCache, shards: tuple[Shard, ...], block_shards: int) 
             f"({needed / 1e9:.1f} GB); make it larger or the blocks smaller"
         )
     existing = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in cache.folder.glob("*.tar"))
+    free = shutil.disk_usage(existing).free + sum(map(_size, cache.folder.glob("*.tar")))
     if free < needed:
         raise ShardError(f"{cache.folder}: {free / 1e9:.1f} GB free, the cache needs at least {needed / 1e9:.1f} GB")
