@@ -255,6 +255,14 @@ def test_npy_channels_are_first_unless_there_are_three_or_four_last(
     assert picture.pixels.dtype == np.uint16
 
 
+@pytest.mark.parametrize("said", ["NaN", "INF", "-1", "0"])
+def test_a_pixel_size_that_is_no_size_is_not_known(tmp_path: Path, said: str) -> None:
+    write_tiff(tmp_path / "a.tif", noise(8, 8), pixel_size_um=0.5)
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content.replace(b'="0.5"', f'="{said}"'.encode().ljust(6)))
+    assert read_image(tmp_path / "a.tif").pixel_size_um is None
+
+
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_ome_zarr_gives_its_highest_resolution_frame_by_frame(tmp_path: Path, version: str) -> None:
     zarr = pytest.importorskip("zarr", reason="the optional package zarr is not installed")
@@ -273,6 +281,9 @@ def test_ome_zarr_gives_its_highest_resolution_frame_by_frame(tmp_path: Path, ve
     assert frames[0].channel_names == ("DNA", "ER", "RNA")
     assert frames[0].pixel_size_um == pytest.approx(0.65)
     assert "nowhere.zarr" in one_line(tmp_path / "nowhere.zarr")
+    scale[0]["scale"] = [1, 1, float("nan"), float("nan")]
+    group.attrs.update({"ome": content} if version == "0.5" else content)
+    assert read_image(path, frame=0).pixel_size_um is None
 
 
 def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from dinocell.data_shards.picture import COLOURS, Picture
+from dinocell.data_shards.picture import COLOURS, Picture, square_pixel
 from dinocell.errors import ImageError
 
 _UM_PER_UNIT = {"um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0}
@@ -190,12 +190,12 @@ def _described(tiff: tifffile.TiffFile, page: Any, number: int) -> tuple[float |
         if len(names) != channels or len(names) != int(description.get("images", 1)):
             names = ()
         unit = _UM_PER_UNIT.get(str(description.get("unit", "")).lower())
-        return _same([_um_per_pixel(page, tag, unit) for tag in ("XResolution", "YResolution")]), names
+        return square_pixel(*(_um_per_pixel(page, tag, unit) for tag in ("XResolution", "YResolution"))), names
     if tiff.is_stk:
         calibration: dict[str, Any] = tiff.stk_metadata or {}
         unit = _UM_PER_UNIT.get(str(calibration.get("CalibrationUnits", "")).lower())
         if calibration.get("SpatialCalibration") and unit is not None:
-            return _same([float(calibration.get(f"{axis}Calibration", 0)) * unit for axis in "XY"]), ()
+            return square_pixel(*(float(calibration.get(f"{axis}Calibration", 0)) * unit for axis in "XY")), ()
     return None, ()
 
 
@@ -214,7 +214,7 @@ def _described_by_ome(text: str, number: int) -> tuple[float | None, tuple[str, 
         size = pixels[0].get(f"PhysicalSize{axis}")
         sizes.append(float(size) * unit if size and unit else None)
     names = tuple(part.get("Name", "") for part in pixels[0] if _tag(part) == "Channel")
-    return _same(sizes), names if all(names) else ()
+    return square_pixel(*sizes), names if all(names) else ()
 
 
 def _um_per_pixel(page: Any, tag: str, um_per_unit: float | None) -> float | None:
@@ -222,13 +222,6 @@ def _um_per_pixel(page: Any, tag: str, um_per_unit: float | None) -> float | Non
         return None
     pixels, units = page.tags[tag].value
     return float(um_per_unit * units / pixels) if pixels else None
-
-
-def _same(sizes: list[float | None]) -> float | None:
-    across, down = sizes
-    if across is None or down is None or across <= 0 or abs(across - down) > 0.001 * across:
-        return None
-    return across
 
 
 def _tag(element: ElementTree.Element) -> str:
