@@ -303,6 +303,27 @@ def test_eight_bits_map_a_plate_by_one_range_a_channel(
     assert len({(info.field, info.ranges) for info, _ in samples(tmp_path / "field")}) == 10
 
 
+def test_fields_that_cannot_be_used_do_not_stop_the_search_for_a_plates_levels(
+    fields: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Plate P0 has fields 0, 2, 4...: one is not finite. Of P1, 1, 3, 5..., not one can be used."""
+    source = fields(10)
+    for number in (2, 1, 3, 5):
+        for name in ("DNA", "ER", "AGP"):
+            write_tiff(Path(source.folder) / f"f{number:03d}_{name}.tif", np.full((64, 96), np.nan, np.float32))
+    for number in (7, 9):
+        (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
+    settings = replace(SMALL, depth=8)
+    manifest = build(source, tmp_path / "set", settings=settings, workers=1)
+    assert manifest is not None
+    assert manifest.rejected == {"not finite": 4, "unreadable": 2}
+    assert manifest.num_fields == 4
+    for number in (1, 3, 5):
+        (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
+    with pytest.raises(ShardError, match=r"5 of 5 fields of plate P1 cannot be read; .* \(--max-unreadable 1 builds"):
+        build(source, tmp_path / "out", settings=settings, workers=1)
+
+
 def test_a_full_disk_leaves_no_half_shard(fields: Callable[..., Any], shard_set: Path, tmp_path: Path) -> None:
     source = fields(10)
     limit = max(path.stat().st_size for path in shard_set.glob("*.tar")) // 2

@@ -101,9 +101,9 @@ def build_shard(
     writer = _ShardWriter(file, settings, levels)
     for each in fields:
         try:
-            picture = _checked(read_field(each), settings)
+            picture = usable(read_field(each), settings)
         except ImageError as error:
-            kind = error.kind if isinstance(error, _UnusableFieldError) else "unreadable"
+            kind = error.kind if isinstance(error, UnusableFieldError) else "unreadable"
             if strict and kind == "unreadable":
                 raise ShardError(
                     f"{error} (field {each.id}; without --strict it would be listed and skipped)"
@@ -111,16 +111,21 @@ def build_shard(
             writer.rejected.append(Rejected(input=each.id, kind=kind, reason=str(error)))
         else:
             writer.add(each, picture)
-    unreadable = [item for item in writer.rejected if item.kind == "unreadable"]
-    if len(unreadable) > max(_FEW, settings.max_unreadable * len(fields)):
-        raise ShardError(
-            f"{len(unreadable)} of {len(fields)} fields of a shard cannot be read; is the storage in reach? "
-            f"The first: {unreadable[0].reason} (--max-unreadable 1 builds without them)"
-        )
+    unreadable = [item.reason for item in writer.rejected if item.kind == "unreadable"]
+    check_in_reach(unreadable, len(fields), settings, of="a shard")
     return writer.finish()
 
 
-class _UnusableFieldError(ImageError):
+def check_in_reach(unreadable: Sequence[str], num_fields: int, settings: ShardSettings, *, of: str) -> None:
+    """Raise ShardError if so many fields cannot be read, for the given reasons, that it must be the storage's fault."""
+    if len(unreadable) > max(_FEW, settings.max_unreadable * num_fields):
+        raise ShardError(
+            f"{len(unreadable)} of {num_fields} fields of {of} cannot be read; is the storage in reach? "
+            f"The first: {unreadable[0]} (--max-unreadable 1 builds without them)"
+        )
+
+
+class UnusableFieldError(ImageError):
     """A field that was read and gives no sample."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -128,23 +133,30 @@ class _UnusableFieldError(ImageError):
         self.kind = kind
 
 
-def _checked(picture: Picture, settings: ShardSettings) -> Picture:
+def usable(picture: Picture, settings: ShardSettings) -> Picture:
+    """Return a field's picture, bool as uint8.
+
+    Raises
+    ------
+    UnusableFieldError
+        If it is too small, or its values are not finite or of a type that the set cannot hold.
+    """
     pixels = picture.pixels
     if pixels.dtype == np.bool_:
         pixels = pixels.view(np.uint8)
     _, height, width = pixels.shape
     if min(height, width) < settings.tiles.min_size:
-        raise _UnusableFieldError(
+        raise UnusableFieldError(
             "too small", f"{height} x {width} pixels, at least {settings.tiles.min_size} a side needed (--min-size)"
         )
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         bad = pixels.size - int(np.isfinite(pixels).sum())
-        raise _UnusableFieldError("not finite", f"{bad} of {pixels.size} values are NaN or infinite")
+        raise UnusableFieldError("not finite", f"{bad} of {pixels.size} values are NaN or infinite")
     if settings.depth is None:
         try:
             codec(settings.codec, pixels.dtype)
         except ShardError as error:
-            raise _UnusableFieldError("type", str(error)) from error
+            raise UnusableFieldError("type", str(error)) from error
     return replace(picture, pixels=pixels)
 
 
