@@ -245,6 +245,25 @@ def test_an_outage_of_the_storage_stops_the_build(fields: Callable[..., Any], tm
     with pytest.raises(ShardError, match=r"fields of a shard cannot be read; is the storage in reach"):
         build(source, tmp_path / "set", settings=SMALL, workers=1)
     assert not (tmp_path / "set" / "manifest.json").exists()
+    manifest = build(source, tmp_path / "set", settings=replace(SMALL, max_unreadable=1), workers=1)  # as it says
+    assert manifest is not None
+    assert (manifest.num_fields, manifest.rejected) == (5, {"unreadable": 35})
+
+
+def test_a_folder_of_bad_files_that_comes_first_does_not_stop_the_build(
+    fields: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = fields(60)
+    for number in range(30):
+        (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
+    settings = replace(SMALL, max_unreadable=1)
+    manifest = build(source, tmp_path / "set", settings=settings, workers=1)
+    assert manifest is not None
+    assert manifest.rejected == {"unreadable": 30}
+    for number in range(30, 60):
+        (Path(source.folder) / f"f{number:03d}_ER.tif").unlink()
+    with pytest.raises(ShardError, match=r"none of 33 of 60 fields can be read; the first: .*f000_ER.tif"):
+        build(source, tmp_path / "out", settings=settings, workers=1)
 
 
 def test_a_build_of_other_settings_is_refused(shard_set: Path, fields: Callable[..., Any]) -> None:

@@ -27,7 +27,7 @@ BUILD_FOLDER = ".build"
 
 # Small sets give every core of a small machine something to do, and every loader worker a shard of its own.
 _MIN_SHARDS = 8
-_TRIED_FOR_SIZE = 20
+_TRIED_FOR_SIZE = 20  # of the first fields, and as many of all
 _SPOOLED_BYTES = 64 << 20
 
 
@@ -99,7 +99,7 @@ def make_plan(
         num_fields = _spool(source, folder, listed)
         if num_fields == 0:
             raise ShardError(_nothing_found(folder))
-        per_shard = max(1, samples_per_shard // _tiles_of_a_field(folder, tile_settings))
+        per_shard = max(1, samples_per_shard // _tiles_of_a_field(folder, num_fields, tile_settings))
         per_shard = min(per_shard, max(1, num_fields // _MIN_SHARDS))
         num_shards = -(-num_fields // per_shard)
         _deal(folder, num_fields, per_shard, shuffle_seed)
@@ -175,10 +175,14 @@ def _deal(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:
     (folder / "spool.jsonl").unlink()
 
 
-def _tiles_of_a_field(folder: Path, settings: TileSettings) -> int:
+def _tiles_of_a_field(folder: Path, num_fields: int, settings: TileSettings) -> int:
+    """Return how many tiles the first field gives that can be read; a whole folder of others may come before it."""
+    tried = {*range(_TRIED_FOR_SIZE), *np.linspace(0, num_fields - 1, _TRIED_FOR_SIZE, dtype=int).tolist()}
     first_error: ImageError | None = None
     with (folder / "spool.jsonl").open(encoding="utf-8") as lines:
-        for line, _ in zip(lines, range(_TRIED_FOR_SIZE), strict=False):
+        for number, line in enumerate(lines):
+            if number not in tried:
+                continue
             try:
                 picture = read_field(_field_from(json.loads(line)))
             except ImageError as error:
@@ -186,7 +190,8 @@ def _tiles_of_a_field(folder: Path, settings: TileSettings) -> int:
                 continue
             _, height, width = picture.pixels.shape
             return len(list(tiles(height, width, settings)))
-    raise ShardError(f"none of the first fields can be read; the first: {first_error}")
+    num_tried = sum(number < num_fields for number in tried)
+    raise ShardError(f"none of {num_tried} of {num_fields} fields can be read; the first: {first_error}")
 
 
 def _nothing_found(folder: Path) -> str:

@@ -193,9 +193,9 @@ def _plain(value: Any) -> Any:
 
 def _check_same(output: Path, existing: Any, wanted: dict[str, Any]) -> None:
     old, new = _flat(existing), _flat(wanted)
-    differing = [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
-    ]
+    # Of max_unreadable no byte depends, and whoever was told to raise it goes on with the same build.
+    keys = sorted((old | new).keys() - {"max_unreadable"})
+    differing = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
     if differing:
         raise ShardError(
             f"{output}: holds a set of other settings ({'; '.join(differing[:4])}); choose another output or remove it"
