@@ -1,8 +1,10 @@
 """Building: every tile arrives, whatever interrupts the build, and the same bytes come out."""
 
+import errno
 import gzip
 import hashlib
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -19,12 +21,14 @@ import numpy as np
 import pytest
 import tifffile
 
+from dinocell.data_shards import merge as merge_module
 from dinocell.data_shards.fields import Field, FieldFile
 from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.manifest import read_index, read_manifest
 from dinocell.data_shards.merge import merge
 from dinocell.data_shards.sample import decode_sample, parse_sample
 from dinocell.data_shards.shard import ShardSettings
+from dinocell.data_shards.sources_images import ImagesSource
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
 from dinocell.errors import ShardError
@@ -358,6 +362,55 @@ def test_a_full_disk_leaves_no_half_shard(fields: Callable[..., Any], shard_set:
     assert not list((tmp_path / "full").glob("*.tar"))
     build(source, tmp_path / "full", settings=SMALL, workers=1)
     assert content(tmp_path / "full") == content(shard_set)
+
+
+def test_a_merge_that_cannot_write_says_so_and_can_be_done_again(
+    fields: Callable[..., Any], shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "parts"
+    for number in (1, 2):
+        build(fields(10), output, settings=SMALL, workers=1, part=(number, 2))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(
+        ShardError, match=r"parts: cannot be written \(No space left on device\).*run the same command again"
+    ):
+        merge(output)
+    monkeypatch.undo()
+    merge(output)
+    assert content(output) == content(shard_set)
+
+
+@pytest.mark.parametrize("moment", [0, 13])  # while it looks whether all records are there; while it reads them
+def test_two_merges_at_the_same_time_both_end_well(
+    fields: Callable[..., Any], shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    output = tmp_path / "parts"
+    for number in (1, 2):
+        build(fields(10), output, settings=SMALL, workers=1, part=(number, 2))
+    calls: list[Path] = []
+
+    def record_path(plan: Any, number: int) -> Path:
+        calls.append(plan.folder / "records" / f"{number:06d}.json.gz")
+        if len(calls) == moment + 1:
+            merge(output)  # the other one
+        return calls[-1]
+
+    monkeypatch.setattr(merge_module, "record_path", record_path)
+    assert merge(output) == read_manifest(shard_set)
+    assert content(output) == content(shard_set)
+
+
+def test_an_input_whose_path_is_not_unicode_is_one_line(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    write_tiff(folder / "a.tif", np.zeros((64, 64), np.uint16))
+    with pytest.raises(ShardError, match=r"not Unicode \(UTF-8\), rename its folder; in .*caf\\xe9"):
+        build(ImagesSource(input=str(folder)), tmp_path / "set", settings=SMALL, workers=1)
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_damaged_record_is_named(fields: Callable[..., Any], tmp_path: Path) -> None:

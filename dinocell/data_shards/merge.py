@@ -26,7 +26,7 @@ def merge(output: str | Path) -> Manifest:
     Raises
     ------
     ShardError
-        If there is no build, shards are missing, or not one sample came out.
+        If there is no build, shards are missing, not one sample came out, or the files cannot be written.
     """
     output = Path(output)
     plan = open_plan(output)
@@ -34,15 +34,19 @@ def merge(output: str | Path) -> Manifest:
         manifest = read_manifest(output)
         tidy(output)
         return manifest
-    missing = [number for number in range(plan.num_shards) if not record_path(plan, number).exists()]
-    if missing:
-        named = ", ".join(str(number) for number in missing[:8]) + (", ..." if len(missing) > 8 else "")
+    try:
+        _check_complete(plan, output)
+        manifest = _merged(plan, output)
+        write_atomically(output / MANIFEST, manifest.to_json())
+    except (OSError, ShardError) as error:
+        if (output / MANIFEST).exists():  # another process has merged meanwhile, and removed the records
+            return read_manifest(output)
+        if isinstance(error, ShardError):
+            raise
         raise ShardError(
-            f"{output}: {len(missing)} of {plan.num_shards} shards are not built yet ({named}); "
-            "run the build again, or the parts that are missing"
-        )
-    manifest = _merged(plan, output)
-    write_atomically(output / MANIFEST, manifest.to_json())
+            f"{output}: cannot be written ({error.strerror or error}); what is built so far stays, "
+            "run the same command again to continue"
+        ) from error
     tidy(output)
     return manifest
 
@@ -57,6 +61,16 @@ def tidy(output: Path) -> None:
 def record_path(plan: Plan, number: int) -> Path:
     """Return where the record of a built shard lies."""
     return plan.folder / "records" / f"{number:06d}.json.gz"
+
+
+def _check_complete(plan: Plan, output: Path) -> None:
+    missing = [number for number in range(plan.num_shards) if not record_path(plan, number).exists()]
+    if missing:
+        named = ", ".join(str(number) for number in missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise ShardError(
+            f"{output}: {len(missing)} of {plan.num_shards} shards are not built yet ({named}); "
+            "run the build again, or the parts that are missing"
+        )
 
 
 def _merged(plan: Plan, output: Path) -> Manifest:

@@ -9,6 +9,7 @@ Fields are dealt to shards at random (seeded), so that neighbours on a plate do 
 import gzip
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -134,6 +135,8 @@ def _spool(source: Source, folder: Path, listed: Callable[[int], None]) -> int:
     ):
         for item in source.fields():
             line = json.dumps(asdict(item), ensure_ascii=False) + "\n"
+            if not line.isascii():
+                _check_unicode(line)
             if isinstance(item, Rejected):
                 rejected.write(line)
                 continue
@@ -145,6 +148,14 @@ def _spool(source: Source, folder: Path, listed: Callable[[int], None]) -> int:
         number = hashes.index(int(values[np.argmax(counts > 1)]))
         raise ShardError(f"two fields have the id {_nth_field(folder, number).id!r}; ids must differ")
     return len(hashes)
+
+
+def _check_unicode(line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # names are checked where they are listed; this is the folder that the user named
+        shown = os.fsencode(line).decode("utf-8", "backslashreplace").strip()
+        raise ShardError(f"the path of the input is not Unicode (UTF-8), rename its folder; in {shown}") from None
 
 
 def _deal(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:
