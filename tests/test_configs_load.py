@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dinocell.configs import load
 from dinocell.configs.differences import diff_configs
-from dinocell.configs.load import find_recipe, load_config, shipped_recipes, to_dict, to_yaml
+from dinocell.configs.load import find_recipe, load_config, shipped_recipes, text_override, to_dict, to_yaml
 from dinocell.errors import ConfigError
 
 
@@ -66,6 +66,13 @@ class Recipe:
     sources: tuple[Source, ...] = ()
     names: list[str] = field(default_factory=list)
     compute: Compute = field(default_factory=Compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    one: str = ""
+    path: Path | None = None
+    many: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +267,32 @@ def test_yaml_of_a_config_loads_back_to_the_same_config(tmp_path: Path) -> None:
 def test_yaml_keeps_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
     config = Recipe(shards=f"x{text}", names=[f"{text}y"], lr=number)
     assert load_config(Recipe, write(tmp_path_factory.mktemp("yaml"), to_yaml(config))) == config
+
+
+AWKWARD = [
+    "a, b",
+    "[x]",
+    "#2",
+    "012",
+    "1e3",
+    "null",
+    "'q",
+    '"',
+    "a: b",
+    "${name}",
+    "C:\\new",
+    "ö 😀",
+    "a\u2028b",
+    "x=y",
+    " s ",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_a_text_override_sets_any_text(text: str) -> None:
+    config = load_config(Texts, None, [text_override("one", text), text_override("path", Path(text))])
+    assert (config.one, config.path) == (text, Path(text))
+    assert load_config(Texts, None, [text_override("many", [text, Path("b")])]).many == (text, "b")
 
 
 def test_to_dict_holds_only_plain_types() -> None:

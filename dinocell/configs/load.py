@@ -73,6 +73,13 @@ def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence
         raise ConfigError(f"{source}: {error}" if source else str(error)) from error
 
 
+def text_override(key: str, value: str | Path | Sequence[str | Path]) -> str:
+    """Return the override that sets a key to a text or path, or a list of them, whatever characters they hold."""
+    texts = [str(item) for item in ([value] if isinstance(value, str | Path) else value)]
+    dumped = yaml.safe_dump(_escape(texts), default_flow_style=True, default_style='"', width=float("inf")).strip()
+    return f"{key}={dumped[1:-1] if isinstance(value, str | Path) else dumped}"
+
+
 def find_recipe(command: str, name: str) -> Path:
     """Return the recipe file that ``name`` means: a path to a YAML file, or the name of a shipped recipe.
 
