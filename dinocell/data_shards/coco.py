@@ -62,7 +62,7 @@ def draw(annotations: list[dict[str, Any]], shape: tuple[int, int], notes: Count
             continue
         try:
             pieces.append(_piece(annotation["segmentation"], shape))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             if isinstance(error, ImageError):
                 raise
             raise PairError("bad annotation", f"annotation {annotation.get('id')}: no polygon or run lengths") from None
