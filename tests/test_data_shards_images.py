@@ -519,6 +519,14 @@ def test_percentiles_are_numpys(dtype: str, size: int, percent: list[float], see
     np.testing.assert_allclose((low, high), np.percentile(pixels.astype(float), percent), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "float16"])
+def test_percentiles_between_the_ends_of_a_type(dtype: str) -> None:
+    top = 60_000 if dtype == "float16" else np.iinfo(dtype).max
+    pixels = np.array([[top, -top]], dtype)
+    assert percentile_range(pixels, 0, 50) == (-top, 0)
+    assert to_uint8(pixels, -top, top).tolist() == [[255, 0]]
+
+
 def test_8_bits_of_an_8_bit_picture_are_itself() -> None:
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(to_uint8(pixels, 0, 255), pixels)

@@ -178,6 +178,8 @@ def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: 
         counts = np.bincount(pixels.ravel()).cumsum()  # 20 times faster than sorting 4 megapixels
         return Range(*(_level_of(counts, pixels.size, percent) for percent in (low, high)))
     _check_finite(pixels)
+    if pixels.dtype.kind in "iu" or pixels.dtype == np.float16:
+        pixels = pixels.astype(np.float64)  # NumPy takes differences of levels, which such types may not hold
     return Range(*(float(level) for level in np.percentile(pixels, (low, high))))
 
 
