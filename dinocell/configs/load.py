@@ -8,6 +8,7 @@ the file and line, or the override, and the dotted key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,12 +158,32 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
             kind = "a list" if isinstance(root, yaml.SequenceNode) else f"'{root.value}'"
             raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected 'key: value' lines, got {kind}")
         plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        if (odd := _odd_number(root)) is not None:
+            raise ConfigError(f"{path}:{odd.start_mark.line + 1}: {_odd_problem(odd)}")
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}{_yaml_problem(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
     assert isinstance(plain, dict)
     return {str(name): value for name, value in plain.items()}
+
+
+def _odd_number(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """Return the first number that YAML 1.1 reads as few people mean it: 010 is 8 (octal), 1:30 is 90 (base 60)."""
+    if isinstance(node, yaml.ScalarNode):
+        is_number = node.style is None and node.tag.endswith((":int", ":float"))
+        return node if is_number and re.fullmatch(r"[-+]?0[0-7_]+|[^:]+:.*", node.value) else None
+    items: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        items = [item for pair in node.value for item in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        items = node.value
+    return next((odd for item in items if (odd := _odd_number(item)) is not None), None)
+
+
+def _odd_problem(node: yaml.ScalarNode) -> str:
+    meant = yaml.safe_load(node.value)
+    return f"{node.value} is {meant} to YAML; write {meant}, or '{node.value}' in quotes for a text"
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -250,6 +271,8 @@ def _from_text(annotation: Any, raw: str, source: str) -> Any:
         return raw
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+        if (odd := _odd_number(yaml.compose(raw, Loader=yaml.SafeLoader))) is not None:
+            raise ConfigError(f"{source}: {_odd_problem(odd)}")
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ConfigError(f"{source}: the value is not valid YAML ({problem}); put it in quotes") from error
