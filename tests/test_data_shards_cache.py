@@ -28,6 +28,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.requests, self.failures, self.cut_at = folder, [], 0, None
+        self.cut_shards_at: int | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,7 +46,7 @@ class Server:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content if server.cut_at is None else content[: server.cut_at])
+                self.wfile.write(content[: server.cut_shards_at if path.suffix == ".tar" else None][: server.cut_at])
                 server.cut_at = None
 
             def log_message(self, *_: object) -> None:
@@ -102,6 +103,30 @@ def test_what_stays_wrong_is_an_error_and_leaves_nothing(server: Server, tmp_pat
     with pytest.raises(ShardError, match="404"):
         cache.fetch(f"{server.address}/b.tar", shard)
     assert not [path for path in cache.folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_copy_that_was_cut_short_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    shard = put(server, "a.tar", os.urandom(5000))
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    copy = cache.fetch(f"{server.address}/a.tar", shard)
+    copy.write_bytes(copy.read_bytes()[:700])  # as a full disk or a power cut may leave it
+    assert cache.fetch(f"{server.address}/a.tar", shard).read_bytes() == (server.folder / "a.tar").read_bytes()
+    assert len(server.requests) == 2
+
+
+def test_a_file_that_is_longer_than_its_shard_does_not_fill_the_disk(server: Server, tmp_path: Path) -> None:
+    shard = put(server, "a.tar", b"good")
+    (server.folder / "a.tar").write_bytes(bytes(1 << 20))
+    with pytest.raises(ShardError, match="more than the 4 bytes that the manifest says"):
+        ShardCache(tmp_path / "cache", max_bytes=10**9).fetch(f"{server.address}/a.tar", shard)
+
+
+def test_verify_tells_a_server_that_breaks_off_from_a_damaged_shard(server: Server, shard_set: Path) -> None:
+    server.folder = shard_set
+    server.cut_shards_at = 3000
+    problems = verify(server.address)
+    assert {problem.what.split(" (")[0] for problem in problems} == {"cannot be read"}
+    assert "broke off after 3000 bytes" in problems[0].what
 
 
 def test_the_least_recently_used_copies_make_room(server: Server, tmp_path: Path) -> None:

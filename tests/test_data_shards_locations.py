@@ -76,12 +76,13 @@ def test_what_is_missing_or_forbidden_is_not_asked_again(status: int, pauses: li
     assert pauses == []
 
 
-def test_answers_that_break_off_are_asked_for_again(pauses: list[float]) -> None:
+@pytest.mark.parametrize("first", [None, 99])
+def test_answers_that_break_off_are_asked_for_again(pauses: list[float], first: int | None) -> None:
     def answer(request: http.server.BaseHTTPRequestHandler, number: int) -> None:
         reply(request, 200, b"pix" if number == 1 else b"pixels", promised=6)
 
     with server(answer) as (root, asked):
-        assert open_bytes(f"{root}/a.tif") == b"pixels"
+        assert open_bytes(f"{root}/a.tif", first=first) == b"pixels"
     assert len(asked) == 2
 
 

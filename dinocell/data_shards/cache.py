@@ -1,7 +1,7 @@
 """A bounded folder of copies of remote shards, shared by all processes of a machine.
 
 A copy is named by the sha256 of the shard and renamed into place only when its bytes have that hash, so a copy that is
-there is right. One process downloads a shard, the others that want it wait for it.
+there in its full length is right. One process downloads a shard, the others that want it wait for it.
 """
 
 import fcntl
@@ -39,23 +39,24 @@ class ShardCache:
             If it cannot be downloaded, or has other content than the manifest says.
         """
         copy = self.folder / f"{shard.sha256}.tar"
-        if self._touch(copy):
-            return copy
         try:
+            if self._touch(copy, shard):
+                return copy
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock(f"{shard.sha256}.lock"):
-                if not self._touch(copy):
+                if not self._touch(copy, shard):
                     self._download(address, shard, copy)
         except OSError as error:
             raise ShardError(f"{self.folder}: the cache cannot be written ({error.strerror or error})") from error
         return copy
 
-    def _touch(self, copy: Path) -> bool:
+    def _touch(self, copy: Path, shard: Shard) -> bool:
+        """Return whether the copy is there, and mark it as used; one that was cut short since is none."""
         try:
             os.utime(copy)
+            return copy.stat().st_size == shard.num_bytes
         except FileNotFoundError:
             return False
-        return True
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -104,7 +105,7 @@ class ShardCache:
                     wait *= 2
                 try:
                     with part.open("r+b") as target:
-                        digest = download(address, target)
+                        digest = download(address, target, num_bytes=shard.num_bytes)
                         target.truncate()
                 except ImageError as error:
                     reason = str(error)

@@ -12,22 +12,28 @@ _CHUNK = 4 << 20
 _TIMEOUT_S = 60.0
 
 
-def download(address: str, target: IO[bytes]) -> str:
+def download(address: str, target: IO[bytes], *, num_bytes: int) -> str:
     """Copy a remote file (``https://``, ``s3://`` or any other protocol that fsspec knows) and return its sha256.
 
     Raises
     ------
     ImageError
-        If it cannot be read to its end; it may be worth trying again.
+        If it cannot be read to its end, which is worth trying again, or has more than ``num_bytes`` bytes.
     OSError
         If the target cannot be written.
     """
     source = _open(address)
     digest = hashlib.sha256()
+    received = 0
     with source:
         while chunk := _read(source, address):
+            received += len(chunk)
+            if received > num_bytes:  # whatever else it is, it must not fill the disk
+                raise ImageError(f"{address}: more than the {num_bytes} bytes that the manifest says")
             digest.update(chunk)
             target.write(chunk)
+        if isinstance(source, http.client.HTTPResponse) and source.length:  # read(n) does not mind the end
+            raise ImageError(f"{address}: reading stopped (the server broke off after {received} bytes)")
     return digest.hexdigest()
 
 

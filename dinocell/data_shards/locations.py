@@ -133,7 +133,12 @@ def _read_local(path: Path, first: int | None) -> bytes:
 def _read_web(url: str, first: int | None) -> bytes:
     def fetch() -> bytes:
         with urllib.request.urlopen(quoted(url), timeout=_TIMEOUT_S) as response:
-            return bytes(response.read(first))  # raises IncompleteRead where the server promised more
+            content = bytes(
+                response.read(first)
+            )  # raises IncompleteRead where the server promised more, if all is read
+            if first is not None and len(content) < first and response.length:
+                raise http.client.IncompleteRead(content, response.length)
+            return content
 
     try:
         return _with_patience(fetch)

@@ -90,7 +90,7 @@ def _verify_shard(task: _Task) -> list[Problem]:
             if path is None:
                 path = Path(folder) / task.shard.file
                 with path.open("wb") as file:
-                    download(address, file)
+                    download(address, file, num_bytes=task.shard.num_bytes)
             found = list(_problems(path, task))
         except FileNotFoundError:
             found = ["missing"]
