@@ -178,6 +178,8 @@ def test_several_columns_may_name_the_field(tmp_path: Path) -> None:
         ("well,gene\nA1,x\n", ("position=well",), "no column position; it has well, gene"),
         ("well,gene\nA1,x\n", ("gene",), "expected COLUMN=id"),
         ("well,gene\nA1,x\n", ("well=gene",), "expected COLUMN=id"),
+        ("well,gene\nA1,x\n", ("well", "gene=well"), "gene=well: well is the well already"),
+        ("site,gene\n9,x\n,\n,\n", ("site",), "no row goes with any of the 2 fields"),  # they have no site
     ],
 )
 def test_tables_that_label_nothing_are_an_error(
