@@ -120,6 +120,17 @@ def test_where_cells_overlap_the_smaller_one_stays_whole(tmp_path: Path) -> None
     assert (notes["cells hidden under others"], notes["cells without a pixel"]) == (1, 1)
 
 
+def test_dsb2018_with_two_images_in_a_folder_takes_neither(tmp_path: Path) -> None:
+    for name in ("images/a.png", "images/a copy.png", "masks/1.png"):
+        (tmp_path / "id" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(tmp_path / "id" / name, np.eye(8, dtype=np.uint8))
+    [pair] = dsb2018_pairs(tmp_path)
+    assert kind_of(pair) == "several files"
+    (tmp_path / "id" / "images" / "a copy.png").unlink()
+    [pair] = dsb2018_pairs(tmp_path)
+    assert pair.read().labels.max() == 1
+
+
 def test_one_file_a_cell_becomes_ids_in_their_order(tmp_path: Path) -> None:
     paths = []
     for number in range(3):

@@ -132,7 +132,7 @@ def dsb2018_pairs(folder: Path) -> list[Pair]:
         found = [path for path in sorted(_visible(images.iterdir())) if path.suffix.lower() in IMAGE_SUFFIXES]
         masks = sorted(_visible(images.parent.glob("masks/*")))
         masks = [path for path in masks if path.suffix.lower() in IMAGE_SUFFIXES]
-        pairs.append(Pair(name=name, read=partial(read_pair, name, found[0] if found else None, masks, "instances")))
+        pairs.append(Pair(name=name, read=partial(_read_matched, name, found, masks, "instances")))
     if not pairs:
         raise PairError("no pairs", f"{folder}: no <id>/images/<id>.png in it")
     return pairs
@@ -186,9 +186,9 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
 
 def _read_matched(name: str, images: list[Path], masks: list[Path], encoding: str) -> PairContent:
     if len(images) > 1:
-        _fail("several files", f"{name}: {len(images)} images fit the pattern, such as {images[0]} and {images[1]}")
+        _fail("several files", f"{name}: {len(images)} images of that name, such as {images[0]} and {images[1]}")
     if len(masks) > 1 and encoding != "instances":
-        _fail("several files", f"{name}: {len(masks)} masks fit the pattern, such as {masks[0]} and {masks[1]}")
+        _fail("several files", f"{name}: {len(masks)} masks of that name, such as {masks[0]} and {masks[1]}")
     return read_pair(name, images[0] if images else None, masks, encoding)
 
 
