@@ -110,6 +110,15 @@ def chosen_channels(wanted: Sequence[str], found: Collection[str]) -> dict[str, 
     return names
 
 
+def check_plain_names(channels: Sequence[str]) -> None:
+    """Raise ImageError if a name is a renaming: where a file holds all channels, they are named in its order."""
+    for item in channels:
+        if "=" in item:
+            raise ImageError(
+                f"--channels {item}: here all channels of a file are named, in its order; expected a name without ="
+            )
+
+
 def natural_order(text: str) -> tuple[tuple[int, int, str], ...]:
     """Return a key that sorts ``ch10`` after ``ch9``."""
     return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", text))
