@@ -6,6 +6,7 @@ Parsers are built from the standard library alone; each command imports its stag
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dinocell info FILE | head` closed our output: not an error, and nobody is listening
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"dinocell: {error.filename}: a longer name than a file system holds", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:  # a run that was told to stop says how it goes on
         print(f"dinocell: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130

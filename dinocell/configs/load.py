@@ -89,7 +89,10 @@ def find_recipe(command: str, name: str) -> Path:
     ConfigError
         If there is no such file or shipped recipe; the message lists the shipped ones.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that there is not
+        path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     shipped = shipped_recipes(command)
