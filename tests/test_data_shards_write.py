@@ -280,6 +280,15 @@ def test_a_build_of_other_settings_is_refused(shard_set: Path, fields: Callable[
     assert content(shard_set) == before
 
 
+@pytest.mark.parametrize("name", ["shard-000002.tar", "index.npy"])
+def test_a_finished_set_that_lacks_a_file_is_not_called_done(
+    shard_set: Path, fields: Callable[..., Any], name: str
+) -> None:
+    (shard_set / name).unlink()
+    with pytest.raises(ShardError, match=rf"{name}.* \(to build it again, remove .*set first\)"):
+        build(fields(10), shard_set, settings=SMALL)
+
+
 def test_a_folder_of_something_else_is_left_alone(fields: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "thesis.tex").write_text("x")

@@ -116,6 +116,30 @@ def read_manifest(location: str | Path) -> Manifest:
     return manifest
 
 
+def check_files(location: str | Path, manifest: Manifest) -> None:
+    """Check that the shards of a set on this disk are there, in their full length.
+
+    Raises
+    ------
+    ShardError
+        If they are not; the message names the first of them.
+    """
+    wrong = []
+    for shard in manifest.shards:
+        path = local_path(beside(location, shard.file))
+        assert path is not None
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            wrong.append(f"{shard.file} is missing")
+        else:
+            if size != shard.num_bytes:
+                wrong.append(f"{shard.file} has {size} bytes instead of {shard.num_bytes}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ShardError(f"{location}: {'; '.join(wrong[:3])}{more}; copy or build the set again")
+
+
 def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "samples 2"]:
     """Return first byte and number of bytes of every sample; memory-mapped where the set lies on this disk.
 
