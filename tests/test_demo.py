@@ -16,6 +16,8 @@ from dinocell.data_shards.labelled import open_labelled
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.demo.data import FieldCounts, own_material
 from dinocell.errors import DinocellError
+from dinocell.models.vit import VisionTransformer, variant_config
+from dinocell.models.weights import Weights, save_weights
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
@@ -149,6 +151,15 @@ def test_a_folder_of_images_that_is_not_there_is_one_line(tmp_path: Path, capsys
     assert main(["demo", "quick", "--data", str(tmp_path / "images"), "--output", str(tmp_path / "demo")]) == 2
     assert "images: no such folder" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists(), "the next call may name another folder"
+
+
+def test_weights_of_no_known_size_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit = VisionTransformer(variant_config("nano", depth=2))
+    save_weights(tmp_path / "odd.pth", Weights.of(vit))
+    words = [f"weights={tmp_path / 'odd.pth'}", "--output", str(tmp_path / "demo")]
+    assert main(["demo", "quick", *words]) == 2
+    assert "odd.pth has width 192 and 2 blocks; expected a size of nano, tiny" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 def test_counts_that_cannot_be_used_are_refused() -> None:

@@ -31,6 +31,7 @@ from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
+from dinocell.models.config import VARIANTS, variant_of
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import load_backbone
 from dinocell.runtime.atomic import write_atomically
@@ -53,6 +54,7 @@ def run_demo(config: DemoConfig) -> str:
         If the folder holds a demo with other settings, or something else, or there is no folder of images.
     """
     start, console = time.monotonic(), Console()
+    size = None if config.weights is None else _size_of(config.weights)
     _claim(config)
     output = config.output
 
@@ -64,7 +66,7 @@ def run_demo(config: DemoConfig) -> str:
     backbone = load_backbone(teacher, patch_size=8, in_channels=1)
     probes = {"pretrained": _probe(backbone, material), "random weights": _probe(_random(config, backbone), material)}
     console.print("[4/5] fine-tuning", highlight=False)
-    model = _finetune(config, material, teacher)
+    model = _finetune(config, material, teacher, size)
     console.print("[5/5] segmenting images that no training has seen", highlight=False)
     results = _segment(model, material) if model is not None else []
     page = write_report(output / "report.html", output, config, material, probes, results)
@@ -144,23 +146,26 @@ def _pretrain(config: DemoConfig, material: Material) -> Path:
     return pretrain(load_config(PretrainConfig, find_recipe("pretrain", "demo"), overrides))
 
 
-def _finetune(config: DemoConfig, material: Material, teacher: str) -> DINOCell | None:
+def _finetune(config: DemoConfig, material: Material, teacher: str, size: str | None) -> DINOCell | None:
     if material.train is None:
         return None
     overrides = [text_override("output", config.output / "finetune"), text_override("data.sets", [material.train])]
     overrides += [text_override("model.weights", teacher)]
     overrides += [f"epochs={config.finetune_epochs}", f"seed={config.seed}"]
-    if config.weights is not None:
-        overrides.append(f"model.size={_size_of(teacher)}")
+    if size is not None:
+        overrides.append(f"model.size={size}")
     recipe = load_config(FinetuneConfig, find_recipe("finetune", "demo"), overrides)
     return DINOCell.from_pretrained(finetune(recipe, score=score_segmenter))
 
 
 def _size_of(source: str) -> str:
-    from dinocell.models.config import VARIANTS
-
     got = load_backbone(source, patch_size=8, in_channels=1).config
-    return next(name for name, known in VARIANTS.items() if (known.width, known.depth) == (got.width, got.depth))
+    size = variant_of(got)
+    if size is None:
+        raise ConfigError(
+            f"weights: {source} has width {got.width} and {got.depth} blocks; expected a size of {', '.join(VARIANTS)}"
+        )
+    return size
 
 
 def _random(config: DemoConfig, like: VisionTransformer) -> VisionTransformer:
