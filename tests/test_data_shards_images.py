@@ -354,7 +354,7 @@ def test_strips_that_were_never_written_are_an_error_not_black(tmp_path: Path) -
     assert "3 of 4 strips" in one_line(tmp_path / "a.tif")
 
 
-def test_an_ome_set_that_misses_a_file_is_an_error_not_black(tmp_path: Path) -> None:
+def test_an_ome_set_of_several_files_is_read_and_one_that_misses_a_file_is_an_error_not_black(tmp_path: Path) -> None:
     plane = '<TiffData IFD="0" FirstT="{0}" PlaneCount="1"><UUID FileName="{0}.tif">urn:uuid:{0}</UUID></TiffData>'
     xml = (
         '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:0">'
@@ -364,6 +364,20 @@ def test_an_ome_set_that_misses_a_file_is_an_error_not_black(tmp_path: Path) -> 
     tifffile.imwrite(tmp_path / "0.tif", noise(8, 8, dtype="uint8"), description=xml, metadata=None)
     with pytest.raises(ImageError, match=r"0\.tif"):
         list(read_stack(tmp_path / "0.tif"))
+    other = noise(8, 8, dtype="uint8")
+    longer = xml.replace('UUID="urn:uuid:0"', 'UUID="urn:uuid:1"') + " " * 5000
+    tifffile.imwrite(tmp_path / "1.tif", other, description=longer, metadata=None)
+    np.testing.assert_array_equal(list(read_stack(tmp_path / "0.tif"))[1].pixels[0], other)
+
+
+def test_a_tag_that_the_decoder_does_not_believe_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", noise(8, 8))
+
+    def refuse(self: tifffile.TiffFile) -> None:
+        raise AssertionError  # as tifffile does where a page has a type of number that there is not
+
+    monkeypatch.setattr(tifffile.TiffFile, "series", property(refuse))
+    assert "damaged or not supported (AssertionError)" in one_line(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize(

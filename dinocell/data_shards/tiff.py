@@ -106,11 +106,11 @@ class _Series:
         leading = self._shape[: len(self._shape) - page_ndim]
         by_page = math.prod(leading) == len(series.pages) and self._shape[len(leading) :] == tuple(page.shape)
         if not by_page or any(axis >= len(leading) for axis in self._frame_axes):
-            self._check_whole(range(len(series.pages)), num_bytes)
+            self._check_whole(range(len(series.pages)))
             return np.asarray(series.asarray(maxworkers=1)[selection])
         numbers = np.arange(len(series.pages)).reshape(leading)[selection[: len(leading)]]
-        self._check_whole(numbers.ravel().tolist(), num_bytes)
-        planes = [series.pages[number].asarray(maxworkers=1) for number in numbers.ravel().tolist()]
+        self._check_whole(numbers.ravel().tolist())
+        planes = [_read_page(series.pages[number]) for number in numbers.ravel().tolist()]
         return np.stack(planes).reshape(*numbers.shape, *page.shape)
 
     def _mapped(self, dtype: np.dtype[Any]) -> np.ndarray:
@@ -119,7 +119,7 @@ class _Series:
             return np.frombuffer(self._content.getbuffer(), dtype, count, start).reshape(self._shape)
         return np.asarray(self._tiff.filehandle.memmap_array(dtype, self._shape, start))
 
-    def _check_whole(self, numbers: range | list[int], num_bytes: int) -> None:
+    def _check_whole(self, numbers: range | list[int]) -> None:
         """Raise if strips or tiles are missing, which tifffile would fill with zeros."""
         for number in numbers:
             page = self._series.pages[number]
@@ -130,7 +130,7 @@ class _Series:
             expected = math.prod(self._series.keyframe.chunked)
             if written < expected:
                 raise ImageError(f"only {written} of {expected} strips or tiles of its pixels were written")
-            if max(ends) > num_bytes:
+            if max(ends) > page.parent.filehandle.size:  # an OME-TIFF may lie in several files
                 raise ImageError("the file is cut short: its pixels end beyond it; copy it again")
 
     def _picture(self, pixels: np.ndarray) -> Picture:
@@ -147,6 +147,17 @@ class _Series:
         if len(names) != len(pixels):
             names = ()
         return Picture(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
+
+
+def _read_page(page: Any) -> np.ndarray:
+    handle = page.parent.filehandle
+    was_closed = handle.closed  # as those of an OME-TIFF's other files are
+    handle.open()
+    try:
+        return np.asarray(page.asarray(maxworkers=1))
+    finally:
+        if was_closed:
+            handle.close()
 
 
 _NOT_GREY_OR_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB", "CFA", "LOGL", "LOGLUV", "LINEAR_RAW")
