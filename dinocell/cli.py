@@ -261,7 +261,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument(
         "--input",
         choices=("unit", "standardised", "imagenet"),
-        help="input convention to convert to (default: the file's; imagenet for 3 channels in others' layouts)",
+        help="input convention to convert to (default: the file's; with --in-channels 3 in others' layouts imagenet)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.set_defaults(run=_run_export)
