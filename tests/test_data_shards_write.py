@@ -152,16 +152,24 @@ def test_kill_9_at_any_moment_loses_nothing(shard_set: Path, fields: Callable[..
                   workers=int(sys.argv[1]))
     """)
     (tmp_path / "run.py").write_text(script)
+
+    def num_shards() -> int:
+        return len(list((tmp_path / "killed").glob("shard-*.tar")))
+
     killed_at = set()
-    for attempt, delay in enumerate(np.linspace(0.15, 0.75, 25)):
+    # The first two die while they start, list or plan; each other a moment after it has written a shard.
+    for attempt, delay in enumerate((0.2, 0.4, *np.linspace(0, 0.02, 5))):
+        before = num_shards()
         process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), "2" if attempt % 8 == 7 else "1"])
+        while attempt > 1 and process.poll() is None and num_shards() == before:
+            time.sleep(0.001)
         try:
             process.wait(timeout=float(delay))
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            killed_at.add(len(list((tmp_path / "killed").glob("shard-*.tar"))))
+            killed_at.add(num_shards())
     subprocess.run([sys.executable, str(tmp_path / "run.py"), "1"], check=True)
     assert len(killed_at) > 1  # it was killed between shards, not only before the first
     assert content(tmp_path / "killed") == content(shard_set)
