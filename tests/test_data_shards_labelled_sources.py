@@ -276,6 +276,27 @@ def test_annotations_of_another_image_size_and_two_files_of_a_name_are_refused(t
     assert kind_of(livecell_pairs(folder, split="train")[1]) == "several files"
 
 
+def test_folders_that_are_linked_into_the_input_are_looked_into(tmp_path: Path) -> None:
+    livecell(tmp_path / "data")
+    (tmp_path / "input").mkdir()
+    for name in ("images", "annotations"):
+        (tmp_path / "input" / name).symlink_to(tmp_path / "data" / name)
+    assert len(contents(livecell_pairs(tmp_path / "input", split="train")[:2])) == 2
+    pattern = "images/*/{name}/{name}_Phase_1.tif"
+    pairs = folder_pairs(tmp_path / "input", images=pattern, masks=pattern.replace("images", "masks"))
+    assert [pair.name for pair in pairs] == ["A172", "SkBr3"]
+
+
+def test_annotations_whose_ids_are_no_images_ids_are_an_error(tmp_path: Path) -> None:
+    path = livecell(tmp_path) / "annotations" / "LIVECell" / "livecell_coco_train.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["id"] = str(image["id"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ImageError, match=r"no annotation belongs to an image \(no image_id 1 among '1', '2', '3'"):
+        livecell_pairs(tmp_path, split="train")
+
+
 def test_annotation_files_that_are_missing_or_no_coco_are_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"livecell_coco_val\.json"):
         livecell_pairs(livecell(tmp_path / "a"), split="val")

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from jaxtyping import Integer
 
 from dinocell.data_shards.coco import draw, read_coco
 from dinocell.data_shards.images import IMAGE_SUFFIXES, Picture, read_image
+from dinocell.data_shards.listing import Listed, list_files
 from dinocell.data_shards.masks import ENCODINGS, PairError, read_instances, read_labels, read_regions
 from dinocell.errors import DinocellError
 
@@ -58,9 +60,9 @@ def livecell_pairs(folder: Path, *, split: str | None = None, annotations: Path 
     path = annotations or _annotation_file(folder, split)
     images, by_image = read_coco(path)
     places: dict[str, list[Path]] = {}
-    for place in sorted(_visible(folder.rglob("*"))):
-        if place.suffix.lower() in IMAGE_SUFFIXES:
-            places.setdefault(_nfc(place.name), []).append(place)
+    for file in _files(folder):
+        if file.name.lower().endswith(IMAGE_SUFFIXES):
+            places.setdefault(file.name.rpartition("/")[2], []).append(Path(file.path))
     pairs = []
     for image in images:
         # By name, never by joining: a file_name such as ../../x must not lead out of the folder.
@@ -168,13 +170,12 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
     found: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     # A name that fits both ('{name}.tif' fits 'a_mask.tif' too) belongs to the pattern that says more about it.
     order = sorted(((0, image_pattern, images), (1, mask_pattern, masks)), key=lambda entry: -_num_literal(entry[2]))
-    for path in sorted(_visible(folder.rglob("*"))):
-        name = _nfc(path.relative_to(folder).as_posix())
+    for file in _files(folder):
         for kind, pattern, _ in order:
-            match = pattern.fullmatch(name)
+            match = pattern.fullmatch(file.name)
             if match:
                 key = tuple(str(match[field]) for field in fields)
-                found.setdefault(key, ([], []))[kind].append(path)
+                found.setdefault(key, ([], []))[kind].append(Path(file.path))
                 break
     if not any(of_image for of_image, _ in found.values()):
         raise PairError("no pairs", f"{folder}: no file fits the pattern {images!r}")
@@ -239,7 +240,7 @@ def _fail(kind: str, message: str) -> NoReturn:
 
 def _annotation_file(folder: Path, split: str | None) -> Path:
     name = f"livecell_coco_{split}.json" if split else "*.json"
-    found = sorted(path for path in folder.rglob(name) if path.is_file())
+    found = [Path(file.path) for file in _files(folder) if fnmatchcase(file.name.rpartition("/")[2], name)]
     if len(found) == 1:
         return found[0]
     what = "no" if not found else f"{len(found)} files"
@@ -272,6 +273,11 @@ def _regex_parts(pattern: str) -> Iterator[str]:
 
 def _num_literal(pattern: str) -> int:
     return len(re.sub(r"\{\w+\}|\*", "", pattern))
+
+
+def _files(folder: Path) -> list[Listed]:
+    """List what lies below a folder and folders linked into it, without hidden files; a ``.zarr`` is one picture."""
+    return list_files(folder, folders_as_files=(".zarr",))
 
 
 def _visible(paths: Iterable[Path]) -> Iterator[Path]:
