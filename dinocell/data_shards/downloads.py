@@ -5,7 +5,7 @@ import http.client
 import urllib.request
 from typing import IO, Any
 
-from dinocell.data_shards.locations import bucket_options, quoted
+from dinocell.data_shards.locations import bucket_errors, bucket_options, quoted
 from dinocell.errors import ImageError
 
 _CHUNK = 4 << 20
@@ -45,15 +45,19 @@ def _open(address: str) -> Any:  # something with read() and close()
 
         filesystem, path = fsspec.url_to_fs(address, **bucket_options(address))
         return filesystem.open(path, "rb", block_size=16 << 20)
-    except (OSError, http.client.HTTPException, ValueError, ImportError) as error:
+    except _failures() as error:
         raise ImageError(f"{address}: cannot be opened ({_line(error)})") from error
 
 
 def _read(source: Any, address: str) -> bytes:
     try:
         return bytes(source.read(_CHUNK))
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except _failures() as error:
         raise ImageError(f"{address}: reading stopped ({_line(error)})") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    return (*bucket_errors(), http.client.HTTPException, ImportError)
 
 
 def _line(error: BaseException) -> str:

@@ -98,6 +98,15 @@ def bucket_errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, BotoCoreError)
 
 
+def _bucket_outages() -> tuple[type[Exception], ...]:
+    """Return what fsspec raises, besides OSError, when a bucket is out of reach."""
+    try:
+        from botocore import exceptions  # type: ignore[import-untyped]
+    except ImportError:
+        return ()
+    return (exceptions.ConnectionError, exceptions.HTTPClientError)
+
+
 def local_path(path: str | Path) -> Path | None:
     """Return the path on this disk; None for the address of something elsewhere.
 
@@ -157,7 +166,7 @@ def _read_bucket(url: str, first: int | None) -> bytes:
         return bytes(files.cat_file(path) if first is None else files.cat_file(path, start=0, end=first))
 
     try:
-        return _with_patience(fetch)
+        return _with_patience(fetch, outages=_bucket_outages())
     except ImportError as error:
         raise ImageError(f"{url}: {_line(error)}") from error
     except FileNotFoundError:
@@ -166,12 +175,13 @@ def _read_bucket(url: str, first: int | None) -> bytes:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
 
 
-def _with_patience(fetch: Callable[[], bytes]) -> bytes:
-    """Call ``fetch`` again, after a pause, where the network or the server failed it."""
+def _with_patience(fetch: Callable[[], bytes], *, outages: tuple[type[Exception], ...] = ()) -> bytes:
+    """Call ``fetch`` again, after a pause, where network or server failed it, or it raised one of ``outages``."""
+    failures: tuple[type[Exception], ...] = (OSError, http.client.HTTPException, *outages)
     for pause_s in _PAUSES_S:
         try:
             return fetch()
-        except (OSError, http.client.HTTPException) as error:
+        except failures as error:
             if not _is_passing(error):
                 raise
             if isinstance(error, urllib.error.HTTPError):
