@@ -250,6 +250,28 @@ def test_fields_with_a_missing_channel_keep_the_others(fields: Callable[..., Any
     assert {(info.channels, info.missing) for info in without} == {(("DNA", "ER"), ("AGP",))}
 
 
+@pytest.mark.parametrize("samples_per_shard", [1, 1000])
+def test_channels_have_the_sources_order_whatever_the_first_fields_lack(
+    fields: Callable[..., Any], tmp_path: Path, samples_per_shard: int
+) -> None:
+    source = fields(10)
+
+    @dataclass(frozen=True)
+    class OneWhole:
+        """Field 4 is whole; of the others, each lacks one channel."""
+
+        def fields(self) -> Any:
+            for number, each in enumerate(source.fields()):
+                files = [file for index, file in enumerate(each.files) if index != number % 3 or number == 4]
+                yield replace(each, files=tuple(files))
+
+    for seed in range(5):
+        settings = {"settings": SMALL, "samples_per_shard": samples_per_shard, "shuffle_seed": seed, "workers": 1}
+        manifest = build(OneWhole(), tmp_path / str(seed), **settings)
+        assert manifest is not None
+        assert list(manifest.channels) == ["DNA", "ER", "AGP"]
+
+
 def test_an_outage_of_the_storage_stops_the_build(fields: Callable[..., Any], tmp_path: Path) -> None:
     source = fields(40)
     for number in range(5, 40):

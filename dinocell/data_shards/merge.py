@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dinocell import __version__
+from dinocell.data_shards.channel_files import common_order
 from dinocell.data_shards.manifest import INDEX, MANIFEST, REJECTED, Manifest, Shard, read_manifest
 from dinocell.data_shards.plan import BUILD_FOLDER, Plan, open_plan
 from dinocell.data_shards.statistics import Histogram
@@ -77,6 +78,7 @@ def _merged(plan: Plan, output: Path) -> Manifest:
     shards: list[Shard] = []
     index: list[np.ndarray] = []
     histograms: dict[str, Histogram] = {}
+    orders: set[tuple[str, ...]] = set()
     shapes: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     first_reason = ""
@@ -104,6 +106,7 @@ def _merged(plan: Plan, output: Path) -> Manifest:
             index.append(np.array(record["index"], np.uint64))
             num_fields += record["num_fields"]
             shapes.update(record["shapes"])
+            orders |= {tuple(names) for names in record["channel_orders"]}
             for name, content in record["histograms"].items():
                 histograms.setdefault(name, Histogram()).merge(Histogram.from_json(content))
         if not shards:
@@ -115,7 +118,7 @@ def _merged(plan: Plan, output: Path) -> Manifest:
         num_samples=sum(shard.num_samples for shard in shards),
         num_fields=num_fields,
         shards=tuple(shards),
-        channels={name: histogram.statistics() for name, histogram in histograms.items()},
+        channels={name: histograms[name].statistics() for name in common_order(orders)},
         shapes=dict(sorted(shapes.items())),
         rejected=dict(sorted(kinds.items())),
         settings=plan.settings,

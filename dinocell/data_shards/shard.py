@@ -72,6 +72,7 @@ class BuiltShard:
     sha256: str
     index: list[tuple[int, int]]
     histograms: Mapping[str, Histogram]
+    channel_orders: list[tuple[str, ...]]
     shapes: Counter[str]
     rejected: list[Rejected]
 
@@ -83,6 +84,7 @@ class BuiltShard:
             "sha256": self.sha256,
             "index": self.index,
             "histograms": {name: histogram.to_json() for name, histogram in self.histograms.items()},
+            "channel_orders": self.channel_orders,
             "shapes": self.shapes,
             "rejected": [asdict(item) for item in self.rejected],
         }
@@ -187,6 +189,7 @@ class _ShardWriter:
         self._num_fields = 0
         self._index: list[tuple[int, int]] = []
         self._histograms: dict[str, Histogram] = {}
+        self._orders: set[tuple[str, ...]] = set()
         self._shapes: Counter[str] = Counter()
         self.rejected: list[Rejected] = []
 
@@ -220,6 +223,7 @@ class _ShardWriter:
             sha256=self._file.hash.hexdigest(),
             index=self._index,
             histograms=self._histograms,
+            channel_orders=sorted(self._orders),
             shapes=self._shapes,
             rejected=self.rejected,
         )
@@ -267,6 +271,7 @@ class _ShardWriter:
             header.size, header.mode = len(content), 0o444
             self._tar.addfile(header, io.BytesIO(content))
         self._index.append((start, self._tar.offset - start))
+        self._orders.add(picture.channel_names)
         for name, plane in zip(picture.channel_names, pixels, strict=True):
             self._histograms.setdefault(name, Histogram()).add(plane)
         self._shapes[f"{len(pixels)} x {info.height} x {info.width} {info.dtype}"] += 1
