@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -285,6 +286,15 @@ def test_folders_that_are_linked_into_the_input_are_looked_into(tmp_path: Path) 
     pattern = "images/*/{name}/{name}_Phase_1.tif"
     pairs = folder_pairs(tmp_path / "input", images=pattern, masks=pattern.replace("images", "masks"))
     assert [pair.name for pair in pairs] == ["A172", "SkBr3"]
+
+
+def test_only_folders_that_the_patterns_name_are_looked_into(tmp_path: Path) -> None:
+    for name in ("a/images/x.png", "b/masks/x.png", "of others/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_png(tmp_path / name, np.eye(8, dtype=np.uint8))
+    (tmp_path / "of others" / "x.png").rename(tmp_path / "of others" / os.fsdecode(b"\xff.png"))  # no Unicode
+    [pair] = folder_pairs(tmp_path, images="a/images/{name}.png", masks="b/masks/{name}.png")
+    assert pair.read().labels.max() == 1
 
 
 def test_annotations_whose_ids_are_no_images_ids_are_an_error(tmp_path: Path) -> None:

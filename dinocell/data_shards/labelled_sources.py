@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -170,7 +171,7 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
     found: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     # A name that fits both ('{name}.tif' fits 'a_mask.tif' too) belongs to the pattern that says more about it.
     order = sorted(((0, image_pattern, images), (1, mask_pattern, masks)), key=lambda entry: -_num_literal(entry[2]))
-    for file in _files(folder):
+    for file in _files_of_patterns(folder, (images, masks)):
         for kind, pattern, _ in order:
             match = pattern.fullmatch(file.name)
             if match:
@@ -278,6 +279,20 @@ def _num_literal(pattern: str) -> int:
 def _files(folder: Path) -> list[Listed]:
     """List what lies below a folder and folders linked into it, without hidden files; a ``.zarr`` is one picture."""
     return list_files(folder, folders_as_files=(".zarr",))
+
+
+def _files_of_patterns(folder: Path, patterns: Sequence[str]) -> list[Listed]:
+    """List what patterns may fit: what lies below the folders that they name in full, not all of a common folder."""
+    found: dict[str, Listed] = {}
+    for pattern in patterns:
+        folders = _nfc(pattern).removeprefix("./").split("/")[:-1]
+        named = list(takewhile(lambda part: not {"{", "*"} & set(part), folders))
+        while named and not folder.joinpath(*named).is_dir():  # not there, or in another Unicode spelling
+            named.pop()
+        for file in _files(folder.joinpath(*named)):
+            name = "/".join((*named, file.name))
+            found[name] = Listed(name, file.path)
+    return sorted(found.values())
 
 
 def _visible(paths: Iterable[Path]) -> Iterator[Path]:
