@@ -6,6 +6,7 @@ Parsers are built from the standard library alone; each command imports its stag
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ from dinocell.eval import (
 )
 from dinocell.launch import launch_command
 from dinocell.launch.hooks import exported
-from dinocell.runtime.command_line import add_command
+from dinocell.runtime.command_line import add_command, whole_number
 from dinocell.ssl import pretrain_command
 
 # What is a setting, not a recipe: a path may hold a "=" as well, but behind a slash.
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dinocell info FILE | head` closed our output: not an error, and nobody is listening
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"dinocell: {error.filename}: a longer name than a file system holds", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:  # a run that was told to stop says how it goes on
         print(f"dinocell: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
@@ -120,13 +126,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see '{self.prog} --help')\n")
 
 
-def _positive(text: str) -> int:
-    """Parse an option that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
@@ -151,26 +150,34 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_demo(options: argparse.Namespace) -> None:
-    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.configs.load import find_recipe, load_config, text_override
     from dinocell.demo.config import DemoConfig
     from dinocell.demo.run import run_demo
 
     if options.quick and options.recipe not in (None, "quick"):
         raise DinocellError(f"demo: --quick is the recipe 'quick'; expected no other beside it, got {options.recipe!r}")
     recipe, overrides = options.recipe or ("quick" if options.quick else "standard"), list(options.overrides)
-    overrides += [f"{key}={getattr(options, key)}" for key in ("data", "output") if getattr(options, key) is not None]
+    folders = {key: getattr(options, key) for key in ("data", "output")}
+    overrides += [text_override(key, folder) for key, folder in folders.items() if folder is not None]
     print(run_demo(load_config(DemoConfig, find_recipe("demo", recipe), overrides)))
 
 
 def _preview_views(
-    shards: str, output: Path, recipe: str, overrides: Sequence[str], num_samples: int, seed: int
+    shards: str,
+    output: Path,
+    recipe: str,
+    overrides: Sequence[str],
+    num_samples: int,
+    seed: int,
+    cache: Path | None,
 ) -> None:
     """Draw what a pretraining recipe makes of a shard set, for the command that knows nothing of pretraining."""
-    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.configs.load import find_recipe, load_config, text_override
     from dinocell.ssl.config import PretrainConfig
     from dinocell.ssl.preview import preview_views
 
-    fixed = ["output=none", f"data.shards=[{shards}]", f"seed={seed}"]
+    fixed = ["output=none", text_override("data.shards", [shards]), f"seed={seed}"]
+    fixed += [text_override("data.cache", cache)] if cache is not None else []
     config = load_config(PretrainConfig, find_recipe("pretrain", recipe), [*fixed, *overrides])
     preview_views(config, output, num_samples=num_samples)
 
@@ -199,7 +206,7 @@ def _add_info(commands: Any) -> None:
     parser = add_command(commands, "info", "say what a checkpoint or a segmenter is", "dinocell info dinov3_vits16.pth")
     _add_source(parser)
     parser.add_argument(
-        "--image-size", type=_positive, default=224, metavar="PX", help="cost for this side (default 224)"
+        "--image-size", type=whole_number(1), default=224, metavar="PX", help="cost for this side (default 224)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=_run_info)
@@ -247,12 +254,14 @@ def _add_export(commands: Any) -> None:
         help="dinocell: our file (default); meta: the same, for Meta's evaluators; meta-flat: the bare state dict that "
         "Meta's model classes load; huggingface: a folder for transformers",
     )
-    parser.add_argument("--in-channels", type=_positive, metavar="C", help="fold the patch embedding to C channels")
-    parser.add_argument("--patch-size", type=_positive, metavar="PX", help="resample the patch embedding")
+    parser.add_argument(
+        "--in-channels", type=whole_number(1), metavar="C", help="fold the patch embedding to C channels"
+    )
+    parser.add_argument("--patch-size", type=whole_number(1), metavar="PX", help="resample the patch embedding")
     parser.add_argument(
         "--input",
         choices=("unit", "standardised", "imagenet"),
-        help="input convention to convert to (default: the file's; imagenet for 3 channels in others' layouts)",
+        help="input convention to convert to (default: the file's; with --in-channels 3 in others' layouts imagenet)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.set_defaults(run=_run_export)

@@ -83,6 +83,20 @@ def test_damaged_checkpoint_is_one_line(checkpoint: Path, capsys: pytest.Capture
     assert "teacher_checkpoint.pth" in refused("info", checkpoint, capsys=capsys)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["shards", "info", "NAME"],
+        ["pretrain", "NAME"],
+        ["demo", "--output", "NAME"],
+        ["pretrain", "~nosuchuser/a.yaml"],
+    ],
+)
+def test_names_that_no_file_can_have_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word.replace("NAME", "a" * 300) for word in words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_bug_keeps_its_traceback_and_exits_with_1(checkpoint: Path) -> None:
     result = dinocell("info", checkpoint, "--image-size", "-5")
     assert result.returncode == 2, "an impossible size is the user's mistake"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dinocell.configs import load
 from dinocell.configs.differences import diff_configs
-from dinocell.configs.load import find_recipe, load_config, shipped_recipes, to_dict, to_yaml
+from dinocell.configs.load import find_recipe, load_config, shipped_recipes, text_override, to_dict, to_yaml
 from dinocell.errors import ConfigError
 
 
@@ -66,6 +66,13 @@ class Recipe:
     sources: tuple[Source, ...] = ()
     names: list[str] = field(default_factory=list)
     compute: Compute = field(default_factory=Compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    one: str = ""
+    path: Path | None = None
+    many: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +166,8 @@ def test_an_override_is_read_as_its_field_wants_it(
         ("seed=true", "seed: expected an integer, got true"),
         ("seed=3.0", "seed: expected an integer, got 3.0"),
         ("seed='3'", "seed: expected an integer, got '3'"),
+        ("seed=010", "010 is 8 to YAML; write 8, or '010' in quotes for a text"),
+        ("lr=1:30.5", "1:30.5 is 90.5 to YAML; write 90.5, or '1:30.5' in quotes for a text"),
         ("seed=", "seed: expected an integer, got null"),
         ("lr=true", "lr: expected a number, got true"),
         ("lr=fast", "lr: expected a number, got 'fast'"),
@@ -195,7 +204,11 @@ def test_a_bad_override_is_named_with_key_expected_and_got(override: str, messag
     [
         ("shards: a\nvit:\n  widht: 3\n", ":3: vit.widht: unknown key; did you mean 'vit.width'?"),
         ("shards: a\nvit:\n  width: 3.7\n", ":3: vit.width: expected an integer, got 3.7"),
-        ("shards: 007\n", ":1: shards: expected text, got 7; put it in quotes"),
+        ("shards: 007\n", ":1: 007 is 7 to YAML; write 7, or '007' in quotes for a text"),
+        ("shards: 12\n", ":1: shards: expected text, got 12; put it in quotes"),
+        ("shards: a\nseed: 010\n", ":2: 010 is 8 to YAML; write 8, or '010' in quotes for a text"),
+        ("shards: a\nvit:\n  blocks: [2, 1:30]\n", ":3: 1:30 is 90 to YAML; write 90, or '1:30' in quotes"),
+        ("shards: &s {a: *s}\n", ":1: column 9: not valid YAML: YAML recursive aliases are not supported."),
         ("shards: a\nvit:\n", ":2: vit: expected a section (width, num_heads, blocks, crop_scale, ...), got null"),
         ("shards: a\nvit:\n  width: 30\n", ":3: vit: expected width divisible by num_heads, got 30 and 4"),
         ("shards: a\nseed: 1\nseed: 2\n", ":3: column 1: not valid YAML: found duplicate key seed"),
@@ -260,6 +273,32 @@ def test_yaml_of_a_config_loads_back_to_the_same_config(tmp_path: Path) -> None:
 def test_yaml_keeps_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
     config = Recipe(shards=f"x{text}", names=[f"{text}y"], lr=number)
     assert load_config(Recipe, write(tmp_path_factory.mktemp("yaml"), to_yaml(config))) == config
+
+
+AWKWARD = [
+    "a, b",
+    "[x]",
+    "#2",
+    "012",
+    "1e3",
+    "null",
+    "'q",
+    '"',
+    "a: b",
+    "${name}",
+    "C:\\new",
+    "ö 😀",
+    "a\u2028b",
+    "x=y",
+    " s ",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_a_text_override_sets_any_text(text: str) -> None:
+    config = load_config(Texts, None, [text_override("one", text), text_override("path", Path(text))])
+    assert (config.one, config.path) == (text, Path(text))
+    assert load_config(Texts, None, [text_override("many", [text, Path("b")])]).many == (text, "b")
 
 
 def test_to_dict_holds_only_plain_types() -> None:

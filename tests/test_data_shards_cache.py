@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -17,6 +19,7 @@ from dinocell.data_shards import cache as cache_module
 from dinocell.data_shards.cache import ShardCache, check_room
 from dinocell.data_shards.manifest import Shard
 from dinocell.data_shards.read import loader, stream
+from dinocell.data_shards.verify import verify
 from dinocell.errors import ShardError
 
 
@@ -25,12 +28,13 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.requests, self.failures, self.cut_at = folder, [], 0, None
+        self.cut_shards_at: int | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 server.requests.append(self.path.lstrip("/"))
-                path = server.folder / self.path.lstrip("/")
+                path = server.folder / unquote(urlsplit(self.path).path.lstrip("/"))
                 if server.failures:
                     server.failures -= 1
                     self.send_error(503)
@@ -42,7 +46,7 @@ class Server:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content if server.cut_at is None else content[: server.cut_at])
+                self.wfile.write(content[: server.cut_shards_at if path.suffix == ".tar" else None][: server.cut_at])
                 server.cut_at = None
 
             def log_message(self, *_: object) -> None:
@@ -101,6 +105,30 @@ def test_what_stays_wrong_is_an_error_and_leaves_nothing(server: Server, tmp_pat
     assert not [path for path in cache.folder.iterdir() if path.suffix != ".lock"]
 
 
+def test_a_copy_that_was_cut_short_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    shard = put(server, "a.tar", os.urandom(5000))
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    copy = cache.fetch(f"{server.address}/a.tar", shard)
+    copy.write_bytes(copy.read_bytes()[:700])  # as a full disk or a power cut may leave it
+    assert cache.fetch(f"{server.address}/a.tar", shard).read_bytes() == (server.folder / "a.tar").read_bytes()
+    assert len(server.requests) == 2
+
+
+def test_a_file_that_is_longer_than_its_shard_does_not_fill_the_disk(server: Server, tmp_path: Path) -> None:
+    shard = put(server, "a.tar", b"good")
+    (server.folder / "a.tar").write_bytes(bytes(1 << 20))
+    with pytest.raises(ShardError, match="more than the 4 bytes that the manifest says"):
+        ShardCache(tmp_path / "cache", max_bytes=10**9).fetch(f"{server.address}/a.tar", shard)
+
+
+def test_verify_tells_a_server_that_breaks_off_from_a_damaged_shard(server: Server, shard_set: Path) -> None:
+    server.folder = shard_set
+    server.cut_shards_at = 3000
+    problems = verify(server.address)
+    assert {problem.what.split(" (")[0] for problem in problems} == {"cannot be read"}
+    assert "broke off after 3000 bytes" in problems[0].what
+
+
 def test_the_least_recently_used_copies_make_room(server: Server, tmp_path: Path) -> None:
     shards = [put(server, f"{number}.tar", os.urandom(1000)) for number in range(5)]
     cache = ShardCache(tmp_path / "cache", max_bytes=3000)
@@ -156,6 +184,12 @@ def test_a_cache_too_small_for_three_blocks_is_refused(tmp_path: Path) -> None:
     check_room(ShardCache(tmp_path, max_bytes=50 * 10**9), shards[:3], 1)
 
 
+def test_copies_that_another_process_removes_meanwhile_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "removed")  # listed, and not there when it is looked at
+    shard = Shard(file="a.tar", num_samples=1, num_bytes=100, sha256="0" * 64)
+    check_room(ShardCache(tmp_path, max_bytes=10**6), (shard,), block_shards=1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_remote_set_reads_like_the_local_one(server: Server, shard_set: Path, tmp_path: Path, workers: int) -> None:
     server.folder = shard_set
@@ -169,6 +203,26 @@ def test_a_remote_set_reads_like_the_local_one(server: Server, shard_set: Path, 
         assert (ours.storage == theirs.storage).all()
     held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar"))
     assert held <= 0.7 * size
+
+
+@pytest.mark.parametrize("place", ["my set é", "my%20set%20%C3%A9", "my set é/?signature=a/b%3D"])
+def test_web_addresses_may_have_spaces_and_queries(server: Server, shard_set: Path, tmp_path: Path, place: str) -> None:
+    shutil.copytree(shard_set, server.folder / "my set é")
+    address = f"{server.address}/{place}"
+    assert verify(address) == []
+    for batch in stream(address, batch_size=20, stop=60, cache=tmp_path / "cache"):
+        assert not batch.damaged
+    assert all(("?signature=a/b%3D" in request) == ("?" in place) for request in server.requests)
+
+
+def test_a_file_address_is_a_folder_of_this_disk(shard_set: Path) -> None:
+    address = f"file://{shard_set}"
+    assert verify(address) == []
+    [batch] = stream(address, batch_size=60, stop=60)
+    assert len(batch) == 60
+    (shard_set / "manifest.json").unlink()
+    with pytest.raises(ShardError, match="no shard set"):
+        stream(address, batch_size=1)
 
 
 def test_a_remote_set_needs_a_cache(server: Server, shard_set: Path) -> None:

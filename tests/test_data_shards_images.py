@@ -262,6 +262,14 @@ def test_npy_channels_are_first_unless_there_are_three_or_four_last(
     assert picture.pixels.dtype == np.uint16
 
 
+@pytest.mark.parametrize("said", ["NaN", "INF", "-1", "0"])
+def test_a_pixel_size_that_is_no_size_is_not_known(tmp_path: Path, said: str) -> None:
+    write_tiff(tmp_path / "a.tif", noise(8, 8), pixel_size_um=0.5)
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content.replace(b'="0.5"', f'="{said}"'.encode().ljust(6)))
+    assert read_image(tmp_path / "a.tif").pixel_size_um is None
+
+
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_ome_zarr_gives_its_highest_resolution_frame_by_frame(tmp_path: Path, version: str) -> None:
     zarr = pytest.importorskip("zarr", reason="the optional package zarr is not installed")
@@ -280,6 +288,9 @@ def test_ome_zarr_gives_its_highest_resolution_frame_by_frame(tmp_path: Path, ve
     assert frames[0].channel_names == ("DNA", "ER", "RNA")
     assert frames[0].pixel_size_um == pytest.approx(0.65)
     assert "nowhere.zarr" in one_line(tmp_path / "nowhere.zarr")
+    scale[0]["scale"] = [1, 1, float("nan"), float("nan")]
+    group.attrs.update({"ome": content} if version == "0.5" else content)
+    assert read_image(path, frame=0).pixel_size_um is None
 
 
 def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:
@@ -350,7 +361,7 @@ def test_strips_that_were_never_written_are_an_error_not_black(tmp_path: Path) -
     assert "3 of 4 strips" in one_line(tmp_path / "a.tif")
 
 
-def test_an_ome_set_that_misses_a_file_is_an_error_not_black(tmp_path: Path) -> None:
+def test_an_ome_set_of_several_files_is_read_and_one_that_misses_a_file_is_an_error_not_black(tmp_path: Path) -> None:
     plane = '<TiffData IFD="0" FirstT="{0}" PlaneCount="1"><UUID FileName="{0}.tif">urn:uuid:{0}</UUID></TiffData>'
     xml = (
         '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:0">'
@@ -360,6 +371,20 @@ def test_an_ome_set_that_misses_a_file_is_an_error_not_black(tmp_path: Path) -> 
     tifffile.imwrite(tmp_path / "0.tif", noise(8, 8, dtype="uint8"), description=xml, metadata=None)
     with pytest.raises(ImageError, match=r"0\.tif"):
         list(read_stack(tmp_path / "0.tif"))
+    other = noise(8, 8, dtype="uint8")
+    longer = xml.replace('UUID="urn:uuid:0"', 'UUID="urn:uuid:1"') + " " * 5000
+    tifffile.imwrite(tmp_path / "1.tif", other, description=longer, metadata=None)
+    np.testing.assert_array_equal(list(read_stack(tmp_path / "0.tif"))[1].pixels[0], other)
+
+
+def test_a_tag_that_the_decoder_does_not_believe_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", noise(8, 8))
+
+    def refuse(self: tifffile.TiffFile) -> None:
+        raise AssertionError  # as tifffile does where a page has a type of number that there is not
+
+    monkeypatch.setattr(tifffile.TiffFile, "series", property(refuse))
+    assert "damaged or not supported (AssertionError)" in one_line(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize(
@@ -525,6 +550,14 @@ def test_percentiles_are_numpys(dtype: str, size: int, percent: list[float], see
     pixels = (np.random.default_rng(seed).random((size, 3)) * 300).astype(dtype)
     low, high = percentile_range(pixels, *percent)
     np.testing.assert_allclose((low, high), np.percentile(pixels.astype(float), percent), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "float16"])
+def test_percentiles_between_the_ends_of_a_type(dtype: str) -> None:
+    top = 60_000 if dtype == "float16" else np.iinfo(dtype).max
+    pixels = np.array([[top, -top]], dtype)
+    assert percentile_range(pixels, 0, 50) == (-top, 0)
+    assert to_uint8(pixels, -top, top).tolist() == [[255, 0]]
 
 
 def test_8_bits_of_an_8_bit_picture_are_itself() -> None:

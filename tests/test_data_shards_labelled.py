@@ -414,6 +414,23 @@ def test_overwriting_replaces_labelled_sets_and_nothing_else(tmp_path: Path) -> 
     assert open_labelled(originals / "set").names == ["a"]
 
 
+def test_a_linked_output_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "set").symlink_to(tmp_path / "large disk" / "set")
+    for name in ("a", "b", "c"):
+        build_labelled([grey_pair(name)], tmp_path / "set", overwrite=True)
+        assert open_labelled(tmp_path / "set").names == [name]
+        assert (tmp_path / "set").is_symlink()
+    assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+
+
+def test_a_folder_of_sets_is_not_a_set_of_their_arrays(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        build_labelled([grey_pair(name)], tmp_path / "sets" / name, target_size=64)
+    with pytest.raises(ImageError, match=r"sets: a folder of labelled sets \(a, b\); name them one by one"):
+        open_labelled(tmp_path / "sets")
+
+
 def test_a_set_of_several_sizes_can_be_replaced(tmp_path: Path) -> None:
     for name in ("a", "b"):
         build_labelled([grey_pair(name), grey_pair("c", 20, 30)], tmp_path / "set", overwrite=True)

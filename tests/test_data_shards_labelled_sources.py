@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_label_images_stored_as_rgba_or_palette_are_label_images(tmp_path: Path)
         (np.zeros((8, 8), np.float32), "float32"),
         (np.eye(8) > 0, "'regions'"),
         (np.eye(8, dtype=np.uint8) * 255, "'regions'"),
+        (np.eye(8, dtype=np.uint16) * 65535, "'regions'"),
         (RNG.integers(0, 9, (3, 8, 8)).astype(np.uint8), "3 channels"),
         (-np.eye(8, dtype=np.int16), "negative"),
     ],
@@ -118,6 +120,17 @@ def test_where_cells_overlap_the_smaller_one_stays_whole(tmp_path: Path) -> None
     notes = Counter()
     paint([cropped(mask) for mask in (hidden, hidden, np.zeros((10, 10), np.bool_))], (10, 10), notes)
     assert (notes["cells hidden under others"], notes["cells without a pixel"]) == (1, 1)
+
+
+def test_dsb2018_with_two_images_in_a_folder_takes_neither(tmp_path: Path) -> None:
+    for name in ("images/a.png", "images/a copy.png", "masks/1.png"):
+        (tmp_path / "id" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(tmp_path / "id" / name, np.eye(8, dtype=np.uint8))
+    [pair] = dsb2018_pairs(tmp_path)
+    assert kind_of(pair) == "several files"
+    (tmp_path / "id" / "images" / "a copy.png").unlink()
+    [pair] = dsb2018_pairs(tmp_path)
+    assert pair.read().labels.max() == 1
 
 
 def test_one_file_a_cell_becomes_ids_in_their_order(tmp_path: Path) -> None:
@@ -204,6 +217,7 @@ def test_polygons_beyond_the_image_are_cut_and_several_are_one_cell() -> None:
         [["a", "b", "c", "d", "e", "f"]],
         {"size": [8, 8], "counts": [10]},
         {"size": [8, 8], "counts": [70, -6]},
+        {"size": [8, 8], "counts": [10**30]},
         {"size": [8, 8], "counts": "\x7f"},
         {"size": [8, 8], "counts": "P"},
         {"size": [9, 8], "counts": [72]},
@@ -262,6 +276,36 @@ def test_annotations_of_another_image_size_and_two_files_of_a_name_are_refused(t
     assert kind_of(livecell_pairs(folder, split="train")[0]) == "sizes differ"
     path.with_name("SkBr3_Phase_1.tif").write_bytes(path.read_bytes())
     assert kind_of(livecell_pairs(folder, split="train")[1]) == "several files"
+
+
+def test_folders_that_are_linked_into_the_input_are_looked_into(tmp_path: Path) -> None:
+    livecell(tmp_path / "data")
+    (tmp_path / "input").mkdir()
+    for name in ("images", "annotations"):
+        (tmp_path / "input" / name).symlink_to(tmp_path / "data" / name)
+    assert len(contents(livecell_pairs(tmp_path / "input", split="train")[:2])) == 2
+    pattern = "images/*/{name}/{name}_Phase_1.tif"
+    pairs = folder_pairs(tmp_path / "input", images=pattern, masks=pattern.replace("images", "masks"))
+    assert [pair.name for pair in pairs] == ["A172", "SkBr3"]
+
+
+def test_only_folders_that_the_patterns_name_are_looked_into(tmp_path: Path) -> None:
+    for name in ("a/images/x.png", "b/masks/x.png", "of others/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_png(tmp_path / name, np.eye(8, dtype=np.uint8))
+    (tmp_path / "of others" / "x.png").rename(tmp_path / "of others" / os.fsdecode(b"\xff.png"))  # no Unicode
+    [pair] = folder_pairs(tmp_path, images="a/images/{name}.png", masks="b/masks/{name}.png")
+    assert pair.read().labels.max() == 1
+
+
+def test_annotations_whose_ids_are_no_images_ids_are_an_error(tmp_path: Path) -> None:
+    path = livecell(tmp_path) / "annotations" / "LIVECell" / "livecell_coco_train.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["id"] = str(image["id"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ImageError, match=r"no annotation belongs to an image \(no image_id 1 among '1', '2', '3'"):
+        livecell_pairs(tmp_path, split="train")
 
 
 def test_annotation_files_that_are_missing_or_no_coco_are_named(tmp_path: Path) -> None:

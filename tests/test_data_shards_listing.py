@@ -203,3 +203,8 @@ def test_web_files_are_looked_for_by_their_headers(tmp_path: Path, monkeypatch: 
         file_exists(f"{root}/a.tif")
     with pytest.raises(ValueError, match="web folders"):
         folder_exists(root)
+
+
+def test_what_is_no_web_address_is_one_line() -> None:
+    with pytest.raises(ImageError, match=r"https://\[bad: no web address"):
+        list_files("https://[bad")

@@ -1,6 +1,8 @@
 """Bytes from web servers and buckets that fail now and then; real addresses in tests are on this machine."""
 
+import hashlib
 import http.server
+import io
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinocell.data_shards import locations
+from dinocell.data_shards.downloads import download
 from dinocell.data_shards.locations import bucket_options, open_bytes, web_file_exists
 from dinocell.errors import ImageError
 
@@ -76,12 +79,13 @@ def test_what_is_missing_or_forbidden_is_not_asked_again(status: int, pauses: li
     assert pauses == []
 
 
-def test_answers_that_break_off_are_asked_for_again(pauses: list[float]) -> None:
+@pytest.mark.parametrize("first", [None, 99])
+def test_answers_that_break_off_are_asked_for_again(pauses: list[float], first: int | None) -> None:
     def answer(request: http.server.BaseHTTPRequestHandler, number: int) -> None:
         reply(request, 200, b"pix" if number == 1 else b"pixels", promised=6)
 
     with server(answer) as (root, asked):
-        assert open_bytes(f"{root}/a.tif") == b"pixels"
+        assert open_bytes(f"{root}/a.tif", first=first) == b"pixels"
     assert len(asked) == 2
 
 
@@ -114,7 +118,19 @@ def test_whether_a_web_file_exists(pauses: list[float]) -> None:
     assert asked.count("/odd") == 1
 
 
-def test_buckets_that_fail_now_and_then_are_asked_again(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def outages() -> list[Exception]:
+    """Return what buckets raise that do not answer; s3fs lets the second kind through, which is no OSError."""
+    try:
+        from botocore.exceptions import EndpointConnectionError
+    except ImportError:
+        return [TimeoutError("slow down")]
+    return [TimeoutError("slow down"), EndpointConnectionError(endpoint_url="http://127.0.0.1:9")]
+
+
+@pytest.mark.parametrize("outage", outages(), ids=lambda error: type(error).__name__)
+def test_buckets_that_fail_now_and_then_are_asked_again(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outage: Exception
+) -> None:
     import fsspec
 
     tries: list[str] = []
@@ -123,12 +139,22 @@ def test_buckets_that_fail_now_and_then_are_asked_again(pauses: list[float], mon
         def cat_file(self, path: str) -> bytes:
             tries.append(path)
             if len(tries) < 3:
-                raise TimeoutError("slow down")
+                raise outage
             return b"pixels"
+
+        def open(self, path: str, *_: object, **__: object) -> io.BytesIO:
+            return io.BytesIO(self.cat_file(path))
 
     monkeypatch.setattr(fsspec, "url_to_fs", lambda url, **options: (Shaky(), url))
     assert open_bytes("memory://a/b") == b"pixels"
     assert len(tries) == 3
+    # Of a large file, whoever downloads it tries again.
+    tries.clear()
+    with (tmp_path / "b").open("wb") as file:
+        for _ in range(2):
+            with pytest.raises(ImageError, match=r"memory://a/b: cannot be opened"):
+                download("memory://a/b", file, num_bytes=6)
+        assert download("memory://a/b", file, num_bytes=6) == hashlib.sha256(b"pixels").hexdigest()
 
 
 def test_missing_and_forbidden_objects_are_not_asked_for_again(

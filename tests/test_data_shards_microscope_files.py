@@ -82,3 +82,10 @@ def test_without_the_extra_one_line_says_how_to_get_it(
 def test_a_plug_in_that_is_missing_is_told_the_same_way(files: dict[str, Path]) -> None:
     with pytest.raises(ImageError, match=r"a\.czi: .*\[microscopes\]"):
         read_image(files["a.czi"])
+
+
+def test_a_pixel_size_that_is_not_a_number_is_not_known(
+    bioio: None, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BioImage, "physical_pixel_sizes", SimpleNamespace(X=float("nan"), Y=float("nan"), Z=None))
+    assert read_image(files["new.nd2"], frame=0).pixel_size_um is None

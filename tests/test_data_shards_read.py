@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import re
 import shutil
 import warnings
 from collections import Counter
@@ -167,6 +168,15 @@ def test_a_damaged_sample_is_replaced_and_reported_and_nothing_else_changes(shar
     # Whoever meets it replaces it by the same sample.
     split = of_all_ranks(shard_set, 3, 5, batch_size=4)
     assert split == seen(found)
+
+
+@pytest.mark.parametrize(("column", "number"), [(0, 2**63 + 5), (1, 2**50)])
+def test_a_damaged_entry_of_the_index_is_a_damaged_sample(shard_set: Path, column: int, number: int) -> None:
+    index = np.load(shard_set / "index.npy")
+    index[17, column] = number
+    np.save(shard_set / "index.npy", index)
+    [line] = [line for batch in take(stream(shard_set, batch_size=6), 10) for line in batch.damaged]
+    assert re.search(r"sample 17: shard-\d+.tar: the index is damaged", line)
 
 
 def test_a_set_of_nothing_but_damage_stops(shard_set: Path) -> None:

@@ -131,6 +131,17 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [["preview", "--samples", "0"], ["preview", "--samples", "-1"], ["preview", "--seed", "-1"]]
+)
+def test_numbers_that_make_no_sense_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["shards", *words, "set"])
+    assert "expected a whole number of at least" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["shards", "verify", "set", "--workers", "0"])
+
+
 def test_a_corrupt_file_is_reported_and_strict_stops(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

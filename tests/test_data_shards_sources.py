@@ -171,6 +171,21 @@ def test_several_columns_may_name_the_field(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        MultichannelSource(input="IN", channels=("DNA", "d1=ER")),
+        ImagesSource(input="IN", channels=("grey=DNA",)),
+        HpaOneSource(input="IN", channels=("a=b", "c", "d", "e")),
+        HpaFovSource(input="IN", channels=("a=b", "c", "d", "e")),
+        PatternSource(input="IN", pattern="{well}.tif", channels=("a=b", "c")),
+    ],
+)
+def test_channels_of_whole_files_are_named_not_renamed(source: Source) -> None:
+    with pytest.raises(ImageError, match="expected a name without ="):
+        list(source.fields())
+
+
+@pytest.mark.parametrize(
     ("table", "keys", "message"),
     [
         ("well,gene\nH12,x\n", ("well",), "no row goes with any of the 2 fields"),
@@ -178,6 +193,8 @@ def test_several_columns_may_name_the_field(tmp_path: Path) -> None:
         ("well,gene\nA1,x\n", ("position=well",), "no column position; it has well, gene"),
         ("well,gene\nA1,x\n", ("gene",), "expected COLUMN=id"),
         ("well,gene\nA1,x\n", ("well=gene",), "expected COLUMN=id"),
+        ("well,gene\nA1,x\n", ("well", "gene=well"), "gene=well: well is the well already"),
+        ("site,gene\n9,x\n,\n,\n", ("site",), "no row goes with any of the 2 fields"),  # they have no site
     ],
 )
 def test_tables_that_label_nothing_are_an_error(

@@ -152,6 +152,13 @@ def test_rows_whose_folder_is_nowhere_are_rejected(tmp_path: Path) -> None:
     assert "/x/P1 is not below" in message
 
 
+def test_one_missing_file_beside_its_table_costs_no_other_row(tmp_path: Path) -> None:
+    (tmp_path / "b.tif").touch()
+    table(tmp_path / "load_data.csv", ("FileName_OrigDNA",), ("a.tif",), ("b.tif",))
+    found = fields(LoadDataSource(input=str(tmp_path)))
+    assert [field.files[0].path for field in found] == [str(tmp_path / "a.tif"), str(tmp_path / "b.tif")]
+
+
 def test_two_plates_that_would_share_files_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "Images").mkdir()
     rows = [("P1", "A01", 1, "a.tif", "/x/P1/Images"), ("P2", "A01", 1, "a.tif", "/x/P2/Images")]

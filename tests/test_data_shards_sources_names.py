@@ -1,5 +1,6 @@
 """Opera Phenix, Human Protein Atlas and a user's pattern: what names say, and pixels as other readers see them."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dinocell.data_shards import harmony
+from dinocell.data_shards.channel_files import common_order
 from dinocell.data_shards.fields import Field, Rejected, Source, read_field
 from dinocell.data_shards.images import write_png, write_tiff
 from dinocell.data_shards.locations import open_bytes
@@ -573,3 +575,18 @@ def test_a_star_may_stand_for_nothing_but_not_for_a_folder() -> None:
     assert pattern.match("A01_.tif") == {"well": "A01"}
     assert pattern.match("A01_x_y.tif") == {"well": "A01"}
     assert pattern.match("A01_x/y.tif") is None
+
+
+@pytest.mark.parametrize(
+    ("orders", "expected"),
+    [
+        ([("ER", "AGP"), ("DNA", "AGP"), ("DNA", "ER", "AGP")], "DNA ER AGP"),
+        ([("ER", "AGP"), ("DNA", "ER")], "DNA ER AGP"),  # no field is whole
+        ([("a", "b", "c"), ("d", "e")], "a b c d e"),  # two assays
+        ([("a", "b"), ("b", "a"), ("b", "a", "c")], "b a c"),  # files that contradict one another
+        ([], ""),
+    ],
+)
+def test_channels_that_some_fields_lack_get_the_order_of_all(orders: list[tuple[str, ...]], expected: str) -> None:
+    for shuffled in itertools.permutations(orders):
+        assert common_order(shuffled) == expected.split()

@@ -264,6 +264,10 @@ def test_tables_are_utf8_with_or_without_a_mark_and_may_have_tabs(tmp_path: Path
         (b"a,b\n1,2,3\n", "line 2: 3 cells"),
         (b"a,b,a\n1,2,3\n", "two columns are named a"),
         (gzip.compress(b"a,b\n1,2\n" * 100)[:-20], "gzip"),
+        (b'a,b\n1,2\n3,"4\n5,6\n', "line 4: unexpected end of data; the table is cut short, or a quote"),
+        (b'a,b\n1,"2\n' + b"3,4\n" * 40_000, "field larger than field limit"),
+        (b"\xef\xbb\xbfFileName_DNA;Well\r\na.tif;A1\r\n", "separated by semicolons; save it as CSV, with commas"),
+        (b"a\tb\n1\t2\n", "separated by tabs"),
     ],
 )
 def test_damaged_tables_are_one_clear_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -276,7 +280,7 @@ def test_damaged_tables_are_one_clear_line(tmp_path: Path, content: bytes, messa
 
 def test_cells_become_labels_without_losing_what_they_say() -> None:
     row = {"a": "True", "b": "False", "c": "7", "d": "007", "e": "0.50", "f": "12E3", "g": " ", "h": "1" * 25, "": "3"}
-    row |= {"i": "-3", "Unnamed: 0": "9", "j": "true", "k": "nan", "l": "1.5e-3"}
+    row |= {"i": "-3", "Unnamed: 0": "9", "j": "true", "k": "nan", "l": "1.5e-3", "m": "1.5e999"}
     assert labels_of(row, without={"j"}) == {
         "a": True,
         "b": False,
@@ -288,6 +292,7 @@ def test_cells_become_labels_without_losing_what_they_say() -> None:
         "i": -3,
         "k": "nan",
         "l": 0.0015,
+        "m": "1.5e999",
     }
     assert labels_of({"Metadata_Dose": "1", "Other": "2"}, prefix="Metadata_") == {"Dose": 1}
 

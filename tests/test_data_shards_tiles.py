@@ -24,6 +24,7 @@ def test_tiles_lie_inside_and_apart(length: int, size: int, overlap: int, cover:
     margins = [found[0].column, length - found[-1].column - found[-1].width]
     if cover:
         assert max([0, *gaps, *margins]) == 0
+    if settings.overlap:
         assert all(-gap >= settings.overlap for gap in gaps)
     assert max([0, *gaps, *margins]) <= size / 2 + 1
 
@@ -34,6 +35,7 @@ def test_real_field_sizes() -> None:
     assert [tile.column for tile in tiles(512, 2048, settings)] == [0, 512, 1024, 1536]
     assert [tile.column for tile in tiles(512, 904, settings)] == [0, 392]
     assert [tile.column for tile in tiles(512, 1080, TileSettings(size=512, cover=True))] == [0, 284, 568]
+    assert [tile.column for tile in tiles(512, 1080, TileSettings(size=512, overlap=64))] == [60, 508]
     assert [tuple(tile) for tile in tiles(100, 700, TileSettings(size=0))] == [(0, 0, 100, 700)]
 
 

@@ -57,6 +57,16 @@ def test_a_set_whose_parts_are_of_two_builds_is_found_out(shard_set: Path) -> No
     assert any("sample" in problem.what for problem in problems)
 
 
+@pytest.mark.parametrize(("column", "number"), [(0, 2**63 + 5), (1, 2**50)])
+def test_an_index_that_leads_out_of_its_shard_is_found(shard_set: Path, column: int, number: int) -> None:
+    index = np.load(shard_set / "index.npy")
+    index[3, column] = number
+    np.save(shard_set / "index.npy", index)
+    problems = verify(shard_set)
+    assert [problem.file for problem in problems[:2]] == ["index.npy", "shard-000000.tar"]
+    assert any(f"sample 3: the index leads to bytes {index[3, 0]}" in problem.what for problem in problems)
+
+
 def test_a_shard_with_an_undecodable_sample_but_right_hash_is_found(shard_set: Path) -> None:
     shard = read_manifest(shard_set).shards[0]
     start = int(read_index(shard_set, read_manifest(shard_set))[2, 0])

@@ -1,8 +1,10 @@
 """Building: every tile arrives, whatever interrupts the build, and the same bytes come out."""
 
+import errno
 import gzip
 import hashlib
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -19,12 +21,14 @@ import numpy as np
 import pytest
 import tifffile
 
+from dinocell.data_shards import merge as merge_module
 from dinocell.data_shards.fields import Field, FieldFile
 from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.manifest import read_index, read_manifest
 from dinocell.data_shards.merge import merge
 from dinocell.data_shards.sample import decode_sample, parse_sample
 from dinocell.data_shards.shard import ShardSettings
+from dinocell.data_shards.sources_images import ImagesSource
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
 from dinocell.errors import ShardError
@@ -148,16 +152,24 @@ def test_kill_9_at_any_moment_loses_nothing(shard_set: Path, fields: Callable[..
                   workers=int(sys.argv[1]))
     """)
     (tmp_path / "run.py").write_text(script)
+
+    def num_shards() -> int:
+        return len(list((tmp_path / "killed").glob("shard-*.tar")))
+
     killed_at = set()
-    for attempt, delay in enumerate(np.linspace(0.15, 0.75, 25)):
+    # The first two die while they start, list or plan; each other a moment after it has written a shard.
+    for attempt, delay in enumerate((0.2, 0.4, *np.linspace(0, 0.02, 5))):
+        before = num_shards()
         process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), "2" if attempt % 8 == 7 else "1"])
+        while attempt > 1 and process.poll() is None and num_shards() == before:
+            time.sleep(0.001)
         try:
             process.wait(timeout=float(delay))
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            killed_at.add(len(list((tmp_path / "killed").glob("shard-*.tar"))))
+            killed_at.add(num_shards())
     subprocess.run([sys.executable, str(tmp_path / "run.py"), "1"], check=True)
     assert len(killed_at) > 1  # it was killed between shards, not only before the first
     assert content(tmp_path / "killed") == content(shard_set)
@@ -238,6 +250,28 @@ def test_fields_with_a_missing_channel_keep_the_others(fields: Callable[..., Any
     assert {(info.channels, info.missing) for info in without} == {(("DNA", "ER"), ("AGP",))}
 
 
+@pytest.mark.parametrize("samples_per_shard", [1, 1000])
+def test_channels_have_the_sources_order_whatever_the_first_fields_lack(
+    fields: Callable[..., Any], tmp_path: Path, samples_per_shard: int
+) -> None:
+    source = fields(10)
+
+    @dataclass(frozen=True)
+    class OneWhole:
+        """Field 4 is whole; of the others, each lacks one channel."""
+
+        def fields(self) -> Any:
+            for number, each in enumerate(source.fields()):
+                files = [file for index, file in enumerate(each.files) if index != number % 3 or number == 4]
+                yield replace(each, files=tuple(files))
+
+    for seed in range(5):
+        settings = {"settings": SMALL, "samples_per_shard": samples_per_shard, "shuffle_seed": seed, "workers": 1}
+        manifest = build(OneWhole(), tmp_path / str(seed), **settings)
+        assert manifest is not None
+        assert list(manifest.channels) == ["DNA", "ER", "AGP"]
+
+
 def test_an_outage_of_the_storage_stops_the_build(fields: Callable[..., Any], tmp_path: Path) -> None:
     source = fields(40)
     for number in range(5, 40):
@@ -245,6 +279,25 @@ def test_an_outage_of_the_storage_stops_the_build(fields: Callable[..., Any], tm
     with pytest.raises(ShardError, match=r"fields of a shard cannot be read; is the storage in reach"):
         build(source, tmp_path / "set", settings=SMALL, workers=1)
     assert not (tmp_path / "set" / "manifest.json").exists()
+    manifest = build(source, tmp_path / "set", settings=replace(SMALL, max_unreadable=1), workers=1)  # as it says
+    assert manifest is not None
+    assert (manifest.num_fields, manifest.rejected) == (5, {"unreadable": 35})
+
+
+def test_a_folder_of_bad_files_that_comes_first_does_not_stop_the_build(
+    fields: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = fields(60)
+    for number in range(30):
+        (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
+    settings = replace(SMALL, max_unreadable=1)
+    manifest = build(source, tmp_path / "set", settings=settings, workers=1)
+    assert manifest is not None
+    assert manifest.rejected == {"unreadable": 30}
+    for number in range(30, 60):
+        (Path(source.folder) / f"f{number:03d}_ER.tif").unlink()
+    with pytest.raises(ShardError, match=r"none of 33 of 60 fields can be read; the first: .*f000_ER.tif"):
+        build(source, tmp_path / "out", settings=settings, workers=1)
 
 
 def test_a_build_of_other_settings_is_refused(shard_set: Path, fields: Callable[..., Any]) -> None:
@@ -255,6 +308,15 @@ def test_a_build_of_other_settings_is_refused(shard_set: Path, fields: Callable[
     before = content(shard_set)
     assert build(fields(10), shard_set, settings=SMALL) == read_manifest(shard_set)
     assert content(shard_set) == before
+
+
+@pytest.mark.parametrize("name", ["shard-000002.tar", "index.npy"])
+def test_a_finished_set_that_lacks_a_file_is_not_called_done(
+    shard_set: Path, fields: Callable[..., Any], name: str
+) -> None:
+    (shard_set / name).unlink()
+    with pytest.raises(ShardError, match=rf"{name}.* \(to build it again, remove .*set first\)"):
+        build(fields(10), shard_set, settings=SMALL)
 
 
 def test_a_folder_of_something_else_is_left_alone(fields: Callable[..., Any], tmp_path: Path) -> None:
@@ -303,6 +365,27 @@ def test_eight_bits_map_a_plate_by_one_range_a_channel(
     assert len({(info.field, info.ranges) for info, _ in samples(tmp_path / "field")}) == 10
 
 
+def test_fields_that_cannot_be_used_do_not_stop_the_search_for_a_plates_levels(
+    fields: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Plate P0 has fields 0, 2, 4...: one is not finite. Of P1, 1, 3, 5..., not one can be used."""
+    source = fields(10)
+    for number in (2, 1, 3, 5):
+        for name in ("DNA", "ER", "AGP"):
+            write_tiff(Path(source.folder) / f"f{number:03d}_{name}.tif", np.full((64, 96), np.nan, np.float32))
+    for number in (7, 9):
+        (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
+    settings = replace(SMALL, depth=8)
+    manifest = build(source, tmp_path / "set", settings=settings, workers=1)
+    assert manifest is not None
+    assert manifest.rejected == {"not finite": 4, "unreadable": 2}
+    assert manifest.num_fields == 4
+    for number in (1, 3, 5):
+        (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
+    with pytest.raises(ShardError, match=r"5 of 5 fields of plate P1 cannot be read; .* \(--max-unreadable 1 builds"):
+        build(source, tmp_path / "out", settings=settings, workers=1)
+
+
 def test_a_full_disk_leaves_no_half_shard(fields: Callable[..., Any], shard_set: Path, tmp_path: Path) -> None:
     source = fields(10)
     limit = max(path.stat().st_size for path in shard_set.glob("*.tar")) // 2
@@ -318,6 +401,55 @@ def test_a_full_disk_leaves_no_half_shard(fields: Callable[..., Any], shard_set:
     assert not list((tmp_path / "full").glob("*.tar"))
     build(source, tmp_path / "full", settings=SMALL, workers=1)
     assert content(tmp_path / "full") == content(shard_set)
+
+
+def test_a_merge_that_cannot_write_says_so_and_can_be_done_again(
+    fields: Callable[..., Any], shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "parts"
+    for number in (1, 2):
+        build(fields(10), output, settings=SMALL, workers=1, part=(number, 2))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(
+        ShardError, match=r"parts: cannot be written \(No space left on device\).*run the same command again"
+    ):
+        merge(output)
+    monkeypatch.undo()
+    merge(output)
+    assert content(output) == content(shard_set)
+
+
+@pytest.mark.parametrize("moment", [0, 13])  # while it looks whether all records are there; while it reads them
+def test_two_merges_at_the_same_time_both_end_well(
+    fields: Callable[..., Any], shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    output = tmp_path / "parts"
+    for number in (1, 2):
+        build(fields(10), output, settings=SMALL, workers=1, part=(number, 2))
+    calls: list[Path] = []
+
+    def record_path(plan: Any, number: int) -> Path:
+        calls.append(plan.folder / "records" / f"{number:06d}.json.gz")
+        if len(calls) == moment + 1:
+            merge(output)  # the other one
+        return calls[-1]
+
+    monkeypatch.setattr(merge_module, "record_path", record_path)
+    assert merge(output) == read_manifest(shard_set)
+    assert content(output) == content(shard_set)
+
+
+def test_an_input_whose_path_is_not_unicode_is_one_line(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    write_tiff(folder / "a.tif", np.zeros((64, 64), np.uint16))
+    with pytest.raises(ShardError, match=r"not Unicode \(UTF-8\), rename its folder; in .*caf\\xe9"):
+        build(ImagesSource(input=str(folder)), tmp_path / "set", settings=SMALL, workers=1)
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_damaged_record_is_named(fields: Callable[..., Any], tmp_path: Path) -> None:

@@ -12,9 +12,12 @@ import pytest
 
 from dinocell.cli import main
 from dinocell.data_shards.images import write_labels, write_tiff
+from dinocell.data_shards.labelled import open_labelled
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.demo.data import FieldCounts, own_material
 from dinocell.errors import DinocellError
+from dinocell.models.vit import VisionTransformer, variant_config
+from dinocell.models.weights import Weights, save_weights
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
@@ -107,11 +110,56 @@ def test_own_images_without_masks_still_make_shards(own: Path, tmp_path: Path) -
     assert json.loads((material.shards[0] / "manifest.json").read_text())["num_samples"] == 5
 
 
+def test_names_with_points_are_whole_names(own: Path, tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        for path in list((own / kind).iterdir()):
+            path.rename(path.with_name(f"cells_0.65um.{path.name}"))
+        (own / kind / "._n0.tif").write_bytes(b"what macOS writes beside a picture on a foreign disk")
+    material = own_material(own, tmp_path / "out", workers=1)
+    assert json.loads((material.shards[0] / "manifest.json").read_text())["num_samples"] == 4
+    assert material.train is not None
+    assert material.unseen is not None
+    assert open_labelled(material.train).names == [f"cells_0.65um.n{number}" for number in range(1, 5)]
+    assert open_labelled(material.unseen).names == ["cells_0.65um.n0"]
+
+
+def test_two_images_of_one_name_are_one_line(own: Path, tmp_path: Path) -> None:
+    shutil.copy(own / "images" / "n0.ome.tif", own / "images" / "n0.tiff")
+    with pytest.raises(DinocellError, match=r"n0.ome.tif and .*n0.tiff: two pictures of one name"):
+        own_material(own, tmp_path / "out", workers=1)
+
+
 def test_too_few_images_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     write_tiff(tmp_path / "one" / "a.tif", np.zeros((1, 64, 64), np.uint8))
     with pytest.raises(DinocellError, match="at least 2 images"):
         own_material(tmp_path / "one", tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize("words", [["quick"], ["quick", "--data", "IMAGES"]])
+def test_a_folder_of_something_else_is_left_alone(
+    own: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    words = [str(own) if word == "IMAGES" else word for word in words]
+    assert main(["demo", *words, "--output", str(own)]) == 2
+    assert f"output: {own} exists and holds no demo" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_images_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "quick", "--data", str(tmp_path / "images"), "--output", str(tmp_path / "demo")]) == 2
+    assert "images: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists(), "the next call may name another folder"
+
+
+def test_weights_of_no_known_size_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit = VisionTransformer(variant_config("nano", depth=2))
+    save_weights(tmp_path / "odd.pth", Weights.of(vit))
+    words = [f"weights={tmp_path / 'odd.pth'}", "--output", str(tmp_path / "demo")]
+    assert main(["demo", "quick", *words]) == 2
+    assert "odd.pth has width 192 and 2 blocks; expected a size of nano, tiny" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 def test_counts_that_cannot_be_used_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Features of images: the same whichever way they are asked for, taken up where they stopped."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,8 @@ def test_the_online_probe_leaves_out_tiles_that_lack_a_channel(tmp_path: Path, f
 def test_the_command_watches_and_draws_views(
     shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], draw: Callable[[int], np.ndarray]
 ) -> None:
+    import fsspec
+
     from dinocell.cli import main
 
     line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", "steps=2", "batch_size=2"]
@@ -208,6 +211,14 @@ def test_the_command_watches_and_draws_views(
         arguments = ["shards", "preview", str(shard_set), "--output", str(picture), "--samples", "3"]
         assert main([*arguments, *views, *extra]) == 0
         assert picture.stat().st_size > 1000
+    odd = tmp_path / "12, [b] #3"
+    shutil.copytree(shard_set, odd)
+    assert main(["shards", "preview", str(odd), "--output", str(picture), "--samples", "2", *views]) == 0
+    files = fsspec.filesystem("memory")
+    files.put(str(shard_set), "/views", recursive=True)
+    arguments[2] = "memory://views"
+    assert main([*arguments, "--cache", str(tmp_path / "cache"), *views]) == 0
+    assert list((tmp_path / "cache").glob("*.tar"))
     capsys.readouterr()
     assert main([*arguments, "--views", "nonesuch"]) == 2
     assert "nonesuch" in capsys.readouterr().err

@@ -455,13 +455,15 @@ def test_a_folder_with_wrong_values_loads_whole_or_is_refused(
 )
 def test_an_index_that_names_no_file_of_the_folder_is_refused(hub_folder: Path, shard: str) -> None:
     shutil.copy(hub_folder / "model.safetensors", hub_folder.parent / "outside.safetensors")
-    index = {"weight_map": {"a": "model.safetensors", "b": shard}}
+    only = (hub_folder / "model.safetensors").rename(hub_folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": only.name, "b": shard}}
     put(hub_folder / "model.safetensors.index.json", json.dumps(index).encode())
     problem(hub_folder)
 
 
 @pytest.mark.parametrize("index", [b"", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 3}}', b"[" * 99999])
 def test_a_broken_index_is_refused(hub_folder: Path, index: bytes) -> None:
+    (hub_folder / "model.safetensors").rename(hub_folder / "model-00001-of-00001.safetensors")
     put(hub_folder / "model.safetensors.index.json", index)
     problem(hub_folder)
 
@@ -474,9 +476,21 @@ def test_a_missing_shard_and_a_tensor_in_two_shards_are_refused(hub_folder: Path
     safetensors.torch.save_file(tensors, hub_folder / names[1])
     index = json.dumps({"weight_map": dict(zip("ab", names, strict=True))}).encode()
     put(hub_folder / "model.safetensors.index.json", index)
+    (hub_folder / "model.safetensors").unlink()
     assert "another shard" in problem(hub_folder)
     (hub_folder / names[1]).unlink()
-    assert "download it again" in problem(hub_folder)
+    assert "expected config.json and 2 shards, found 1 shards" in problem(hub_folder)
+
+
+def test_a_whole_file_beside_older_shards_is_the_model(hub_folder: Path, vit: VisionTransformer) -> None:
+    """So transformers reads it, so the hub's files are chosen, and so an export over a folder of shards leaves it."""
+    older = VisionTransformer(vit.config)
+    save_weights(hub_folder.parent / "older", Weights.of(older), layout="huggingface")
+    (hub_folder.parent / "older" / "model.safetensors").rename(hub_folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"norm.weight": "model-00001-of-00001.safetensors"}}
+    put(hub_folder / "model.safetensors.index.json", json.dumps(index).encode())
+    assert assert_whole_or_refused(hub_folder, vit)
+    assert not torch.equal(older.cls_token, vit.cls_token)
 
 
 def test_projections_that_do_not_match_are_refused(hub_folder: Path) -> None:

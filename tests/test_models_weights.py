@@ -286,6 +286,17 @@ def test_conversions_are_applied_and_recorded(tmp_path: Path) -> None:
             load_backbone(path, **wrong)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_filters_of_half_precision_are_fitted_in_full(tmp_path: Path, dtype: torch.dtype, patch_size: int) -> None:
+    save_weights(tmp_path / "a.pth", make(dataclasses.replace(CONFIGS["rope"], in_channels=3, patch_size=16), dtype))
+    rgb = load_backbone(tmp_path / "a.pth", patch_size=16, in_channels=3).double()
+    grey = load_backbone(tmp_path / "a.pth", patch_size=patch_size, in_channels=1).double()
+    image = torch.randn(1, 1, 64, 64, dtype=torch.float64)
+    large = torch.nn.functional.interpolate(image, scale_factor=16 / patch_size).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(grey.patch_embed(image), rgb.patch_embed(large), rtol=1e-6, atol=1e-6)
+
+
 def test_the_other_input_convention_is_refused(tmp_path: Path) -> None:
     save_weights(tmp_path / "unit.pth", make())
     with pytest.raises(WeightsError, match=r"'unit'.*'standardised'"):

@@ -8,6 +8,7 @@ the file and line, or the override, and the dotted key.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,13 @@ def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence
         raise ConfigError(f"{source}: {error}" if source else str(error)) from error
 
 
+def text_override(key: str, value: str | Path | Sequence[str | Path]) -> str:
+    """Return the override that sets a key to a text or path, or a list of them, whatever characters they hold."""
+    texts = [str(item) for item in ([value] if isinstance(value, str | Path) else value)]
+    dumped = yaml.safe_dump(_escape(texts), default_flow_style=True, default_style='"', width=float("inf")).strip()
+    return f"{key}={dumped[1:-1] if isinstance(value, str | Path) else dumped}"
+
+
 def find_recipe(command: str, name: str) -> Path:
     """Return the recipe file that ``name`` means: a path to a YAML file, or the name of a shipped recipe.
 
@@ -81,7 +89,10 @@ def find_recipe(command: str, name: str) -> Path:
     ConfigError
         If there is no such file or shipped recipe; the message lists the shipped ones.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that there is not
+        path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     shipped = shipped_recipes(command)
@@ -150,12 +161,32 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
             kind = "a list" if isinstance(root, yaml.SequenceNode) else f"'{root.value}'"
             raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected 'key: value' lines, got {kind}")
         plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        if (odd := _odd_number(root)) is not None:
+            raise ConfigError(f"{path}:{odd.start_mark.line + 1}: {_odd_problem(odd)}")
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}{_yaml_problem(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
     assert isinstance(plain, dict)
     return {str(name): value for name, value in plain.items()}
+
+
+def _odd_number(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """Return the first number that YAML 1.1 reads as few people mean it: 010 is 8 (octal), 1:30 is 90 (base 60)."""
+    if isinstance(node, yaml.ScalarNode):
+        is_number = node.style is None and node.tag.endswith((":int", ":float"))
+        return node if is_number and re.fullmatch(r"[-+]?0[0-7_]+|[^:]+:.*", node.value) else None
+    items: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        items = [item for pair in node.value for item in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        items = node.value
+    return next((odd for item in items if (odd := _odd_number(item)) is not None), None)
+
+
+def _odd_problem(node: yaml.ScalarNode) -> str:
+    meant = yaml.safe_load(node.value)
+    return f"{node.value} is {meant} to YAML; write {meant}, or '{node.value}' in quotes for a text"
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -243,6 +274,8 @@ def _from_text(annotation: Any, raw: str, source: str) -> Any:
         return raw
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+        if (odd := _odd_number(yaml.compose(raw, Loader=yaml.SafeLoader))) is not None:
+            raise ConfigError(f"{source}: {_odd_problem(odd)}")
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ConfigError(f"{source}: the value is not valid YAML ({problem}); put it in quotes") from error

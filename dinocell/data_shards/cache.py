@@ -1,7 +1,7 @@
 """A bounded folder of copies of remote shards, shared by all processes of a machine.
 
 A copy is named by the sha256 of the shard and renamed into place only when its bytes have that hash, so a copy that is
-there is right. One process downloads a shard, the others that want it wait for it.
+there in its full length is right. One process downloads a shard, the others that want it wait for it.
 """
 
 import fcntl
@@ -39,23 +39,24 @@ class ShardCache:
             If it cannot be downloaded, or has other content than the manifest says.
         """
         copy = self.folder / f"{shard.sha256}.tar"
-        if self._touch(copy):
-            return copy
         try:
+            if self._touch(copy, shard):
+                return copy
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock(f"{shard.sha256}.lock"):
-                if not self._touch(copy):
+                if not self._touch(copy, shard):
                     self._download(address, shard, copy)
         except OSError as error:
             raise ShardError(f"{self.folder}: the cache cannot be written ({error.strerror or error})") from error
         return copy
 
-    def _touch(self, copy: Path) -> bool:
+    def _touch(self, copy: Path, shard: Shard) -> bool:
+        """Return whether the copy is there, and mark it as used; one that was cut short since is none."""
         try:
             os.utime(copy)
+            return copy.stat().st_size == shard.num_bytes
         except FileNotFoundError:
             return False
-        return True
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -71,7 +72,7 @@ class ShardCache:
                 if part.stem == shard.sha256 or self._is_leftover(part):
                     part.unlink(missing_ok=True)
                 else:
-                    held += self._size(part)
+                    held += _size(part)
             copies = sorted((copy.stat().st_mtime, copy.stat().st_size, copy) for copy in self.folder.glob("*.tar"))
             held += sum(size for _, size, _ in copies)
             for _, size, copy in copies:
@@ -83,12 +84,6 @@ class ShardCache:
             with part.open("wb") as file:
                 file.truncate(shard.num_bytes)
         return part
-
-    def _size(self, part: Path) -> int:
-        try:
-            return part.stat().st_size
-        except FileNotFoundError:  # it has just become a copy, which is counted as such
-            return 0
 
     def _is_leftover(self, part: Path) -> bool:
         """Whether nobody is downloading to this file: its process was killed."""
@@ -110,7 +105,7 @@ class ShardCache:
                     wait *= 2
                 try:
                     with part.open("r+b") as target:
-                        digest = download(address, target)
+                        digest = download(address, target, num_bytes=shard.num_bytes)
                         target.truncate()
                 except ImageError as error:
                     reason = str(error)
@@ -122,6 +117,14 @@ class ShardCache:
         finally:
             part.unlink(missing_ok=True)
         raise ShardError(f"{address}: not downloaded in {_TRIES} tries; the last: {reason}")
+
+
+def _size(path: Path) -> int:
+    """Return a file's size; 0 if another process has just renamed or removed it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def check_room(cache: ShardCache, shards: tuple[Shard, ...], block_shards: int) -> None:
@@ -139,6 +142,6 @@ def check_room(cache: ShardCache, shards: tuple[Shard, ...], block_shards: int) 
             f"({needed / 1e9:.1f} GB); make it larger or the blocks smaller"
         )
     existing = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in cache.folder.glob("*.tar"))
+    free = shutil.disk_usage(existing).free + sum(map(_size, cache.folder.glob("*.tar")))
     if free < needed:
         raise ShardError(f"{cache.folder}: {free / 1e9:.1f} GB free, the cache needs at least {needed / 1e9:.1f} GB")

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain, pairwise
 from typing import Literal, NamedTuple
 
 from dinocell.data_shards.fields import Field, FieldFile, LabelValue, Layout, Rejected
@@ -108,6 +110,39 @@ def chosen_channels(wanted: Sequence[str], found: Collection[str]) -> dict[str, 
     if len(set(names.values())) < len(wanted):
         raise ImageError(f"--channels {','.join(wanted)}: a channel or a name is given twice")
     return names
+
+
+def check_plain_names(channels: Sequence[str]) -> None:
+    """Raise ImageError if a name is a renaming: where a file holds all channels, they are named in its order."""
+    for item in channels:
+        if "=" in item:
+            raise ImageError(
+                f"--channels {item}: here all channels of a file are named, in its order; expected a name without ="
+            )
+
+
+def common_order(orders: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return all names in one order that keeps each of the given ones; where they contradict, the longest ones count.
+
+    So channels of which many fields lack some get the order of a whole field, wherever that comes.
+    """
+    ranked = sorted(set(orders), key=lambda names: (-len(names), names))
+    rank = {name: number for number, name in enumerate(dict.fromkeys(chain.from_iterable(ranked)))}
+    sorter = TopologicalSorter(dict.fromkeys(rank, ()))
+    for names in ranked:
+        for before, after in pairwise(names):
+            sorter.add(after, before)
+    try:
+        sorter.prepare()
+    except CycleError:
+        return list(rank)
+    order: list[str] = []
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=rank.__getitem__)
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
+    return order
 
 
 def natural_order(text: str) -> tuple[tuple[int, int, str], ...]:

@@ -23,7 +23,7 @@ def read_coco(path: Path) -> tuple[list[dict[str, Any]], dict[Any, list[dict[str
     Raises
     ------
     ImageError
-        If the file is not COCO JSON.
+        If the file is not COCO JSON, or has annotations and not one for an image of its own.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -42,6 +42,9 @@ def read_coco(path: Path) -> tuple[list[dict[str, Any]], dict[Any, list[dict[str
         for image in images:
             if not isinstance(image["file_name"], str):
                 raise TypeError
+        if annotations and not any(by_image[image["id"]] for image in images):
+            ids = f"{annotations[0]['image_id']!r} among {', '.join(repr(image['id']) for image in images[:3])}"
+            raise ImageError(f"{path}: no annotation belongs to an image (no image_id {ids}...); mend the ids")
     except (KeyError, TypeError):
         raise ImageError(f"{path}: not COCO instances; expected 'images' and 'annotations' with their ids") from None
     return images, by_image
@@ -62,7 +65,7 @@ def draw(annotations: list[dict[str, Any]], shape: tuple[int, int], notes: Count
             continue
         try:
             pieces.append(_piece(annotation["segmentation"], shape))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             if isinstance(error, ImageError):
                 raise
             raise PairError("bad annotation", f"annotation {annotation.get('id')}: no polygon or run lengths") from None

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinocell.runtime.command_line import whole_number
+
 if TYPE_CHECKING:
     from dinocell.data_shards.labelled_build import BuildReport
     from dinocell.data_shards.labelled_sources import Pair
@@ -102,7 +104,7 @@ def _kind(kinds: Any, name: str, summary: str, example: str) -> argparse.Argumen
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the labelled set to write")
     parser.add_argument(
         "--target-size",
-        type=_positive,
+        type=whole_number(1),
         metavar="PX",
         help="scale the longer side to this and pad to a square (default: keep sizes, one sub-folder a size)",
     )
@@ -116,12 +118,6 @@ def _kind(kinds: Any, name: str, summary: str, example: str) -> argparse.Argumen
         "--licence", default="", metavar="TEXT", help="note on the data's licence, kept in dataset.json"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _channel(text: str) -> int | str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from dinocell.data_shards.locations import open_bytes
+from dinocell.data_shards.picture import square_pixel
 from dinocell.errors import ImageError
 
 INDEX_NAMES = ("Index.idx.xml", "Index.xml")
@@ -79,8 +80,8 @@ def _note_channel(element: ElementTree.Element, known: dict[int, HarmonyChannel]
 def _pixel_size_um(across: str | None, down: str | None) -> float | None:
     if not across:
         return None
-    size = float(across)
-    if size <= 0 or (down and abs(float(down) - size) > 0.001 * size):
+    size = square_pixel(float(across), float(down or across))
+    if size is None:
         return None
     # Twelve digits: 6.5E-07 m is 0.65 um, not 0.6499999999999999.
     return float(f"{size * _UM_PER_METRE:.12g}")

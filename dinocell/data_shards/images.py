@@ -61,6 +61,7 @@ _DECODER_ERRORS = (
     AttributeError,
     ArithmeticError,
     MemoryError,
+    AssertionError,
     SyntaxError,
     struct.error,
     zlib.error,

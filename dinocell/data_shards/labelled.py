@@ -195,6 +195,10 @@ def _array_folders(folder: Path) -> list[Path]:
     folders = sorted(path.parent for path in folder.glob("*/imgs.npy"))
     if not folders:
         raise ImageError(f"{folder}: no labelled set (no imgs.npy); make one with 'dinocell dataset'")
+    # Read as groups of one, their own descriptions would be lost: padding would be taken for picture.
+    sets = [path.name for path in folders if (path / "dataset.json").exists()]
+    if sets:
+        raise ImageError(f"{folder}: a folder of labelled sets ({', '.join(sets[:4])}); name them one by one")
     return folders
 
 

@@ -98,8 +98,9 @@ def folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
             raise ImageError(f"{output}: exists already and is not a labelled set alone; choose another output")
         if not overwrite:
             raise ImageError(f"{output}: exists already; add --overwrite to replace it")
-    building = output.with_name(f".{output.name}.building")
-    old = output.with_name(f".{output.name}.old")
+    target = output.resolve()  # a link stays, and what it leads to is replaced
+    building = target.with_name(f".{target.name}.building")
+    old = target.with_name(f".{target.name}.old")
     try:
         building.mkdir(parents=True, exist_ok=True)
         lock = os.open(building, os.O_RDONLY)
@@ -108,10 +109,10 @@ def folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
             try:
                 _clear(building)  # what a killed build left
                 yield building
-                if output.exists():
+                if target.exists():
                     shutil.rmtree(old, ignore_errors=True)
-                    output.rename(old)
-                building.rename(output)
+                    target.rename(old)
+                building.rename(target)
                 shutil.rmtree(old, ignore_errors=True)
             finally:
                 shutil.rmtree(building, ignore_errors=True)

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from jaxtyping import Integer
 
 from dinocell.data_shards.coco import draw, read_coco
 from dinocell.data_shards.images import IMAGE_SUFFIXES, Picture, read_image
-from dinocell.data_shards.listing import list_files
+from dinocell.data_shards.listing import Listed, list_files
 from dinocell.data_shards.masks import ENCODINGS, PairError, read_instances, read_labels, read_regions
 from dinocell.errors import DinocellError
 
@@ -59,9 +60,9 @@ def livecell_pairs(folder: Path, *, split: str | None = None, annotations: Path 
     path = annotations or _annotation_file(folder, split)
     images, by_image = read_coco(path)
     places: dict[str, list[Path]] = {}
-    for place in sorted(_visible(folder.rglob("*"))):
-        if place.suffix.lower() in IMAGE_SUFFIXES:
-            places.setdefault(_nfc(place.name), []).append(place)
+    for file in _files(folder):
+        if file.name.lower().endswith(IMAGE_SUFFIXES):
+            places.setdefault(file.name.rpartition("/")[2], []).append(Path(file.path))
     pairs = []
     for image in images:
         # By name, never by joining: a file_name such as ../../x must not lead out of the folder.
@@ -133,7 +134,7 @@ def dsb2018_pairs(folder: Path) -> list[Pair]:
         found = [path for path in sorted(_visible(images.iterdir())) if path.suffix.lower() in IMAGE_SUFFIXES]
         masks = sorted(_visible(images.parent.glob("masks/*")))
         masks = [path for path in masks if path.suffix.lower() in IMAGE_SUFFIXES]
-        pairs.append(Pair(name=name, read=partial(read_pair, name, found[0] if found else None, masks, "instances")))
+        pairs.append(Pair(name=name, read=partial(_read_matched, name, found, masks, "instances")))
     if not pairs:
         raise PairError("no pairs", f"{folder}: no <id>/images/<id>.png in it")
     return pairs
@@ -170,13 +171,12 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
     found: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     # A name that fits both ('{name}.tif' fits 'a_mask.tif' too) belongs to the pattern that says more about it.
     order = sorted(((0, image_pattern, images), (1, mask_pattern, masks)), key=lambda entry: -_num_literal(entry[2]))
-    files = _files_of(folder, images) | _files_of(folder, masks)
-    for name, path in sorted(files.items()):
+    for file in _files_of_patterns(folder, (images, masks)):
         for kind, pattern, _ in order:
-            match = pattern.fullmatch(name)
+            match = pattern.fullmatch(file.name)
             if match:
                 key = tuple(str(match[field]) for field in fields)
-                found.setdefault(key, ([], []))[kind].append(path)
+                found.setdefault(key, ([], []))[kind].append(Path(file.path))
                 break
     if not any(of_image for of_image, _ in found.values()):
         raise PairError("no pairs", f"{folder}: no file fits the pattern {images!r}")
@@ -186,31 +186,11 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
     ]
 
 
-def _files_of(folder: Path, pattern: str) -> dict[str, Path]:
-    """Return the files that may fit a pattern, by their names below ``folder``, in one Unicode spelling.
-
-    They lie below the folders that the pattern begins with and that are the same for all. Nothing else is looked at:
-    images and masks on two disks have only the root in common.
-    """
-    place, above = folder, ""
-    for part in _nfc(pattern).removeprefix("./").split("/")[:-1]:
-        if set("{*") & set(part):
-            break
-        inside = place / part
-        if not inside.is_dir():  # or there is one in another spelling
-            found = [path for path in place.iterdir() if _nfc(path.name) == part and path.is_dir()]
-            if not found:
-                return {}
-            inside = found[0]
-        place, above = inside, f"{above}{part}/"
-    return {above + file.name: Path(file.path) for file in list_files(place, folders_as_files=(".zarr",))}
-
-
 def _read_matched(name: str, images: list[Path], masks: list[Path], encoding: str) -> PairContent:
     if len(images) > 1:
-        _fail("several files", f"{name}: {len(images)} images fit the pattern, such as {images[0]} and {images[1]}")
+        _fail("several files", f"{name}: {len(images)} images of that name, such as {images[0]} and {images[1]}")
     if len(masks) > 1 and encoding != "instances":
-        _fail("several files", f"{name}: {len(masks)} masks fit the pattern, such as {masks[0]} and {masks[1]}")
+        _fail("several files", f"{name}: {len(masks)} masks of that name, such as {masks[0]} and {masks[1]}")
     return read_pair(name, images[0] if images else None, masks, encoding)
 
 
@@ -261,7 +241,7 @@ def _fail(kind: str, message: str) -> NoReturn:
 
 def _annotation_file(folder: Path, split: str | None) -> Path:
     name = f"livecell_coco_{split}.json" if split else "*.json"
-    found = sorted(path for path in folder.rglob(name) if path.is_file())
+    found = [Path(file.path) for file in _files(folder) if fnmatchcase(file.name.rpartition("/")[2], name)]
     if len(found) == 1:
         return found[0]
     what = "no" if not found else f"{len(found)} files"
@@ -294,6 +274,41 @@ def _regex_parts(pattern: str) -> Iterator[str]:
 
 def _num_literal(pattern: str) -> int:
     return len(re.sub(r"\{\w+\}|\*", "", pattern))
+
+
+def _files(folder: Path) -> list[Listed]:
+    """List what lies below a folder and folders linked into it, without hidden files; a ``.zarr`` is one picture."""
+    return list_files(folder, folders_as_files=(".zarr",))
+
+
+def _files_of_patterns(folder: Path, patterns: Sequence[str]) -> list[Listed]:
+    """List what patterns may fit: what lies below the folders that they name in full.
+
+    Nothing else is looked at: images and masks on two disks have only the root in common.
+    """
+    found: dict[str, Listed] = {}
+    for pattern in patterns:
+        named = _named_folder(folder, pattern)
+        if named is not None:
+            place, above = named
+            found |= {(name := above + file.name): Listed(name, file.path) for file in _files(place)}
+    return sorted(found.values())
+
+
+def _named_folder(folder: Path, pattern: str) -> tuple[Path, str] | None:
+    """Return the last folder that a pattern names in full, and its name below ``folder``; None if it is not there."""
+    place, above = folder, ""
+    for part in _nfc(pattern).removeprefix("./").split("/")[:-1]:
+        if set("{*") & set(part):
+            break
+        inside = place / part
+        if not inside.is_dir():  # or there is one in another Unicode spelling
+            same = [path for path in place.iterdir() if _nfc(path.name) == part and path.is_dir()]
+            if not same:
+                return None
+            inside = same[0]
+        place, above = inside, f"{above}{part}/"
+    return place, above
 
 
 def _visible(paths: Iterable[Path]) -> Iterator[Path]:

@@ -9,9 +9,9 @@ import numpy as np
 from dinocell.data_shards.fields import Field, read_field
 from dinocell.data_shards.picture import percentile_range
 from dinocell.data_shards.plan import Plan
-from dinocell.data_shards.shard import Levels, ShardSettings
+from dinocell.data_shards.shard import Levels, ShardSettings, UnusableFieldError, check_in_reach, usable
 from dinocell.data_shards.workers import run_tasks
-from dinocell.errors import ImageError, ShardError
+from dinocell.errors import ImageError
 from dinocell.runtime.atomic import write_atomically
 
 # Fields of a plate that are looked at: enough for percentiles of 0.1 and 99.9 that no single field decides.
@@ -25,10 +25,12 @@ def plate_levels(plan: Plan, settings: ShardSettings, workers: int) -> Levels:
 
     They are kept beside the plan, so that an interrupted build, or another part of it, does not compute them again.
 
+    A plate none of whose fields can be used has no levels: its fields are rejected when their shards are built.
+
     Raises
     ------
     ShardError
-        If no field of a plate can be read.
+        If none of a plate's fields can be read, and they are more than a few.
     """
     folder = plan.folder / "levels"
     folder.mkdir(exist_ok=True)
@@ -39,7 +41,7 @@ def plate_levels(plan: Plan, settings: ShardSettings, workers: int) -> Levels:
         if path.exists():
             levels[plate] = {name: (low, high) for name, (low, high) in json.loads(path.read_text()).items()}
         else:
-            waiting.append((plate, fields, settings.percentiles))
+            waiting.append((plate, fields, settings))
     for plate, found in run_tasks(_levels_of_plate, waiting, workers=workers):
         write_atomically(folder / f"{_hash(plate)}.json", json.dumps(found))
         levels[plate] = found
@@ -62,30 +64,27 @@ def _chosen_fields(plan: Plan) -> dict[str, list[Field]]:
 
 
 def _levels_of_plate(
-    task: tuple[str, list[Field], tuple[int | float, int | float]],
+    task: tuple[str, list[Field], ShardSettings],
 ) -> tuple[str, dict[str, tuple[float, float]]]:
-    plate, fields, percentiles = task
+    plate, fields, settings = task
     values: defaultdict[str, list[np.ndarray]] = defaultdict(list)
-    first_error: ImageError | None = None
+    unreadable: list[str] = []
     for field in fields:
         try:
-            picture = read_field(field)
+            picture = usable(read_field(field), settings)
+        except UnusableFieldError:
+            continue
         except ImageError as error:
-            first_error = first_error or error
+            unreadable.append(str(error))
             continue
         for name, plane in zip(picture.channel_names, picture.pixels, strict=True):
             rows, columns = (max(1, side // _GRID) for side in plane.shape)
             values[name].append(plane[::rows, ::columns].ravel())
     if not values:
-        raise ShardError(
-            f"plate {plate or '(none)'}: none of {len(fields)} fields can be read; the first: {first_error}"
-        )
-    try:
-        return plate, {
-            name: percentile_range(np.concatenate(found), *percentiles) for name, found in sorted(values.items())
-        }
-    except ImageError as error:
-        raise ShardError(f"plate {plate or '(none)'}: {error}") from error
+        check_in_reach(unreadable, len(fields), settings, of=f"plate {plate or '(none)'}")
+    return plate, {
+        name: percentile_range(np.concatenate(found), *settings.percentiles) for name, found in sorted(values.items())
+    }
 
 
 def _hash(text: str) -> str:

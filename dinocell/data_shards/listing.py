@@ -46,6 +46,7 @@ def list_files(address: str | Path, *, folders_as_files: tuple[str, ...] = ()) -
     if local is not None:
         found = _list_local(local, folders_as_files)
     elif str(address).startswith(_WEB):
+        _check_web(str(address))
         if str(address).endswith("/") or not PurePosixPath(urllib.parse.urlsplit(str(address)).path).suffix:
             raise ImageError(f"{address}: web folders cannot be listed; name one file, or a table of files")
         found = [Listed(base_name(address), str(address))]
@@ -56,6 +57,13 @@ def list_files(address: str | Path, *, folders_as_files: tuple[str, ...] = ()) -
         if one.name == other.name:
             raise ImageError(f"{one.path} and {other.path}: one name in two Unicode spellings; rename one of them")
     return found
+
+
+def _check_web(address: str) -> None:
+    try:
+        urllib.parse.urlsplit(address)
+    except ValueError as error:
+        raise ImageError(f"{address}: no web address ({error})") from None
 
 
 def join(address: str, *parts: str) -> str:

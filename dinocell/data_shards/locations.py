@@ -61,7 +61,7 @@ def web_file_exists(url: str) -> bool:
     """
 
     def fetch() -> bytes:
-        with urllib.request.urlopen(urllib.request.Request(_quoted(url), method="HEAD"), timeout=_TIMEOUT_S):
+        with urllib.request.urlopen(urllib.request.Request(quoted(url), method="HEAD"), timeout=_TIMEOUT_S):
             return b""
 
     try:
@@ -74,6 +74,11 @@ def web_file_exists(url: str) -> bool:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
+
+
+def quoted(url: str) -> str:
+    """Return an address with spaces and letters beyond ASCII as percent signs; what is quoted already stays."""
+    return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
 
 def bucket_options(url: str) -> dict[str, Any]:
@@ -91,6 +96,15 @@ def bucket_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return (OSError, ValueError)
     return (OSError, ValueError, BotoCoreError)
+
+
+def _bucket_outages() -> tuple[type[Exception], ...]:
+    """Return what fsspec raises, besides OSError, when a bucket is out of reach."""
+    try:
+        from botocore import exceptions  # type: ignore[import-untyped]
+    except ImportError:
+        return ()
+    return (exceptions.ConnectionError, exceptions.HTTPClientError)
 
 
 def local_path(path: str | Path) -> Path | None:
@@ -127,8 +141,13 @@ def _read_local(path: Path, first: int | None) -> bytes:
 
 def _read_web(url: str, first: int | None) -> bytes:
     def fetch() -> bytes:
-        with urllib.request.urlopen(_quoted(url), timeout=_TIMEOUT_S) as response:
-            return bytes(response.read(first))  # raises IncompleteRead where the server promised more
+        with urllib.request.urlopen(quoted(url), timeout=_TIMEOUT_S) as response:
+            content = bytes(
+                response.read(first)
+            )  # raises IncompleteRead where the server promised more, if all is read
+            if first is not None and len(content) < first and response.length:
+                raise http.client.IncompleteRead(content, response.length)
+            return content
 
     try:
         return _with_patience(fetch)
@@ -139,11 +158,6 @@ def _read_web(url: str, first: int | None) -> bytes:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
 
 
-def _quoted(url: str) -> str:
-    """Return an address with spaces and letters beyond ASCII as percent signs; what is quoted already stays."""
-    return urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-
-
 def _read_bucket(url: str, first: int | None) -> bytes:
     import fsspec  # type: ignore[import-untyped]
 
@@ -152,7 +166,7 @@ def _read_bucket(url: str, first: int | None) -> bytes:
         return bytes(files.cat_file(path) if first is None else files.cat_file(path, start=0, end=first))
 
     try:
-        return _with_patience(fetch)
+        return _with_patience(fetch, outages=_bucket_outages())
     except ImportError as error:
         raise ImageError(f"{url}: {_line(error)}") from error
     except FileNotFoundError:
@@ -161,12 +175,13 @@ def _read_bucket(url: str, first: int | None) -> bytes:
         raise ImageError(f"{url}: cannot be fetched ({_line(error)})") from error
 
 
-def _with_patience(fetch: Callable[[], bytes]) -> bytes:
-    """Call ``fetch`` again, after a pause, where the network or the server failed it."""
+def _with_patience(fetch: Callable[[], bytes], *, outages: tuple[type[Exception], ...] = ()) -> bytes:
+    """Call ``fetch`` again, after a pause, where network or server failed it, or it raised one of ``outages``."""
+    failures: tuple[type[Exception], ...] = (OSError, http.client.HTTPException, *outages)
     for pause_s in _PAUSES_S:
         try:
             return fetch()
-        except (OSError, http.client.HTTPException) as error:
+        except failures as error:
             if not _is_passing(error):
                 raise
             if isinstance(error, urllib.error.HTTPError):

@@ -89,7 +89,7 @@ def read_manifest(location: str | Path) -> Manifest:
     """
     path = beside(location, MANIFEST)
     folder = local_path(location)
-    if folder is not None and not Path(path).exists():
+    if folder is not None and not (folder / MANIFEST).exists():
         unfinished = (folder / ".build").exists()
         if unfinished:
             raise ShardError(f"{location}: the build is unfinished; run it again, or 'shards merge' (no {MANIFEST})")
@@ -116,6 +116,30 @@ def read_manifest(location: str | Path) -> Manifest:
     return manifest
 
 
+def check_files(location: str | Path, manifest: Manifest) -> None:
+    """Check that the shards of a set on this disk are there, in their full length.
+
+    Raises
+    ------
+    ShardError
+        If they are not; the message names the first of them.
+    """
+    wrong = []
+    for shard in manifest.shards:
+        path = local_path(beside(location, shard.file))
+        assert path is not None
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            wrong.append(f"{shard.file} is missing")
+        else:
+            if size != shard.num_bytes:
+                wrong.append(f"{shard.file} has {size} bytes instead of {shard.num_bytes}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ShardError(f"{location}: {'; '.join(wrong[:3])}{more}; copy or build the set again")
+
+
 def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "samples 2"]:
     """Return first byte and number of bytes of every sample; memory-mapped where the set lies on this disk.
 
@@ -127,9 +151,10 @@ def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "
     import io
 
     path = beside(location, INDEX)
+    local = local_path(path)
     try:
-        if local_path(path) is not None:
-            index: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        if local is not None:
+            index: np.ndarray = np.load(local, mmap_mode="r", allow_pickle=False)
         else:
             index = np.load(io.BytesIO(open_bytes(path)), allow_pickle=False)
     except (ImageError, OSError, ValueError, EOFError) as error:
@@ -143,5 +168,7 @@ def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "
 
 
 def beside(location: str | Path, name: str) -> str:
-    """Return the path or address of a file of the set."""
-    return f"{str(location).rstrip('/')}/{name}"
+    """Return the path or address of a file of the set; what a web address has after ``?`` goes to its end."""
+    text = str(location)
+    folder, mark, query = text.partition("?") if text.startswith(("http://", "https://")) else (text, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"

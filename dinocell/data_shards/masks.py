@@ -50,7 +50,7 @@ def read_labels(path: str | Path) -> Integer[np.ndarray, "h w"]:
     labels: np.ndarray = planes[0]
     if labels.dtype.kind not in "ui" and labels.dtype != np.bool_:
         raise PairError("not a label image", f"{path}: values of type {labels.dtype}; save the labels as whole numbers")
-    if labels.dtype == np.bool_ or (labels.dtype == np.uint8 and labels.max() == 255 and not _has_other_ids(labels)):
+    if labels.dtype == np.bool_ or (labels.dtype.kind == "u" and _is_black_and_white(labels)):
         raise PairError(
             "not a label image",
             f"{path}: a mask of two values, in which cells that touch are one; "
@@ -152,8 +152,10 @@ def _planes(path: str | Path) -> np.ndarray:
     return picture.pixels
 
 
-def _has_other_ids(labels: np.ndarray) -> bool:
-    return bool(np.any((labels != 0) & (labels != 255)))
+def _is_black_and_white(labels: np.ndarray) -> bool:
+    """Say whether all that is not 0 is the largest number of the type: 255, or 65,535 where 16 bits were made of it."""
+    white = np.iinfo(labels.dtype).max
+    return bool(labels.max() == white and np.isin(labels, (0, white)).all())
 
 
 def _size(shape: tuple[Any, ...]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dinocell import __version__
+from dinocell.data_shards.channel_files import common_order
 from dinocell.data_shards.manifest import INDEX, MANIFEST, REJECTED, Manifest, Shard, read_manifest
 from dinocell.data_shards.plan import BUILD_FOLDER, Plan, open_plan
 from dinocell.data_shards.statistics import Histogram
@@ -26,7 +27,7 @@ def merge(output: str | Path) -> Manifest:
     Raises
     ------
     ShardError
-        If there is no build, shards are missing, or not one sample came out.
+        If there is no build, shards are missing, not one sample came out, or the files cannot be written.
     """
     output = Path(output)
     plan = open_plan(output)
@@ -34,15 +35,19 @@ def merge(output: str | Path) -> Manifest:
         manifest = read_manifest(output)
         tidy(output)
         return manifest
-    missing = [number for number in range(plan.num_shards) if not record_path(plan, number).exists()]
-    if missing:
-        named = ", ".join(str(number) for number in missing[:8]) + (", ..." if len(missing) > 8 else "")
+    try:
+        _check_complete(plan, output)
+        manifest = _merged(plan, output)
+        write_atomically(output / MANIFEST, manifest.to_json())
+    except (OSError, ShardError) as error:
+        if (output / MANIFEST).exists():  # another process has merged meanwhile, and removed the records
+            return read_manifest(output)
+        if isinstance(error, ShardError):
+            raise
         raise ShardError(
-            f"{output}: {len(missing)} of {plan.num_shards} shards are not built yet ({named}); "
-            "run the build again, or the parts that are missing"
-        )
-    manifest = _merged(plan, output)
-    write_atomically(output / MANIFEST, manifest.to_json())
+            f"{output}: cannot be written ({error.strerror or error}); what is built so far stays, "
+            "run the same command again to continue"
+        ) from error
     tidy(output)
     return manifest
 
@@ -59,10 +64,21 @@ def record_path(plan: Plan, number: int) -> Path:
     return plan.folder / "records" / f"{number:06d}.json.gz"
 
 
+def _check_complete(plan: Plan, output: Path) -> None:
+    missing = [number for number in range(plan.num_shards) if not record_path(plan, number).exists()]
+    if missing:
+        named = ", ".join(str(number) for number in missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise ShardError(
+            f"{output}: {len(missing)} of {plan.num_shards} shards are not built yet ({named}); "
+            "run the build again, or the parts that are missing"
+        )
+
+
 def _merged(plan: Plan, output: Path) -> Manifest:
     shards: list[Shard] = []
     index: list[np.ndarray] = []
     histograms: dict[str, Histogram] = {}
+    orders: set[tuple[str, ...]] = set()
     shapes: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     first_reason = ""
@@ -90,6 +106,7 @@ def _merged(plan: Plan, output: Path) -> Manifest:
             index.append(np.array(record["index"], np.uint64))
             num_fields += record["num_fields"]
             shapes.update(record["shapes"])
+            orders |= {tuple(names) for names in record["channel_orders"]}
             for name, content in record["histograms"].items():
                 histograms.setdefault(name, Histogram()).merge(Histogram.from_json(content))
         if not shards:
@@ -101,7 +118,7 @@ def _merged(plan: Plan, output: Path) -> Manifest:
         num_samples=sum(shard.num_samples for shard in shards),
         num_fields=num_fields,
         shards=tuple(shards),
-        channels={name: histogram.statistics() for name, histogram in histograms.items()},
+        channels={name: histograms[name].statistics() for name in common_order(orders)},
         shapes=dict(sorted(shapes.items())),
         rejected=dict(sorted(kinds.items())),
         settings=plan.settings,

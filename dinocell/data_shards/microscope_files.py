@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dinocell.data_shards.picture import COLOURS, Picture
+from dinocell.data_shards.picture import COLOURS, Picture, square_pixel
 from dinocell.errors import ImageError
 
 _NEEDS = "reading ND2 and CZI needs an extra: pip install 'dinocell-toolkit[microscopes]', or export as OME-TIFF"
@@ -51,6 +51,4 @@ class MicroscopeFrames:
 
 def _pixel_size_um(image: Any) -> float | None:
     sizes = image.physical_pixel_sizes
-    if sizes.X is None or sizes.Y is None or sizes.X <= 0 or abs(sizes.X - sizes.Y) > 0.001 * sizes.X:
-        return None
-    return float(sizes.X)
+    return square_pixel(sizes.X, sizes.Y)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dinocell.data_shards.locations import bucket_options
-from dinocell.data_shards.picture import Picture
+from dinocell.data_shards.picture import Picture, square_pixel
 from dinocell.errors import ImageError
 
 _UM_PER_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}
@@ -74,6 +74,6 @@ def _pixel_size_um(axes: list[dict[str, Any]], scales: dict[str, Any]) -> float 
                 sizes = sizes * transform["scale"]
     units = [_UM_PER_UNIT.get(str(axis.get("unit"))) for axis in axes[-2:]]
     down, across = sizes[-2:]
-    if units[0] is None or units[0] != units[1] or abs(down - across) > 0.001 * across:
+    if units[0] is None or units[0] != units[1]:
         return None
-    return float(across * units[0])
+    return square_pixel(float(across * units[0]), float(down * units[0]))

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinocell.errors import ShardError
+
 
 class Place(NamedTuple):
     """Where a position leads: the epoch, the shard, the sample's number in the shard, and in the set."""
@@ -102,6 +104,11 @@ class Mixture:
     ----------
     weights
         A positive number a set; shares are kept to 1 in 10,000, in every 10,000 positions.
+
+    Raises
+    ------
+    ShardError
+        If a number is not positive, or so small beside the others that its set would never come.
     """
 
     _PERIOD = 10_000
@@ -109,11 +116,14 @@ class Mixture:
     def __init__(self, weights: Sequence[int | float], *, seed: int = 0) -> None:
         shares = np.array(weights, np.float64)
         if not len(shares) or not (np.isfinite(shares).all() and (shares > 0).all()):
-            raise ValueError(f"weights: expected positive numbers, got {list(weights)}")
+            raise ShardError(f"weights: expected positive numbers, got {list(weights)}")
         ends = np.rint(np.cumsum(shares) / shares.sum() * self._PERIOD).astype(np.int64)
         self._counts = np.diff(ends, prepend=0)
         if self._counts.min() < 1:
-            raise ValueError(f"weights: the smallest is less than 1/{self._PERIOD} of all, got {list(weights)}")
+            raise ShardError(
+                f"shard sets: the smallest would be less than 1/{self._PERIOD} of all, got {list(weights)} "
+                "(their samples, if no weights were given); give weights that ask for more of it, or leave it out"
+            )
         owner = np.repeat(np.arange(len(shares)), self._counts)
         self._owner = np.random.default_rng([seed, 0x6D6978]).permutation(owner) if len(shares) > 1 else owner
         self._rank = np.empty(self._PERIOD, np.int64)

@@ -110,6 +110,16 @@ class Picture:
         return replace(self, pixels=self.pixels[:1], channel_names=())
 
 
+def square_pixel(across: float | None, down: float | None) -> float | None:
+    """Return the side of a pixel; None where it is not known, not a positive number, or not the same along both axes.
+
+    Files say 0, infinite or NaN (in OME's XML too) where a microscope was not calibrated.
+    """
+    if across is None or down is None or not (0 < across < math.inf and abs(across - down) <= 0.001 * across):
+        return None
+    return float(across)
+
+
 def picture_of(image: Shaped[np.ndarray, "..."]) -> Picture:
     """Return an array as a picture: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
 
@@ -170,6 +180,8 @@ def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: 
         counts = np.bincount(pixels.ravel()).cumsum()  # 20 times faster than sorting 4 megapixels
         return Range(*(_level_of(counts, pixels.size, percent) for percent in (low, high)))
     _check_finite(pixels)
+    if pixels.dtype.kind in "iu" or pixels.dtype == np.float16:
+        pixels = pixels.astype(np.float64)  # NumPy takes differences of levels, which such types may not hold
     return Range(*(float(level) for level in np.percentile(pixels, (low, high))))
 
 

@@ -9,6 +9,7 @@ Fields are dealt to shards at random (seeded), so that neighbours on a plate do 
 import gzip
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ BUILD_FOLDER = ".build"
 
 # Small sets give every core of a small machine something to do, and every loader worker a shard of its own.
 _MIN_SHARDS = 8
-_TRIED_FOR_SIZE = 20
+_TRIED_FOR_SIZE = 20  # of the first fields, and as many of all
 _SPOOLED_BYTES = 64 << 20
 
 
@@ -99,7 +100,7 @@ def make_plan(
         num_fields = _spool(source, folder, listed)
         if num_fields == 0:
             raise ShardError(_nothing_found(folder))
-        per_shard = max(1, samples_per_shard // _tiles_of_a_field(folder, tile_settings))
+        per_shard = max(1, samples_per_shard // _tiles_of_a_field(folder, num_fields, tile_settings))
         per_shard = min(per_shard, max(1, num_fields // _MIN_SHARDS))
         num_shards = -(-num_fields // per_shard)
         _deal(folder, num_fields, per_shard, shuffle_seed)
@@ -134,6 +135,8 @@ def _spool(source: Source, folder: Path, listed: Callable[[int], None]) -> int:
     ):
         for item in source.fields():
             line = json.dumps(asdict(item), ensure_ascii=False) + "\n"
+            if not line.isascii():
+                _check_unicode(line)
             if isinstance(item, Rejected):
                 rejected.write(line)
                 continue
@@ -145,6 +148,14 @@ def _spool(source: Source, folder: Path, listed: Callable[[int], None]) -> int:
         number = hashes.index(int(values[np.argmax(counts > 1)]))
         raise ShardError(f"two fields have the id {_nth_field(folder, number).id!r}; ids must differ")
     return len(hashes)
+
+
+def _check_unicode(line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # names are checked where they are listed; this is the folder that the user named
+        shown = os.fsencode(line).decode("utf-8", "backslashreplace").strip()
+        raise ShardError(f"the path of the input is not Unicode (UTF-8), rename its folder; in {shown}") from None
 
 
 def _deal(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:
@@ -175,10 +186,14 @@ def _deal(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:
     (folder / "spool.jsonl").unlink()
 
 
-def _tiles_of_a_field(folder: Path, settings: TileSettings) -> int:
+def _tiles_of_a_field(folder: Path, num_fields: int, settings: TileSettings) -> int:
+    """Return how many tiles the first field gives that can be read; a whole folder of others may come before it."""
+    tried = {*range(_TRIED_FOR_SIZE), *np.linspace(0, num_fields - 1, _TRIED_FOR_SIZE, dtype=int).tolist()}
     first_error: ImageError | None = None
     with (folder / "spool.jsonl").open(encoding="utf-8") as lines:
-        for line, _ in zip(lines, range(_TRIED_FOR_SIZE), strict=False):
+        for number, line in enumerate(lines):
+            if number not in tried:
+                continue
             try:
                 picture = read_field(_field_from(json.loads(line)))
             except ImageError as error:
@@ -186,7 +201,8 @@ def _tiles_of_a_field(folder: Path, settings: TileSettings) -> int:
                 continue
             _, height, width = picture.pixels.shape
             return len(list(tiles(height, width, settings)))
-    raise ShardError(f"none of the first fields can be read; the first: {first_error}")
+    num_tried = sum(number < num_fields for number in tried)
+    raise ShardError(f"none of {num_tried} of {num_fields} fields can be read; the first: {first_error}")
 
 
 def _nothing_found(folder: Path) -> str:

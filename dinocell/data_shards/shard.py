@@ -72,6 +72,7 @@ class BuiltShard:
     sha256: str
     index: list[tuple[int, int]]
     histograms: Mapping[str, Histogram]
+    channel_orders: list[tuple[str, ...]]
     shapes: Counter[str]
     rejected: list[Rejected]
 
@@ -83,6 +84,7 @@ class BuiltShard:
             "sha256": self.sha256,
             "index": self.index,
             "histograms": {name: histogram.to_json() for name, histogram in self.histograms.items()},
+            "channel_orders": self.channel_orders,
             "shapes": self.shapes,
             "rejected": [asdict(item) for item in self.rejected],
         }
@@ -101,9 +103,9 @@ def build_shard(
     writer = _ShardWriter(file, settings, levels)
     for each in fields:
         try:
-            picture = _checked(read_field(each), settings)
+            picture = usable(read_field(each), settings)
         except ImageError as error:
-            kind = error.kind if isinstance(error, _UnusableFieldError) else "unreadable"
+            kind = error.kind if isinstance(error, UnusableFieldError) else "unreadable"
             if strict and kind == "unreadable":
                 raise ShardError(
                     f"{error} (field {each.id}; without --strict it would be listed and skipped)"
@@ -111,16 +113,21 @@ def build_shard(
             writer.rejected.append(Rejected(input=each.id, kind=kind, reason=str(error)))
         else:
             writer.add(each, picture)
-    unreadable = [item for item in writer.rejected if item.kind == "unreadable"]
-    if len(unreadable) > max(_FEW, settings.max_unreadable * len(fields)):
-        raise ShardError(
-            f"{len(unreadable)} of {len(fields)} fields of a shard cannot be read; is the storage in reach? "
-            f"The first: {unreadable[0].reason} (--max-unreadable 1 builds without them)"
-        )
+    unreadable = [item.reason for item in writer.rejected if item.kind == "unreadable"]
+    check_in_reach(unreadable, len(fields), settings, of="a shard")
     return writer.finish()
 
 
-class _UnusableFieldError(ImageError):
+def check_in_reach(unreadable: Sequence[str], num_fields: int, settings: ShardSettings, *, of: str) -> None:
+    """Raise ShardError if so many fields cannot be read, for the given reasons, that it must be the storage's fault."""
+    if len(unreadable) > max(_FEW, settings.max_unreadable * num_fields):
+        raise ShardError(
+            f"{len(unreadable)} of {num_fields} fields of {of} cannot be read; is the storage in reach? "
+            f"The first: {unreadable[0]} (--max-unreadable 1 builds without them)"
+        )
+
+
+class UnusableFieldError(ImageError):
     """A field that was read and gives no sample."""
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -128,23 +135,30 @@ class _UnusableFieldError(ImageError):
         self.kind = kind
 
 
-def _checked(picture: Picture, settings: ShardSettings) -> Picture:
+def usable(picture: Picture, settings: ShardSettings) -> Picture:
+    """Return a field's picture, bool as uint8.
+
+    Raises
+    ------
+    UnusableFieldError
+        If it is too small, or its values are not finite or of a type that the set cannot hold.
+    """
     pixels = picture.pixels
     if pixels.dtype == np.bool_:
         pixels = pixels.view(np.uint8)
     _, height, width = pixels.shape
     if min(height, width) < settings.tiles.min_size:
-        raise _UnusableFieldError(
+        raise UnusableFieldError(
             "too small", f"{height} x {width} pixels, at least {settings.tiles.min_size} a side needed (--min-size)"
         )
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         bad = pixels.size - int(np.isfinite(pixels).sum())
-        raise _UnusableFieldError("not finite", f"{bad} of {pixels.size} values are NaN or infinite")
+        raise UnusableFieldError("not finite", f"{bad} of {pixels.size} values are NaN or infinite")
     if settings.depth is None:
         try:
             codec(settings.codec, pixels.dtype)
         except ShardError as error:
-            raise _UnusableFieldError("type", str(error)) from error
+            raise UnusableFieldError("type", str(error)) from error
     return replace(picture, pixels=pixels)
 
 
@@ -175,6 +189,7 @@ class _ShardWriter:
         self._num_fields = 0
         self._index: list[tuple[int, int]] = []
         self._histograms: dict[str, Histogram] = {}
+        self._orders: set[tuple[str, ...]] = set()
         self._shapes: Counter[str] = Counter()
         self.rejected: list[Rejected] = []
 
@@ -208,6 +223,7 @@ class _ShardWriter:
             sha256=self._file.hash.hexdigest(),
             index=self._index,
             histograms=self._histograms,
+            channel_orders=sorted(self._orders),
             shapes=self._shapes,
             rejected=self.rejected,
         )
@@ -255,6 +271,7 @@ class _ShardWriter:
             header.size, header.mode = len(content), 0o444
             self._tar.addfile(header, io.BytesIO(content))
         self._index.append((start, self._tar.offset - start))
+        self._orders.add(picture.channel_names)
         for name, plane in zip(picture.channel_names, pixels, strict=True):
             self._histograms.setdefault(name, Histogram()).add(plane)
         self._shapes[f"{len(pixels)} x {info.height} x {info.width} {info.dtype}"] += 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from dinocell.data_shards.cache import ShardCache, check_room
 from dinocell.data_shards.locations import local_path
-from dinocell.data_shards.manifest import Shard, beside, read_index, read_manifest
+from dinocell.data_shards.manifest import Shard, beside, check_files, read_index, read_manifest
 from dinocell.data_shards.order import EpochOrder, Place
 from dinocell.data_shards.sample import RawSample, SampleError, parse_sample
 from dinocell.errors import ShardError
@@ -33,7 +33,7 @@ class ShardSet:
         if self._cache is not None:
             check_room(self._cache, self.manifest.shards, block_shards)
         else:
-            self._check_shards()
+            check_files(location, self.manifest)
         self._again = {"seed": seed, "shuffle": shuffle, "block_shards": block_shards, "cache": cache}
         self._index = read_index(location, self.manifest)
         self._files: dict[int, int] = {}
@@ -61,6 +61,8 @@ class ShardSet:
             self._fetch_ahead(position)
         start, size = (int(number) for number in self._index[place.sample])
         shard = self.manifest.shards[place.shard]
+        if start + size > shard.num_bytes:
+            raise SampleError(f"{shard.file}: the index is damaged (bytes {start} to {start + size})")
         try:
             content = os.pread(self._open(place.shard), size, start)
         except OSError as error:
@@ -111,22 +113,6 @@ class ShardSet:
             except ShardError as error:  # the reader itself will try again, and fail where it is needed
                 _log.warning("%s", error)
                 return
-
-    def _check_shards(self) -> None:
-        wrong = []
-        for shard in self.manifest.shards:
-            path = local_path(beside(self.location, shard.file))
-            assert path is not None
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError:
-                wrong.append(f"{shard.file} is missing")
-            else:
-                if size != shard.num_bytes:
-                    wrong.append(f"{shard.file} has {size} bytes instead of {shard.num_bytes}")
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ShardError(f"{self.location}: {'; '.join(wrong[:3])}{more}; copy or build the set again")
 
 
 def _reopen(location: str, settings: dict[str, Any]) -> ShardSet:

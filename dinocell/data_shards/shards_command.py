@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinocell.data_shards.sources import add_source_arguments
-from dinocell.runtime.command_line import add_command
+from dinocell.runtime.command_line import add_command, whole_number
 
 if TYPE_CHECKING:
     from dinocell.data_shards.manifest import Manifest
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _MAX_KINDS = 12
 
 
-PreviewViews = Callable[[str, Path, str, Sequence[str], int, int], None]
+PreviewViews = Callable[[str, Path, str, Sequence[str], int, int, Path | None], None]
 
 
 def register(subparsers: Any, *, preview_views: PreviewViews | None = None) -> None:
@@ -239,7 +239,7 @@ def _add_verify(actions: Any) -> None:
         actions, "verify", "read a whole set and list what is damaged or missing", "dinocell shards verify shards/jump"
     )
     parser.add_argument("set", metavar="SET", help="folder or address of a set")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--workers", type=whole_number(1), metavar="N", help="processes (default: one a core)")
     parser.set_defaults(run=_run_verify)
 
 
@@ -278,8 +278,8 @@ def _add_preview(actions: Any, preview_views: PreviewViews | None) -> None:
     )
     parser.add_argument("set", metavar="SET", help="folder or address of a set")
     parser.add_argument("--output", type=Path, default=Path("preview.png"), metavar="PNG", help="(preview.png)")
-    parser.add_argument("--samples", type=int, default=8, metavar="N", help="rows (8)")
-    parser.add_argument("--seed", type=int, default=0, help="which samples (0)")
+    parser.add_argument("--samples", type=whole_number(1), default=8, metavar="N", help="rows (8)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="which samples (0)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="for remote sets: where copies of shards may lie")
     if preview_views is not None:
         parser.add_argument(
@@ -296,7 +296,7 @@ def _run_preview(preview_views: PreviewViews | None, options: argparse.Namespace
 
     if preview_views is not None and options.views:
         recipe, *overrides = options.views
-        preview_views(options.set, options.output, recipe, overrides, options.samples, options.seed)
+        preview_views(options.set, options.output, recipe, overrides, options.samples, options.seed, options.cache)
         print(f"wrote {options.output}")
         return
     preview(options.set, options.output, num_samples=options.samples, seed=options.seed, cache=options.cache)

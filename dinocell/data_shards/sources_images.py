@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from dinocell.data_shards.channel_files import check_plain_names
 from dinocell.data_shards.fields import Field, FieldFile, Layout, Rejected
 from dinocell.data_shards.images import IMAGE_SUFFIXES, count_frames
 from dinocell.data_shards.listing import Listed, list_files
@@ -33,6 +34,7 @@ class MultichannelSource:
 
     def fields(self) -> Iterator[Field | Rejected]:
         """List the fields, sorted by path, and before them the files that are no pictures."""
+        check_plain_names(self.channels)
         files, others = _pictures(self.input)
         yield from unmatched(others, "not an image, by its name")
         for file in files:
@@ -72,6 +74,7 @@ class ImagesSource:
                 f"--channels {','.join(self.channels)}: expected one name, for images of one channel each; "
                 "--source multichannel takes files with several, --colour channels names them itself"
             )
+        check_plain_names(self.channels)
         layout: Layout = "grey" if self.colour == "reject" else "colour"
         names = self.channels or (("grey",) if self.colour == "reject" else ())
         files, others = _pictures(self.input)

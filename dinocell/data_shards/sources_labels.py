@@ -15,7 +15,8 @@ _KEYS = ("id", "plate", "well", "site")
 class LabelledSource:
     """A source whose fields get the other columns of a table's rows as labels.
 
-    Fields without a row stay without; labels that the source has itself are replaced by those of the table.
+    Fields without a row stay without; labels that the source has itself are replaced by those of the table. Rows that
+    name no field are left out, as spreadsheets put them below a table.
 
     Attributes
     ----------
@@ -61,11 +62,15 @@ class LabelledSource:
             )
             if name not in _KEYS:
                 raise ImageError(f"--labels-key {item}: expected COLUMN=id, =plate, =well or =site")
+            if name in columns:
+                raise ImageError(f"--labels-key {item}: {columns[name]} is the {name} already")
             columns[name] = column
         table.require(*columns.values())
         rows: dict[tuple[str, ...], dict[str, LabelValue]] = {}
         for line, row in table.rows():
             key = tuple(_comparable(name, row[column].strip()) for name, column in columns.items())
+            if not any(key):
+                continue
             labels = labels_of(row, without=columns.values())
             if rows.setdefault(key, labels) != labels:
                 raise ImageError(f"{self.labels}, line {line}: another row says otherwise for {', '.join(key)}")

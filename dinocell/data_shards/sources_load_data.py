@@ -209,7 +209,12 @@ def _key(folder: str) -> str:
 
 
 def _found_folder(folder: str, file: str, root: str) -> str | None:
-    """Return a folder as it is, or the longest end of its path that exists below the root; None for nowhere."""
+    """Return a folder as it is, or the longest end of its path that exists below the root; None for nowhere.
+
+    A row without a folder means the root, whether its file is there or not.
+    """
+    if not folder:
+        return root
     if "://" in folder:
         return folder
     is_absolute = folder.startswith("/") or re.match(r"[A-Za-z]:", folder) is not None

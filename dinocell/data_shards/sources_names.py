@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from dinocell.data_shards.channel_files import ChannelFile, Missing, fields_of
+from dinocell.data_shards.channel_files import ChannelFile, Missing, check_plain_names, fields_of
 from dinocell.data_shards.fields import Field, Layout, Rejected
 from dinocell.data_shards.harmony import INDEX_NAMES, HarmonyChannel, read_harmony_index
 from dinocell.data_shards.listing import Listed, base_name, list_files, parent
@@ -134,6 +134,8 @@ class PatternSource:
         """List the fields, sorted by id, and before them the files with other names."""
         pattern = NamePattern.parse(self.pattern)
         by_channel = "channel" in pattern.names
+        if not by_channel:
+            check_plain_names(self.channels)
         matched: list[ChannelFile] = []
         others: list[str] = []
         for file in list_files(self.input, folders_as_files=() if by_channel else (".zarr",)):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from dinocell.data_shards.channel_files import check_plain_names
 from dinocell.data_shards.fields import Field, FieldFile, LabelValue, Rejected
 from dinocell.data_shards.listing import base_name, join, list_files
 from dinocell.data_shards.sources_names import hpa_place
@@ -73,6 +74,7 @@ class HpaOneSource:
 
     def fields(self) -> Iterator[Field | Rejected]:
         """List the rows of the table as fields, in its order."""
+        check_plain_names(self.channels)
         name, column, folder = _of_split(_HPA_ONE_SPLITS, self.split)
         root, tables = root_and_tables(self.input, self.table, (name,))
         seen: set[str] = set()
@@ -109,6 +111,7 @@ class HpaFovSource:
 
     def fields(self) -> Iterator[Field | Rejected]:
         """List the rows of the table as fields, in its order."""
+        check_plain_names(self.channels)
         name, column, folder = _of_split(_HPA_FOV_SPLITS, self.split)
         root, tables = root_and_tables(self.input, self.table, (name,))
         present = None

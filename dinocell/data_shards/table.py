@@ -4,6 +4,7 @@ import _csv
 import csv
 import gzip
 import io
+import math
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,19 +37,24 @@ class Table:
         Raises
         ------
         ImageError
-            If a row has another number of cells than the header.
+            If a row has another number of cells than the header, or a quote is not closed.
         """
         reader = _reader(self.text, self.address)
-        next(reader)
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(self.columns):
-                raise ImageError(
-                    f"{self.address}, line {reader.line_num}: {len(cells)} cells, but the header has "
-                    f"{len(self.columns)}; the table is cut short or damaged"
-                )
-            yield reader.line_num, dict(zip(self.columns, cells, strict=True))
+        try:
+            next(reader)
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(self.columns):
+                    raise ImageError(
+                        f"{self.address}, line {reader.line_num}: {len(cells)} cells, but the header has "
+                        f"{len(self.columns)}; the table is cut short or damaged"
+                    )
+                yield reader.line_num, dict(zip(self.columns, cells, strict=True))
+        except csv.Error as error:
+            raise ImageError(
+                f"{self.address}, line {reader.line_num}: {error}; the table is cut short, or a quote is not closed"
+            ) from error
 
     def require(self, *columns: str) -> None:
         """Raise ImageError, listing what there is, if a column is missing."""
@@ -76,7 +82,7 @@ def read_table(address: str) -> Table:
     Raises
     ------
     ImageError
-        If it cannot be read, is not UTF-8 text, is empty, or has two columns of one name.
+        If it cannot be read, is not UTF-8 text, is empty, has other separators, or two columns of one name.
     """
     content = open_bytes(address)
     try:
@@ -88,6 +94,9 @@ def read_table(address: str) -> Table:
         raise ImageError(f"{address}: a damaged gzip file ({error}); download it again") from error
     if not header:
         raise ImageError(f"{address}: an empty table")
+    if len(header) == 1 and (other := next((mark for mark in ";\t" if mark in header[0]), "")):
+        named = "semicolons" if other == ";" else "tabs"
+        raise ImageError(f"{address}: its cells are separated by {named}; save it as CSV, with commas")
     columns = tuple(column.strip() for column in header)
     twice = sorted({column for column in columns if column and columns.count(column) > 1})
     if twice:
@@ -149,9 +158,12 @@ def _value(cell: str) -> LabelValue:
         return cell == "True"
     if _INTEGER.fullmatch(cell):
         return int(cell)
-    return float(cell) if _FRACTION.fullmatch(cell) else cell
+    number = float(cell) if _FRACTION.fullmatch(cell) else math.inf
+    return number if math.isfinite(number) else cell
 
 
 def _reader(text: str, address: str) -> _csv.Reader:
     name = base_name(address).lower().removesuffix(".gz")
-    return csv.reader(io.StringIO(text, newline=""), delimiter="\t" if name.endswith((".tsv", ".txt")) else ",")
+    delimiter = "\t" if name.endswith((".tsv", ".txt")) else ","
+    # Strict: a quote that is not closed would take all rows below it into one cell.
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from dinocell.data_shards.picture import COLOURS, Picture
+from dinocell.data_shards.picture import COLOURS, Picture, square_pixel
 from dinocell.errors import ImageError
 
 _UM_PER_UNIT = {"um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0}
@@ -106,11 +106,11 @@ class _Series:
         leading = self._shape[: len(self._shape) - page_ndim]
         by_page = math.prod(leading) == len(series.pages) and self._shape[len(leading) :] == tuple(page.shape)
         if not by_page or any(axis >= len(leading) for axis in self._frame_axes):
-            self._check_whole(range(len(series.pages)), num_bytes)
+            self._check_whole(range(len(series.pages)))
             return np.asarray(series.asarray(maxworkers=1)[selection])
         numbers = np.arange(len(series.pages)).reshape(leading)[selection[: len(leading)]]
-        self._check_whole(numbers.ravel().tolist(), num_bytes)
-        planes = [series.pages[number].asarray(maxworkers=1) for number in numbers.ravel().tolist()]
+        self._check_whole(numbers.ravel().tolist())
+        planes = [_read_page(series.pages[number]) for number in numbers.ravel().tolist()]
         return np.stack(planes).reshape(*numbers.shape, *page.shape)
 
     def _mapped(self, dtype: np.dtype[Any]) -> np.ndarray:
@@ -119,7 +119,7 @@ class _Series:
             return np.frombuffer(self._content.getbuffer(), dtype, count, start).reshape(self._shape)
         return np.asarray(self._tiff.filehandle.memmap_array(dtype, self._shape, start))
 
-    def _check_whole(self, numbers: range | list[int], num_bytes: int) -> None:
+    def _check_whole(self, numbers: range | list[int]) -> None:
         """Raise if strips or tiles are missing, which tifffile would fill with zeros."""
         for number in numbers:
             page = self._series.pages[number]
@@ -130,7 +130,7 @@ class _Series:
             expected = math.prod(self._series.keyframe.chunked)
             if written < expected:
                 raise ImageError(f"only {written} of {expected} strips or tiles of its pixels were written")
-            if max(ends) > num_bytes:
+            if max(ends) > page.parent.filehandle.size:  # an OME-TIFF may lie in several files
                 raise ImageError("the file is cut short: its pixels end beyond it; copy it again")
 
     def _picture(self, pixels: np.ndarray) -> Picture:
@@ -147,6 +147,17 @@ class _Series:
         if len(names) != len(pixels):
             names = ()
         return Picture(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
+
+
+def _read_page(page: Any) -> np.ndarray:
+    handle = page.parent.filehandle
+    was_closed = handle.closed  # as those of an OME-TIFF's other files are
+    handle.open()
+    try:
+        return np.asarray(page.asarray(maxworkers=1))
+    finally:
+        if was_closed:
+            handle.close()
 
 
 _NOT_GREY_OR_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB", "CFA", "LOGL", "LOGLUV", "LINEAR_RAW")
@@ -191,12 +202,12 @@ def _described(tiff: tifffile.TiffFile, page: Any, number: int) -> tuple[float |
         if len(names) != channels or len(names) != int(description.get("images", 1)):
             names = ()
         unit = _UM_PER_UNIT.get(str(description.get("unit", "")).lower())
-        return _same([_um_per_pixel(page, tag, unit) for tag in ("XResolution", "YResolution")]), names
+        return square_pixel(*(_um_per_pixel(page, tag, unit) for tag in ("XResolution", "YResolution"))), names
     if tiff.is_stk:
         calibration: dict[str, Any] = tiff.stk_metadata or {}
         unit = _UM_PER_UNIT.get(str(calibration.get("CalibrationUnits", "")).lower())
         if calibration.get("SpatialCalibration") and unit is not None:
-            return _same([float(calibration.get(f"{axis}Calibration", 0)) * unit for axis in "XY"]), ()
+            return square_pixel(*(float(calibration.get(f"{axis}Calibration", 0)) * unit for axis in "XY")), ()
     return None, ()
 
 
@@ -215,7 +226,7 @@ def _described_by_ome(text: str, number: int) -> tuple[float | None, tuple[str, 
         size = pixels[0].get(f"PhysicalSize{axis}")
         sizes.append(float(size) * unit if size and unit else None)
     names = tuple(part.get("Name", "") for part in pixels[0] if _tag(part) == "Channel")
-    return _same(sizes), names if all(names) else ()
+    return square_pixel(*sizes), names if all(names) else ()
 
 
 def _um_per_pixel(page: Any, tag: str, um_per_unit: float | None) -> float | None:
@@ -223,13 +234,6 @@ def _um_per_pixel(page: Any, tag: str, um_per_unit: float | None) -> float | Non
         return None
     pixels, units = page.tags[tag].value
     return float(um_per_unit * units / pixels) if pixels else None
-
-
-def _same(sizes: list[float | None]) -> float | None:
-    across, down = sizes
-    if across is None or down is None or across <= 0 or abs(across - down) > 0.001 * across:
-        return None
-    return across
 
 
 def _tag(element: ElementTree.Element) -> str:

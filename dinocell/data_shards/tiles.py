@@ -26,7 +26,7 @@ class TileSettings:
     size
         Side of a tile in pixels; 0 takes whole fields.
     overlap
-        Pixels that neighbouring tiles share at least.
+        Pixels that neighbouring tiles share at least; 0 lets gaps be.
     cover
         Cut as many tiles as it takes to see every pixel. Otherwise the number of tiles a side is rounded, tiles are
         spread evenly, and at the outer borders or between tiles less than half a tile is left out (1080 px: two tiles
@@ -74,8 +74,11 @@ def _starts(length: int, settings: TileSettings) -> list[int]:
         return [0]
     steps = (length - settings.overlap) / (size - settings.overlap)
     number = max(1, -int(-steps // 1) if settings.cover else int(steps + 0.5))
-    if number * size <= length:  # gaps: as much before the first tile as between two
-        gap = (length - number * size) / (number + 1)
+    left_out = length - settings.overlap - number * (size - settings.overlap)
+    if settings.overlap and left_out >= 0:  # all of it at the borders: tiles further apart would share less
+        return [left_out // 2 + index * (size - settings.overlap) for index in range(number)]
+    if left_out >= 0:  # gaps: as much before the first tile as between two
+        gap = left_out / (number + 1)
         return [int(gap + index * (size + gap)) for index in range(number)]
     return [round(index * (length - size) / (number - 1)) for index in range(number)]
 

@@ -90,7 +90,7 @@ def _verify_shard(task: _Task) -> list[Problem]:
             if path is None:
                 path = Path(folder) / task.shard.file
                 with path.open("wb") as file:
-                    download(address, file)
+                    download(address, file, num_bytes=task.shard.num_bytes)
             found = list(_problems(path, task))
         except FileNotFoundError:
             found = ["missing"]
@@ -111,6 +111,9 @@ def _problems(path: Path, task: _Task) -> Iterator[str]:
     keys = set()
     with path.open("rb") as file:
         for number, (start, length) in enumerate(task.index.tolist()):
+            if start + length > size:
+                yield f"sample {number}: the index leads to bytes {start} to {start + length}"
+                continue
             file.seek(start)
             try:
                 sample = parse_sample(memoryview(file.read(length)))

@@ -15,7 +15,7 @@ from typing import Any
 
 from dinocell.data_shards.fields import Source
 from dinocell.data_shards.levels import plate_levels
-from dinocell.data_shards.manifest import MANIFEST, Manifest, read_manifest
+from dinocell.data_shards.manifest import MANIFEST, Manifest, check_files, read_index, read_manifest
 from dinocell.data_shards.merge import merge, record_path, tidy
 from dinocell.data_shards.plan import Plan, make_plan, open_plan
 from dinocell.data_shards.shard import Levels, ShardSettings, build_shard
@@ -77,7 +77,8 @@ def build(
     Raises
     ------
     ShardError
-        If the output holds something else, there is nothing to build, the disk is full, or ``strict`` met a bad input.
+        If the output holds something else, or a finished set that lacks files, there is nothing to build, the disk is
+        full, or ``strict`` met a bad input.
     """
     output = Path(output)
     settings = settings or ShardSettings()
@@ -90,6 +91,11 @@ def build(
     if (output / MANIFEST).exists():
         manifest = read_manifest(output)
         _check_same(output, manifest.settings, described)
+        try:
+            check_files(output, manifest)
+            read_index(output, manifest)
+        except ShardError as error:
+            raise ShardError(f"{error} (to build it again, remove {output} first)") from error
         tidy(output)
         return manifest
     plan = open_plan(output)
@@ -193,9 +199,9 @@ def _plain(value: Any) -> Any:
 
 def _check_same(output: Path, existing: Any, wanted: dict[str, Any]) -> None:
     old, new = _flat(existing), _flat(wanted)
-    differing = [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
-    ]
+    # Of max_unreadable no byte depends, and whoever was told to raise it goes on with the same build.
+    keys = sorted((old | new).keys() - {"max_unreadable"})
+    differing = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
     if differing:
         raise ShardError(
             f"{output}: holds a set of other settings ({'; '.join(differing[:4])}); choose another output or remove it"

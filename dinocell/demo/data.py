@@ -14,7 +14,7 @@ import numpy as np
 from dinocell.data_shards.fields import Source
 from dinocell.data_shards.images import IMAGE_SUFFIXES, has_image_name, write_labels, write_tiff
 from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import Pair, folder_pairs
+from dinocell.data_shards.labelled_sources import Pair, folder_pairs, read_pair
 from dinocell.data_shards.manifest import Manifest
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.sources_images import MultichannelSource
@@ -165,11 +165,11 @@ def own_material(data: Path, folder: Path, *, workers: int) -> Material:
     Raises
     ------
     DinocellError
-        If there are fewer than two images.
+        If there are fewer than two images, or two images or masks of one stem.
     """
     images = data / "images" if (data / "images").is_dir() else data
-    files = {_stem(path): path for path in _pictures(images)}
-    masks = {_stem(path): path for path in _pictures(data / "masks")} if (data / "masks").is_dir() else {}
+    files = _by_stem(images)
+    masks = _by_stem(data / "masks") if (data / "masks").is_dir() else {}
     if len(files) < 2:
         raise DinocellError(f"{images}: expected at least 2 images ({', '.join(IMAGE_SUFFIXES)}), found {len(files)}")
     labelled = [name for name in files if name in masks]
@@ -182,9 +182,8 @@ def own_material(data: Path, folder: Path, *, workers: int) -> Material:
     sets: dict[str, Path] = {}
     for kind, names in (("train", train), ("unseen", unseen)):
         if unseen:
-            _link(own / kind / "images", [files[name] for name in names])
-            _link(own / kind / "masks", [masks[name] for name in names])
-            pairs = folder_pairs(own / kind, images="images/{name}.*", masks="masks/{name}.*")
+            reads = {name: partial(read_pair, name, files[name], [masks[name]], "labels") for name in names}
+            pairs = [Pair(name=name, read=read) for name, read in reads.items()]
             sets[kind] = _build_labelled(pairs, folder / "sets" / kind, str(data))
     shown = [files[name] for name in unseen] or list(files.values())[:_SHOWN_WITHOUT_MASKS]
     return Material(
@@ -203,8 +202,19 @@ def _every_fifth(names: list[str]) -> list[str]:
     return names[:: max(1, len(names) // number)][:number] if len(names) > 2 else []
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if has_image_name(path.name))
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Return the pictures of a folder by their names without what says the format (``.tif``, ``.ome.tif``)."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not has_image_name(path.name):
+            continue
+        stem = path.name
+        while stem.lower().endswith((*IMAGE_SUFFIXES, ".ome")):
+            stem = stem.rpartition(".")[0]
+        if stem in found:
+            raise DinocellError(f"{found[stem]} and {path}: two pictures of one name; rename or remove one of them")
+        found[stem] = path
+    return found
 
 
 def _link(folder: Path, files: list[Path]) -> None:
@@ -224,7 +234,3 @@ def _build_shards(source: Source, output: Path, workers: int) -> Manifest:
 def _build_labelled(pairs: list[Pair], output: Path, source: str) -> Path:
     build_labelled(pairs, output, source=source, channel="mean", keep_empty=True, overwrite=True)
     return output
-
-
-def _stem(path: Path) -> str:
-    return path.name.split(".", 1)[0]

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from dinocell.configs.differences import diff_configs
-from dinocell.configs.load import find_recipe, load_config, read_mapping, to_dict, to_yaml
+from dinocell.configs.load import find_recipe, load_config, read_mapping, text_override, to_dict, to_yaml
 from dinocell.data_shards.labelled import open_labelled
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.picture import picture_of
@@ -31,6 +31,7 @@ from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
+from dinocell.models.config import VARIANTS, variant_of
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import load_backbone
 from dinocell.runtime.atomic import write_atomically
@@ -50,9 +51,10 @@ def run_demo(config: DemoConfig) -> str:
     Raises
     ------
     ConfigError
-        If the folder holds a demo with other settings.
+        If the folder holds a demo with other settings, or something else, or there is no folder of images.
     """
     start, console = time.monotonic(), Console()
+    size = None if config.weights is None else _size_of(config.weights)
     _claim(config)
     output = config.output
 
@@ -64,7 +66,7 @@ def run_demo(config: DemoConfig) -> str:
     backbone = load_backbone(teacher, patch_size=8, in_channels=1)
     probes = {"pretrained": _probe(backbone, material), "random weights": _probe(_random(config, backbone), material)}
     console.print("[4/5] fine-tuning", highlight=False)
-    model = _finetune(config, material, teacher)
+    model = _finetune(config, material, teacher, size)
     console.print("[5/5] segmenting images that no training has seen", highlight=False)
     results = _segment(model, material) if model is not None else []
     page = write_report(output / "report.html", output, config, material, probes, results)
@@ -87,8 +89,10 @@ def run_demo(config: DemoConfig) -> str:
 
 
 def _claim(config: DemoConfig) -> None:
-    """Take the folder, or go on in it if it is of the same demo."""
+    """Take a new folder, or go on in one of the same demo; in any other, what a demo replaces may be the user's."""
     path = config.output / "demo.yaml"
+    if config.data is not None and not config.data.is_dir():
+        raise ConfigError(f"data: {config.data}: no such folder")
     if path.exists():
         differing = diff_configs(read_mapping(path), to_dict(config), ())
         if differing:
@@ -96,6 +100,8 @@ def _claim(config: DemoConfig) -> None:
                 f"{config.output} holds a demo with other settings ({'; '.join(differing)}); "
                 "remove it, or choose another output"
             )
+    elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
+        raise ConfigError(f"output: {config.output} exists and holds no demo; choose a new folder")
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_yaml(config))
 
@@ -135,28 +141,31 @@ def _pretrain(config: DemoConfig, material: Material) -> Path:
         return checkpoint
     shutil.rmtree(output, ignore_errors=True)  # a few steps: they are taken again
     policy = "consistency" if len(material.channels) > 1 else "average"
-    shards = ",".join(map(str, material.shards))
-    overrides = [f"output={output}", f"data.shards=[{shards}]", f"steps={config.pretrain_steps}"]
-    overrides += [f"seed={config.seed}", f"views.policy={policy}"]
+    overrides = [text_override("output", output), text_override("data.shards", material.shards)]
+    overrides += [f"steps={config.pretrain_steps}", f"seed={config.seed}", f"views.policy={policy}"]
     return pretrain(load_config(PretrainConfig, find_recipe("pretrain", "demo"), overrides))
 
 
-def _finetune(config: DemoConfig, material: Material, teacher: str) -> DINOCell | None:
+def _finetune(config: DemoConfig, material: Material, teacher: str, size: str | None) -> DINOCell | None:
     if material.train is None:
         return None
-    overrides = [f"output={config.output / 'finetune'}", f"data.sets=[{material.train}]", f"model.weights={teacher}"]
+    overrides = [text_override("output", config.output / "finetune"), text_override("data.sets", [material.train])]
+    overrides += [text_override("model.weights", teacher)]
     overrides += [f"epochs={config.finetune_epochs}", f"seed={config.seed}"]
-    if config.weights is not None:
-        overrides.append(f"model.size={_size_of(teacher)}")
+    if size is not None:
+        overrides.append(f"model.size={size}")
     recipe = load_config(FinetuneConfig, find_recipe("finetune", "demo"), overrides)
     return DINOCell.from_pretrained(finetune(recipe, score=score_segmenter))
 
 
 def _size_of(source: str) -> str:
-    from dinocell.models.config import VARIANTS
-
     got = load_backbone(source, patch_size=8, in_channels=1).config
-    return next(name for name, known in VARIANTS.items() if (known.width, known.depth) == (got.width, got.depth))
+    size = variant_of(got)
+    if size is None:
+        raise ConfigError(
+            f"weights: {source} has width {got.width} and {got.depth} blocks; expected a size of {', '.join(VARIANTS)}"
+        )
+    return size
 
 
 def _random(config: DemoConfig, like: VisionTransformer) -> VisionTransformer:

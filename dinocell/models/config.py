@@ -85,3 +85,10 @@ def variant_config(name: str, **changes: Any) -> ViTConfig:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown variant {name!r}: expected one of {', '.join(VARIANTS)}{hint}")
     return replace(VARIANTS[name], **changes)
+
+
+def variant_of(config: ViTConfig) -> str | None:
+    """Return the name that a configuration's sizes have in `VARIANTS`; None for other sizes."""
+    sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
+    same = (n for n, known in VARIANTS.items() if all(getattr(known, s) == getattr(config, s) for s in sizes))
+    return next(same, None)

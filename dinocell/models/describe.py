@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinocell.models.config import VARIANTS, ViTConfig
+from dinocell.models.config import ViTConfig, variant_of
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import Weights
 
@@ -22,8 +22,8 @@ def describe(weights: Weights, *, image_size: int = 224) -> dict[str, str]:
     names = f" ({', '.join(card.input.channel_names)})" if card.input.channel_names else ""
     return {
         "format": weights.source_format,
-        "architecture": f"ViT {_variant(config)}: width {config.width}, {config.depth} blocks, {config.heads} heads, "
-        f"{config.mlp} MLP of {config.mlp_hidden}",
+        "architecture": f"ViT {variant_of(config) or 'of no standard size'}: width {config.width}, "
+        f"{config.depth} blocks, {config.heads} heads, {config.mlp} MLP of {config.mlp_hidden}",
         "patch": f"{config.patch_size} px",
         "channels": f"{config.in_channels}{names}",
         "positions": _positions(config),
@@ -76,12 +76,6 @@ def _attention_macs(inputs: list[Any], _outputs: list[Any]) -> int:
 def _cost(config: ViTConfig, image_size: int) -> str:
     size = max(config.patch_size, image_size // config.patch_size * config.patch_size)
     return f"{forward_gflop(config, image_size=size):.1f} GFLOP an image of {size} x {size}"
-
-
-def _variant(config: ViTConfig) -> str:
-    sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
-    same = (n for n, known in VARIANTS.items() if all(getattr(known, s) == getattr(config, s) for s in sizes))
-    return next(same, "of no standard size")
 
 
 def _positions(config: ViTConfig) -> str:

@@ -74,17 +74,7 @@ def _read_folder(folder: Path) -> RawWeights:
     config = _read_json(folder / "config.json")
     if "model_type" not in config:
         raise WeightsError(f"{folder / 'config.json'}: no 'model_type'; expected a Hugging Face model configuration")
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).exists():
-            shards = _read_json(folder / index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-                raise WeightsError(f"{folder / index}: no 'weight_map' of tensor names to files")
-            names = sorted(set(shards.values()))
-            break
-    else:
-        names = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()][:1]
-    if not names:
-        raise WeightsError(f"{folder}: holds a config.json but no model.safetensors or pytorch_model.bin")
+    names = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
     metadata = None
     for name in names:
@@ -100,6 +90,21 @@ def _read_folder(folder: Path) -> RawWeights:
         tensors.update(shard)
         metadata = metadata or own
     return RawWeights(tensors, metadata=metadata, hub_config=config)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of a folder's weights, in transformers' order: the whole file first, which may be newer."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / whole).exists():
+            return [whole]
+        index = folder / f"{whole}.index.json"
+        if index.exists():
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise WeightsError(f"{index}: no 'weight_map' of tensor names to files")
+            if shards:
+                return sorted(set(shards.values()))
+    raise WeightsError(f"{folder}: holds a config.json but no model.safetensors or pytorch_model.bin")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -77,6 +77,13 @@ def load_backbone(
     weights = read_weights(source, sha256=sha256, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
     if variant is not None:
         _check_variant(weights.config, variant, str(source))
+    # In the model's precision before they are fitted: rounded to a file's half precision, new filters are 1 in 500 off.
+    filters = {
+        name: tensor.to(torch.promote_types(tensor.dtype, dtype))
+        for name, tensor in weights.tensors.items()
+        if name.startswith("patch_embed.")
+    }
+    weights = dataclasses.replace(weights, tensors={**weights.tensors, **filters})
     try:
         weights = fit_weights(weights, patch_size=patch_size, in_channels=in_channels, input=input)
     except WeightsError as error:

@@ -1,6 +1,7 @@
-"""How every command introduces itself."""
+"""How every command introduces itself, and reads its numbers."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 
@@ -14,3 +15,14 @@ def add_command(subparsers: Any, name: str, summary: str, example: str) -> argpa
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
+
+
+def whole_number(lowest: int) -> Callable[[str], int]:
+    """Return what reads an option that counts something; argparse says in one line what is wrong with any other."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
+        return int(text)
+
+    return read
