@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from dinocell.launch.job import fill_in
 from dinocell.launch.launch_command import _folder_of, _minutes
 from dinocell.launch.slurm import SlurmSettings, _belongs_to_job, script
 from dinocell.launch.watch import last_step, launches, log_of
+from dinocell.runtime.metrics_file import MetricsFile
 
 
 def test_the_script_says_what_was_asked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -196,6 +198,10 @@ def test_what_was_said_last(tmp_path: Path) -> None:
         '{"step": 3, "loss/total": 1.5}\n{"step": 3, "probe/x": 1}\n{"step": 4, "lo'
     )
     assert last_step(tmp_path) == "step 3  loss/total 1.5"
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", resume_step=3)
+    metrics.write(4, {"loss/total": math.nan, "loss/dino": math.inf, "loss/ibot": 2.0})
+    metrics.close()
+    assert last_step(tmp_path) == "step 4  loss/total nan  loss/dino inf  loss/ibot 2"
     with pytest.raises(DinocellError, match="nothing was launched"):
         launches(tmp_path)
     (tmp_path / "launch" / "a").mkdir(parents=True)
