@@ -18,6 +18,7 @@ from dinocell.errors import ConfigError, DinocellError
 from dinocell.launch.hooks import exported, set_export_hook
 from dinocell.launch.job import fill_in
 from dinocell.launch.launch_command import _folder_of, _minutes
+from dinocell.launch.local import run_here
 from dinocell.launch.slurm import SlurmSettings, _belongs_to_job, script
 from dinocell.launch.watch import last_step, launches, log_of
 from dinocell.runtime.metrics_file import MetricsFile
@@ -106,6 +107,14 @@ def test_a_time_limit_that_is_none() -> None:
         (["--cluster", "local", "--mem", "9G", "--", "info", "x"], "--mem: is for SLURM"),
         (["--cluster", "local", "--nodes", "2", "--", "info", "x"], "--nodes: is for SLURM"),
         (["--dry-run", "--on-export", "knn", "--", "info", "x"], "--on-export: expected {checkpoint} somewhere"),
+        (["--cluster", "local", "--processes", "0", "--", "info", "x"], "--processes: expected at least 1, got 0"),
+        (["--cluster", "local", "--processes", "-1", "--", "info", "x"], "--processes: expected at least 1, got -1"),
+        (
+            ["--time", "2", "--", "info", "x"],
+            "--signal-before: expected at least 1 and less than the time limit of 120",
+        ),
+        (["--signal-before", "0", "--", "info", "x"], "--signal-before: expected at least 1"),
+        (["--max-requeues", "-1", "--", "info", "x"], "--max-requeues: expected at least 0, got -1"),
         (["status", "nowhere"], "nowhere: nothing was launched into this folder"),
     ],
 )
@@ -139,6 +148,23 @@ def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None
     np.testing.assert_allclose(rows[1], rows[2], rtol=2e-4)
     assert "2 processes, ddp" in done.stdout
     assert "training_3" in next((tmp_path / "run2" / "launch").rglob("rank_1.log")).read_text()
+
+
+def test_where_a_killed_start_met_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container, process numbers come again; a rank that is early would look for the dead main one."""
+    place = tmp_path / "rendezvous" / f"local-{os.getpid()}"
+    place.parent.mkdir()
+    place.write_text("127.0.0.1 1\n")
+    there = []
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *_args: object, **_options: object) -> None:
+            there.append(place.exists())
+            super().__init__([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    assert run_here(["info", "x"], 2, tmp_path) == 0
+    assert there == [False, False]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

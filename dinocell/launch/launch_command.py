@@ -140,6 +140,8 @@ def _run_local(options: argparse.Namespace, arguments: Sequence[str], folder: Pa
     for name, usual in _SLURM_ONLY.items():
         if getattr(options, name) != usual:
             raise ConfigError(f"--{name.replace('_', '-')}: is for SLURM, not for --cluster local")
+    if options.processes is not None and options.processes < 1:
+        raise ConfigError(f"--processes: expected at least 1, got {options.processes}")
     processes = options.processes or options.gpus_per_node or 1
     if options.dry_run:
         print(f"{processes} processes: dinocell {shlex.join(arguments)}")

@@ -68,6 +68,14 @@ class SlurmSettings:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ConfigError(f"--{name}: expected at least 1, got {value}")
+        if not 0 < self.signal_s < 60 * self.time_min:
+            # SLURM would tell the run to save and come back as soon as it has begun, again and again.
+            raise ConfigError(
+                f"--signal-before: expected at least 1 and less than the time limit of {60 * self.time_min} s, "
+                f"got {self.signal_s}"
+            )
+        if self.max_requeues < 0:
+            raise ConfigError(f"--max-requeues: expected at least 0, got {self.max_requeues}")
 
     @property
     def num_tasks(self) -> int:
