@@ -118,7 +118,7 @@ class Run:
         ConfigError
             If the folder holds a run with another configuration.
         DinocellError
-            If the folder cannot be written.
+            If the folder cannot be written, or another process is at work in it.
         ValueError
             If ``log_every`` is below 1 or ``resume_step`` below 0.
         """
@@ -127,11 +127,11 @@ class Run:
         outputs = None
         if is_main:
             with _writing(folder):
-                claim(folder, config, ignore)
+                log = claim(folder, config, ignore)
                 progress = start_progress(
                     console or Console(), total_steps=total_steps, done_steps=resume_step, batch_size=batch_size
                 )
-                outputs = _open(folder, resume_step, progress)
+                outputs = _open(folder, resume_step, log, progress)
         run = cls(
             folder,
             outputs,
@@ -307,14 +307,14 @@ def _to_floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
     return {name: fetched[name] if name in fetched else float(value) for name, value in metrics.items()}
 
 
-def _open(folder: Path, resume_step: int, progress: LiveProgress | PlainProgress) -> _Outputs:
+def _open(folder: Path, resume_step: int, log: TextIO, progress: LiveProgress | PlainProgress) -> _Outputs:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     with ExitStack() as stack:
+        stack.enter_context(log)  # closed last: it keeps other processes out
         stack.callback(progress.close)
         metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step)
         stack.callback(metrics.close)
-        log = stack.enter_context((folder / "log.txt").open("a", encoding="utf-8"))
         events = folder / "tensorboard"
         purge_step = None if not events.exists() else resume_step + 1 if resume_step else 0
         tensorboard = SummaryWriter(str(events), purge_step=purge_step, flush_secs=30)
