@@ -207,7 +207,10 @@ def _override_settings(schema: type, text: str) -> list[Setting]:
         raise ConfigError(f"{source}: expected key=value{hint}")
     if not all(key.split(".")):
         raise ConfigError(f"{source}: expected key=value, got the empty key '{key}'")
-    value = _from_text(_annotation_of(schema, key, source), raw.strip(), source)
+    annotation = _annotation_of(schema, key, source)
+    if not raw.strip():  # a shell variable that is not set: no weights, where there were to be some
+        raise ConfigError(f"{source}: expected a value behind the '='; for none write {key}=null")
+    value = _from_text(annotation, raw.strip(), source)
     return list(_settings(schema, key, value, lambda _: source))
 
 
