@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinocell.errors import ShardError
+
 
 class Place(NamedTuple):
     """Where a position leads: the epoch, the shard, the sample's number in the shard, and in the set."""
@@ -113,7 +115,10 @@ class Mixture:
         ends = np.rint(np.cumsum(shares) / shares.sum() * self._PERIOD).astype(np.int64)
         self._counts = np.diff(ends, prepend=0)
         if self._counts.min() < 1:
-            raise ValueError(f"weights: the smallest is less than 1/{self._PERIOD} of all, got {list(weights)}")
+            raise ShardError(
+                f"data.weights: the smallest is less than 1/{self._PERIOD} of all, got {list(weights)} (by default the "
+                "sets' numbers of samples); leave out that set, or weigh it more"
+            )
         owner = np.repeat(np.arange(len(shares)), self._counts)
         self._owner = np.random.default_rng([seed, 0x6D6978]).permutation(owner) if len(shares) > 1 else owner
         self._rank = np.empty(self._PERIOD, np.int64)

@@ -5,6 +5,7 @@ alone, and every function here does nothing. Gloo on the CPU, NCCL on CUDA.
 """
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -60,20 +61,18 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     Parameters
     ----------
     device
-        ``auto`` (CUDA if there is one), ``cpu``, ``cuda``.
+        ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, or one GPU: ``cuda:1``.
     timeout_s
         How long a collective waits for a rank that does not come, before all stop with an error.
 
     Raises
     ------
     DinocellError
-        If the environment speaks of several processes but does not say where they meet, or CUDA is asked for in vain.
+        If the environment speaks of several processes but does not say where they meet, or the device is none of these
+        or not there.
     """
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise DinocellError("compute.device: cuda was asked for, and there is none")
+    chosen = _device(device)
     rank, size, local_rank, local_size = _from_environment(os.environ)
-    chosen = torch.device(kind)
     if chosen.type == "cuda":
         # A launcher may show each process its own GPU alone; then it is number 0.
         chosen = torch.device("cuda", local_rank % torch.cuda.device_count()) if chosen.index is None else chosen
@@ -94,6 +93,19 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise DinocellError(f"compute.device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DinocellError("compute.device: cuda was asked for, and there is none")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DinocellError(f"compute.device: {name} was asked for, and there are {torch.cuda.device_count()} GPUs")
+    return device
 
 
 # Set by the launcher: a file, new for each start, on a disk that all see.
