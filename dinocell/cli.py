@@ -166,11 +166,11 @@ def _preview_views(
     shards: str, output: Path, recipe: str, overrides: Sequence[str], num_samples: int, seed: int
 ) -> None:
     """Draw what a pretraining recipe makes of a shard set, for the command that knows nothing of pretraining."""
-    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.configs.load import find_recipe, list_override, load_config
     from dinocell.ssl.config import PretrainConfig
     from dinocell.ssl.preview import preview_views
 
-    fixed = ["output=none", f"data.shards=[{shards}]", f"seed={seed}"]
+    fixed = ["output=none", list_override("data.shards", [shards]), f"seed={seed}"]
     config = load_config(PretrainConfig, find_recipe("pretrain", recipe), [*fixed, *overrides])
     preview_views(config, output, num_samples=num_samples)
 

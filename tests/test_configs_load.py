@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dinocell.configs import load
 from dinocell.configs.differences import diff_configs
-from dinocell.configs.load import find_recipe, load_config, shipped_recipes, to_dict, to_yaml
+from dinocell.configs.load import find_recipe, list_override, load_config, shipped_recipes, to_dict, to_yaml
 from dinocell.errors import ConfigError
 
 
@@ -141,6 +141,19 @@ def test_an_override_is_read_as_its_field_wants_it(
     value = getattr(load_config(Recipe, overrides=overrides), key)
     assert value == expected
     assert type(value) is type(expected)
+
+
+def test_a_list_of_paths_may_hold_any_characters() -> None:
+    paths = [
+        Path("my data, v2"),
+        Path("a [b] {c}"),
+        Path('it\'s "x" #1: y'),
+        Path("細胞/äß 🔬"),
+        Path("back\\slash"),
+        Path("7"),
+    ]
+    config = load_config(Recipe, overrides=["shards=a", list_override("names", paths)])
+    assert config.names == [str(path) for path in paths]
 
 
 @pytest.mark.parametrize(

@@ -178,10 +178,11 @@ def test_the_command_watches_and_draws_views(
     said = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("probe/consistency_margin" in row for row in said) == 2
     views = ["--views", "debug", "views.global_size=32", "views.local_size=16"]
+    named = shard_set.rename(tmp_path / "my set, [v2]")
     for policy in ("consistency", "stack"):
         picture = tmp_path / f"{policy}.png"
         extra = [f"views.policy={policy}", "views.channels=[DNA,ER]"] if policy == "stack" else []
-        arguments = ["shards", "preview", str(shard_set), "--output", str(picture), "--samples", "3"]
+        arguments = ["shards", "preview", str(named), "--output", str(picture), "--samples", "3"]
         assert main([*arguments, *views, *extra]) == 0
         assert picture.stat().st_size > 1000
     capsys.readouterr()

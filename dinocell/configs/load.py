@@ -8,7 +8,8 @@ the file and line, or the override, and the dotted key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -71,6 +72,12 @@ def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence
     except MisfitError as error:
         source = _source_of(error.key, settings)
         raise ConfigError(f"{source}: {error}" if source else str(error)) from error
+
+
+def list_override(key: str, texts: Iterable[str | Path]) -> str:
+    """Return the override that sets a list of texts or paths, which may hold commas, brackets and quotes."""
+    # A list of JSON is one of YAML.
+    return f"{key}={json.dumps([str(text) for text in texts], ensure_ascii=False)}"
 
 
 def find_recipe(command: str, name: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from dinocell.configs.differences import diff_configs
-from dinocell.configs.load import find_recipe, load_config, read_mapping, to_dict, to_yaml
+from dinocell.configs.load import find_recipe, list_override, load_config, read_mapping, to_dict, to_yaml
 from dinocell.data_shards.labelled import open_labelled
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.picture import picture_of
@@ -135,8 +135,7 @@ def _pretrain(config: DemoConfig, material: Material) -> Path:
         return checkpoint
     shutil.rmtree(output, ignore_errors=True)  # a few steps: they are taken again
     policy = "consistency" if len(material.channels) > 1 else "average"
-    shards = ",".join(map(str, material.shards))
-    overrides = [f"output={output}", f"data.shards=[{shards}]", f"steps={config.pretrain_steps}"]
+    overrides = [f"output={output}", list_override("data.shards", material.shards), f"steps={config.pretrain_steps}"]
     overrides += [f"seed={config.seed}", f"views.policy={policy}"]
     return pretrain(load_config(PretrainConfig, find_recipe("pretrain", "demo"), overrides))
 
@@ -144,7 +143,8 @@ def _pretrain(config: DemoConfig, material: Material) -> Path:
 def _finetune(config: DemoConfig, material: Material, teacher: str) -> DINOCell | None:
     if material.train is None:
         return None
-    overrides = [f"output={config.output / 'finetune'}", f"data.sets=[{material.train}]", f"model.weights={teacher}"]
+    overrides = [f"output={config.output / 'finetune'}", list_override("data.sets", [material.train])]
+    overrides += [f"model.weights={teacher}"]
     overrides += [f"epochs={config.finetune_epochs}", f"seed={config.seed}"]
     if config.weights is not None:
         overrides.append(f"model.size={_size_of(teacher)}")
