@@ -186,6 +186,7 @@ def _online_probe(config: Any) -> Callable[[Any], Mapping[str, float]] | None:
         config.data.shards[0],
         tiles=watch.tiles,
         crop_size=config.views.global_size,
+        in_channels=config.views.in_channels,
         knn_train=watch.knn_train,
         knn_test=watch.knn_test,
         label=watch.label,
