@@ -36,6 +36,9 @@ Watch = Callable[[VisionTransformer], Mapping[str, float]]
 
 _TEACHER = "teacher_checkpoint.pth"
 
+# What may be other when a run goes on: where and how it is computed, where copies of shards lie, what is looked at.
+_MAY_DIFFER = ("compute", "data.cache", "data.cache_gb", "watch")
+
 
 def dry_run(config: PretrainConfig) -> str:
     """Open the shards, build the model, take two steps, and say what a run would be; nothing is written.
@@ -95,7 +98,7 @@ def pretrain(
         If it was told to stop; it has saved and can be continued.
     """
     with together(config.compute.device, timeout_s=config.compute.timeout_s) as world:
-        Run.check(config.output, config)
+        Run.check(config.output, config, ignore=_MAY_DIFFER)
         last = eval_folder(config.output, config.steps) / _TEACHER
         if from_main(last.exists()):
             return last
@@ -125,6 +128,7 @@ def pretrain(
                 log_every=config.log_every,
                 batch_size=config.batch_size,
                 is_main=world.is_main,
+                ignore=_MAY_DIFFER,
             ) as run,
         ):
             run.text(0, "config", f"```yaml\n{to_yaml(config)}\n```")
@@ -153,10 +157,10 @@ def pretrain(
                     run.note(f"teacher: {path}")
                     if world.is_main:
                         on_export(path)
-                if step == config.steps or step % config.checkpoint_every == 0:
+                stops = step < config.steps and stop.agreed()
+                if stops or step == config.steps or step % config.checkpoint_every == 0:
                     trainer.save(checkpointer, step)
-                if step < config.steps and stop.agreed():
-                    trainer.save(checkpointer, step)
+                if stops:
                     checkpointer.wait()
                     stop.finish()
                     raise RunStopped(f"stopped after step {step} ({stop.reason}); the same command goes on from there")
@@ -251,7 +255,10 @@ def _export(config: PretrainConfig, model: StudentTeacher, step: int, *, is_main
     whole = _whole_teacher(model, keep=is_main)
     heads = {name: _gathered(module) for name, module in model.teacher.items() if name != "backbone"}
     if whole is not None and is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DinocellError(f"{path}: cannot be written ({error.strerror or error})") from error
         whole.card = backbone_of(model.teacher).card
         weights = Weights.of(whole, heads)
         line = f"DINOCell pretraining, {config.views.policy}, {step} steps of {config.batch_size}"
