@@ -16,7 +16,7 @@ import pytest
 from dinocell.cli import main
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.launch.hooks import exported, set_export_hook
-from dinocell.launch.job import fill_in
+from dinocell.launch.job import Job, fill_in
 from dinocell.launch.launch_command import _folder_of, _minutes
 from dinocell.launch.local import run_here
 from dinocell.launch.slurm import SlurmSettings, _belongs_to_job, script
@@ -81,6 +81,33 @@ def test_the_end_of_the_script_tells_what_comes_back(tmp_path: Path) -> None:
         array = f"SLURM_ARRAY_JOB_ID=5\nSLURM_ARRAY_TASK_ID=2\n{shell}"
         done = subprocess.run(["bash", "-c", array], capture_output=True, text=True, check=False)
         assert ("CALLED requeue 5_2" in done.stdout) is comes_back
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "comes_back"), [(3, 0, True), (143, 2, True), (0, 0, True), (3, 3, False)]
+)
+def test_the_script_puts_back_what_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, restarts: int, comes_back: bool
+) -> None:
+    """In a container there is no scontrol: the job leaves a mark for the script around it, which is used up."""
+    folder = tmp_path / "a folder's name"
+    folder.mkdir()
+    job = Job(main=lambda _: 0, arguments=(), folder=folder, max_requeues=9)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    job._requeue("SIGTERM")  # not asked for: SLURM does it by itself, or means it
+    assert not list(folder.iterdir())
+    job._requeue("SIGUSR2")
+    assert [path.name for path in folder.iterdir()] == ["comes_back-7"]
+    monkeypatch.undo()
+    said = script(["info"], SlurmSettings(max_requeues=3), folder)
+    after = said[said.index("code=$?") : said.index("# which runs")].replace("sleep 60", "")
+    shell = f"scontrol() {{ echo CALLED $@; }}\nSLURM_JOB_ID=7\nSLURM_RESTART_COUNT={restarts}\n(exit {code})\n{after}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("CALLED requeue 7" in done.stdout) is comes_back
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(
