@@ -6,6 +6,7 @@ Parsers are built from the standard library alone; each command imports its stag
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
@@ -30,6 +31,18 @@ from dinocell.launch.hooks import exported
 from dinocell.runtime.command_line import add_command
 from dinocell.ssl import pretrain_command
 
+# What the machine refuses, wherever it happens: a name that is too long, no permission, a full or broken disk. No bug.
+_REFUSED = {
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+}
+
 # What is a setting, not a recipe: a path may hold a "=" as well, but behind a slash.
 _SETTING = re.compile(r"[\w.]+=")
 
@@ -46,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dinocell info FILE | head` closed our output: not an error, and nobody is listening
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        print(f"dinocell: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:  # a run that was told to stop says how it goes on
         print(f"dinocell: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
