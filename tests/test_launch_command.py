@@ -229,6 +229,7 @@ def test_numbers_are_put_into_the_command_and_other_braces_left() -> None:
 
 def test_a_launch_lies_in_the_run_folder() -> None:
     assert _folder_of(["pretrain", "debug", "output=runs/a"]).parent == Path("runs/a/launch").absolute()
+    assert _folder_of(["pretrain", "debug", "output=runs/{task}"]).parent == Path("launches").absolute()
     assert _folder_of(["segment", "x.tif", "--output", "o"]).parent == Path("launches").absolute()
 
 

@@ -188,10 +188,10 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _folder_of(arguments: Sequence[str]) -> Path:
-    """Return the launch's own folder: in the run folder, where the command names one as a setting."""
+    """Return the launch's own folder: in the run folder, where the command names one, the same for all of an array."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     output = next((each.split("=", 1)[1] for each in arguments if each.startswith("output=")), None)
-    if output is not None:
+    if output is not None and "{task}" not in output and "{tasks}" not in output:
         return (Path(output) / "launch" / stamp).absolute()
     return (Path("launches") / f"{stamp}-{arguments[0]}").absolute()
 
