@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dinocell.cli import main
 from dinocell.configs.load import find_recipe, list_override, load_config
@@ -17,6 +18,7 @@ from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
+from dinocell.models.weights import read_weights
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.preemption import RunStopped
 from dinocell.ssl import memory
@@ -165,6 +167,21 @@ def test_what_a_run_that_is_told_to_stop_saves_is_saved_once(
     with pytest.raises(RunStopped):
         pretrain(config, on_export=lambda _: signal.raise_signal(signal.SIGTERM))
     assert saved == [2]
+
+
+def test_a_teacher_that_was_removed_is_written_again(
+    shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", *SMALL, "batch_size=2"]
+    assert main(line) == 0
+    teacher = tmp_path / "run" / "eval" / "training_1" / "teacher_checkpoint.pth"
+    before = read_weights(teacher)
+    teacher.unlink()
+    assert main(line) == 0
+    assert f"teacher: {teacher}\n" in capsys.readouterr().out
+    again = read_weights(teacher)
+    assert again.card == before.card
+    torch.testing.assert_close(again.tensors, before.tensors, rtol=0, atol=0)
 
 
 def test_a_teacher_that_cannot_be_written_is_one_line(

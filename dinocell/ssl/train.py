@@ -140,6 +140,8 @@ def pretrain(
             batches = throughput.waiting(
                 loader(samples, workers=config.compute.workers, pin_memory=world.device.type == "cuda")
             )
+            if first == config.steps:  # its teacher has been removed, its state has not
+                _export(run, config, model, first, on_export)
             for step in range(first + 1, config.steps + 1):
                 feed = _Feed(config, batches, levels, world)
                 is_log_step = run.is_log_step(step)
@@ -153,10 +155,7 @@ def pretrain(
                 run.log(step, metrics | throughput.metrics() if is_log_step else {})
                 _look(run, step, config, model, feed.views, watch)
                 if step % config.export_every == 0 or step == config.steps:
-                    path = _export(config, model, step, is_main=world.is_main)
-                    run.note(f"teacher: {path}")
-                    if world.is_main:
-                        on_export(path)
+                    _export(run, config, model, step, on_export)
                 stops = step < config.steps and stop.agreed()
                 if stops or step == config.steps or step % config.checkpoint_every == 0:
                     trainer.save(checkpointer, step)
@@ -250,11 +249,14 @@ def _gathered(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
-def _export(config: PretrainConfig, model: StudentTeacher, step: int, *, is_main: bool) -> Path:
+def _export(
+    run: Run, config: PretrainConfig, model: StudentTeacher, step: int, on_export: Callable[[Path], None]
+) -> None:
+    """Write the teacher of a step; all ranks together."""
     path = eval_folder(config.output, step) / _TEACHER
-    whole = _whole_teacher(model, keep=is_main)
+    whole = _whole_teacher(model, keep=run.is_main)
     heads = {name: _gathered(module) for name, module in model.teacher.items() if name != "backbone"}
-    if whole is not None and is_main:
+    if whole is not None and run.is_main:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -264,4 +266,5 @@ def _export(config: PretrainConfig, model: StudentTeacher, step: int, *, is_main
         line = f"DINOCell pretraining, {config.views.policy}, {step} steps of {config.batch_size}"
         card = replace(weights.card, derived_from=(*weights.card.derived_from, line))
         save_weights(path, replace(weights, card=card))
-    return path
+        run.note(f"teacher: {path}")
+        on_export(path)
