@@ -143,6 +143,11 @@ def test_an_override_is_read_as_its_field_wants_it(
     assert type(value) is type(expected)
 
 
+def test_a_name_in_another_encoding_is_one_line() -> None:
+    said = error_of(Recipe, overrides=("shards=a", "output=caf\udce9"))  # Latin-1, as Python hands it in
+    assert said == "override 'output=caf\\xe9': expected UTF-8 text; rename the file or folder"
+
+
 def test_a_list_of_paths_may_hold_any_characters() -> None:
     paths = [
         Path("my data, v2"),

@@ -206,6 +206,11 @@ def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
 
 def _override_settings(schema: type, text: str) -> list[Setting]:
     source = f"override '{text}'"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name on the disk in another encoding; config.yaml could not hold it
+        shown = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        raise ConfigError(f"override '{shown}': expected UTF-8 text; rename the file or folder") from None
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals:
