@@ -293,9 +293,15 @@ def _add_preview(actions: Any, preview_views: PreviewViews | None) -> None:
 
 def _run_preview(preview_views: PreviewViews | None, options: argparse.Namespace) -> None:
     from dinocell.data_shards.preview import preview
+    from dinocell.errors import ShardError
 
+    for name, least in (("samples", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise ShardError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     if preview_views is not None and options.views:
         recipe, *overrides = options.views
+        if options.cache is not None:
+            overrides.insert(0, f"data.cache={options.cache}")
         preview_views(options.set, options.output, recipe, overrides, options.samples, options.seed)
         print(f"wrote {options.output}")
         return
