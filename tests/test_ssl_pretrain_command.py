@@ -75,6 +75,15 @@ def test_no_channel_of_the_stack_in_the_set(refused: Callable[..., str], shard_s
     assert f"views.channels: {shard_set} has none of Golgi; it has DNA, ER, AGP" in said
 
 
+def test_a_channel_that_no_set_has_is_said(shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be meant, for weights of more channels, or a mistake in writing: the model would never see it."""
+    line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", *SMALL, "--dry-run"]
+    assert main([*line, "views.policy=stack", "views.channels=[DNA,Agp]"]) == 0
+    assert "views.channels: no set has Agp, which the model sees blank in every view\n" in capsys.readouterr().out
+    assert main([*line, "views.policy=stack", "views.channels=[DNA,AGP]"]) == 0
+    assert "no set has" not in capsys.readouterr().out
+
+
 def test_no_set_and_a_folder_that_is_none(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "shards: expected the folder or address of at least one shard set" in refused("data.shards=[]")
     (tmp_path / "nothing").mkdir()
