@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,26 @@ def test_what_is_saved_is_what_there_was_when_save_was_called(tmp_path: Path) ->
     assert restored is not None
     assert (restored.step, restored.values) == (3, {"epoch": 7})
     assert torch.equal(found["a"]["b"], torch.arange(200_000.0))
+
+
+def wait_for(path: Path, limit_s: float = 30.0) -> None:
+    end = time.monotonic() + limit_s
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.01)
+
+
+def test_a_state_is_whole_once_it_is_written_not_when_the_next_one_is(tmp_path: Path) -> None:
+    """Killed before the next save, a run would go on from the state before: twice the steps would be lost."""
+    checkpointer = Checkpointer(tmp_path, keep_last=1)
+    for step in (1, 2):
+        checkpointer.save(step, {"x": torch.full((3,), float(step))}, {})
+        wait_for(tmp_path / f"step_{step:08d}" / "state.json")
+    found = {"x": torch.empty(3)}
+    restored = Checkpointer(tmp_path).restore(found)
+    assert restored is not None
+    assert restored.step == 2
+    checkpointer.close()
 
 
 def test_the_newest_stay_and_every_mth(tmp_path: Path) -> None:
@@ -164,6 +185,7 @@ def _train(rank: int, ranks: int, folder: str, meet: str, resumes: bool) -> None
         if step == 2 and not resumes:
             state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
             checkpointer.save(step, state, {})
+            wait_for(Path(folder) / "checkpoints" / "step_00000002" / "state.json")
     checkpointer.close()
     weight = model[0].weight.full_tensor()
     rows = gather(torch.full((2, 3), float(rank)))

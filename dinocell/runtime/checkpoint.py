@@ -5,7 +5,7 @@
     checkpoints/step_00001200/     one folder a checkpoint, of torch.distributed.checkpoint
         state.json                 step, ranks, names of the random states, plain values; written last
         *.distcp, .metadata        tensors, each rank its part
-    checkpoints/.step_.../         one that is being written; renamed when all ranks are done
+    checkpoints/.step_.../         one that is being written; renamed as soon as all ranks are done
 
 Tensors are copied to main memory at once and written while the training goes on. These folders are for the machine
 that wrote them: unlike exported weights they are trusted like code, so none is ever taken from elsewhere.
@@ -74,7 +74,7 @@ class Checkpointer:
         self._folder = folder
         self._keep_last, self._keep_every = keep_last, keep_every
         self._is_async = is_async
-        self._pending: tuple[Future[Any], Path, Path, str] | None = None
+        self._pending: tuple[Future[Any], Path] | None = None
         self._writer: ThreadPoolExecutor | None = None
         # Background writing talks between ranks while the training does: it needs a group of its own, on the host.
         self._group = None if is_alone() else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -105,20 +105,29 @@ class Checkpointer:
         about = {"step": step, "ranks": self._size, "random": list(random), "values": dict(values)}
         description = json.dumps(about, indent=1)
         if self._is_async:
-            self._pending = (self._write_later(_copied(state), part), part, final, description)
+            self._pending = (self._write_later(_copied(state), part, final, description), final)
         else:
             with _writing(final):
                 _write(state, part, self._group)
+                self._finish(part, final, description)
+            barrier()
+
+    def _write_later(self, state: dict[str, Any], part: Path, final: Path, description: str) -> "Future[Any]":
+        """Write and finish in the background: a state that waited for the next one would be lost in between."""
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if is_alone():
+            written = self._writer.submit(_write, state, part, None)
+        else:
+            later = save_state_later(state, checkpoint_id=part, process_group=self._group)
+            assert isinstance(later, Future)
+            written = later
+
+        def finish() -> None:
+            written.result()
             self._finish(part, final, description)
 
-    def _write_later(self, state: dict[str, Any], part: Path) -> "Future[Any]":
-        if is_alone():
-            if self._writer is None:
-                self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            return self._writer.submit(_write, state, part, None)
-        future = save_state_later(state, checkpoint_id=part, process_group=self._group)
-        assert isinstance(future, Future)
-        return future
+        return self._writer.submit(finish) if self._is_main else written
 
     def wait(self) -> None:
         """Wait until what is being written is whole.
@@ -130,11 +139,11 @@ class Checkpointer:
         """
         if self._pending is None:
             return
-        future, part, final, description = self._pending
+        future, final = self._pending
         self._pending = None
         with _writing(final):
             future.result()
-        self._finish(part, final, description)
+        barrier()
 
     def restore(self, tensors: dict[str, Any]) -> Restored | None:
         """Read the newest whole checkpoint into ``tensors``, in place; None if there is none.
@@ -188,14 +197,12 @@ class Checkpointer:
             set_random_states(state["random"][f"rank_{self._rank}"])
 
     def _finish(self, part: Path, final: Path, description: str) -> None:
-        barrier()  # every rank's part is on the disk
+        """Make a state whole that all ranks have written, which the main rank is the last to know."""
         if self._is_main:
-            with _writing(final):
-                write_atomically(part / "state.json", description)
-                shutil.rmtree(final, ignore_errors=True)
-                part.rename(final)
+            write_atomically(part / "state.json", description)
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
             self._drop_old()
-        barrier()
 
     def _whole(self) -> list[Path]:
         """Return the folders of whole checkpoints, oldest first; a copy under another name is not ours."""
