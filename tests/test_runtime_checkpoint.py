@@ -4,7 +4,9 @@ import errno
 import os
 import random
 import shutil
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,28 @@ def test_a_state_is_whole_once_it_is_written_not_when_the_next_one_is(tmp_path: 
     assert restored is not None
     assert restored.step == 2
     checkpointer.close()
+
+
+def test_filters_of_warnings_in_the_training_do_not_reach_the_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of the process, not of a thread: torch leaves a block of its own while a state is being written."""
+    begun, may_go_on = threading.Event(), threading.Event()
+    write = checkpoint.save_state
+
+    def slowly(*arguments: object, **options: object) -> object:
+        begun.set()
+        assert may_go_on.wait(30)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_state", slowly)
+    checkpointer = Checkpointer(tmp_path)
+    with warnings.catch_warnings():
+        checkpointer.save(1, {"x": torch.ones(2)}, {})
+        assert begun.wait(30)
+    may_go_on.set()
+    checkpointer.close()
+    assert len(checkpointer.steps()) == 1
 
 
 def test_the_newest_stay_and_every_mth(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ class Checkpointer:
         self._is_async = is_async
         self._pending: tuple[Future[Any], Path] | None = None
         self._writer: ThreadPoolExecutor | None = None
+        # Once for the process, not around each call: a block of one thread undoes that of another.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # there is one process: we know
         # Background writing talks between ranks while the training does: it needs a group of its own, on the host.
         self._group = None if is_alone() else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
@@ -191,8 +193,7 @@ class Checkpointer:
             here = random_states()
             saved = description.get("random", list(here))  # checkpoints did not always say it
             state["random"] = {f"rank_{self._rank}": {name: here[name] for name in here if name in saved}}
-        with _quiet():
-            load_state(state, checkpoint_id=path, process_group=self._group, no_dist=is_alone())
+        load_state(state, checkpoint_id=path, process_group=self._group, no_dist=is_alone())
         if same_ranks:
             set_random_states(state["random"][f"rank_{self._rank}"])
 
@@ -229,8 +230,7 @@ class Checkpointer:
 
 
 def _write(state: dict[str, Any], part: Path, group: dist.ProcessGroup | None) -> None:
-    with _quiet():
-        save_state(state, checkpoint_id=part, process_group=group, no_dist=is_alone())
+    save_state(state, checkpoint_id=part, process_group=group, no_dist=is_alone())
 
 
 @contextmanager
@@ -239,14 +239,6 @@ def _writing(final: Path) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
         raise DinocellError(f"{final}: cannot be written ({_cause(error)})") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that there is one process, which we know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _cause(error: BaseException) -> str:
