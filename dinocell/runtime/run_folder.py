@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import logging
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,8 +24,11 @@ from dinocell.runtime.environment import environment
 
 _log = logging.getLogger(__name__)
 
+# A cluster starts a job again while it still ends the processes of the start before (SLURM's KillWait: 30 s).
+_PATIENCE_S, _POLL_S = 60.0, 0.5
 
-def claim(folder: Path, config: object, ignore: Collection[str]) -> TextIO:
+
+def claim(folder: Path, config: object, ignore: Collection[str], *, patience_s: float = _PATIENCE_S) -> TextIO:
     """Make a run folder, or check that it is of the same configuration; write what is run and where.
 
     Returns ``log.txt``, to be appended to; until it is closed, or this process ends, no other process gets in.
@@ -33,6 +37,8 @@ def claim(folder: Path, config: object, ignore: Collection[str]) -> TextIO:
     ----------
     ignore
         Dotted keys or sections of the configuration that may differ.
+    patience_s
+        How long to wait for the end of another process that is at work in it.
 
     Raises
     ------
@@ -47,7 +53,7 @@ def claim(folder: Path, config: object, ignore: Collection[str]) -> TextIO:
         raise DinocellError(f"run folder {folder}: is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     check_same(folder, config, ignore)
-    log = _open_locked(folder / "log.txt")
+    log = _open_locked(folder / "log.txt", patience_s)
     try:
         _describe(folder, config)
     except BaseException:
@@ -56,20 +62,33 @@ def claim(folder: Path, config: object, ignore: Collection[str]) -> TextIO:
     return log
 
 
-def _open_locked(path: Path) -> TextIO:
+def _open_locked(path: Path, patience_s: float) -> TextIO:
     """Open for appending and lock: two processes would throw away each other's numbers and half-written states."""
     file = path.open("a", encoding="utf-8")
+    end: float | None = None
+    while not _lock(file):
+        if end is None:
+            end = time.monotonic() + patience_s
+            _log.warning("%s: another process is at work in it; waiting %g s for its end", path.parent, patience_s)
+        if time.monotonic() >= end:
+            file.close()
+            raise DinocellError(
+                f"run folder {path.parent}: another process is at work in it; wait for its end, or stop it"
+            )
+        time.sleep(min(_POLL_S, patience_s))
+    return file
+
+
+def _lock(file: TextIO) -> bool:
+    """Say whether the lock is ours now; where the disk knows none, say so, and take it for ours."""
     try:
         # Of the process, not of the open file: loader workers that outlive a killed run must not hold it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise DinocellError(
-                f"run folder {path.parent}: another process is at work in it; wait for its end, or stop it"
-            ) from None
-        _log.warning("%s: cannot be locked (%s): do not start this run twice at once", path, error.strerror)
-    return file
+            return False
+        _log.warning("%s: cannot be locked (%s): do not start this run twice at once", file.name, error.strerror)
+    return True
 
 
 def _describe(folder: Path, config: object) -> None:
