@@ -31,6 +31,18 @@ from dinocell.launch.hooks import exported
 from dinocell.runtime.command_line import add_command, whole_number
 from dinocell.ssl import pretrain_command
 
+# What the machine refuses, wherever it happens: a name that is too long, no permission, a full or broken disk. No bug.
+_REFUSED = {
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+}
+
 # What is a setting, not a recipe: a path may hold a "=" as well, but behind a slash.
 _SETTING = re.compile(r"[\w.]+=")
 
@@ -48,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in _REFUSED:
             raise
-        print(f"dinocell: {error.filename}: a longer name than a file system holds", file=sys.stderr)
+        print(f"dinocell: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:  # a run that was told to stop says how it goes on
         print(f"dinocell: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -193,6 +205,7 @@ def _online_probe(config: Any) -> Callable[[Any], Mapping[str, float]] | None:
         config.data.shards[0],
         tiles=watch.tiles,
         crop_size=config.views.global_size,
+        in_channels=config.views.in_channels,
         knn_train=watch.knn_train,
         knn_test=watch.knn_test,
         label=watch.label,

@@ -1,5 +1,6 @@
 """The command line, as its users type it; what a process does otherwise than a call is seen in a process of its own."""
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinocell import __version__
+from dinocell import __version__, cli
 from dinocell.cli import build_parser, main
 from dinocell.models.vit import VisionTransformer, ViTConfig, variant_config
 from dinocell.models.weights import Weights, load_backbone, save_weights
@@ -179,3 +180,41 @@ def test_a_path_with_an_equals_sign_is_a_recipe_and_a_missing_or_second_one_is_o
     assert "required: recipe (see" in one_line_error(dinocell("pretrain", "--dry-run"))
     assert "expected one recipe" in one_line_error(dinocell("finetune", "debug", "--dry-run", "own_folder"))
     assert "--dryrun" in one_line_error(dinocell("finetune", "debug", "epochs=1", "--dryrun"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "dinocell: No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "dinocell: a/b: Permission denied\n"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_run_info", refuse)
+    assert main(["info", "x"]) == 2
+    assert capsys.readouterr().err == said
+
+
+def test_other_errors_of_the_system_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(cli, "_run_info", refuse)
+    with pytest.raises(OSError, match="Bad file"):
+        main(["info", "x"])
+
+
+@pytest.mark.parametrize("setting", ["output={}", "data.shards=[{}]"])
+def test_names_that_are_too_long_are_one_line(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "x" * 300
+    line = ["pretrain", "debug", f"output={tmp_path}", f"data.shards=[{tmp_path}]", "watch.every=0"]
+    assert main([*line, setting.format(name)]) == 2
+    said = capsys.readouterr().err
+    assert "xxx/" in said
+    assert said.endswith("File name too long\n")
+    assert said.count("\n") == 1

@@ -150,6 +150,24 @@ def test_an_override_is_read_as_its_field_wants_it(
     assert type(value) is type(expected)
 
 
+def test_a_name_in_another_encoding_is_one_line() -> None:
+    said = error_of(Recipe, overrides=("shards=a", "output=caf\udce9"))  # Latin-1, as Python hands it in
+    assert said == "override 'output=caf\\xe9': expected UTF-8 text; rename the file or folder"
+
+
+def test_a_list_of_paths_may_hold_any_characters() -> None:
+    paths = [
+        Path("my data, v2"),
+        Path("a [b] {c}"),
+        Path('it\'s "x" #1: y'),
+        Path("細胞/äß 🔬"),
+        Path("back\\slash"),
+        Path("7"),
+    ]
+    config = load_config(Recipe, overrides=["shards=a", text_override("names", paths)])
+    assert config.names == [str(path) for path in paths]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -168,7 +186,8 @@ def test_an_override_is_read_as_its_field_wants_it(
         ("seed='3'", "seed: expected an integer, got '3'"),
         ("seed=010", "010 is 8 to YAML; write 8, or '010' in quotes for a text"),
         ("lr=1:30.5", "1:30.5 is 90.5 to YAML; write 90.5, or '1:30.5' in quotes for a text"),
-        ("seed=", "seed: expected an integer, got null"),
+        ("seed=", "expected a value behind the '='; for none write seed=null"),
+        ("output= ", "expected a value behind the '='; for none write output=null"),
         ("lr=true", "lr: expected a number, got true"),
         ("lr=fast", "lr: expected a number, got 'fast'"),
         ("shards=null", "shards: expected text, got null"),

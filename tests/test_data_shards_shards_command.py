@@ -15,6 +15,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from dinocell import cli
 from dinocell.cli import main
 from dinocell.data_shards.images import write_png, write_tiff
 from dinocell.data_shards.manifest import read_manifest
@@ -52,6 +53,25 @@ def test_build_info_verify_preview(folder: Path, tmp_path: Path, capsys: pytest.
     assert "60 samples in 10 shards, all as they should be" in capsys.readouterr().out
     assert main(["shards", "preview", str(output), "--output", str(tmp_path / "p.png"), "--samples", "2"]) == 0
     assert np.asarray(Image.open(tmp_path / "p.png")).shape == (14 + 2 * (14 + 192 + 4), 3 * 196)
+
+
+@pytest.mark.parametrize(("option", "least"), [("samples", 1), ("seed", 0)])
+@pytest.mark.parametrize("views", [[], ["--views", "debug"]])
+def test_a_preview_of_nothing_is_one_line(
+    option: str, least: int, views: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["shards", "preview", str(tmp_path), f"--{option}", str(least - 1), *views])
+    assert f"argument --{option}: expected a whole number of at least {least}" in capsys.readouterr().err
+
+
+def test_views_of_a_remote_set_are_drawn_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(cli, "_preview_views", lambda *given: asked.extend(given))
+    line = ["shards", "preview", "s3://bucket/set", "--cache", str(tmp_path), "--views", "debug", "views.blur=1"]
+    assert main(line) == 0
+    assert asked[2:4] == ["debug", ["views.blur=1"]]
+    assert asked[6] == tmp_path
 
 
 @pytest.mark.parametrize("is_there", [False, True])

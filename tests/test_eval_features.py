@@ -182,6 +182,23 @@ def test_the_online_probe_knows_the_samples_again(shard_set: Path) -> None:
         OnlineProbe(str(shard_set), tiles=2, crop_size=32, label="colour", **sets)
 
 
+def test_a_set_in_which_no_tile_is_whole_is_said_before_a_training(tmp_path: Path, fields: Callable[..., Any]) -> None:
+    """Plates of different stains: no tile has every channel of the set."""
+    build(fields(1, missing_from=0), tmp_path / "set", settings=SMALL, workers=1)
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    manifest["channels"]["AGP"] = manifest["channels"]["DNA"]
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest))
+    shards = str(tmp_path / "set")
+    with pytest.raises(DinocellError, match=r"none of the first 2 tiles has all of the channels .*AGP.*watch\.every=0"):
+        OnlineProbe(shards, tiles=2, crop_size=32)
+    assert OnlineProbe(shards, tiles=2, crop_size=32, in_channels=3)(tiny(in_channels=3)) == {}
+    with pytest.raises(DinocellError, match="none of the first 6 tiles"):
+        OnlineProbe(
+            shards, tiles=2, crop_size=32, in_channels=3, knn_train=shards, knn_test=shards, label="number",
+            neighbours=1,
+        )  # fmt: skip
+
+
 def test_the_online_probe_leaves_out_tiles_that_lack_a_channel(tmp_path: Path, fields: Callable[..., Any]) -> None:
     build(fields(4, missing_from=1), tmp_path / "set", settings=SMALL, workers=1)
     found = OnlineProbe(
@@ -205,10 +222,11 @@ def test_the_command_watches_and_draws_views(
     said = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("probe/consistency_margin" in row for row in said) == 2
     views = ["--views", "debug", "views.global_size=32", "views.local_size=16"]
+    named = shard_set.rename(tmp_path / "my set, [v2]")
     for policy in ("consistency", "stack"):
         picture = tmp_path / f"{policy}.png"
         extra = [f"views.policy={policy}", "views.channels=[DNA,ER]"] if policy == "stack" else []
-        arguments = ["shards", "preview", str(shard_set), "--output", str(picture), "--samples", "3"]
+        arguments = ["shards", "preview", str(named), "--output", str(picture), "--samples", "3"]
         assert main([*arguments, *views, *extra]) == 0
         assert picture.stat().st_size > 1000
     odd = tmp_path / "12, [b] #3"

@@ -129,7 +129,7 @@ def test_a_stride_that_is_too_wide_or_a_device_that_is_not_there_is_refused_at_o
         with pytest.raises(DinocellError, match=rf"stride: expected 1 to 112 px .*, got {stride}"):
             DINOCellPipeline(model, crop_size=128, stride=stride)
     assert DINOCellPipeline(model, crop_size=128, stride=112).run(np.zeros((130, 200), np.uint8)).max() == 0
-    with pytest.raises(DinocellError, match="expected auto, cpu or cuda, got 'gpu'"):
+    with pytest.raises(DinocellError, match="expected auto, cpu, cuda or cuda:N, got 'gpu'"):
         DINOCellPipeline(model, device="gpu")
     with pytest.raises(DinocellError, match="cuda:99 was asked for, and there is none"):
         DINOCellPipeline(model, device="cuda:99")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,10 +16,12 @@ import pytest
 from dinocell.cli import main
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.launch.hooks import exported, set_export_hook
-from dinocell.launch.job import fill_in
+from dinocell.launch.job import Job, fill_in
 from dinocell.launch.launch_command import _folder_of, _minutes
+from dinocell.launch.local import run_here
 from dinocell.launch.slurm import SlurmSettings, _belongs_to_job, script
 from dinocell.launch.watch import last_step, launches, log_of
+from dinocell.runtime.metrics_file import MetricsFile
 
 
 def test_the_script_says_what_was_asked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -81,6 +84,33 @@ def test_the_end_of_the_script_tells_what_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("code", "restarts", "comes_back"), [(3, 0, True), (143, 2, True), (0, 0, True), (3, 3, False)]
+)
+def test_the_script_puts_back_what_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, restarts: int, comes_back: bool
+) -> None:
+    """In a container there is no scontrol: the job leaves a mark for the script around it, which is used up."""
+    folder = tmp_path / "a folder's name"
+    folder.mkdir()
+    job = Job(main=lambda _: 0, arguments=(), folder=folder, max_requeues=9)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    job._requeue("SIGTERM")  # not asked for: SLURM does it by itself, or means it
+    assert not list(folder.iterdir())
+    job._requeue("SIGUSR2")
+    assert [path.name for path in folder.iterdir()] == ["comes_back-7"]
+    monkeypatch.undo()
+    said = script(["info"], SlurmSettings(max_requeues=3), folder)
+    after = said[said.index("code=$?") : said.index("# which runs")].replace("sleep 60", "")
+    shell = f"scontrol() {{ echo CALLED $@; }}\nSLURM_JOB_ID=7\nSLURM_RESTART_COUNT={restarts}\n(exit {code})\n{after}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("CALLED requeue 7" in done.stdout) is comes_back
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
     ("text", "minutes"), [("90", 90), ("1:30", 90), ("1:30:00", 90), ("0:00:30", 1), ("2-0:00:00", 2880)]
 )
 def test_time_limits(text: str, minutes: int) -> None:
@@ -104,6 +134,14 @@ def test_a_time_limit_that_is_none() -> None:
         (["--cluster", "local", "--mem", "9G", "--", "info", "x"], "--mem: is for SLURM"),
         (["--cluster", "local", "--nodes", "2", "--", "info", "x"], "--nodes: is for SLURM"),
         (["--dry-run", "--on-export", "knn", "--", "info", "x"], "--on-export: expected {checkpoint} somewhere"),
+        (["--cluster", "local", "--processes", "0", "--", "info", "x"], "--processes: expected at least 1, got 0"),
+        (["--cluster", "local", "--processes", "-1", "--", "info", "x"], "--processes: expected at least 1, got -1"),
+        (
+            ["--time", "2", "--", "info", "x"],
+            "--signal-before: expected at least 1 and less than the time limit of 120",
+        ),
+        (["--signal-before", "0", "--", "info", "x"], "--signal-before: expected at least 1"),
+        (["--max-requeues", "-1", "--", "info", "x"], "--max-requeues: expected at least 0, got -1"),
         (["status", "nowhere"], "nowhere: nothing was launched into this folder"),
     ],
 )
@@ -137,6 +175,23 @@ def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None
     np.testing.assert_allclose(rows[1], rows[2], rtol=2e-4)
     assert "2 processes, ddp" in done.stdout
     assert "training_3" in next((tmp_path / "run2" / "launch").rglob("rank_1.log")).read_text()
+
+
+def test_where_a_killed_start_met_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container, process numbers come again; a rank that is early would look for the dead main one."""
+    place = tmp_path / "rendezvous" / f"local-{os.getpid()}"
+    place.parent.mkdir()
+    place.write_text("127.0.0.1 1\n")
+    there = []
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *_args: object, **_options: object) -> None:
+            there.append(place.exists())
+            super().__init__([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    assert run_here(["info", "x"], 2, tmp_path) == 0
+    assert there == [False, False]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -174,6 +229,7 @@ def test_numbers_are_put_into_the_command_and_other_braces_left() -> None:
 
 def test_a_launch_lies_in_the_run_folder() -> None:
     assert _folder_of(["pretrain", "debug", "output=runs/a"]).parent == Path("runs/a/launch").absolute()
+    assert _folder_of(["pretrain", "debug", "output=runs/{task}"]).parent == Path("launches").absolute()
     assert _folder_of(["segment", "x.tif", "--output", "o"]).parent == Path("launches").absolute()
 
 
@@ -196,6 +252,10 @@ def test_what_was_said_last(tmp_path: Path) -> None:
         '{"step": 3, "loss/total": 1.5}\n{"step": 3, "probe/x": 1}\n{"step": 4, "lo'
     )
     assert last_step(tmp_path) == "step 3  loss/total 1.5"
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", resume_step=3)
+    metrics.write(4, {"loss/total": math.nan, "loss/dino": math.inf, "loss/ibot": 2.0})
+    metrics.close()
+    assert last_step(tmp_path) == "step 4  loss/total nan  loss/dino inf  loss/ibot 2"
     with pytest.raises(DinocellError, match="nothing was launched"):
         launches(tmp_path)
     (tmp_path / "launch" / "a").mkdir(parents=True)

@@ -4,6 +4,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from dinocell.errors import DinocellError
 from dinocell.runtime import distributed, preemption
@@ -90,6 +91,19 @@ def test_ranks_come_from_torchrun_or_slurm(variables: dict[str, str], expected: 
 def test_ranks_that_are_no_numbers_are_named() -> None:
     with pytest.raises(DinocellError, match="RANK='a'"):
         distributed._from_environment({"RANK": "a", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:", "", "cpu:1", "CUDA"])
+def test_a_device_that_is_none_of_ours_is_named(device: str) -> None:
+    with pytest.raises(DinocellError, match=f"expected auto, cpu, cuda or cuda:N, got '{device}'"):
+        distributed.start(device)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DinocellError, match="cuda:2 was asked for, and there are 2 GPUs"):
+        distributed.start("cuda:2")
 
 
 def test_many_processes_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.runtime import progress
@@ -43,6 +44,12 @@ class Terminal(io.StringIO):
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture(autouse=True)
+def starts_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files of one second bear a running number, which TensorBoard sorts as text: count from 0 in each test."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -282,6 +289,17 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(DinocellError, match=f"run folder {folder}: ") as caught:
             Run.start(folder, Config(), console=quiet())
         assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path: Path) -> None:
+    """When numbers are written, and again when the files are closed."""
+    run = Run.start(tmp_path, Config(), console=quiet())
+    assert run._outputs is not None
+    run._outputs.metrics.close()
+    run._outputs.metrics._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
+    for do in (lambda: run.log(1, {"loss/x": 1.0}), run.close):
+        with pytest.raises(DinocellError, match=r"cannot be written: No space left on device$"):
+            do()
 
 
 def test_a_folder_without_permission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

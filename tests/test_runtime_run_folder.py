@@ -1,7 +1,13 @@
 """A run folder says what was run where, and lets no other run in."""
 
+import errno
+import fcntl
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +35,7 @@ def test_a_claim_writes_the_config_and_adds_the_environment(tmp_path: Path) -> N
     folder = tmp_path / "runs" / "a"
     config = Config(lr=1e-5)
     for _ in range(2):
-        claim(folder, config, ())
+        claim(folder, config, ()).close()
     assert load_config(Config, folder / "config.yaml") == config
     starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["starts"]
     assert len(starts) == 2
@@ -40,18 +46,54 @@ def test_a_claim_writes_the_config_and_adds_the_environment(tmp_path: Path) -> N
 
 
 def test_another_config_is_refused_but_other_compute_is_not(tmp_path: Path) -> None:
-    claim(tmp_path, Config(), ("compute",))
+    claim(tmp_path, Config(), ("compute",)).close()
     with pytest.raises(ConfigError) as caught:
         claim(tmp_path, Config(lr=0.5, blocks=(1,)), ("compute",))
     message = str(caught.value)
     assert str(tmp_path) in message
     assert "lr: 0.001 -> 0.5; blocks: [2, 5] -> [1]" in message
     assert "\n" not in message
-    claim(tmp_path, Config(compute=Compute(num_workers=0)), ("compute",))
-    claim(tmp_path, Config(lr=0.5), ("compute", "lr"))
+    claim(tmp_path, Config(compute=Compute(num_workers=0)), ("compute",)).close()
+    claim(tmp_path, Config(lr=0.5), ("compute", "lr")).close()
 
 
-def test_a_broken_environment_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text("[]", encoding="utf-8")
+@pytest.mark.parametrize("content", ["[]", '{"starts": 5}', "{"])
+def test_a_broken_environment_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "environment.json").write_text(content, encoding="utf-8")
     with pytest.raises(DinocellError, match=r"environment\.json: expected"):
         claim(tmp_path, Config(), ())
+
+
+def test_one_process_at_a_time_and_the_next_after_a_killed_one(tmp_path: Path) -> None:
+    """A second start would throw away what the first one writes from then on."""
+    at_work = (
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "from test_runtime_run_folder import Config, claim\n"
+        "log = claim(Path(sys.argv[1]), Config(), ())\n"
+        "worker = os.fork()\n"  # outlives it, as a loader's may
+        "print(worker, flush=True) if worker else None\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", at_work, tmp_path], stdout=subprocess.PIPE, cwd=Path(__file__).parent
+    ) as first:
+        assert first.stdout is not None
+        worker = int(first.stdout.readline())
+        with pytest.raises(DinocellError, match="another process is at work in it"):
+            claim(tmp_path, Config(), (), patience_s=0.1)
+        assert len(json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))["starts"]) == 1
+        # A job that comes back may meet what is left of its start before, for a while.
+        threading.Timer(0.3, first.kill).start()
+        claim(tmp_path, Config(), ()).close()
+        first.wait()
+        os.kill(worker, signal.SIGTERM)
+
+
+def test_a_disk_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    claim(tmp_path, Config(), ()).close()
+    assert "cannot be locked (No locks available): do not start this run twice at once" in caplog.text

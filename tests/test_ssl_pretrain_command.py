@@ -2,20 +2,28 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dinocell.cli import main
+from dinocell.configs.load import find_recipe, load_config, text_override
 from dinocell.data_shards.fields import Field, FieldFile
 from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
+from dinocell.models.weights import read_weights
+from dinocell.runtime.checkpoint import Checkpointer
+from dinocell.runtime.preemption import RunStopped
 from dinocell.ssl import memory
+from dinocell.ssl.config import PretrainConfig
+from dinocell.ssl.train import pretrain
 
 SMALL = ("views.global_size=32", "views.local_size=16", "heads.num_prototypes=64", "model.variant=nano", "steps=1")
 SMALL += ("compute.workers=0", "watch.every=0")
@@ -65,6 +73,15 @@ def test_fewer_channels_than_the_policy_needs(
 def test_no_channel_of_the_stack_in_the_set(refused: Callable[..., str], shard_set: Path) -> None:
     said = refused("views.policy=stack", "views.channels=[Golgi]")
     assert f"views.channels: {shard_set} has none of Golgi; it has DNA, ER, AGP" in said
+
+
+def test_a_channel_that_no_set_has_is_said(shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be meant, for weights of more channels, or a mistake in writing: the model would never see it."""
+    line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", *SMALL, "--dry-run"]
+    assert main([*line, "views.policy=stack", "views.channels=[DNA,Agp]"]) == 0
+    assert "views.channels: no set has Agp, which the model sees blank in every view\n" in capsys.readouterr().out
+    assert main([*line, "views.policy=stack", "views.channels=[DNA,AGP]"]) == 0
+    assert "no set has" not in capsys.readouterr().out
 
 
 def test_no_set_and_a_folder_that_is_none(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -120,6 +137,72 @@ def test_the_folder_of_another_recipe(shard_set: Path, tmp_path: Path, capsys: p
     assert said.count("\n") == 1
     assert "optim.clip: 3.0 -> 1.0" in said
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_what_is_looked_at_and_where_copies_lie_may_differ_when_a_run_goes_on(
+    shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that could not be watched any more would be lost otherwise."""
+    line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", *SMALL, "batch_size=2"]
+    assert main([*line, "watch.every=1", "watch.tiles=4"]) == 0
+    (tmp_path / "run" / "eval" / "training_1" / "teacher_checkpoint.pth").unlink()
+    assert main([*line, f"data.cache={tmp_path / 'node'}", "data.cache_gb=1"]) == 0
+    assert "goes on after step 1" in capsys.readouterr().out
+
+
+def test_what_a_run_that_is_told_to_stop_saves_is_saved_once(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the minutes before a time limit, a state that is written twice may not be written at all."""
+    saved = []
+    save = Checkpointer.save
+
+    def counted(self: Checkpointer, step: int, *states: Any) -> None:
+        saved.append(step)
+        save(self, step, *states)
+
+    monkeypatch.setattr(Checkpointer, "save", counted)
+    line = [
+        *SMALL,
+        "output=" + str(tmp_path / "run"),
+        "steps=9",
+        "export_every=2",
+        "checkpoint_every=2",
+        "batch_size=2",
+    ]
+    config = load_config(
+        PretrainConfig, find_recipe("pretrain", "debug"), [text_override("data.shards", [shard_set]), *line]
+    )
+    with pytest.raises(RunStopped):
+        pretrain(config, on_export=lambda _: signal.raise_signal(signal.SIGTERM))
+    assert saved == [2]
+
+
+def test_a_teacher_that_was_removed_is_written_again(
+    shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", *SMALL, "batch_size=2"]
+    assert main(line) == 0
+    teacher = tmp_path / "run" / "eval" / "training_1" / "teacher_checkpoint.pth"
+    before = read_weights(teacher)
+    teacher.unlink()
+    assert main(line) == 0
+    assert f"teacher: {teacher}\n" in capsys.readouterr().out
+    again = read_weights(teacher)
+    assert again.card == before.card
+    torch.testing.assert_close(again.tensors, before.tensors, rtol=0, atol=0)
+
+
+def test_a_teacher_that_cannot_be_written_is_one_line(
+    shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval").write_text("a file")
+    line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", *SMALL, "batch_size=2"]
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert "teacher_checkpoint.pth: cannot be written (Not a directory)" in said
+    assert said.count("\n") == 1
 
 
 def test_a_dry_run_says_what_a_step_takes(shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

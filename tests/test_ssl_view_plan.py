@@ -107,6 +107,14 @@ def test_photometry_follows_its_law() -> None:
         {"num_local": -1},
         {"policy": "stack"},
         {"blur": -0.1},
+        {"global_size": 0},
+        {"brightness": -0.1},
+        {"contrast": float("inf")},
+        {"blur_sigma_px": (2.0, 0.1)},
+        {"noise_sigma": (-0.2, -0.1)},
+        {"black": "99.9", "white": "0.1"},
+        {"black": "low"},
+        {"channels": ("DNA", "DNA"), "policy": "stack"},
     ],
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:

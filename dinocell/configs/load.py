@@ -230,6 +230,11 @@ def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
 
 def _override_settings(schema: type, text: str) -> list[Setting]:
     source = f"override '{text}'"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a name on the disk in another encoding; config.yaml could not hold it
+        shown = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        raise ConfigError(f"override '{shown}': expected UTF-8 text; rename the file or folder") from None
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals:
@@ -238,7 +243,10 @@ def _override_settings(schema: type, text: str) -> list[Setting]:
         raise ConfigError(f"{source}: expected key=value{hint}")
     if not all(key.split(".")):
         raise ConfigError(f"{source}: expected key=value, got the empty key '{key}'")
-    value = _from_text(_annotation_of(schema, key, source), raw.strip(), source)
+    annotation = _annotation_of(schema, key, source)
+    if not raw.strip():  # a shell variable that is not set: no weights, where there were to be some
+        raise ConfigError(f"{source}: expected a value behind the '='; for none write {key}=null")
+    value = _from_text(annotation, raw.strip(), source)
     return list(_settings(schema, key, value, lambda _: source))
 
 

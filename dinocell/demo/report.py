@@ -100,7 +100,7 @@ def _curves(run: Path, names: Sequence[str]) -> str:
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes: Any = figure.subplots()
     for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], float(row[name])) for row in rows if name in row]
         if points:
             axes.plot(
                 *zip(*points, strict=True), label=name.removeprefix("loss/"), marker="." if len(points) < 20 else ""

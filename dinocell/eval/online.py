@@ -1,6 +1,6 @@
 """Probes of a teacher while it is trained: channel consistency, and neighbours on labelled images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from dinocell.data_shards.fields import LabelValue
 from dinocell.errors import DinocellError
 from dinocell.eval.consistency import channel_consistency
 from dinocell.eval.features import FeatureSettings, feature_rows
-from dinocell.eval.image_sets import ShardImages, labels_of
+from dinocell.eval.image_sets import ProbeImage, ShardImages, labels_of
 from dinocell.eval.knn import knn_scores
 from dinocell.models.vit import VisionTransformer
 
@@ -29,6 +29,8 @@ class OnlineProbe:
         is the mean feature of its channels, for a model of one channel.
     crop_size
         Of the middle of a tile; smaller tiles are padded.
+    in_channels
+        Of the teacher's images.
     cache, cache_gb
         For remote sets, as the training's.
 
@@ -37,7 +39,8 @@ class OnlineProbe:
     Raises
     ------
     DinocellError
-        If a set is missing, has no such label, or fewer samples than neighbours: before a training begins.
+        If a set is missing, has no such label, fewer samples than neighbours, or no tile with all of its channels:
+        before a training begins.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class OnlineProbe:
         *,
         tiles: int,
         crop_size: int,
+        in_channels: int = 1,
         knn_train: str | None = None,
         knn_test: str | None = None,
         label: str | None = None,
@@ -56,11 +60,14 @@ class OnlineProbe:
         self._tiles, self._crop, self._neighbours = tiles, crop_size, neighbours
         opened = partial(ShardImages, cache=cache, cache_gb=cache_gb)
         self._shards = opened(shards)
+        if in_channels == 1:
+            _check_whole(self._shards, tiles)
         self._knn = None
         if knn_train is not None and knn_test is not None and label is not None:
             train, test = opened(knn_train), opened(knn_test)
             for each in (train, test):
                 labels_of([image.labels for image in each.images(0, 1)], label, each.name)
+                _check_whole(each, len(each))
             if neighbours > len(train):
                 raise DinocellError(f"watch.neighbours: {neighbours}, but {knn_train} has {len(train)} samples")
             self._knn = (train, test, label)
@@ -100,16 +107,27 @@ def _features(
     teacher: VisionTransformer, images: ShardImages, settings: FeatureSettings, limit: int | None = None
 ) -> tuple[Tensor, list[Mapping[str, LabelValue]]]:
     """Return the features and labels of the tiles that have every channel of their set."""
-    stop = len(images) if limit is None else min(limit, len(images))
-    whole = (image for image in images.images(0, stop) if image.channel_names == images.channel_names)
+    whole = _whole(images, len(images) if limit is None else limit)
     found = [
         (torch.from_numpy(row), image.labels)
         for image, row in feature_rows(teacher, whole, settings)
         if row is not None
     ]
-    if not found:
-        raise DinocellError(f"{images.name}: no tile has all of its channels: nothing to watch; set watch.every=0")
     return torch.stack([row for row, _ in found]), [labels for _, labels in found]
+
+
+def _whole(images: ShardImages, limit: int) -> Iterator[ProbeImage]:
+    """Return those of the first tiles that have every channel of their set."""
+    return (image for image in images.images(0, min(limit, len(images))) if image.channel_names == images.channel_names)
+
+
+def _check_whole(images: ShardImages, limit: int) -> None:
+    if next(_whole(images, limit), None) is None:
+        names = ", ".join(images.channel_names)
+        raise DinocellError(
+            f"{images.name}: none of the first {limit} tiles has all of the channels {names}: nothing to watch; set "
+            "watch.every=0, or another set first"
+        )
 
 
 def _numbers(*names: Sequence[str]) -> dict[str, int]:

@@ -99,7 +99,12 @@ class Job:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= self.max_requeues:
             _log.warning("not put back into the queue: it has been %d times", self.max_requeues)
             return
-        requeue(reason)
+        try:
+            requeue(reason)
+        except (OSError, subprocess.SubprocessError) as error:
+            # A container may have no scontrol; where the batch script runs there is one.
+            comes_back_mark(self.folder, os.environ["SLURM_JOB_ID"]).touch()
+            sys.stderr.write(f"the batch script will do that ({error})\n")
 
     def _submit_probe(self, checkpoint: Path) -> None:
         from dinocell.launch.slurm import submit
@@ -118,6 +123,11 @@ def requeue(reason: str) -> None:
     job = f"{number}_{os.environ['SLURM_ARRAY_TASK_ID']}" if number else os.environ["SLURM_JOB_ID"]
     sys.stderr.write(f"job {job} goes back into the queue ({reason})\n")
     subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+
+
+def comes_back_mark(folder: Path, job: str) -> Path:
+    """Return the file by which a job asks its batch script to put it back into the queue."""
+    return folder / f"comes_back-{job}"
 
 
 def fill_in(arguments: Sequence[str], task: int, tasks: int) -> list[str]:

@@ -140,6 +140,8 @@ def _run_local(options: argparse.Namespace, arguments: Sequence[str], folder: Pa
     for name, usual in _SLURM_ONLY.items():
         if getattr(options, name) != usual:
             raise ConfigError(f"--{name.replace('_', '-')}: is for SLURM, not for --cluster local")
+    if options.processes is not None and options.processes < 1:
+        raise ConfigError(f"--processes: expected at least 1, got {options.processes}")
     processes = options.processes or options.gpus_per_node or 1
     if options.dry_run:
         print(f"{processes} processes: dinocell {shlex.join(arguments)}")
@@ -186,10 +188,10 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _folder_of(arguments: Sequence[str]) -> Path:
-    """Return the launch's own folder: in the run folder, where the command names one as a setting."""
+    """Return the launch's own folder: in the run folder, where the command names one, the same for all of an array."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     output = next((each.split("=", 1)[1] for each in arguments if each.startswith("output=")), None)
-    if output is not None:
+    if output is not None and "{task}" not in output and "{tasks}" not in output:
         return (Path(output) / "launch" / stamp).absolute()
     return (Path("launches") / f"{stamp}-{arguments[0]}").absolute()
 

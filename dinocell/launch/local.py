@@ -24,6 +24,8 @@ def run_here(arguments: Sequence[str], processes: int, folder: Path, *, env: Map
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "rendezvous" / f"local-{os.getpid()}"
+    # Of a start that was killed: in a container, process numbers come again.
+    place.unlink(missing_ok=True)
     shared = {**os.environ, **(env or {}), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     shared |= {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS: str(place)}
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))

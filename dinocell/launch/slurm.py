@@ -14,7 +14,7 @@ from typing import Any
 
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.launch.hooks import Main
-from dinocell.launch.job import Job
+from dinocell.launch.job import Job, comes_back_mark
 from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.environment import environment
 
@@ -68,14 +68,22 @@ class SlurmSettings:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ConfigError(f"--{name}: expected at least 1, got {value}")
+        if not 0 < self.signal_s < 60 * self.time_min:
+            # SLURM would tell the run to save and come back as soon as it has begun, again and again.
+            raise ConfigError(
+                f"--signal-before: expected at least 1 and less than the time limit of {60 * self.time_min} s, "
+                f"got {self.signal_s}"
+            )
+        if self.max_requeues < 0:
+            raise ConfigError(f"--max-requeues: expected at least 0, got {self.max_requeues}")
 
     @property
     def num_tasks(self) -> int:
         """Processes of the run."""
         return self.nodes * (self.tasks_per_node or self.gpus_per_node or 1)
 
-    def parameters(self) -> dict[str, Any]:
-        """Return submitit's names of the settings."""
+    def parameters(self, folder: Path) -> dict[str, Any]:
+        """Return submitit's names of the settings, for a launch into ``folder``."""
         named = {
             "job_name": self.name,
             "nodes": self.nodes,
@@ -93,7 +101,7 @@ class SlurmSettings:
             "comment": self.comment,
             "signal_delay_s": self.signal_s,
             "setup": [*(f"export {key}={shlex.quote(value)}" for key, value in self.env.items()), *self.setup],
-            "teardown": _after(self.max_requeues),
+            "teardown": _after(self.max_requeues, folder),
             "stderr_to_stdout": True,
             # A process that dies takes the others along, instead of leaving them to wait for it.
             "srun_args": [
@@ -105,16 +113,24 @@ class SlurmSettings:
         return {key: value for key, value in named.items() if value is not None}
 
 
-def _after(max_requeues: int) -> list[str]:
-    """Return the end of the batch script: a start of which a process was killed comes back.
+def _after(max_requeues: int, folder: Path) -> list[str]:
+    """Return the end of the batch script: a start of which a process was killed, or that asks for it, comes back.
 
     An error does not, and neither does what was told to end (SIGINT is 130, SIGTERM 143).
     """
-    killed = '[ "$code" -gt 128 ] && [ "$code" -ne 130 ] && [ "$code" -ne 143 ]'
+    mark = f'{shlex.quote(str(comes_back_mark(folder.absolute(), "")))}"$SLURM_JOB_ID"'
     return [
         "code=$?",
-        f'if {killed} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then',
-        '  echo "a process was killed (exit code $code): the job goes back into the queue"',
+        'why=""',
+        'if [ "$code" -gt 128 ] && [ "$code" -ne 130 ] && [ "$code" -ne 143 ]; then',
+        '  why="a process was killed (exit code $code)"',
+        "fi",
+        f"if [ -e {mark} ]; then",
+        f"  rm -f {mark}",
+        '  why="it was told to stop, has saved, and asks for it"',
+        "fi",
+        f'if [ -n "$why" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then',
+        '  echo "$why: the job goes back into the queue"',
         '  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"',
         "  sleep 60",
         "fi",
@@ -126,7 +142,7 @@ def script(arguments: Sequence[str], settings: SlurmSettings, folder: Path, *, t
     """Return the sbatch script that `submit` would hand in."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    parameters = settings.parameters()
+    parameters = settings.parameters(folder)
     if tasks > 1:
         parameters["map_count"] = tasks
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -169,7 +185,7 @@ def submit(
 
     folder.mkdir(parents=True, exist_ok=True)
     executor = SlurmExecutor(folder=folder, max_num_timeout=settings.max_requeues)
-    executor.update_parameters(**settings.parameters())
+    executor.update_parameters(**settings.parameters(folder))
     jobs = [
         Job(
             main=main,

@@ -93,7 +93,8 @@ def last_step(run: Path) -> str:
             said = json.loads(line)
         except ValueError:
             continue
-        losses = [f"{name} {value:.4g}" for name, value in said.items() if name.startswith("loss/")]
+        # Losses that are not finite are texts there, which float() reads.
+        losses = [f"{name} {float(value):.4g}" for name, value in said.items() if name.startswith("loss/")]
         if losses:
             return "  ".join([f"step {said.get('step', '?')}", *losses])
     return ""

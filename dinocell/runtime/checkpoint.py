@@ -3,9 +3,9 @@
 ::
 
     checkpoints/step_00001200/     one folder a checkpoint, of torch.distributed.checkpoint
-        state.json                 step, ranks, plain values; written last
+        state.json                 step, ranks, names of the random states, plain values; written last
         *.distcp, .metadata        tensors, each rank its part
-    checkpoints/.step_.../         one that is being written; renamed when all ranks are done
+    checkpoints/.step_.../         one that is being written; renamed as soon as all ranks are done
 
 Tensors are copied to main memory at once and written while the training goes on. These folders are for the machine
 that wrote them: unlike exported weights they are trusted like code, so none is ever taken from elsewhere.
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as save_sta
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from dinocell.errors import DinocellError
+from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.distributed import barrier, from_main, is_alone
 from dinocell.runtime.random_states import random_states, set_random_states
 
@@ -73,8 +74,10 @@ class Checkpointer:
         self._folder = folder
         self._keep_last, self._keep_every = keep_last, keep_every
         self._is_async = is_async
-        self._pending: tuple[Future[Any], Path, Path, str] | None = None
+        self._pending: tuple[Future[Any], Path] | None = None
         self._writer: ThreadPoolExecutor | None = None
+        # Once for the process, not around each call: a block of one thread undoes that of another.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # there is one process: we know
         # Background writing talks between ranks while the training does: it needs a group of its own, on the host.
         self._group = None if is_alone() else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
@@ -93,25 +96,40 @@ class Checkpointer:
         self.wait()
         part, final = self._folder / f".{_PREFIX}{step:08d}", self._folder / f"{_PREFIX}{step:08d}"
         if self._is_main:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            # This one's, and those of starts that were killed while they wrote.
+            for left_behind in self._folder.glob(f".{_PREFIX}*"):
+                shutil.rmtree(left_behind, ignore_errors=True)
+            with _writing(final):
+                part.mkdir(parents=True)
         barrier()
-        state = {"tensors": dict(tensors), "random": {f"rank_{self._rank}": random_states()}}
-        description = json.dumps({"step": step, "ranks": self._size, "values": dict(values)}, indent=1)
+        random = random_states()
+        state = {"tensors": dict(tensors), "random": {f"rank_{self._rank}": random}}
+        about = {"step": step, "ranks": self._size, "random": list(random), "values": dict(values)}
+        description = json.dumps(about, indent=1)
         if self._is_async:
-            self._pending = (self._write_later(_copied(state), part), part, final, description)
+            self._pending = (self._write_later(_copied(state), part, final, description), final)
         else:
-            _write(state, part, self._group)
+            with _writing(final):
+                _write(state, part, self._group)
+                self._finish(part, final, description)
+            barrier()
+
+    def _write_later(self, state: dict[str, Any], part: Path, final: Path, description: str) -> "Future[Any]":
+        """Write and finish in the background: a state that waited for the next one would be lost in between."""
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if is_alone():
+            written = self._writer.submit(_write, state, part, None)
+        else:
+            later = save_state_later(state, checkpoint_id=part, process_group=self._group)
+            assert isinstance(later, Future)
+            written = later
+
+        def finish() -> None:
+            written.result()
             self._finish(part, final, description)
 
-    def _write_later(self, state: dict[str, Any], part: Path) -> "Future[Any]":
-        if is_alone():
-            if self._writer is None:
-                self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            return self._writer.submit(_write, state, part, None)
-        future = save_state_later(state, checkpoint_id=part, process_group=self._group)
-        assert isinstance(future, Future)
-        return future
+        return self._writer.submit(finish) if self._is_main else written
 
     def wait(self) -> None:
         """Wait until what is being written is whole.
@@ -123,18 +141,17 @@ class Checkpointer:
         """
         if self._pending is None:
             return
-        future, part, final, description = self._pending
+        future, final = self._pending
         self._pending = None
-        try:
+        with _writing(final):
             future.result()
-        except Exception as error:
-            raise DinocellError(f"{final}: cannot be written ({' '.join(str(error).split())[:200]})") from error
-        self._finish(part, final, description)
+        barrier()
 
     def restore(self, tensors: dict[str, Any]) -> Restored | None:
         """Read the newest whole checkpoint into ``tensors``, in place; None if there is none.
 
-        A damaged one is reported and passed over. The random states come back too, if the number of ranks is the same.
+        A damaged one is reported and passed over. The random states come back too, if the number of ranks is the same:
+        those that were saved and that there are here (a run may go on on another kind of device).
 
         Raises
         ------
@@ -146,19 +163,19 @@ class Checkpointer:
         for path in reversed(found):
             try:
                 description = json.loads((path / "state.json").read_text(encoding="utf-8"))
-                self._read(path, tensors, description["ranks"])
-            except (CheckpointException, OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
+                restored = Restored(step=description["step"], values=description["values"])
+                self._read(path, tensors, description)
+            except (CheckpointException, OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
                 _log.warning("%s: damaged (%s); taking the one before", path, _cause(error))
                 continue
-            return Restored(step=description["step"], values=description["values"])
+            return restored
         if found:
             raise DinocellError(f"{self._folder}: every checkpoint is damaged; move the folder away to start anew")
         return None
 
     def steps(self) -> list[Path]:
         """Return the folders of whole checkpoints, oldest first; the main rank's view, on every rank."""
-        found = sorted(self._folder.glob(f"{_PREFIX}*/state.json")) if self._is_main else []
-        paths = from_main([path.parent for path in found])
+        paths = from_main(self._whole() if self._is_main else [])
         assert isinstance(paths, list)
         return paths
 
@@ -169,27 +186,32 @@ class Checkpointer:
             self._writer.shutdown()
             self._writer = None
 
-    def _read(self, path: Path, tensors: dict[str, Any], ranks: int) -> None:
+    def _read(self, path: Path, tensors: dict[str, Any], description: Mapping[str, Any]) -> None:
         state: dict[str, Any] = {"tensors": tensors}
-        if ranks == self._size:
-            state["random"] = {f"rank_{self._rank}": random_states()}
-        with _quiet():
-            load_state(state, checkpoint_id=path, process_group=self._group, no_dist=is_alone())
-        if ranks == self._size:
+        same_ranks = description["ranks"] == self._size
+        if same_ranks:
+            here = random_states()
+            saved = description.get("random", list(here))  # checkpoints did not always say it
+            state["random"] = {f"rank_{self._rank}": {name: here[name] for name in here if name in saved}}
+        load_state(state, checkpoint_id=path, process_group=self._group, no_dist=is_alone())
+        if same_ranks:
             set_random_states(state["random"][f"rank_{self._rank}"])
 
     def _finish(self, part: Path, final: Path, description: str) -> None:
-        barrier()  # every rank's part is on the disk
+        """Make a state whole that all ranks have written, which the main rank is the last to know."""
         if self._is_main:
-            (part / "state.json").write_text(description, encoding="utf-8")
+            write_atomically(part / "state.json", description)
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
             self._drop_old()
-        barrier()
+
+    def _whole(self) -> list[Path]:
+        """Return the folders of whole checkpoints, oldest first; a copy under another name is not ours."""
+        found = (path.parent for path in self._folder.glob(f"{_PREFIX}*/state.json"))
+        return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdecimal())
 
     def _drop_old(self) -> None:
-        steps = sorted(path.parent for path in self._folder.glob(f"{_PREFIX}*/state.json"))
-        for path in steps[: -self._keep_last]:
+        for path in self._whole()[: -self._keep_last]:
             step = int(path.name.removeprefix(_PREFIX))
             if not self._keep_every or step % self._keep_every:
                 shutil.rmtree(path, ignore_errors=True)
@@ -208,20 +230,25 @@ class Checkpointer:
 
 
 def _write(state: dict[str, Any], part: Path, group: dist.ProcessGroup | None) -> None:
-    with _quiet():
-        save_state(state, checkpoint_id=part, process_group=group, no_dist=is_alone())
+    save_state(state, checkpoint_id=part, process_group=group, no_dist=is_alone())
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that there is one process, which we know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+def _writing(final: Path) -> Iterator[None]:
+    try:
         yield
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        raise DinocellError(f"{final}: cannot be written ({_cause(error)})") from error
 
 
 def _cause(error: BaseException) -> str:
-    """Return the last line of what torch tells in many."""
+    """Return what the system said, such as that the disk is full, or the last line of what torch tells in many."""
+    within: BaseException | None = error
+    while within is not None:
+        if isinstance(within, OSError) and within.strerror:
+            return within.strerror
+        failed = list(within.failures.values()) if isinstance(within, CheckpointException) else []
+        within = failed[0][0] if failed else within.__cause__ or within.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__
 

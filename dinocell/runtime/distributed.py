@@ -5,6 +5,7 @@ alone, and every function here does nothing. Gloo on the CPU, NCCL on CUDA.
 """
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,8 @@ class World:
 def find_device(name: str = "auto") -> torch.device:
     """Return a device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``...
 
+    ``mps`` (Apple) is let through; nothing here was tried on it.
+
     Raises
     ------
     DinocellError
@@ -64,12 +67,16 @@ def find_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DinocellError(f"compute.device: expected auto, cpu or cuda, got {name!r}") from None
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise DinocellError(f"compute.device: {name} was asked for, and there is none")
+    if re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) is None:
+        raise DinocellError(f"compute.device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise DinocellError(f"compute.device: {device.type} was asked for, and there is none")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DinocellError(f"compute.device: {name} was asked for, and there are {torch.cuda.device_count()} GPUs")
     return device
 
 
@@ -79,7 +86,7 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     Parameters
     ----------
     device
-        ``auto`` (CUDA if there is one), ``cpu``, ``cuda``.
+        ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, or one GPU: ``cuda:1``.
     timeout_s
         How long a collective waits for a rank that does not come, before all stop with an error.
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,7 +118,7 @@ class Run:
         ConfigError
             If the folder holds a run with another configuration.
         DinocellError
-            If the folder cannot be written.
+            If the folder cannot be written, or another process is at work in it.
         ValueError
             If ``log_every`` is below 1 or ``resume_step`` below 0.
         """
@@ -126,14 +126,12 @@ class Run:
             raise ValueError(f"expected log_every >= 1 and resume_step >= 0, got {log_every} and {resume_step}")
         outputs = None
         if is_main:
-            try:
-                claim(folder, config, ignore)
+            with _writing(folder):
+                log = claim(folder, config, ignore)
                 progress = start_progress(
                     console or Console(), total_steps=total_steps, done_steps=resume_step, batch_size=batch_size
                 )
-                outputs = _open(folder, resume_step, progress)
-            except OSError as error:
-                raise DinocellError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
+                outputs = _open(folder, resume_step, log, progress)
         run = cls(
             folder,
             outputs,
@@ -196,6 +194,8 @@ class Run:
         ------
         ValueError
             If a tensor has more than one element, or a metric is called ``step`` or ``time``.
+        DinocellError
+            If the folder cannot be written: the disk is full.
         """
         if self._outputs is None:
             return
@@ -209,9 +209,10 @@ class Run:
             )
         numbers = _to_floats(metrics)  # before the clock is read: until here the device may still be at work
         numbers = {**self._speed(step), **numbers}
-        self._outputs.metrics.write(step, numbers)
-        for name, value in numbers.items():
-            self._outputs.tensorboard.add_scalar(name, value, step)
+        with _writing(self.folder):
+            self._outputs.metrics.write(step, numbers)
+            for name, value in numbers.items():
+                self._outputs.tensorboard.add_scalar(name, value, step)
         self._outputs.progress.report(step, numbers)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w *rgb"] | Float[np.ndarray, "h w *rgb"]) -> None:
@@ -257,14 +258,16 @@ class Run:
     def note(self, message: str) -> None:
         """Print a line on the console, and append it with its time to ``log.txt``."""
         if self._outputs is not None:
-            self._outputs.log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}\n")
-            self._outputs.log.flush()
+            with _writing(self.folder):
+                self._outputs.log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}\n")
+                self._outputs.log.flush()
             self._outputs.progress.note(message)
 
     def close(self) -> None:
         """Flush and close everything; a second call does nothing."""
         if self._outputs is not None:
-            self._outputs.closing.close()
+            with _writing(self.folder):
+                self._outputs.closing.close()
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.monotonic()
@@ -274,6 +277,16 @@ class Run:
         steps_per_s = (step - before[0]) / (now - before[1])
         speed = {"speed/steps_per_s": steps_per_s}
         return speed if self._batch_size is None else speed | {"speed/images_per_s": steps_per_s * self._batch_size}
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # the console's reader has left: no matter of the folder
+        raise
+    except OSError as error:
+        raise DinocellError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
 
 
 def _to_floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
@@ -294,14 +307,14 @@ def _to_floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
     return {name: fetched[name] if name in fetched else float(value) for name, value in metrics.items()}
 
 
-def _open(folder: Path, resume_step: int, progress: LiveProgress | PlainProgress) -> _Outputs:
+def _open(folder: Path, resume_step: int, log: TextIO, progress: LiveProgress | PlainProgress) -> _Outputs:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     with ExitStack() as stack:
+        stack.enter_context(log)  # closed last: it keeps other processes out
         stack.callback(progress.close)
         metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step)
         stack.callback(metrics.close)
-        log = stack.enter_context((folder / "log.txt").open("a", encoding="utf-8"))
         events = folder / "tensorboard"
         purge_step = None if not events.exists() else resume_step + 1 if resume_step else 0
         tensorboard = SummaryWriter(str(events), purge_step=purge_step, flush_secs=30)

@@ -1,8 +1,9 @@
 """What a pretraining recipe holds."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dinocell.models.attention import AttentionKernel
 from dinocell.models.config import VARIANTS
@@ -15,6 +16,25 @@ from dinocell.ssl.view_plan import ViewsConfig
 
 Compile = Literal["nothing", "blocks", "all"]
 Recompute = Literal["nothing", "activations", "blocks"]
+
+# Of the run's, seeds of each step, rank and part are made, which must fit into 64 bits.
+_LARGEST_SEED = 2**32 - 1
+
+
+def _check(section: Any, low: int, *names: str, high: int | None = None) -> None:
+    """Refuse fields of a section that are below ``low``, above ``high``, infinite or no number."""
+    for name in names:
+        value = getattr(section, name)
+        if not (low <= value and (high is None or value <= high) and math.isfinite(value)):
+            expected = f"at least {low}" if high is None else f"{low} to {high}"
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def _check_positive(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: expected more than 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +62,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.shards:
             raise ValueError("shards: expected the folder or address of at least one shard set, got none")
+        if self.weights is not None and not all(weight > 0 and math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"weights: expected numbers above 0, got {list(self.weights)}; leave out a set instead")
+        _check(self, 1, "block_shards")
+        _check_positive(self, "cache_gb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +89,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant}")
+        _check(self, 1, "patch_size")
+        _check(self, 0, "layer_scale")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: expected a share from 0 to less than 1, got {self.drop_path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +106,9 @@ class HeadsConfig:
     shared: bool = False
     weight_norm: bool = False
 
+    def __post_init__(self) -> None:
+        _check(self, 1, "num_prototypes", "hidden", "bottleneck", "layers")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -89,6 +120,12 @@ class LossConfig:
     centring: Literal["sinkhorn", "softmax"] = "sinkhorn"
     sinkhorn_iterations: int = 3
     centre_momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check(self, 0, "ibot_weight", "koleo_weight")
+        _check_positive(self, "student_temperature")
+        _check(self, 1, "sinkhorn_iterations")
+        _check(self, 0, "centre_momentum", high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +178,14 @@ class OptimConfig:
     accumulate: int = 1
     max_bad_steps: int = 10
 
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers from 0 to less than 1, got {list(self.betas)}")
+        _check(self, 0, "layer_decay", "patch_embedding_factor", "head_weight_decay_factor")
+        if not self.clip > 0:  # infinite: no clipping
+            raise ValueError(f"clip: expected more than 0, got {self.clip}")
+        _check(self, 1, "max_bad_steps")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
@@ -179,6 +224,10 @@ class ComputeConfig:
     compile: Compile = "nothing"
     recompute: Recompute = "nothing"
     timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        _check(self, 0, "workers")
+        _check_positive(self, "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,12 +299,10 @@ class PretrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "log_every", "picture_every", "export_every")
-        for name in (*counts, "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        _check(self, 1, "steps", "batch_size", "log_every", "picture_every", "export_every")
+        _check(self, 1, "checkpoint_every", "keep_checkpoints")
+        _check(self, 0, "keep_checkpoint_every")
+        _check(self, 0, "seed", high=_LARGEST_SEED)
         if self.optim.accumulate < 1 or self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"optim.accumulate: expected a divisor of batch_size {self.batch_size}, got {self.optim.accumulate}"

@@ -232,6 +232,10 @@ def describe_run(config: PretrainConfig, samples: SampleStream, model: StudentTe
         f"{flop_per_image(config, model) / 1e9:.0f} GFLOP an image",
         f"a step takes about {describe_memory(step_memory(config, world))} in each process",
     ]
+    known = {name for each in samples.sets for name in each.manifest.channels}
+    blank = [name for name in config.views.channels if name not in known]
+    if config.views.policy == "stack" and blank:
+        lines.append(f"views.channels: no set has {', '.join(blank)}, which the model sees blank in every view")
     if config.optim.accumulate > 1:
         lines.append(f"{config.optim.accumulate} parts a step: targets and KoLeo see one part at a time")
     if world.size > 1:

@@ -36,6 +36,9 @@ Watch = Callable[[VisionTransformer], Mapping[str, float]]
 
 _TEACHER = "teacher_checkpoint.pth"
 
+# What may be other when a run goes on: where and how it is computed, where copies of shards lie, what is looked at.
+_MAY_DIFFER = ("compute", "data.cache", "data.cache_gb", "watch")
+
 
 def dry_run(config: PretrainConfig) -> str:
     """Open the shards, build the model, take two steps, and say what a run would be; nothing is written.
@@ -95,7 +98,7 @@ def pretrain(
         If it was told to stop; it has saved and can be continued.
     """
     with together(config.compute.device, timeout_s=config.compute.timeout_s) as world:
-        Run.check(config.output, config)
+        Run.check(config.output, config, ignore=_MAY_DIFFER)
         last = eval_folder(config.output, config.steps) / _TEACHER
         if from_main(last.exists()):
             return last
@@ -125,6 +128,7 @@ def pretrain(
                 log_every=config.log_every,
                 batch_size=config.batch_size,
                 is_main=world.is_main,
+                ignore=_MAY_DIFFER,
             ) as run,
         ):
             run.text(0, "config", f"```yaml\n{to_yaml(config)}\n```")
@@ -136,6 +140,8 @@ def pretrain(
             batches = throughput.waiting(
                 loader(samples, workers=config.compute.workers, pin_memory=world.device.type == "cuda")
             )
+            if first == config.steps:  # its teacher has been removed, its state has not
+                _export(run, config, model, first, on_export)
             for step in range(first + 1, config.steps + 1):
                 feed = _Feed(config, batches, levels, world)
                 is_log_step = run.is_log_step(step)
@@ -149,14 +155,11 @@ def pretrain(
                 run.log(step, metrics | throughput.metrics() if is_log_step else {})
                 _look(run, step, config, model, feed.views, watch)
                 if step % config.export_every == 0 or step == config.steps:
-                    path = _export(config, model, step, is_main=world.is_main)
-                    run.note(f"teacher: {path}")
-                    if world.is_main:
-                        on_export(path)
-                if step == config.steps or step % config.checkpoint_every == 0:
+                    _export(run, config, model, step, on_export)
+                stops = step < config.steps and stop.agreed()
+                if stops or step == config.steps or step % config.checkpoint_every == 0:
                     trainer.save(checkpointer, step)
-                if step < config.steps and stop.agreed():
-                    trainer.save(checkpointer, step)
+                if stops:
                     checkpointer.wait()
                     stop.finish()
                     raise RunStopped(f"stopped after step {step} ({stop.reason}); the same command goes on from there")
@@ -246,15 +249,22 @@ def _gathered(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
-def _export(config: PretrainConfig, model: StudentTeacher, step: int, *, is_main: bool) -> Path:
+def _export(
+    run: Run, config: PretrainConfig, model: StudentTeacher, step: int, on_export: Callable[[Path], None]
+) -> None:
+    """Write the teacher of a step; all ranks together."""
     path = eval_folder(config.output, step) / _TEACHER
-    whole = _whole_teacher(model, keep=is_main)
+    whole = _whole_teacher(model, keep=run.is_main)
     heads = {name: _gathered(module) for name, module in model.teacher.items() if name != "backbone"}
-    if whole is not None and is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if whole is not None and run.is_main:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DinocellError(f"{path}: cannot be written ({error.strerror or error})") from error
         whole.card = backbone_of(model.teacher).card
         weights = Weights.of(whole, heads)
         line = f"DINOCell pretraining, {config.views.policy}, {step} steps of {config.batch_size}"
         card = replace(weights.card, derived_from=(*weights.card.derived_from, line))
         save_weights(path, replace(weights, card=card))
-    return path
+        run.note(f"teacher: {path}")
+        on_export(path)

@@ -16,7 +16,7 @@ from dinocell.data_shards.sample import SampleInfo
 
 Policy = Literal["consistency", "average", "bag", "stack"]
 
-# Tries for a crop of the wanted area and aspect that fits; then the largest that does is taken, in the middle.
+# Tries for a crop of the wanted area and aspect that fits; then the first one is cut to the tile.
 _TRIES = 10
 # Cell-DINO's law: a factor from a normal distribution about 1, and at least this.
 _LEAST_FACTOR = 0.5
@@ -92,10 +92,30 @@ class ViewsConfig:
             raise ValueError(f"aspect: expected 0 < least <= largest, got {self.aspect}")
         if self.num_global < 2:
             raise ValueError("global_mean_probability: expected a number for each of at least 2 global views")
-        if self.num_local < 0 or min(self.global_size, self.local_size) < 1:
-            raise ValueError("num_local: expected 0 or more, sizes at least 1")
+        for name, least in (
+            ("num_local", 0),
+            ("global_size", 1),
+            ("local_size", 1),
+            ("brightness", 0),
+            ("contrast", 0),
+        ):
+            value = getattr(self, name)
+            if not (value >= least and np.isfinite(value)):
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name in ("blur_sigma_px", "noise_sigma"):
+            low, high = getattr(self, name)
+            if not (0 <= low <= high and np.isfinite(high)):
+                raise ValueError(f"{name}: expected 0 <= least <= largest, got {low} and {high}")
         if self.policy == "stack" and not self.channels:
             raise ValueError("channels: the policy stack needs the names of the input channels, in order")
+        if len(set(self.channels)) < len(self.channels):
+            raise ValueError(f"channels: expected each name once, got {', '.join(self.channels)}")
+        try:
+            ascending = float(self.black) < float(self.white)
+        except ValueError:
+            ascending = False
+        if not ascending:
+            raise ValueError(f"black, white: expected two percentiles, ascending, got {self.black} and {self.white}")
 
     @property
     def num_global(self) -> int:
@@ -134,8 +154,12 @@ class ViewPlan:
     gain, contrast
         Photometry of the tile's channels, on values of 0 to 1: times ``gain``, clamped to 0 to 1, then moved away from
         the crop's mean by ``contrast`` and clamped again.
+    protein
+        For ``stack``: what the protein's largest value becomes, values above 1 then clamped; negative: left alone.
     mirrored, turned
         Whether rows are reversed, and the number of right angles.
+    blur_sigma_px, noise_sigma, noise_seed
+        Deviations of the Gaussian blur and noise, 0: none; where the noise comes from, with the view's number.
     """
 
     boxes: Int64[np.ndarray, "n 4"]
@@ -173,11 +197,6 @@ def plan_views(info: SampleInfo, origin: Origin, config: ViewsConfig, *, seed: i
     ----------
     info, origin
         From the reader; only the tile's size and channel names count, and where the sample comes from.
-
-    Raises
-    ------
-    ValueError
-        If the tile is smaller than a local crop's area could be (a pixel).
     """
     rng = np.random.default_rng([seed, origin.epoch, origin.data_set, origin.sample])
     n, c = config.num_views, len(info.channels)

@@ -1,0 +1,34 @@
+"""A pretraining recipe with a number that cannot be is refused when it is read, not by what stumbles over it later."""
+
+import pytest
+
+from dinocell.configs.load import load_config
+from dinocell.errors import ConfigError
+from dinocell.ssl.config import PretrainConfig
+
+NEEDED = ("output=run", "data.shards=[set]")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("seed=-1", "seed=4294967296", "steps=0", "batch_size=0", "log_every=0", "keep_checkpoint_every=-1"),
+        *("data.block_shards=0", "data.weights=[1,0]", "data.weights=[.nan]", "data.cache_gb=0", "data.cache_gb=.nan"),
+        *("model.patch_size=0", "model.drop_path=1.0", "model.drop_path=-0.1", "model.layer_scale=.nan"),
+        *("heads.num_prototypes=0", "heads.hidden=0", "heads.bottleneck=0", "heads.layers=0"),
+        *("losses.student_temperature=0", "losses.student_temperature=.nan", "losses.sinkhorn_iterations=0"),
+        *("losses.ibot_weight=.nan", "losses.koleo_weight=-1", "losses.centre_momentum=2"),
+        *("optim.betas=[1.5,0.9]", "optim.betas=[0.9,1.0]", "optim.layer_decay=-1", "optim.clip=0", "optim.clip=.nan"),
+        *("optim.patch_embedding_factor=-1", "optim.head_weight_decay_factor=.inf", "optim.max_bad_steps=0"),
+        *("compute.workers=-1", "compute.timeout_s=0"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_name(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{wrong.split('=')[0].split('.')[-1]}: expected .*, got") as caught:
+        load_config(PretrainConfig, overrides=[*NEEDED, wrong])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bound", ["seed=4294967295", "optim.clip=.inf", "optim.layer_decay=0", "model.drop_path=0"])
+def test_what_just_can_be_is_taken(bound: str) -> None:
+    load_config(PretrainConfig, overrides=[*NEEDED, bound])
