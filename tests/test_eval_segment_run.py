@@ -242,7 +242,20 @@ def test_results_of_another_image_of_the_same_name_are_not_taken_for_this_ones(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "moved").rename(tmp_path / "elsewhere" / "in")
     assert segment(tmp_path / "elsewhere/in/t1.tif", "--model", segmenter, "--output", out) == 0
-    assert "there already" in capsys.readouterr().out
+    assert "1 of 1 images were there already: --overwrite computes them again" in capsys.readouterr().out
+
+
+def test_a_large_picture_says_how_far_it_is(
+    segmenter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiff(tmp_path / "large.tif", np.zeros((300, 1500), np.uint8))
+    monkeypatch.setattr(segment_run, "_WORD_EVERY_S", 0.0)
+    assert segment(tmp_path / "large.tif", "--model", segmenter, "--output", tmp_path / "out") == 0
+    first, *_, done, results = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path / 'large.tif'}: 8 of ")
+    assert first.endswith(" windows")
+    assert done.startswith("[1/1] ")
+    assert results == f"results: {tmp_path / 'out'}"
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
