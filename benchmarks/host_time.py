@@ -371,12 +371,16 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
         phases.wrap(owner, attribute, name)
     trainer = module.Trainer(config, model, world)
     crops = Views(torch.randn(2, tiles, 3, sizes[0], sizes[0]), torch.randn(8, tiles, 3, sizes[1], sizes[1]))
+    draw = _masks_of(config)
+    batches = [
+        _Batch(tiles * i, draw and draw(range(tiles * i - tiles, tiles * i), slice(tiles)), draw) for i in range(1, 9)
+    ]
     number = 0
 
     def step() -> None:
         nonlocal number
         number += 1
-        batch: Any = _Batch(number * tiles)
+        batch: Any = batches[number % len(batches)]
         trainer.step(number, [(batch, crops)], watch=False)
 
     return step
@@ -386,9 +390,19 @@ class _Batch(NamedTuple):
     """What the trainer reads of a batch."""
 
     next_position: int
+    drawn: object
+    drawn_by: object
 
     def __len__(self) -> int:
         return 2
+
+
+def _masks_of(config: Any) -> Any:
+    """Return what draws masks ahead, as the reader's workers do; None where a checkout draws them in the step."""
+    from dinocell.ssl import prepare
+
+    found = getattr(prepare, "masks_of", None)
+    return None if found is None else found(config)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/pretrain_step_gpu.py --dinov3 CHECKOUT     # writes results/pretrain_step_gpu.md
     python benchmarks/pretrain_step_gpu.py --quick               # on a CPU as well: small crops, nothing is compiled
     python benchmarks/pretrain_step_gpu.py --cases small/8/32/65536 large/16/32/8192
+    python benchmarks/pretrain_step_gpu.py --parts               # and what the time of our steps goes to
 
 A case is variant/patch/batch/prototypes. A step is forward, backward, clipping, AdamW and the teacher's average, on
 crops that lie on the device (2 x 224 + 8 x 96 px, 3 channels). Every side is a process of its own, all resident at
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from _harness import ratio, write_result
+from torch.profiler import ProfilerActivity, profile
 
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=list(_SIDES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="of a side in a round")
+    parser.add_argument("--parts", action="store_true", help="profile our sides as well")
     parser.add_argument("--together", action="store_true", help="get all cases ready at once: memory for time")
     parser.add_argument("--wait-for", type=Path, help="time nothing before this file exists: other work may go on")
     parser.add_argument("--quick", action="store_true")
@@ -103,6 +106,7 @@ def main() -> None:
     if options.dinov3 is None:
         options.sides = [side for side in options.sides if side != "DINOv3"]
     rows: list[str] = []
+    parts: list[str] = []
     runs = [Run(options, text) for text in options.cases] if options.together else []
     for run in runs:
         run.get_ready()
@@ -112,12 +116,13 @@ def main() -> None:
         run = runs.pop(0) if options.together else Run(options, text)
         run.get_ready()
         rows += run.measure(device)
-        print("\n".join(rows), flush=True)
+        parts += run.parts
+        print("\n".join([*rows, *parts]), flush=True)
         if not options.quick:
-            write_result("pretrain_step_gpu", report(options, rows), ["torch"])
+            write_result("pretrain_step_gpu", report(options, rows, parts), ["torch"])
 
 
-def report(options: argparse.Namespace, rows: Sequence[str]) -> str:
+def report(options: argparse.Namespace, rows: Sequence[str], parts: Sequence[str]) -> str:
     lines = [
         "# A pretraining step on a GPU",
         "",
@@ -128,6 +133,15 @@ def report(options: argparse.Namespace, rows: Sequence[str]) -> str:
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
+    if parts:
+        lines += [
+            "",
+            "Milliseconds of a step: until the host is done, and what the device spends by kind of kernel.",
+            "",
+            f"| variant / patch / batch / K | side | host | {' | '.join(_KINDS)} |",
+            f"|---|---|---|{'---|' * len(_KINDS)}",
+            *parts,
+        ]
     return "\n".join(lines)
 
 
@@ -147,6 +161,7 @@ class Run:
             for side in options.sides
         }
         self._ready: dict[str, dict[str, Any] | None] = {}
+        self.parts: list[str] = []
 
     def get_ready(self) -> None:
         """Wait until every side has taken its first steps, or died."""
@@ -163,7 +178,12 @@ class Run:
                 taken = answer(self._workers[side])
                 if number:  # the first is to warm up
                     found.append(taken["seconds"] if taken else float("nan"))
-        for worker in self._workers.values():
+        for side, worker in self._workers.items():
+            if options.parts and side in seconds and side != "DINOv3":
+                print("parts", file=worker.stdin, flush=True)
+                found = answer(worker) or {}
+                cells = " | ".join(f"{found.get(kind, float('nan')):.1f}" for kind in ("host", *_KINDS))
+                self.parts.append(f"| {self._text} | {side} | {cells} |")
             worker.communicate()
         flop = case_flop(case, options.quick)
         peak = peak_flop_per_s(torch.cuda.get_device_name()) if device == "cuda" else None
@@ -216,7 +236,10 @@ def work(options: argparse.Namespace, case: Case, device: str) -> None:
         sys.exit(f"{options.worker}: the loss is {float(loss)}")
     facts["peak"] = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     print(json.dumps(facts), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "parts":
+            print(json.dumps(parts_of(step, device)), flush=True)
+            continue
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -225,6 +248,51 @@ def work(options: argparse.Namespace, case: Case, device: str) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+def parts_of(step: Callable[[], torch.Tensor], device: str) -> dict[str, float]:
+    """Return the milliseconds after which the host is done with a step, and those of the device by kind of kernel."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    host = []
+    for _ in range(5):
+        wait()
+        start = time.perf_counter()
+        step()
+        host.append(time.perf_counter() - start)
+    wait()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as profiled:
+        for _ in range(_PROFILED):
+            step()
+        wait()
+    found = {"host": 1e3 * statistics.median(host), **dict.fromkeys(_KINDS, 0.0)}
+    for event in profiled.events() or ():
+        # The optimizer marks its span, which is no kernel.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer."):
+            found[kind_of(event.name)] += event.device_time_total / 1e3 / _PROFILED
+    return found
+
+
+_PROFILED = 2
+
+# Kinds of kernels, and what their names hold; the first that fits.
+_KINDS = {
+    "attention": ("sdpa", "flash", "fmha", "cudnn"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "splitk", "cublas"),
+    "compiled": ("triton",),
+    "optimizer, clipping, average": ("multi_tensor",),
+    "other": ("",),
+}
+
+
+def kind_of(kernel: str) -> str:
+    """Return the kind of a kernel by its name."""
+    name = kernel.lower()
+    return next(kind for kind, marks in _KINDS.items() if any(mark in name for mark in marks))
 
 
 def our_step(config: PretrainConfig, device: str) -> Callable[[], torch.Tensor]:

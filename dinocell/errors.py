@@ -21,5 +21,9 @@ class ImageError(DinocellError):
     """A picture, mask or labelled set that cannot be read whole, or cannot be written."""
 
 
+class StackError(ImageError):
+    """A file of several pictures where one was expected."""
+
+
 class ShardError(DinocellError):
     """A shard set that cannot be built, is missing, or is damaged."""

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dinocell.data_shards import image_writers
 from dinocell.data_shards.images import (
     Picture,
     count_frames,
@@ -171,6 +172,9 @@ def test_pixel_size_and_channel_names_come_from_ome_and_imagej_but_not_from_dots
     assert picture.channel_names == ("DNA", "ER")
     tifffile.imwrite(tmp_path / "dpi.tif", pixels[0], resolution=(72, 72), resolutionunit="INCH", metadata=None)
     assert read_image(tmp_path / "dpi.tif").pixel_size_um is None
+    # What ImageJ saves of it: dots an inch have become the picture's scale.
+    tifffile.imwrite(tmp_path / "inch.tif", pixels[0], imagej=True, resolution=(300, 300), metadata={"unit": "inch"})
+    assert read_image(tmp_path / "inch.tif").pixel_size_um is None
     tifffile.imwrite(tmp_path / "oblong.tif", pixels[0], imagej=True, resolution=(4, 2), metadata={"unit": "um"})
     assert read_image(tmp_path / "oblong.tif").pixel_size_um is None
 
@@ -184,6 +188,9 @@ def test_png_round_trip_is_exact(tmp_path: Path, dtype: str, channels: int) -> N
     assert picture.pixels.dtype == pixels.dtype
     np.testing.assert_array_equal(picture.pixels, pixels)
     assert picture.is_colour == (channels > 1)
+    for size in ((1, 17), (13, 1), (1, 1)):
+        write_png(tmp_path / "a.png", pixels[:, : size[0], : size[1]])
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels[:3], pixels[:3, : size[0], : size[1]])
 
 
 def test_png_of_one_bit_is_bool_and_a_palette_is_colours_or_numbers(tmp_path: Path) -> None:
@@ -435,6 +442,18 @@ def test_web_addresses_are_read(web: str, tmp_path: Path) -> None:
 
 
 # Writing.
+
+
+def test_what_may_not_fit_into_four_gigabytes_is_written_with_offsets_of_64_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = noise(2, 16, 16)
+    for limit, is_big in ((pixels.nbytes, False), (pixels.nbytes - 1, True)):
+        monkeypatch.setattr(image_writers, "_CLASSIC_TIFF_BYTES", limit)
+        write_tiff(tmp_path / "a.tif", pixels)
+        with tifffile.TiffFile(tmp_path / "a.tif") as file:
+            assert file.is_bigtiff == is_big
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels, pixels)
 
 
 def test_written_tiffs_carry_channels_and_pixel_size_and_are_the_same_bytes_each_time(tmp_path: Path) -> None:

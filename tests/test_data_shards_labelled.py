@@ -346,6 +346,18 @@ def test_sets_that_do_not_fit_together_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_labels_below_zero_are_refused_where_they_are_read(tmp_path: Path) -> None:
+    """As they come of ids beyond 32,767 in SAMCell's int16."""
+    np.save(tmp_path / "imgs.npy", np.zeros((2, 8, 9, 3), np.uint8))
+    labels = np.zeros((2, 8, 9), np.int16)
+    labels[1, 0, 0] = -7
+    np.save(tmp_path / "anns.npy", labels)
+    found = open_labelled(tmp_path)
+    assert found[0].labels.max() == 0
+    with pytest.raises(ImageError, match=r"anns\.npy, image 000001: negative labels \(down to -7\)"):
+        found[1]
+
+
 def test_cut_files_and_changed_descriptions_are_refused(tmp_path: Path) -> None:
     build_labelled([grey_pair("a"), grey_pair("b")], tmp_path / "set")
     description = json.loads((tmp_path / "set" / "dataset.json").read_text())

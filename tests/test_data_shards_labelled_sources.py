@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dinocell.data_shards import dataset_command
+from dinocell.data_shards import dataset_command, labelled_sources
 from dinocell.data_shards.coco import decode_run_lengths, draw, polygons_piece, uncompressed
 from dinocell.data_shards.images import read_image, write_labels, write_png, write_tiff
 from dinocell.data_shards.labelled import open_labelled
@@ -29,6 +29,7 @@ from dinocell.data_shards.labelled_sources import (
     folder_pairs,
     livecell_pairs,
 )
+from dinocell.data_shards.listing import Listed, list_files
 from dinocell.data_shards.masks import PairError, cropped, paint, read_instances, read_labels, read_regions
 from dinocell.errors import DinocellError, ImageError
 
@@ -342,6 +343,30 @@ def test_patterns_may_have_several_fields_repeat_them_and_skip_parts(tmp_path: P
             folder_pairs(tmp_path, images=images, masks=masks)
     with pytest.raises(DinocellError, match="field name"):
         folder_pairs(tmp_path, images="{1a}.png", masks="{1a}.png")
+
+
+def test_only_the_folders_that_patterns_begin_with_are_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images on one disk and masks on another have only the root in common; and folders may be links to a disk."""
+    one, other = tmp_path / "disk1" / "Bilder gro\u0308ße", tmp_path / "disk2"
+    for folder in (one, other / "masks", other / "masks" / ".snapshot", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+        write_png(folder / "a.png", np.ones((4, 4), np.uint8))
+    (tmp_path / "disk1" / "masks").symlink_to(other / "masks")
+    searched: list[Path] = []
+
+    def listing(folder: Path, **how: Any) -> list[Listed]:
+        searched.append(folder)
+        return list_files(folder, **how)
+
+    monkeypatch.setattr(labelled_sources, "list_files", listing)
+    images = "disk1/Bilder größe/{name}.png"
+    for masks in ("disk2/masks/{name}.png", "disk1/masks/{name}.png"):
+        (pair,) = folder_pairs(tmp_path, images=images, masks=masks)
+        assert pair.read().labels.all()
+    assert searched == [one, other / "masks", one, tmp_path / "disk1" / "masks"]
+    assert kind_of(folder_pairs(tmp_path, images=images, masks="disk3/masks/{name}.png")[0]) == "no mask"
 
 
 def test_missing_partners_and_two_files_for_one_are_told(tmp_path: Path) -> None:

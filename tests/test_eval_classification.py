@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from torchmetrics.functional.classification import multiclass_f1_score, multilabel_f1_score
 
 from dinocell.errors import ConfigError
-from dinocell.eval.classification import accuracy, confusion, metric_of, multiclass_f1, multilabel_f1
+from dinocell.eval.classification import MULTILABEL, accuracy, confusion, metric_of, multiclass_f1, multilabel_f1
+from dinocell.eval.knn import knn_scores
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -20,9 +22,28 @@ def test_macro_f1_equals_torchmetrics(seed: int) -> None:
     rows = (torch.rand(count, classes, generator=generator) < 0.2).float()
     rows[:, -1] = 0
     scores[:, -1] = -1
-    for given in (scores, scores.sigmoid()):
-        wanted = multilabel_f1_score(given, rows.int(), classes, average="macro", threshold=0.5)
-        assert multilabel_f1(given, rows).value == pytest.approx(float(wanted), abs=1e-6)
+    wanted = multilabel_f1_score(scores, rows.int(), classes, average="macro", threshold=0.5)
+    for given, logits in ((scores, True), (scores.sigmoid(), False)):
+        metric = metric_of(MULTILABEL, multilabel=True, logits=logits)
+        assert metric(given, rows).value == pytest.approx(float(wanted), abs=1e-6)
+
+
+def test_shares_of_votes_that_rounding_lifts_above_one_are_no_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, queries = torch.randn(200, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    rows = (torch.rand(200, 5, generator=generator) < 0.6).float()
+    rows[:, 0] = 1  # what every neighbour says: the share is their sum, 1 and a rounding error
+    shares = knn_scores(train, rows, queries, ks=[20])[20]
+    assert 1 < shares.max() < 1 + 1e-5
+    wanted = (torch.rand(50, 5, generator=generator) < 0.6).float()
+    truth = f1_score(wanted.numpy(), shares.numpy() > 0.5, average="macro")
+    metric = metric_of(MULTILABEL, multilabel=True)
+    assert metric(shares, wanted).value == pytest.approx(truth)
+
+
+def test_logits_between_zero_and_one_are_no_chances() -> None:
+    metric = metric_of(MULTILABEL, multilabel=True, logits=True)
+    assert metric(torch.tensor([[0.1, 0.3]]), torch.ones(1, 2)).value == 1.0
 
 
 def test_an_absent_class_is_left_out_or_counts_zero() -> None:

@@ -170,6 +170,13 @@ def test_missing_and_ambiguous_predictions_are_named(tmp_path: Path, files: list
         find_predictions(tmp_path, "one", ["a", "b"])
 
 
+@pytest.mark.parametrize("file", ["A.1.tif", "A.1_labels.tif", "A.1_cp_masks.png", "A.1.tif_labels.tif"])
+def test_predictions_of_images_whose_names_have_an_ending_are_found(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).touch()
+    (tmp_path / "A.1_seg.npy").touch()  # Cellpose leaves it there, too
+    assert find_predictions(tmp_path, "livecell", ["A.1.tif"]) == [tmp_path / file]
+
+
 def test_predictions_of_another_size_are_named_before_the_network_runs(tmp_path: Path) -> None:
     data, pipeline = make_set(tmp_path / "one", num_images=1), MapInImage()
     (tmp_path / "tool").mkdir()

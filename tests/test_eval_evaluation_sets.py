@@ -80,17 +80,34 @@ def test_a_folder_is_opened_by_what_is_in_it(write: object, tmp_path: Path) -> N
         assert image.pixel_size_um == pytest.approx(0.5)
 
 
-def test_one_sequence_may_be_named_alone(tmp_path: Path) -> None:
+def test_one_sequence_may_be_named_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sequence(tmp_path, "01")
     write_sequence(tmp_path, "02")
     assert open_evaluation_set(tmp_path / "02").names == ["02/000", "02/001"]
     assert open_evaluation_set(tmp_path).names == ["01/000", "01/001", "02/000", "02/001"]
+    monkeypatch.chdir(tmp_path / "02")
+    assert open_evaluation_set(Path()).names == open_evaluation_set(Path("../02")).names == ["02/000", "02/001"]
 
 
 def test_labelled_sets_stay_what_they_are(tmp_path: Path) -> None:
     np.save(tmp_path / "imgs.npy", np.zeros((1, 8, 8), np.uint8))
     np.save(tmp_path / "anns.npy", np.zeros((1, 8, 8), np.int16))
     assert isinstance(open_evaluation_set(tmp_path), LabelledSet)
+
+
+def test_what_cellpose_leaves_beside_images_is_no_image(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for name in ("größe 0_seg.npy", "größe 1_seg.npy", "._größe 0.ome.tif"):
+        (tmp_path / "images" / name).touch()
+    assert open_evaluation_set(tmp_path).names == ["größe 0", "größe 1"]
+
+
+def test_names_of_images_keep_their_dots(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    for kind, end in (("images", ".ome.tif"), ("masks", "_masks.tif")):
+        for number in range(2):
+            (tmp_path / kind / f"größe {number}{end}").rename(tmp_path / kind / f"2026.01.{number}{end}")
+    assert open_evaluation_set(tmp_path).names == ["2026.01.0", "2026.01.1"]
 
 
 def test_what_does_not_fit_is_said_before_anything_is_computed(tmp_path: Path) -> None:

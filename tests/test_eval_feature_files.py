@@ -1,17 +1,31 @@
 """Features on the disk: those in memory, on any number of ranks, taken up where they stopped."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dinocell.data_shards.fields import Field, FieldFile
+from dinocell.data_shards.images import write_tiff
 from dinocell.errors import DinocellError
 from dinocell.eval.feature_files import extract_to, read_features, weights_of
 from dinocell.eval.features import FeatureSettings, extract
-from dinocell.eval.image_sets import ShardImages
+from dinocell.eval.image_sets import FieldImages, ShardImages
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A source of fields that are there already."""
+
+    fields_: tuple[Field, ...]
+
+    def fields(self) -> Iterator[Field]:
+        yield from self.fields_
 
 
 def tiny(in_channels: int = 1, seed: int = 0) -> VisionTransformer:
@@ -67,6 +81,49 @@ def test_an_interrupted_extraction_goes_on(shard_set: Path, tmp_path: Path) -> N
     again = extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=seen.append)
     assert seen[-1] == 60
     np.testing.assert_array_equal(again.values, found.values)
+
+
+def test_what_a_machine_that_died_kept_of_the_rows_alone_counts(shard_set: Path, tmp_path: Path) -> None:
+    vit, images = tiny(), ShardImages(shard_set)
+    settings = FeatureSettings(channels="bag", batch_size=4)
+
+    def stops(number: int) -> None:
+        if number == 23:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=stops)
+    rows = tmp_path / "out" / ".features-0-of-1.rows"
+    rows.write_bytes(rows.read_bytes()[: 10 * 576 * 4 + 7])
+    seen: list[int] = []
+    found = extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=seen.append)
+    assert seen[0] == 11
+    np.testing.assert_allclose(found.values, extract(vit, images, settings).values, rtol=1e-5, atol=1e-5)
+
+
+def test_two_extractions_into_one_folder_do_not_write_each_others_rows(shard_set: Path, tmp_path: Path) -> None:
+    vit, images = tiny(), ShardImages(shard_set)
+    settings = FeatureSettings(channels="bag", batch_size=4)
+
+    def another(number: int) -> None:
+        if number == 23:
+            with pytest.raises(DinocellError, match="out: another process extracts these features now"):
+                extract_to(tmp_path / "out", vit, images, settings, weights="w")
+
+    found = extract_to(tmp_path / "out", vit, images, settings, weights="w", progress=another)
+    np.testing.assert_allclose(found.values, extract(vit, images, settings).values, rtol=1e-5, atol=1e-5)
+    (tmp_path / "file").touch()
+    with pytest.raises(DinocellError, match=r"file: cannot be written \(File exists\)"):
+        extract_to(tmp_path / "file", vit, images, settings, weights="w")
+
+
+def test_a_label_may_be_called_id(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", np.eye(16, dtype=np.uint8))
+    field = Field(id="first", files=(FieldFile(path=str(tmp_path / "a.tif")),), labels={"id": "P-7", "dose": 3})
+    images = FieldImages(Listed(fields_=(field,)), "listed")
+    found = extract_to(tmp_path / "out", tiny(), images, FeatureSettings(channels="bag"), weights="w")
+    assert found.ids == ("first",)
+    assert found.labels == ({"id": "P-7", "dose": "3"},)
 
 
 def test_features_of_something_else_are_not_mixed_in(shard_set: Path, tmp_path: Path) -> None:

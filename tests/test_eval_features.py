@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinocell.data_shards.images import write_png
+from dinocell.data_shards.fields import Field
+from dinocell.data_shards.images import write_png, write_tiff
 from dinocell.data_shards.shard import ShardSettings
 from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
@@ -106,6 +107,29 @@ def test_a_file_that_cannot_be_read_is_said_and_left_out(tmp_path: Path) -> None
     assert "long/1.png" in found.problems[0]
     with pytest.raises(DinocellError, match=r"x: no label 'colour'; there are class"):
         labels_of(found.labels, "colour", "x")
+
+
+def test_class_folders_may_be_linked_but_hidden_ones_are_no_classes(tmp_path: Path) -> None:
+    for path in (".ipynb_checkpoints/a.png", "long/a.png", "long/._a.png", "O\u0308l/a.png"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        write_png(tmp_path / path, np.eye(24, dtype=np.uint8))
+    (tmp_path / "round").symlink_to(tmp_path / "long")
+    found = list(ClassFolders(input=tmp_path).fields())
+    # One spelling of Öl, whichever system has made the folder.
+    assert [(each.id, each.labels["class"]) for each in found if isinstance(each, Field)] == [
+        ("\u00d6l/a.png", "\u00d6l"),
+        ("long/a.png", "long"),
+        ("round/a.png", "round"),
+    ]
+
+
+def test_an_image_with_values_that_are_not_finite_is_left_out(tmp_path: Path) -> None:
+    for number, value in enumerate((1.0, np.nan)):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        write_tiff(tmp_path / "a" / f"{number}.tif", np.full((24, 24), value, np.float32))
+    found = extract(tiny(), FieldImages(ClassFolders(input=tmp_path), "x"), FeatureSettings(channels="bag"))
+    assert found.ids == ("a/0.tif",)
+    assert found.problems == ("a/1.tif: 576 of 576 values are not finite (NaN or infinite); replace them first",)
 
 
 def test_images_of_other_channels_are_refused(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_thresholds_of_the_other_target_are_refused(model: DINOCell) -> None:
 def test_scoring_finds_thresholds_that_are_at_least_as_good(model: DINOCell, monkeypatch: pytest.MonkeyPatch) -> None:
     flows = labels_to_flows(FIELD.labels)
     flows[2] *= 0.95
-    monkeypatch.setattr(DINOCellPipeline, "maps", lambda _self, _image: flows)
+    monkeypatch.setattr(DINOCellPipeline, "maps", lambda _self, _image, **_: flows)
     assert score_segmenter(model, [labelled()], True).settings == {}
     replace_settings(model, probability=0.97)
     assert score_segmenter(model, [labelled()], False).metrics["score/seg"] == 0
@@ -167,7 +167,9 @@ def test_the_segment_command_takes_such_a_model(file: Path, tmp_path: Path, caps
     labels = tifffile.imread(tmp_path / "out" / "a_labels.tif")
     np.testing.assert_array_equal(labels, flows_to_labels(flows, probability=0.3, flow_error=4))
     capsys.readouterr()
-    assert main([*words, "--save-dist-map"]) == 0
+    assert main([*words, "--save-dist-map"]) == 2
+    assert "probability 0.3, flow error 4, stride 192, not by model" in capsys.readouterr().err
+    assert main([*words, "--save-dist-map", "--flow-error", "4", "--probability", "0.3"]) == 0
     assert "there already" in capsys.readouterr().out
     assert main([*words, "--cells-max", "0.4"]) == 2
     assert "cells_max: this segmenter is one of target flows" in capsys.readouterr().err

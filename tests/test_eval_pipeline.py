@@ -1,6 +1,7 @@
 """From an image to cells: shapes and types, thresholds of one call, pixel sizes, scores."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ import torch
 from dinocell.data_shards.distance import labels_to_distance
 from dinocell.data_shards.labelled import LabelledImage
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.errors import ImageError
+from dinocell.errors import DinocellError, ImageError
+from dinocell.eval import scoring
 from dinocell.eval.ctc import ctc_score
+from dinocell.eval.mending import Mending
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.scoring import score_segmenter
+from dinocell.eval.thresholds import search
 from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.models.config import VARIANTS, variant_config
@@ -67,6 +71,12 @@ def test_layouts_mean_the_same(mirror: DINOCellPipeline) -> None:
         np.testing.assert_array_equal(mirror.run(image), expected)
 
 
+def test_a_low_colour_picture_is_no_stack_of_narrow_channels(mirror: DINOCellPipeline) -> None:
+    plane = as_picture(FIELD.labels)[60:70]
+    rgb = np.repeat(plane[..., None], 3, axis=2)
+    np.testing.assert_array_equal(mirror.run(rgb), mirror.run(plane))
+
+
 def test_a_channel_can_be_chosen(mirror: DINOCellPipeline) -> None:
     plane = as_picture(FIELD.labels)
     stack = np.stack([plane[::-1], plane])
@@ -102,6 +112,27 @@ def test_an_image_of_another_pixel_size_is_scaled_and_the_labels_come_back(
     labels = pipeline.run(as_picture(large), pixel_size_um=0.5)
     assert labels.shape == large.shape
     assert ctc_score(large, labels).op_csb > 0.9
+
+
+def test_a_pixel_size_in_another_unit_is_refused_and_asks_for_no_memory(mirror: DINOCellPipeline) -> None:
+    replace_settings(mirror.model, pixel_size_um=0.5)
+    with pytest.raises(ImageError, match=r"pixels of 325 um, where the segmenter learnt from 0\.5 um"):
+        mirror.run(np.zeros((64, 64), np.uint8), pixel_size_um=325)
+    replace_settings(mirror.model, pixel_size_um=None)
+    for size in (0, -1, np.inf, np.nan):
+        with pytest.raises(DinocellError, match="pixel_size_um: expected more than 0"):
+            mirror.run(np.zeros((64, 64), np.uint8), pixel_size_um=float(size))
+
+
+def test_a_stride_that_is_too_wide_or_a_device_that_is_not_there_is_refused_at_once(model: DINOCell) -> None:
+    for stride in (0, 113):
+        with pytest.raises(DinocellError, match=rf"stride: expected 1 to 112 px .*, got {stride}"):
+            DINOCellPipeline(model, crop_size=128, stride=stride)
+    assert DINOCellPipeline(model, crop_size=128, stride=112).run(np.zeros((130, 200), np.uint8)).max() == 0
+    with pytest.raises(DinocellError, match="expected auto, cpu or cuda, got 'gpu'"):
+        DINOCellPipeline(model, device="gpu")
+    with pytest.raises(DinocellError, match="cuda:99 was asked for, and there is none"):
+        DINOCellPipeline(model, device="cuda:99")
 
 
 @pytest.mark.parametrize("image", [np.zeros((0, 4)), np.zeros(7), np.zeros((2, 3, 4, 5)), np.full((32, 32), np.nan)])
@@ -151,6 +182,29 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(mirror: DINOCellPipe
     assert mirror.model.settings.cells_max == 0.95, "the model stays as it is"
     replace_settings(mirror.model, **found.settings)
     assert score_segmenter(mirror.model, [image], False).metrics == found.metrics
+
+
+def test_scoring_scales_images_and_drops_small_cells_as_the_segmenter_in_use_does(
+    mirror: DINOCellPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_settings(mirror.model, pixel_size_um=1.0, min_area_px=400, cells_max=0.6)
+    picture = as_picture(FIELD.labels)
+    image = LabelledImage(
+        pixels=picture[None], labels=FIELD.labels, distance=None, crowd=None, name="a", pixel_size_um=1.25
+    )
+    in_use = DINOCellPipeline(mirror.model, "cpu").run(picture, pixel_size_um=1.25)
+    own = ctc_score(FIELD.labels, in_use).op_csb
+    assert own != ctc_score(FIELD.labels, DINOCellPipeline(mirror.model, "cpu").run(picture)).op_csb
+    assert score_segmenter(mirror.model, [image], False).metrics["score/op_csb"] == pytest.approx(own)
+    tried: list[Mending] = []
+
+    def coarse(*args: Any, mending: Mending, **_: Any) -> Any:
+        tried.append(mending)
+        return search(*args, steps=2, mending=mending)
+
+    monkeypatch.setattr(scoring, "search", coarse)
+    score_segmenter(mirror.model, [image], True)
+    assert [each.min_area_px for each in tried] == [400]
 
 
 def test_windows_are_as_large_as_the_crops_of_the_training(model: DINOCell) -> None:

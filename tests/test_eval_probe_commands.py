@@ -337,6 +337,36 @@ def test_scores_land_in_the_run_that_made_the_teacher(shard_set: Path, tmp_path:
     assert {"loss/total", "knn/number_accuracy_k1"} <= set(events.Tags()["scalars"])
 
 
+def write_profiles(folder: Path, rows: list[tuple[str, str, str]]) -> None:
+    """Write a folder of features with these plates, wells and treatments; equal rows have equal features."""
+    folder.mkdir()
+    values = [np.random.default_rng([*"/".join(row).encode()]).normal(size=6) for row in rows]
+    np.save(folder / "features.npy", np.array(values, np.float32))
+    lines = ["id,plate,well,drug", *(f"i{number},{','.join(row)}" for number, row in enumerate(rows))]
+    (folder / "rows.csv").write_text("\n".join(lines))
+    (folder / "channels.json").write_text('["DNA"]')
+    (folder / "problems.txt").touch()
+    (folder / "extraction.json").write_text("{}")
+
+
+def test_profiles_leave_out_what_has_no_place_and_refuse_wells_of_two_treatments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(plate, f"A{number}", drug) for plate in ("p1", "p2") for number, drug in enumerate("abc")]
+    write_profiles(tmp_path / "whole", rows)
+    write_profiles(tmp_path / "lacking", [*rows, ("p1", "", "a"), ("p2", "", "b"), ("p1", "A7", ""), ("p2", "A7", "")])
+    for name in ("whole", "lacking"):
+        asked = ["profiles", str(tmp_path / name), "--treatment", "drug", "--output", str(tmp_path / f"{name}_scores")]
+        assert main(asked) == 0
+    lacking, whole = (scores(tmp_path / f"{name}_scores", "profiles") for name in ("lacking", "whole"))
+    assert lacking["rows"] == whole["rows"]
+    assert lacking["about"]["images"] == "6; 4 left out, of no drug, plate or well"  # type: ignore[index]
+    write_profiles(tmp_path / "mixed", [*rows, ("p2", "A1", "c")])
+    capsys.readouterr()
+    assert main(["profiles", str(tmp_path / "mixed"), "--treatment", "drug", "--output", str(tmp_path / "m")]) == 2
+    assert "plate p2, well A1: has the treatments b and c, expected one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -359,6 +389,30 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "said"),
+    [
+        ("consistency", ("--limit", "-1"), "--limit: expected at least 1 sample, got -1"),
+        ("knn", ("--temperature", "0"), "--temperature: expected more than 0, got 0"),
+        ("knn", ("--temperature", "nan"), "--temperature: expected more than 0, got nan"),
+        ("knn", ("--device", "gpu"), "expected auto, cpu or cuda, got 'gpu'"),
+        ("linear", ("--learning-rates", "nan"), "--learning-rates: expected numbers above 0, got nan"),
+        ("linear", ("--weight-decays", "0", "-1"), "--weight-decays: expected numbers of at least 0, got 0, -1"),
+        ("linear", ("--train-batch-size", "0"), "--train-batch-size: expected at least 1"),
+    ],
+)
+def test_options_out_of_range_are_one_line_before_features_are_made(
+    command: str, option: tuple[str, ...], said: str, shard_set: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    sets = ["--data", shard_set] if command == "consistency" else ["--train", shard_set, "--test", shard_set]
+    line = [command, "--weights", "random:nano", *sets, "--output", tmp_path / "o", *option]
+    assert main([str(word) for word in line]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert said in error
+    assert not (tmp_path / "o").exists()
 
 
 def test_cell_types_of_a_column_and_of_several(draw: Callable[[int], np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import false_discovery_control
 from sklearn.metrics import average_precision_score
 
 from dinocell.errors import DinocellError
@@ -41,6 +42,20 @@ def test_a_well_is_asked_among_its_own_plate_for_those_on_others() -> None:
     wanted = average_precision_score([names[k] == names[query] for k in among], unit[among] @ unit[query])
     assert found.precision[query] == pytest.approx(wanted)
     assert found.mean_average_precision == pytest.approx(found.mean_precision.mean())
+
+
+def test_controls_are_ranked_among_but_neither_asked_nor_counted_in_the_correction() -> None:
+    profiles, names, plates = screen(0.6, 0.0)
+    everyone = replicate_retrieval(profiles, names, plates, num_random=500)
+    found = replicate_retrieval(profiles, names, plates, control="DMSO", num_random=500)
+    kept = [number for number, name in enumerate(everyone.treatments) if name != "DMSO"]
+    assert found.treatments == tuple(everyone.treatments[number] for number in kept)
+    np.testing.assert_array_equal(found.p_value, everyone.p_value[kept])  # ranked among the same wells
+    np.testing.assert_allclose(found.corrected, false_discovery_control(found.p_value))
+    assert not np.allclose(found.corrected, everyone.corrected[kept])  # one hypothesis more
+    assert found.mean_average_precision == pytest.approx(everyone.mean_precision[kept].mean())
+    with pytest.raises(DinocellError, match="no treated well has a replicate on another plate"):
+        replicate_retrieval(profiles[-6:], ["DMSO"] * 6, ["a", "b"] * 3, control="DMSO")
 
 
 def test_effects_are_found_and_noise_is_not() -> None:

@@ -14,6 +14,7 @@ from dinocell.cli import main
 from dinocell.data_shards.images import read_image, write_tiff
 from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.eval.outputs import write_cells
+from dinocell.eval.segment_jobs import find_images
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 
@@ -94,6 +95,15 @@ def test_names_that_collide_are_refused_before_anything_is_done(images: Path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_dots_in_a_name_are_kept(model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for day in (1, 2):
+        write_tiff(tmp_path / "in" / f"2026.01.0{day}.ome.tif", make_field(day, SMALL).pixels[0])
+    assert segment(tmp_path / "in", "--model", model, "--output", tmp_path / "out") == 0
+    labels = sorted(path.name for path in (tmp_path / "out").glob("*.tif"))
+    assert labels == ["2026.01.01_labels.tif", "2026.01.02_labels.tif"]
+
+
 def test_frames_of_a_stack_are_segmented_on_request(model: str, tmp_path: Path) -> None:
     planes = np.stack([make_field(seed, SMALL).pixels[0] for seed in range(3)])
     tifffile.imwrite(tmp_path / "film.tif", planes, imagej=True, metadata={"axes": "TYX"})
@@ -101,6 +111,14 @@ def test_frames_of_a_stack_are_segmented_on_request(model: str, tmp_path: Path) 
     assert segment(tmp_path / "film.tif", "--model", model, "--output", out) == 1
     assert segment(tmp_path / "film.tif", "--model", model, "--output", out, "--frames") == 0
     assert sorted(path.name for path in out.glob("*_labels.tif")) == [f"film_f{n:04d}_labels.tif" for n in range(3)]
+
+
+def test_a_stack_without_frames_says_which_option_is_meant(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tifffile.imwrite(tmp_path / "film; 2.tif", np.zeros((3, 40, 40), np.uint8), imagej=True, metadata={"axes": "TYX"})
+    assert segment(tmp_path / "film; 2.tif", "--model", model, "--output", tmp_path / "out") == 1
+    assert "film; 2.tif: several frames (time, depth or pages); add --frames to segment each" in capsys.readouterr().out
 
 
 def test_a_dry_run_lists_and_writes_nothing(
@@ -131,6 +149,24 @@ def test_an_input_that_means_nothing_is_one_line(
 ) -> None:
     assert segment(*words, "--model", model, "--output", tmp_path / "out") == 2
     assert "no image there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--pixel-size", "0"], "--pixel-size: expected more than 0 micrometres, got 0"),
+        (["--pixel-size", "inf"], "--pixel-size: expected more than 0 micrometres, got inf"),
+        (["--stride", "999"], "stride: expected 1 to 224 px"),
+        (["--device", "gpu"], "expected auto, cpu or cuda, got 'gpu'"),
+    ],
+)
+def test_an_option_out_of_range_is_one_line_and_nothing_is_written(
+    option: list[str], message: str, images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(images, "--model", model, "--output", tmp_path / "out", *option) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_backbone_is_no_segmenter(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +208,66 @@ def test_a_list_names_files_folders_and_patterns(
     assert "a.ome.tif -> " in shown
     assert "zwei größen.png -> " in shown
     assert "2 images" in shown
+
+
+def found_in(folder: Path, *inputs: object, without: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_images([*map(str, inputs)], without=without)]
+
+
+def test_a_folder_is_searched_through_its_links_but_not_where_files_are_hidden(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for path in (folder / ".ipynb_checkpoints" / "a.tif", folder / "._a.tif", folder / "a.tif", elsewhere / "b.tif"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name in ("notes.txt", "a_seg.npy"):  # the latter is Cellpose's, and no picture
+        (folder / name).touch()
+    (folder / "plate").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    results = folder / "results"
+    assert found_in(folder, folder, without=results) == ["a.tif", "plate/b.tif"]
+    for each in (folder, results):
+        (each / "c_labels.tif").parent.mkdir(exist_ok=True)
+        (each / "c_labels.tif").touch()
+    assert found_in(folder, folder, without=results) == ["a.tif", "c_labels.tif", "plate/b.tif"]
+    assert found_in(folder, f"{folder}/**/*.tif", without=results) == ["a.tif", "c_labels.tif"]
+    (elsewhere / "round").unlink()
+    assert found_in(folder, f"{folder}/pl*", without=results) == ["plate/b.tif"]
+    assert found_in(folder, f"{results}/*.tif", without=results) == ["results/c_labels.tif"]
+    assert found_in(folder, f"{folder}/.ipy*/*.tif", without=results) == [".ipynb_checkpoints/a.tif"]
+    (results / "chosen").mkdir()
+    (results / "chosen" / "d.tif").touch()
+    assert found_in(folder, results / "chosen", without=results) == ["results/chosen/d.tif"]
+
+
+def test_an_image_that_is_named_twice_is_segmented_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tif").touch()
+    monkeypatch.chdir(tmp_path)
+    assert find_images(["a.tif", str(tmp_path), f"{tmp_path}/*.tif"], without=tmp_path / "out") == [Path("a.tif")]
+
+
+def test_results_beside_the_images_are_neither_segmented_nor_written_over_images(
+    images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(images, "--model", model, "--output", images) == 2
+    assert f"{images}: is where the results go, too" in capsys.readouterr().err
+    file = images / "a.ome.tif"
+    assert segment(file, "--model", model, "--output", images) == 0
+    assert segment(*sorted(images.glob("*.tif")), "--model", model, "--output", images, "--overwrite") == 2
+    assert "a_labels.tif: is given as an image, and results of" in capsys.readouterr().err
+    assert sorted(path.name for path in images.glob("*.*")) == ["a.ome.tif", "a_labels.tif", "summary.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("n" * 249, "too long for those of its results"), ("zelle\udcf6", r"zelle\xf6_labels.tif is not")],
+)
+def test_a_name_that_results_cannot_have_is_refused_before_anything_is_done(
+    name: str, said: str, images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "a.ome.tif").rename(tmp_path / f"{name}.tif")
+    assert segment(tmp_path / f"{name}.tif", "--model", model, "--output", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,18 @@ def test_the_challenges_folder_can_be_scored(sequence: Path, segmenter: str) -> 
     assert score_sequence(out, "01").op_csb == 1
 
 
+def test_a_linked_frame_belongs_to_the_sequence_that_it_is_linked_into(sequence: Path, segmenter: str) -> None:
+    """As git-annex and DVC keep large files: a link whose name counts, to a store whose names do not."""
+    store = sequence.parent / "store" / "SHA256-1"
+    store.mkdir(parents=True)
+    (sequence / "t000.tif").rename(store / "SHA256-1.tif")
+    (sequence / "t000.tif").symlink_to(store / "SHA256-1.tif")
+    out = sequence.parent / "out"
+    assert segment(sequence, "--model", segmenter, "--output", out, "--save-ctc") == 0
+    masks = sorted(path.relative_to(out).as_posix() for path in out.rglob("mask*"))
+    assert masks == ["01_RES/mask000.tif", "01_RES/mask001.tif"]
+
+
 def test_frames_of_a_stack_become_a_sequence_and_entries_of_their_own(segmenter: str, tmp_path: Path) -> None:
     planes = np.stack([make_field(seed, SMALL).pixels[0] for seed in range(3)])
     tifffile.imwrite(tmp_path / "film.tif", planes, imagej=True, metadata={"axes": "TYX"})

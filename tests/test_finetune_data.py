@@ -1,6 +1,7 @@
 """The stream of crops: which image comes when, for each rank, and which crops come again."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dinocell.data_shards.labelled import LabelledImage
+from dinocell.finetune.augment import plain
 from dinocell.finetune.config import AugmentConfig, DataConfig
 from dinocell.finetune.data import Crops, loader, prepared
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
@@ -55,6 +57,21 @@ def test_training_sees_an_image_as_the_segmenter_in_use_does(convention: Literal
         image = LabelledImage(pixels=pixels, labels=labels, distance=None, crowd=None, name="a", pixel_size_um=None)
         grey, _, levels = prepared(image, settings)
         np.testing.assert_array_equal(levels.apply(grey), prepare(pixels[0], settings))
+
+
+def test_cells_with_numbers_that_float32_does_not_hold_stay_apart() -> None:
+    """As they come of volumes and databases: a crop is turned as float32."""
+    labels = np.zeros((64, 64), np.int32)
+    labels[10:30, 10:30], labels[10:30, 30:50], labels[40:50, 5:60] = 2**24, 2**24 + 1, 2**31 - 1
+    image = LabelledImage(
+        pixels=np.zeros((1, 64, 64), np.uint8), labels=labels, distance=None, crowd=None, name="a", pixel_size_um=None
+    )
+    grey, cells, _ = prepared(image, SegmenterSettings())
+    (crop,) = plain(grey, cells, 64)
+    inner = crop.labels[crop.context : crop.context + 64, crop.context : crop.context + 64]
+    np.testing.assert_array_equal(inner, np.unique(labels, return_inverse=True)[1].reshape(64, 64))
+    few = np.where(labels > 0, 7, 0).astype(np.int32)
+    np.testing.assert_array_equal(prepared(replace(image, labels=few), SegmenterSettings())[1], few)
 
 
 def test_fixed_crops_come_again_and_others_do_not(labelled_folder: Path) -> None:

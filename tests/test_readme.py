@@ -328,7 +328,7 @@ def test_the_readme_runs_from_top_to_bottom(inputs: Path, capsys: pytest.Capture
                     ran += 1
     assert ran > 25
     assert shortened == set(SHORTER)
-    written = """results/n0_cells.csv results/n1_overlay.png results/n0_cells.geojson results/coco.json jump.png
+    written = """results/n0_cells.csv results/n1_overlay.png mine/n0_cells.geojson mine/coco.json jump.png
         views.png CTC/01_RES/mask000.tif evaluation/report.html datasets/BBBC039/dataset.json probes/knn probes/linear
         probes/profiles probes/consistency vits8_grey_hf/config.json thresholds.png"""
     for path in written.split():

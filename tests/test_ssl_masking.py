@@ -1,6 +1,7 @@
 """Masks: exact counts, no dependence on ranks, and blocks against a plain loop over patches."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from dinocell.data_shards.read import loader, stream
 from dinocell.errors import ConfigError
-from dinocell.ssl.masking import MaskingConfig, draw_blocks, draw_masks, mask_counts
+from dinocell.ssl.masking import DrawMasks, MaskingConfig, draw_blocks, draw_masks, mask_counts
 
 
 def seeds(count: int, start: int = 0) -> list[np.random.SeedSequence]:
@@ -225,3 +227,23 @@ def test_masks_of_a_step_are_few_pieces() -> None:
     masks = draw_masks(range(64), (28, 28), MaskingConfig(), seed=0, epoch=0).masks.numpy()
     pieces = [ndimage.label(mask)[1] for mask in masks if mask.any()]
     assert np.median(pieces) <= 6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_reader_draws_the_masks_of_a_ranks_batches(shard_set: Path, workers: int) -> None:
+    """Dealt over the samples of all ranks, by their positions in the stream; the last batch of a stream is shorter."""
+    draw = DrawMasks(MaskingConfig(), (6, 6), 2, 5)
+    sizes = []
+    for rank in range(2):
+        batches = loader(
+            stream(shard_set, batch_size=4, draw=draw, rank=rank, world_size=2, position=8, stop=22), workers=workers
+        )
+        for step, batch in enumerate(batches):
+            everyone = range(8 + 8 * step, min(16 + 8 * step, 22))
+            own = slice(4 * rank, 4 * rank + 4)
+            wanted = draw_masks(everyone, (6, 6), MaskingConfig(), seed=5, epoch=0, own=own)
+            for ours, theirs in zip(batch.drawn, wanted, strict=True):
+                torch.testing.assert_close(ours, theirs)
+            assert batch.drawn_by == draw
+            sizes.append(len(batch))
+    assert sizes == [4, 4, 4, 2]

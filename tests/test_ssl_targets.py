@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from dinocell.ssl.heads import Projection
-from dinocell.ssl.targets import Centre, Targets, TeacherLogits, pieces, sinkhorn_targets
+from dinocell.ssl.targets import Centre, Targets, TeacherLogits, sinkhorn_targets
 
 
 def projection(rows: int, prototypes: int, bottleneck: int = 8, *, seed: int = 0, scale: float = 1.0) -> Projection:
@@ -251,11 +251,3 @@ def test_targets_carry_no_gradient() -> None:
     (targets,) = sinkhorn_targets([TeacherLogits(Projection(rows, prototypes), keep=True)], 0.05)
     assert isinstance(targets, Targets)
     assert not targets.probabilities().requires_grad
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 40), st.integers(1, 50), st.integers(1, 300))
-def test_pieces_cover_every_row_once(rows: int, prototypes: int, elements: int) -> None:
-    found = list(pieces(rows, prototypes, torch.device("cpu"), elements))
-    assert [row for piece in found for row in range(rows)[piece]] == list(range(rows))
-    assert all(piece.stop - piece.start <= max(1, elements // prototypes) for piece in found)

@@ -243,7 +243,7 @@ def test_a_kernel_that_is_not_installed_is_one_line_before_the_first_step(
 
 
 def test_impossible_settings_are_refused(shard_set: Path, tmp_path: Path) -> None:
-    for changes in ({"steps": 0}, {"batch_size": 0}, {"views": ViewsConfig(global_size=30)}):
+    for changes in ({"seed": -1}, {"steps": 0}, {"batch_size": 0}, {"views": ViewsConfig(global_size=30)}):
         with pytest.raises((ConfigError, ValueError), match="expected"):
             config_of(shard_set, tmp_path, **changes)
 

@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import Batch, stream
+from dinocell.data_shards.shard import ShardSettings
+from dinocell.data_shards.tiles import TileSettings
+from dinocell.data_shards.write import build
 from dinocell.ssl.view_crops import crop_by_crop
 from dinocell.ssl.view_levels import channel_levels, scales_of
 from dinocell.ssl.view_plan import PlanViews, ViewsConfig, plan_views
@@ -19,6 +23,8 @@ from dinocell.ssl.view_planes import all_tiles_at_once, resampling_matrix
 
 SMALL = ViewsConfig(global_size=24, local_size=16, num_local=3)
 STACK = replace(SMALL, policy="stack", channels=("ER", "DNA", "x"), protein_channel="ER", protein_contrast=0.5)
+
+TILES = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
 
 
 def both_ways(batch: Batch, config: ViewsConfig, folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -40,7 +46,7 @@ def both_ways(batch: Batch, config: ViewsConfig, folder: Path) -> tuple[list[tor
 )
 def test_both_ways_give_the_same_crops(shard_set: Path, config: ViewsConfig) -> None:
     ours, theirs = both_ways(next(iter(stream(shard_set, batch_size=6))), config, shard_set)
-    assert len(ours) == len(theirs) == 5
+    assert [len(each) for each in ours] == [len(each) for each in theirs] == [2, 3]
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -56,18 +62,42 @@ def test_tiles_with_only_the_channels_needed_give_the_same_crops(shard_set: Path
 
 
 def test_tiles_with_a_missing_channel_are_viewed_through_the_others(fields: Callable[..., Any], tmp_path: Path) -> None:
-    from dinocell.data_shards.shard import ShardSettings
-    from dinocell.data_shards.tiles import TileSettings
-    from dinocell.data_shards.write import build
-
-    settings = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
-    build(fields(4, missing_from=2), tmp_path / "set", settings=settings, workers=1)
+    build(fields(4, missing_from=2), tmp_path / "set", settings=TILES, workers=1)
     batch = next(iter(stream(tmp_path / "set", batch_size=24)))
     assert {len(info.channels) for info in batch.infos} == {2, 3}
     for config in (SMALL, replace(STACK, channels=("ER", "AGP"))):
         ours, theirs = both_ways(batch, config, tmp_path / "set")
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    bag = replace(SMALL, policy="bag")
+    few = next(iter(stream(tmp_path / "set", batch_size=24, choose=PlanViews(bag, 1))))
+    assert {(len(info.channels), chosen) for info, chosen in zip(few.infos, few.channels, strict=True)} >= {
+        (2, (0,)),
+        (3, (0,)),
+    }
+    for one, other in zip(*both_ways(few, bag, tmp_path / "set"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_of_two_types_lie_in_one_batch(
+    fields: Callable[..., Any], draw: Callable[[int], np.ndarray], tmp_path: Path
+) -> None:
+    source = fields(2)
+    build(source, tmp_path / "a", settings=TILES, workers=1)
+    for number in range(2):
+        for name, plane in zip(("DNA", "ER", "AGP"), draw(number), strict=True):
+            write_tiff(tmp_path / "input" / f"f{number:03d}_{name}.tif", (plane // 16).astype(np.uint8))
+    build(source, tmp_path / "b", settings=TILES, workers=1)
+    batch = next(iter(stream([tmp_path / "a", tmp_path / "b"], batch_size=12)))
+    assert {info.dtype for info in batch.infos} == {"uint8", "uint16"}
+    levels = channel_levels([read_manifest(tmp_path / name) for name in "ab"], SMALL)
+    plans = [plan_views(i, o, SMALL, seed=1) for i, o in zip(batch.infos, batch.origins, strict=True)]
+    scales = [
+        scales_of(i, levels[o.data_set], plan) for i, o, plan in zip(batch.infos, batch.origins, plans, strict=True)
+    ]
+    ours, theirs = (make(batch, plans, scales, SMALL) for make in (crop_by_crop, all_tiles_at_once))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("length", "size"), [(64, 16), (50, 50), (10, 32), (1, 5), (97, 24), (3, 7)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +22,15 @@ class Origin:
     sample: int
 
 
+@runtime_checkable
+class Drawn(Protocol):
+    """What is drawn at random for a whole batch; it travels with the batch."""
+
+    def pin_memory(self) -> "Drawn":
+        """Return the same in page-locked memory."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """Decoded tiles of a rank's next samples.
@@ -35,6 +45,8 @@ class Batch:
         One line a sample that could not be read and was replaced by another.
     chosen, chosen_by
         What the reader's ``choose`` returned for each sample, and that function; empty and None without one.
+    drawn, drawn_by
+        What the reader's ``draw`` returned for the batch, and that function; None without one.
     """
 
     infos: tuple[SampleInfo, ...]
@@ -46,6 +58,8 @@ class Batch:
     starts: tuple[int, ...]
     chosen: tuple[object, ...] = ()
     chosen_by: object = None
+    drawn: Drawn | None = None
+    drawn_by: object = None
 
     def __len__(self) -> int:
         return len(self.infos)
@@ -60,11 +74,12 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; PyTorch's loader calls this."""
-        return _with_storage(self, self.storage.pin_memory())
+        drawn = None if self.drawn is None else self.drawn.pin_memory()
+        return replace(self, storage=self.storage.pin_memory(), drawn=drawn)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tiles on a device, in one copy."""
-        return _with_storage(self, self.storage.to(device, non_blocking=non_blocking))
+        return replace(self, storage=self.storage.to(device, non_blocking=non_blocking))
 
 
 def layout(infos: Sequence[SampleInfo], channels: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
@@ -75,10 +90,6 @@ def layout(infos: Sequence[SampleInfo], channels: Sequence[tuple[int, ...]]) -> 
         size = len(chosen) * info.height * info.width * np.dtype(info.dtype).itemsize
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
     return tuple(starts), end
-
-
-def _with_storage(batch: Batch, storage: torch.Tensor) -> Batch:
-    return replace(batch, storage=storage)
 
 
 _TORCH_TYPES = {

@@ -14,6 +14,8 @@ from dinocell.runtime.atomic import replacing
 
 _TIFF_TYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 _ZLIB_LEVEL = 6
+# Above this a file has 64-bit offsets: noise takes as much deflated as plain, and 32 bits reach 4 GB.
+_CLASSIC_TIFF_BYTES = 2**32 - 2**25
 
 
 def write_tiff(
@@ -60,6 +62,7 @@ def write_tiff(
             temporary,
             planes if len(planes) > 1 else planes[0],
             ome=True,
+            bigtiff=planes.nbytes > _CLASSIC_TIFF_BYTES,  # tifffile itself decides so only where nothing is deflated
             photometric="minisblack",
             compression="zlib",
             compressionargs={"level": _ZLIB_LEVEL},
@@ -101,7 +104,8 @@ def write_png(path: str | Path, pixels: Shaped[np.ndarray, "h w"] | Shaped[np.nd
     import imagecodecs
 
     samples = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
-    content = imagecodecs.png_encode(np.ascontiguousarray(samples))
+    # A copy in any case: of one pixel every order is contiguous, and the encoder looks at the strides.
+    content = imagecodecs.png_encode(samples.copy(order="C"))
     with _replacing(path) as temporary:
         temporary.write_bytes(content)
 

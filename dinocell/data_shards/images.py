@@ -26,11 +26,13 @@ import numpy as np
 from dinocell.data_shards.image_writers import write_labels, write_png, write_tiff
 from dinocell.data_shards.locations import local_path, open_bytes
 from dinocell.data_shards.picture import COLOURS, MOST_CHANNELS, Frames, Picture, percentile_range, to_uint8
-from dinocell.errors import ImageError
+from dinocell.errors import ImageError, StackError
 
 __all__ = [
     "Picture",
     "count_frames",
+    "has_image_name",
+    "image_stem",
     "open_bytes",
     "percentile_range",
     "read_image",
@@ -66,6 +68,20 @@ _DECODER_ERRORS = (
 )
 
 
+def has_image_name(name: str) -> bool:
+    """Say whether a file is an image by its name: hidden ones are not, nor what Cellpose leaves beside images.
+
+    Its ``NAME_seg.npy`` is a pickle of masks and settings, which nothing here would open.
+    """
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not name.lower().endswith("_seg.npy")
+
+
+def image_stem(name: str) -> str:
+    """Return an image's name, with folders or without, less its ending: ``2026.01.05`` of ``2026.01.05.ome.tif``."""
+    endings = (".ome.tif", ".ome.tiff", *IMAGE_SUFFIXES)
+    return next((name[: -len(ending)] for ending in endings if name.lower().endswith(ending)), name)
+
+
 def read_image(
     path: str | Path, *, frame: int | None = None, frames_as_channels: bool = False, palette_as_colour: bool = True
 ) -> Picture:
@@ -91,7 +107,7 @@ def read_image(
         if frames_as_channels:
             return _as_channels([frames[index] for index in range(len(frames))])
         if frame is None and len(frames) > 1:
-            raise ImageError(
+            raise StackError(
                 f"a stack of {len(frames)} frames (time, depth or pages), where one picture was expected; "
                 "choose a frame, read them one by one, or take them as channels"
             )
@@ -137,7 +153,8 @@ def _errors_named(path: str | Path) -> Iterator[None]:
     except ImageError as error:
         if str(path) in str(error):
             raise
-        raise ImageError(f"{path}: {error}") from error
+        kind = StackError if isinstance(error, StackError) else ImageError
+        raise kind(f"{path}: {error}") from error
     except _DECODER_ERRORS as error:
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(f"{path}: damaged or not supported ({cause}); copy it again or convert it to TIFF") from error

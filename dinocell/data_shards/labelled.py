@@ -137,6 +137,11 @@ class _Group:
         height, width = record.get("valid", all_images.shape[1:3])
         image = all_images[index][:height, :width]
         labels = all_labels[index][..., :height, :width]
+        if labels.dtype.kind == "i" and labels.min(initial=0) < 0:
+            self._fail(
+                f"anns.npy, image {self.name(index)}: negative labels (down to {labels.min()}), where 0 is background "
+                "and each other number one cell; more ids than its type can hold? Save them as int32"
+            )
         distance = all_distances[index][:height, :width] if all_distances is not None else None
         return LabelledImage(
             # From (h w blue-green-red) to (red-green-blue h w), without a copy.

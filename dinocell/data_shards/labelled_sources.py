@@ -18,6 +18,7 @@ from jaxtyping import Integer
 
 from dinocell.data_shards.coco import draw, read_coco
 from dinocell.data_shards.images import IMAGE_SUFFIXES, Picture, read_image
+from dinocell.data_shards.listing import list_files
 from dinocell.data_shards.masks import ENCODINGS, PairError, read_instances, read_labels, read_regions
 from dinocell.errors import DinocellError
 
@@ -144,8 +145,9 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
     Parameters
     ----------
     images, masks
-        Paths below the folder. ``{field}`` stands for a part of one folder or file name, and must be the same text
-        wherever it occurs; ``*`` for any part that does not matter. Every field of ``images`` occurs in ``masks``.
+        Paths below the folder, linked folders too; what is hidden is left out. ``{field}`` stands for a part of one
+        folder or file name, and must be the same text wherever it occurs; ``*`` for any part that does not matter.
+        Every field of ``images`` occurs in ``masks``.
     encoding
         ``labels``: one number a cell. ``regions``: connected regions of one colour. ``instances``: one file a cell,
         told apart by a further field or ``*`` of the pattern, as in ``{name}/masks/{cell}.png``.
@@ -168,8 +170,8 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
     found: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     # A name that fits both ('{name}.tif' fits 'a_mask.tif' too) belongs to the pattern that says more about it.
     order = sorted(((0, image_pattern, images), (1, mask_pattern, masks)), key=lambda entry: -_num_literal(entry[2]))
-    for path in sorted(_visible(folder.rglob("*"))):
-        name = _nfc(path.relative_to(folder).as_posix())
+    files = _files_of(folder, images) | _files_of(folder, masks)
+    for name, path in sorted(files.items()):
         for kind, pattern, _ in order:
             match = pattern.fullmatch(name)
             if match:
@@ -182,6 +184,26 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
         Pair(name=(name := "/".join(key)), read=partial(_read_matched, name, *found[key], encoding))
         for key in sorted(found)
     ]
+
+
+def _files_of(folder: Path, pattern: str) -> dict[str, Path]:
+    """Return the files that may fit a pattern, by their names below ``folder``, in one Unicode spelling.
+
+    They lie below the folders that the pattern begins with and that are the same for all. Nothing else is looked at:
+    images and masks on two disks have only the root in common.
+    """
+    place, above = folder, ""
+    for part in _nfc(pattern).removeprefix("./").split("/")[:-1]:
+        if set("{*") & set(part):
+            break
+        inside = place / part
+        if not inside.is_dir():  # or there is one in another spelling
+            found = [path for path in place.iterdir() if _nfc(path.name) == part and path.is_dir()]
+            if not found:
+                return {}
+            inside = found[0]
+        place, above = inside, f"{above}{part}/"
+    return {above + file.name: Path(file.path) for file in list_files(place, folders_as_files=(".zarr",))}
 
 
 def _read_matched(name: str, images: list[Path], masks: list[Path], encoding: str) -> PairContent:

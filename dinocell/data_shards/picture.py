@@ -122,7 +122,9 @@ def picture_of(image: Shaped[np.ndarray, "..."]) -> Picture:
         raise ImageError(f"expected an image (h w), (c h w) or (h w c), got an array of shape {image.shape}")
     if image.ndim == 2:
         return Picture(pixels=image[None])
-    if image.shape[0] > MOST_CHANNELS and image.shape[2] <= MOST_CHANNELS:
+    rows, _, last = image.shape
+    # A colour picture may be as low as others have channels; none with so many channels is 3 or 4 pixels wide.
+    if last <= MOST_CHANNELS < rows or (last in (3, 4) and rows > 4):
         image = np.moveaxis(image, 2, 0)
     if image.shape[0] > MOST_CHANNELS:
         raise ImageError(f"expected at most {MOST_CHANNELS} channels, got an array of shape {image.shape}")

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dinocell.data_shards.batch import Batch, Origin, layout
+from dinocell.data_shards.batch import Batch, Drawn, Origin, layout
 from dinocell.data_shards.cache import ShardCache
 from dinocell.data_shards.locations import local_path
 from dinocell.data_shards.order import Mixture
@@ -23,7 +23,7 @@ from dinocell.data_shards.sample import RawSample, SampleError, SampleInfo, deco
 from dinocell.data_shards.shard_set import ShardSet
 from dinocell.errors import ShardError
 
-__all__ = ["Batch", "Choose", "Origin", "SampleStream", "ShardSet", "Wanted", "loader", "stream"]
+__all__ = ["Batch", "Choose", "Draw", "Drawn", "Origin", "SampleStream", "ShardSet", "Wanted", "loader", "stream"]
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +44,10 @@ class Wanted(Protocol):
 # From what is known about a sample, and the numbers that its randomness comes from: what will be done with it.
 Choose = Callable[[SampleInfo, Origin], Wanted]
 
+# From the positions in the stream of a step's samples, those of all ranks, and which of them are this rank's: what is
+# drawn for the batch besides.
+Draw = Callable[[range, slice], Drawn]
+
 
 class SampleStream(IterableDataset[Batch]):
     """The stream of one rank; see ``stream``. Iterating it in a loader's workers shares its steps out among them."""
@@ -59,11 +63,12 @@ class SampleStream(IterableDataset[Batch]):
         rank: int,
         world_size: int,
         choose: Choose | None,
+        draw: Draw | None,
     ) -> None:
         self.sets, self.mixture = tuple(sets), mixture
         self.batch_size, self.position, self.stop = batch_size, position, stop
         self.rank, self.world_size = rank, world_size
-        self._choose = choose
+        self._choose, self._draw = choose, draw
 
     @property
     def num_samples(self) -> int:
@@ -78,17 +83,17 @@ class SampleStream(IterableDataset[Batch]):
             start = self.position + step * step_size
             if self.stop is not None and start >= self.stop:
                 return
-            first = start + self.rank * self.batch_size
-            end = first + self.batch_size
-            if self.stop is not None:
-                end = min(end, self.stop)
-            if first < end:
-                yield self._batch(range(first, end), next_position=start + step_size)
+            everyone = range(start, start + step_size if self.stop is None else min(start + step_size, self.stop))
+            own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+            if everyone[own]:
+                yield self._batch(everyone, own, next_position=start + step_size)
             step += stride
 
-    def _batch(self, positions: range, *, next_position: int) -> Batch:
+    def _batch(self, everyone: range, own: slice, *, next_position: int) -> Batch:
+        positions = everyone[own]
         damaged: list[str] = []
         read = [self._read(position, 0, damaged) for position in positions]
+        drawn = None if self._draw is None else self._draw(everyone, own)
         while True:
             samples = [each.sample for each in read]
             chosen, channels = self._chosen(read)
@@ -104,6 +109,8 @@ class SampleStream(IterableDataset[Batch]):
                 starts=starts,
                 chosen=tuple(chosen),
                 chosen_by=self._choose,
+                drawn=drawn,
+                drawn_by=self._draw,
             )
             failed = self._decode(batch, samples, damaged)
             if failed is None:
@@ -168,6 +175,7 @@ def stream(
     shuffle: bool = True,
     block_shards: int = 16,
     choose: Choose | None = None,
+    draw: Draw | None = None,
     cache: str | Path | None = None,
     cache_gb: int | float = _CACHE_GB,
 ) -> SampleStream:
@@ -191,6 +199,8 @@ def stream(
     choose
         Says what is wanted of a sample: ``Batch.chosen``. Channels that are not needed for it are not decoded. It
         must be picklable for workers, as must be what it returns.
+    draw
+        Draws what a batch needs besides, in the workers: ``Batch.drawn``; picklable like ``choose``.
     cache, cache_gb
         For remote sets: a folder on this disk for copies of shards, and its bound.
 
@@ -225,6 +235,7 @@ def stream(
         rank=rank,
         world_size=world_size,
         choose=choose,
+        draw=draw,
     )
 
 

@@ -20,7 +20,7 @@ from dinocell.data_shards.picture import COLOURS, Picture
 from dinocell.errors import ImageError
 
 _UM_PER_UNIT = {"um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0}
-_UM_PER_UNIT |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "inch": 25400.0}
+_UM_PER_UNIT |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
 # tifffile logs what it finds odd. What makes a picture incomplete is checked below; the rest is no news to a user who
 # has not set up logging (without a handler, Python prints it to stderr).
@@ -179,7 +179,8 @@ def _described(tiff: tifffile.TiffFile, page: Any, number: int) -> tuple[float |
     """Return pixel size and channel names, from the description of OME, ImageJ or MetaMorph.
 
     The plain resolution tags are not believed: they hold screen dots an inch (72), and Opera Phenix puts the camera's
-    pixel there, not the sample's.
+    pixel there, not the sample's. Nor are inches of ImageJ's: where a picture says dots an inch, and nothing else, it
+    takes these for the sample's.
     """
     if tiff.is_ome and tiff.ome_metadata:
         return _described_by_ome(tiff.ome_metadata, number)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinocell.data_shards.fields import Source
-from dinocell.data_shards.images import IMAGE_SUFFIXES, write_labels, write_tiff
+from dinocell.data_shards.images import IMAGE_SUFFIXES, has_image_name, write_labels, write_tiff
 from dinocell.data_shards.labelled_build import build_labelled
 from dinocell.data_shards.labelled_sources import Pair, folder_pairs
 from dinocell.data_shards.manifest import Manifest
@@ -204,7 +204,7 @@ def _every_fifth(names: list[str]) -> list[str]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES))
+    return sorted(path for path in folder.iterdir() if has_image_name(path.name))
 
 
 def _link(folder: Path, files: list[Path]) -> None:

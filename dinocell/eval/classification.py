@@ -38,14 +38,8 @@ def _macro(table: Int[np.ndarray, "c c"]) -> ClassScores:
 
 
 def multilabel_f1(scores: Float[Tensor, "n c"], labels: Float[Tensor, "n c"], *, threshold: float = 0.5) -> ClassScores:
-    """Return the macro F1 of all classes whose score is above the threshold.
-
-    Scores outside [0, 1] are logits: a sigmoid comes first.
-    """
-    values = scores.double().cpu().numpy()
-    if values.size and (values.min() < 0 or values.max() > 1):
-        values = 1 / (1 + np.exp(-values))
-    said, true = values > threshold, labels.cpu().numpy() > 0.5
+    """Return the macro F1 of all classes whose score, a chance from 0 to 1, is above the threshold."""
+    said, true = scores.cpu().numpy() > threshold, labels.cpu().numpy() > 0.5
     right = (said & true).sum(0)
     both = said.sum(0) + true.sum(0)
     f1 = np.divide(2 * right, both, out=np.zeros(len(both)), where=both > 0)
@@ -74,8 +68,14 @@ def confusion(scores: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Int[np
 Metric = Callable[[Tensor, Tensor], ClassScores]
 
 
-def metric_of(name: str, *, multilabel: bool) -> Metric:
+def metric_of(name: str, *, multilabel: bool, logits: bool = False) -> Metric:
     """Return the metric of a name: the two F1, ``accuracy``, or ``top-5`` and the like.
+
+    Parameters
+    ----------
+    logits
+        The scores will be logits, not chances. It is said, never told from their range: shares of votes add up to a
+        rounding error more than 1, and the logits of a weak classifier may all lie between 0 and 1.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def metric_of(name: str, *, multilabel: bool) -> Metric:
     if multilabel:
         if name != MULTILABEL:
             raise ConfigError(f"--metric: expected {MULTILABEL} for multi-label rows, got {name}")
-        return multilabel_f1
+        return (lambda scores, rows: multilabel_f1(scores.double().sigmoid(), rows)) if logits else multilabel_f1
     if name == MULTICLASS:
         return multiclass_f1
     if name == "accuracy":

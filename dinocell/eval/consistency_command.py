@@ -48,6 +48,8 @@ def _run_consistency(options: argparse.Namespace) -> None:
     from dinocell.eval.probe_sets import load_weights, open_set
     from dinocell.runtime.distributed import start
 
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit: expected at least 1 sample, got {options.limit}")
     device = start(options.device).device
     images = open_set(options.data)
     settings = FeatureSettings(
@@ -132,37 +134,43 @@ def _run_profiles(options: argparse.Namespace) -> None:
     from dinocell.eval.feature_files import read_features, weights_of
     from dinocell.eval.image_sets import labels_of
     from dinocell.eval.probe_report import log_to_run, write_scores
-    from dinocell.eval.profiles import replicate_retrieval, to_wells, whiten
+    from dinocell.eval.profiles import check_wells, replicate_retrieval, to_wells, whiten
 
     found = read_features(options.features)
     name = str(options.features)
+    columns = [labels_of(found.labels, column, name) for column in (options.treatment, options.plate, options.well)]
+    known = np.array(
+        [all(row) for row in zip(*columns, strict=True)]
+    )  # an image of no well would be in one with all such
+    if not known.any():
+        raise DinocellError(f"{name}: no image has {options.treatment}, {options.plate} and {options.well}")
     treatment, plate, well = (
-        labels_of(found.labels, column, name) for column in (options.treatment, options.plate, options.well)
+        [each for each, is_one in zip(column, known, strict=True) if is_one] for column in columns
     )
     if options.control is not None and options.control not in treatment:
         raise ConfigError(f"--control: no image has {options.treatment} {options.control!r}")
-    values = np.asarray(found.values, np.float64).reshape(len(found.values), -1)
+    values = np.asarray(found.values, np.float64).reshape(len(found.values), -1)[known]
+    check_wells(treatment, plate, well)
     profiles, first = to_wells(values, plate, well)
     treatments, plates = ([column[row] for row in first] for column in (treatment, plate))
     controls = np.array([each == options.control for each in treatments])
     profiles = whiten(
         profiles, method=options.whiten, plates=plates, controls=controls if options.control is not None else None
     )
-    # Controls are what the others are ranked among; they are not asked themselves.
-    result = replicate_retrieval(profiles, treatments, plates, across_plates=not options.same_plate)
+    result = replicate_retrieval(
+        profiles, treatments, plates, control=options.control, across_plates=not options.same_plate
+    )
+    mean, retrieved = result.mean_average_precision, result.retrieved
     shown: list[dict[str, Any]] = [
         {"treatment": each, "mean_average_precision": float(score), "p": float(p), "corrected_p": float(q)}
         for each, score, p, q in zip(
             result.treatments, result.mean_precision, result.p_value, result.corrected, strict=True
         )
-        if each != options.control
     ]
-    if not shown:
-        raise DinocellError(f"{name}: no treatment besides the control has replicates")
-    mean = float(np.mean([row["mean_average_precision"] for row in shown]))
-    retrieved = float(np.mean([row["corrected_p"] < 0.05 for row in shown]))
     about = {
         "features": name,
+        "images": f"{int(known.sum())}; {int((~known).sum())} left out, of no {options.treatment}, {options.plate} or "
+        f"{options.well}",
         "wells": len(profiles),
         "plates": len(set(plates)),
         "whitening": options.whiten,

@@ -4,6 +4,7 @@ Pairs are read when they are asked for, with the pixels that `dinocell segment` 
 of several. All are opened once first, so that a file that does not fit is found before the network's long work.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
-from dinocell.data_shards.images import IMAGE_SUFFIXES
+from dinocell.data_shards.images import has_image_name, image_stem
 from dinocell.data_shards.labelled import LabelledImage, open_labelled
 from dinocell.data_shards.labelled_sources import Pair, PairContent, cellpose_pairs, dsb2018_pairs, read_pair
 from dinocell.data_shards.masks import read_labels
@@ -114,7 +115,8 @@ def open_evaluation_set(folder: Path, *, encoding: Literal["labels", "regions"] 
 
 def _sequences(folder: Path) -> list[tuple[Path, str, Path]]:
     """Return parent, name and folder of masks of each sequence, gold before silver; the folder may be one of them."""
-    beside = [folder.parent / f"{folder.name}{end}" / "SEG" for end in ("_GT", "_ST")]
+    here = Path(os.path.abspath(folder))  # noqa: PTH100 - "." has no name, and links keep theirs
+    beside = [here.parent / f"{here.name}{end}" / "SEG" for end in ("_GT", "_ST")]
     below = sorted([*folder.glob("*_GT/SEG"), *folder.glob("*_ST/SEG")])
     found: dict[tuple[Path, str], Path] = {}
     for masks in [*(each for each in beside if each.is_dir()), *below]:
@@ -165,12 +167,8 @@ def _mask_alone(mask: Path) -> PairContent:
 
 
 def _open_folders(folder: Path, encoding: str = "labels") -> PairSet:
-    images = [
-        path
-        for path in sorted((folder / "images").iterdir())
-        if path.name.lower().endswith(IMAGE_SUFFIXES) and path.name[0] != "."
-    ]
-    names = [_stem(path) for path in images]
+    images = [path for path in sorted((folder / "images").iterdir()) if has_image_name(path.name)]
+    names = [image_stem(path.name) for path in images]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DinocellError(f"{folder / 'images'}: several images are called {twice}; expected one mask for each name")
@@ -183,10 +181,6 @@ def _open_folders(folder: Path, encoding: str = "labels") -> PairSet:
             for name, image, mask in zip(names, images, masks, strict=True)
         )
     )
-
-
-def _stem(path: Path) -> str:
-    return path.name.split(".")[0] if path.name.lower().endswith((".ome.tif", ".ome.tiff")) else path.stem
 
 
 def _open_cellpose(folder: Path) -> PairSet:

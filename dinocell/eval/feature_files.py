@@ -1,10 +1,13 @@
 """Features on the disk: extracted once, by several ranks and starts, and shared by all probes."""
 
 import csv
+import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,7 +57,8 @@ def extract_to(
     Raises
     ------
     DinocellError
-        If the folder holds the features of something else, or as ``extract``.
+        If the folder holds the features of something else, another process is extracting them or it cannot be made,
+        or as ``extract``.
     """
     world = world or World()
     facts = {
@@ -64,21 +68,47 @@ def extract_to(
         "settings": {key: value for key, value in asdict(settings).items() if key != "batch_size"},
         "dtype": "float16" if half else "float32",
     }
-    _claim(folder, facts, weights, world)
-    path, part = folder / "features.npy", folder / f".features-{world.rank}-of-{world.size}.jsonl"
-    if not (folder / "rows.csv").exists():
-        _extract_part(part, backbone, images, settings, world.part(len(images)), half=half, progress=progress)
-        barrier()
-        if world.is_main:
-            _join(folder, images, world.size, half=half)
-        barrier()
-    return read_features(path.parent)
+    part = folder / f".features-{world.rank}-of-{world.size}.jsonl"
+    with _alone(folder) if world.is_main else nullcontext():
+        _claim(folder, facts, weights, world)
+        if not (folder / "rows.csv").exists():
+            _extract_part(part, backbone, images, settings, world.part(len(images)), half=half, progress=progress)
+            barrier()
+            if world.is_main:
+                _join(folder, images, world.size, half=half)
+            barrier()
+    return read_features(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other runs from what is begun in it: two would write each other's rows."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise DinocellError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    try:
+        with suppress(OSError):  # some disks of clusters have no locks
+            _lock(lock, folder)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not (folder / "rows.csv").exists():
+            raise DinocellError(
+                f"{folder}: another process extracts these features now; start again when it is done"
+            ) from None
 
 
 def _claim(folder: Path, facts: Mapping[str, object], weights: str, world: World) -> None:
     said = folder / "extraction.json"
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         if said.exists():
             before = json.loads(said.read_text(encoding="utf-8"))
             differing = [key for key, value in facts.items() if before.get(key) != json.loads(json.dumps(value))]
@@ -103,10 +133,8 @@ def _extract_part(
 ) -> None:
     """Append a line and a row for each image to this rank's part, after what an earlier start left whole."""
     rows_path = part.with_suffix(".rows")
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
+    whole, size = _whole_lines(part, rows_path.stat().st_size if rows_path.exists() else 0)
     done = len(whole)
-    size = sum(json.loads(line)["bytes"] for line in whole)
     dtype = np.float16 if half else np.float32
     with part.open("w", encoding="utf-8") as said, rows_path.open("ab") as rows:
         said.writelines(whole)
@@ -123,6 +151,21 @@ def _extract_part(
             said.write(json.dumps(line) + "\n")
             said.flush()
             progress(number)
+
+
+def _whole_lines(part: Path, num_bytes: int) -> tuple[list[str], int]:
+    """Return the lines that are whole and whose rows are, too, of ``num_bytes`` there are, and the bytes of these.
+
+    A machine that dies may keep the end of either file and lose that of the other.
+    """
+    whole: list[str] = []
+    size = 0
+    for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []:
+        if not line.endswith("\n") or (after := size + int(json.loads(line)["bytes"])) > num_bytes:
+            break
+        whole.append(line)
+        size = after
+    return whole, size
 
 
 def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
@@ -173,13 +216,12 @@ def read_features(folder: Path) -> Features:
     if not (folder / "rows.csv").exists():
         raise DinocellError(f"{folder}: holds no features (rows.csv is missing); extract them with 'dinocell features'")
     with (folder / "rows.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    ids = tuple(row.pop("id") for row in rows)
+        (_, *columns), *rows = csv.reader(file)  # by place: there may be a label called id, too
     return Features(
         # c: writable, but never to the file; torch warns of memory that is not writable.
         values=np.load(folder / "features.npy", mmap_mode="c", allow_pickle=False),
-        ids=ids,
-        labels=tuple(rows),
+        ids=tuple(row[0] for row in rows),
+        labels=tuple(dict(zip(columns, row[1:], strict=True)) for row in rows),
         channel_names=tuple(json.loads((folder / "channels.json").read_text(encoding="utf-8"))),
         problems=tuple((folder / "problems.txt").read_text(encoding="utf-8").splitlines()),
     )

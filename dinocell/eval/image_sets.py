@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from dinocell.data_shards.fields import Field, FieldFile, LabelValue, Rejected, Source, read_field
-from dinocell.data_shards.images import IMAGE_SUFFIXES
+from dinocell.data_shards.images import has_image_name
+from dinocell.data_shards.listing import base_name, list_files
 from dinocell.data_shards.read import stream
 from dinocell.errors import DinocellError, ImageError
 
@@ -119,7 +120,10 @@ class FieldImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFolders:
-    """A source: a folder with a folder of images for each class; the class is the label ``class``."""
+    """A source: a folder with a folder of images for each class; the class is the label ``class``.
+
+    Hidden files and folders are left out, linked folders are searched.
+    """
 
     input: Path
 
@@ -129,16 +133,17 @@ class ClassFolders:
         Raises
         ------
         DinocellError
-            If the folder has no folders.
+            If the folder has no folders, or one cannot be searched.
         """
-        folders = sorted(path for path in self.input.iterdir() if path.is_dir()) if self.input.is_dir() else []
+        inside = sorted(self.input.iterdir()) if self.input.is_dir() else []
+        folders = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
         if not folders:
             raise DinocellError(f"{self.input}: expected a folder with one folder of images a class")
         for folder in folders:
-            for path in sorted(folder.rglob("*")):
-                if path.name.lower().endswith(IMAGE_SUFFIXES):
-                    name = path.relative_to(self.input).as_posix()
-                    yield Field(id=name, files=(FieldFile(path=str(path)),), labels={"class": folder.name})
+            label = base_name(folder)  # in one Unicode spelling, as another computer's folder of this class has it
+            for file in list_files(folder, folders_as_files=(".zarr",)):
+                if has_image_name(Path(file.name).name):
+                    yield Field(id=f"{label}/{file.name}", files=(FieldFile(path=file.path),), labels={"class": label})
 
 
 def _read(field: Field) -> ProbeImage:
@@ -149,16 +154,27 @@ def _read(field: Field) -> ProbeImage:
             known.setdefault(key, value)
     try:
         picture = read_field(field)
+        pixels = to_unit(picture.pixels)
     except ImageError as error:
         return ProbeImage(id=field.id, pixels=None, channel_names=(), labels=known, problem=str(error))
-    return ProbeImage(id=field.id, pixels=to_unit(picture.pixels), channel_names=picture.channel_names, labels=known)
+    return ProbeImage(id=field.id, pixels=pixels, channel_names=picture.channel_names, labels=known)
 
 
 def to_unit(pixels: Shaped[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h w"]:
-    """Scale channels to [0, 1]: 8 bit by 255, others by their own percentiles 0.1 and 99.9."""
+    """Scale channels to [0, 1]: 8 bit by 255, others by their own percentiles 0.1 and 99.9.
+
+    Raises
+    ------
+    ImageError
+        If a value is not finite, or beyond float32.
+    """
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / 255
-    values = pixels.astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = pixels.astype(np.float32)
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    if bad:
+        raise ImageError(f"{bad} of {values.size} values are not finite (NaN or infinite); replace them first")
     low, high = np.percentile(values, (0.1, 99.9), axis=(1, 2), keepdims=True).astype(np.float32)
     scaled: np.ndarray = np.clip((values - low) / np.maximum(high - low, np.float32(1e-12)), 0, 1)
     return scaled

@@ -1,6 +1,7 @@
 """``dinocell knn``: nearest neighbours in the features of a frozen backbone, by the published protocols."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ def _run_knn(options: argparse.Namespace) -> None:
     from dinocell.eval.probe_report import log_to_run, write_classes, write_scores
     from dinocell.runtime.distributed import together
 
+    if not 0 < options.temperature < math.inf:
+        raise ConfigError(f"--temperature: expected more than 0, got {options.temperature:g}")
     with together(options.device) as world:
         material = open_material(options)
         name = metric_name(options, material.task)

@@ -6,7 +6,7 @@ to 0. All classifiers see the same batches, so one matrix product serves them al
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,10 +50,12 @@ class LinearSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or not self.weight_decays or min(self.learning_rates) <= 0:
-            raise ConfigError("expected learning rates above 0 and weight decays")
+        if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ConfigError(f"--learning-rates: expected numbers above 0, got {_listed(self.learning_rates)}")
+        if not self.weight_decays or not all(0 <= decay < math.inf for decay in self.weight_decays):
+            raise ConfigError(f"--weight-decays: expected numbers of at least 0, got {_listed(self.weight_decays)}")
         if min(self.epochs, self.batch_size) < 1 or (self.epoch_steps is not None and self.epoch_steps < 1):
-            raise ConfigError("--epochs, --epoch-steps, --batch-size: expected at least 1")
+            raise ConfigError("--epochs, --epoch-steps, --train-batch-size: expected at least 1")
         if not 0 < self.validation_share < 1:
             raise ConfigError(f"--validation-share: expected a share between 0 and 1, got {self.validation_share}")
 
@@ -61,6 +63,10 @@ class LinearSettings:
     def grid(self) -> list[tuple[float, float]]:
         """Learning rate and weight decay of each classifier."""
         return [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values) or "none"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

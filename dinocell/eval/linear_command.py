@@ -1,8 +1,9 @@
 """``dinocell linear``: linear classifiers on frozen features, a whole grid of them at once."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinocell.errors import DinocellError
 from dinocell.eval.probe_material import (
@@ -14,6 +15,9 @@ from dinocell.eval.probe_material import (
 )
 from dinocell.eval.probe_sets import add_feature_arguments, add_set_arguments
 from dinocell.runtime.command_line import add_command
+
+if TYPE_CHECKING:
+    from dinocell.eval.linear import LinearSettings, Loss
 
 
 def register(subparsers: Any) -> None:
@@ -49,33 +53,21 @@ def register(subparsers: Any) -> None:
 
 
 def _run_linear(options: argparse.Namespace) -> None:
+    settings = _settings(options)  # before the features, which take long
     material = open_material(options, learn=options.classifier is None)
     if not material.world.is_main:  # it helped to extract; the grid is trained once
         return
     if options.classifier is not None:
         _score_saved(options, material)
     else:
-        _train(options, material)
+        loss: Loss = "binary_cross_entropy" if material.task.multilabel else "cross_entropy"
+        _train(options, material, replace(settings, loss=options.loss or loss))
 
 
-def _train(options: argparse.Namespace, material: Material) -> None:
-    import torch
+def _settings(options: argparse.Namespace) -> "LinearSettings":
+    from dinocell.eval.linear import LEARNING_RATES, WEIGHT_DECAYS, LinearSettings
 
-    from dinocell.eval.classification import confusion, metric_of
-    from dinocell.eval.linear import (
-        LEARNING_RATES,
-        WEIGHT_DECAYS,
-        Classifier,
-        LinearSettings,
-        choose,
-        split_off,
-        train_grid,
-    )
-    from dinocell.eval.probe_report import log_to_run, write_classes, write_scores
-
-    task = material.task
-    settings = LinearSettings(
-        loss=options.loss or ("binary_cross_entropy" if task.multilabel else "cross_entropy"),
+    return LinearSettings(
         learning_rates=tuple(options.learning_rates or LEARNING_RATES),
         weight_decays=tuple(options.weight_decays or WEIGHT_DECAYS),
         epochs=options.epochs,
@@ -84,8 +76,18 @@ def _train(options: argparse.Namespace, material: Material) -> None:
         validation_share=options.validation_share,
         seed=options.seed,
     )
+
+
+def _train(options: argparse.Namespace, material: Material, settings: "LinearSettings") -> None:
+    import torch
+
+    from dinocell.eval.classification import confusion, metric_of
+    from dinocell.eval.linear import Classifier, choose, split_off, train_grid
+    from dinocell.eval.probe_report import log_to_run, write_classes, write_scores
+
+    task = material.task
     name = metric_name(options, task)
-    metric = metric_of(name, multilabel=task.multilabel)
+    metric = metric_of(name, multilabel=task.multilabel, logits=True)
     train, rows = material.train.stored(), task.train_kept.nonzero()[:, 0]
     test = material.test.tensor(task.test_kept)
     learn, held = split_off(len(rows), settings.validation_share, seed=settings.seed)
@@ -175,7 +177,7 @@ def _score_saved(options: argparse.Namespace, material: Material) -> None:
     if not task.multilabel:
         labels = torch.tensor([saved.classes.index(task.classes[label]) for label in task.test.tolist()])
     scores = saved.scores(material.test.tensor(task.test_kept))
-    found = metric_of(name, multilabel=task.multilabel)(scores, labels)
+    found = metric_of(name, multilabel=task.multilabel, logits=True)(scores, labels)
     about = describe(options, material) | {"classifier": str(options.classifier)}
     del about["trained on"]
     paths = write_scores(options.output, "linear", about, [{name: found.value}])

@@ -6,6 +6,7 @@
     labels = DINOCellPipeline(model).run(image)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
@@ -14,15 +15,18 @@ import torch
 from jaxtyping import Float32, Int32, Shaped
 
 from dinocell.data_shards.picture import picture_of
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.flows import check_flow_thresholds, flows_to_labels
 from dinocell.eval.watershed import checked_thresholds, distance_to_labels
 from dinocell.eval.windows import predict
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import prepare
+from dinocell.runtime.distributed import find_device
 
 # Pixel sizes that differ by less are taken as they are: resampling would cost more than it gives.
 _SAME_SCALE = 0.02
+# What differs by more is no magnification but a mistaken unit, and may ask for more memory than there is.
+_MOST_RESAMPLED = 16
 
 
 class Segmentation(NamedTuple):
@@ -55,14 +59,15 @@ class DINOCellPipeline:
     probability, flow_error
         Thresholds of a model of target ``flows``; None: those stored in the model.
     stride
-        From window to window; None: three quarters of ``crop_size`` (SAMCell's 192 of 256).
+        From window to window, at most seven eighths of ``crop_size``; None: three quarters (SAMCell's 192 of 256).
     batch_size
         Windows at a time.
 
     Raises
     ------
     DinocellError
-        If a threshold is out of range, or is not one of the model's target.
+        If a threshold or the stride is out of range, a threshold is not one of the model's target, or there is no such
+        device.
     """
 
     def __init__(
@@ -78,11 +83,17 @@ class DINOCellPipeline:
         stride: int | None = None,
         batch_size: int = 8,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(str(device or "auto"))
         self.model = model.to(self.device).eval()
         settings = model.settings
         self.crop_size = settings.window_px if crop_size is None else crop_size
-        self.stride, self.batch_size = stride, batch_size
+        overlap = self.crop_size // 8
+        self.stride, self.batch_size = self.crop_size - 2 * overlap if stride is None else stride, batch_size
+        largest = self.crop_size - overlap
+        if not 1 <= self.stride <= largest:
+            raise DinocellError(
+                f"stride: expected 1 to {largest} px for windows of {self.crop_size} px (this model's), got {stride}"
+            )
         self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
         self.cells_max, self.cell_fill = checked_thresholds(
             settings.cells_max if cells_max is None else cells_max,
@@ -151,9 +162,10 @@ class DINOCellPipeline:
         Raises
         ------
         ImageError
-            If the image is empty, of another shape, or not finite.
+            If the image is empty, of another shape, or not finite, or its pixel size is out of all proportion to that
+            of the training.
         DinocellError
-            If thresholds are out of range, or not those of the model's target.
+            If thresholds or the pixel size are out of range, or thresholds are not those of the model's target.
         """
         self._refuse(cells_max=cells_max, cell_fill=cell_fill)  # before the network's long work
         maps = self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
@@ -268,12 +280,17 @@ class DINOCellPipeline:
                 )
 
     def _scale(self, pixel_size_um: int | float | None) -> float:
+        if pixel_size_um is not None and not 0 < pixel_size_um < math.inf:
+            raise DinocellError(f"pixel_size_um: expected more than 0, got {pixel_size_um}")
         trained = self.model.settings.pixel_size_um
         if pixel_size_um is None or trained is None:
             return 1.0
-        if not pixel_size_um > 0:
-            raise DinocellError(f"pixel_size_um: expected more than 0, got {pixel_size_um}")
         scale = float(pixel_size_um) / trained
+        if not 1 / _MOST_RESAMPLED <= scale <= _MOST_RESAMPLED:
+            raise ImageError(
+                f"pixels of {pixel_size_um:g} um, where the segmenter learnt from {trained:g} um: is the size in "
+                "another unit? Say what it is with pixel_size_um (--pixel-size)"
+            )
         return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
 
 

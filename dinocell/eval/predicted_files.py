@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinocell.data_shards.images import IMAGE_SUFFIXES
+from dinocell.data_shards.images import IMAGE_SUFFIXES, has_image_name, image_stem
 from dinocell.errors import DinocellError
 
 # What tools append to the image's name: nothing, `dinocell segment`, Cellpose, and habits of others.
@@ -14,8 +14,9 @@ _NAMED = 3
 def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[Path]:
     """Return the label image of each name: ``NAME.tif``, ``NAME_labels.tif``, ``NAME_cp_masks.png`` and the like.
 
-    They lie in ``folder/dataset`` if there is such a folder, else in ``folder``. Of ``01/007``, a frame of the Cell
-    Tracking Challenge, it may be ``01_RES/mask007.tif`` as well.
+    A name may itself have the ending of an image, which the label image's need not repeat. They lie in
+    ``folder/dataset`` if there is such a folder, else in ``folder``. Of ``01/007``, a frame of the Cell Tracking
+    Challenge, it may be ``01_RES/mask007.tif`` as well.
 
     Raises
     ------
@@ -28,7 +29,9 @@ def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[P
     files: list[Path] = []
     missing: list[str] = []
     for name in names:
-        candidates = [inside / f"{name}{end}{suffix}" for end in ENDINGS for suffix in IMAGE_SUFFIXES]
+        stems = dict.fromkeys((name, image_stem(name)))  # LIVECell's names are whole: a.tif
+        possible = [f"{stem}{end}{suffix}" for stem in stems for end in ENDINGS for suffix in IMAGE_SUFFIXES]
+        candidates = [inside / each for each in possible if has_image_name(Path(each).name)]
         sequence, _, number = name.rpartition("/")
         candidates += [inside / f"{sequence}_RES" / f"mask{number}.tif"] if sequence and number.isdecimal() else []
         there = [path for path in candidates if path.exists()]
@@ -37,9 +40,11 @@ def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[P
         missing += [] if there else [name]
         files += there
     if missing:
+        of_set = f" of {dataset}" if dataset else ""
+        example = image_stem(missing[0])
         listed = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
         raise DinocellError(
-            f"{inside}: no label image of {len(missing)} of the {len(names)} images of {dataset} ({listed}); "
-            f"expected files such as {missing[0]}.tif or {missing[0]}_labels.tif"
+            f"{inside}: no label image of {len(missing)} of the {len(names)} images{of_set} ({listed}); "
+            f"expected files such as {example}.tif or {example}_labels.tif"
         )
     return files

@@ -43,6 +43,24 @@ class Retrieval:
     retrieved: float
 
 
+def check_wells(treatments: Sequence[str], plates: Sequence[str], wells: Sequence[str]) -> None:
+    """Raise if the images of a well do not agree on what it was treated with.
+
+    Raises
+    ------
+    DinocellError
+        If there is such a well; it names the first.
+    """
+    known: dict[tuple[str, str], str] = {}
+    for treatment, plate, well in zip(treatments, plates, wells, strict=True):
+        other = known.setdefault((plate, well), treatment)
+        if other != treatment:
+            raise DinocellError(
+                f"plate {plate}, well {well}: has the treatments {other} and {treatment}, expected one; is the well's "
+                "name in another column (--well, --plate)?"
+            )
+
+
 def to_wells(
     features: Float[np.ndarray, "n d"], plates: Sequence[str], wells: Sequence[str]
 ) -> tuple[Float[np.ndarray, "w d"], Int[np.ndarray, " w"]]:
@@ -118,6 +136,7 @@ def replicate_retrieval(
     treatments: Sequence[str],
     plates: Sequence[str],
     *,
+    control: str | None = None,
     across_plates: bool = True,
     num_random: int = 10_000,
     seed: int = 0,
@@ -126,6 +145,8 @@ def replicate_retrieval(
 
     Parameters
     ----------
+    control
+        The treatment of untreated wells: others are ranked among them, they are not asked themselves.
     across_plates
         Only wells on other plates are to be found; otherwise all others of the treatment.
     num_random
@@ -134,7 +155,7 @@ def replicate_retrieval(
     Raises
     ------
     DinocellError
-        If no well has both a replicate to find and a well of another treatment on its plate.
+        If no well that is asked has both a replicate to find and a well of another treatment on its plate.
     """
     names, plate = np.asarray(treatments), np.asarray(plates)
     unit = profiles / np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)
@@ -145,7 +166,7 @@ def replicate_retrieval(
         wanted = same & (plate != plate[query]) if across_plates else same.copy()
         wanted[query] = False
         others = ~same & (plate == plate[query])
-        if not wanted.any() or not others.any():
+        if names[query] == control or not wanted.any() or not others.any():
             continue
         among = np.concatenate((np.flatnonzero(others), np.flatnonzero(wanted)))
         # Of equal cosines the wrong ones count first.
@@ -155,7 +176,10 @@ def replicate_retrieval(
     asked = ~np.isnan(precision)
     if not asked.any():
         where = " on another plate" if across_plates else ""
-        raise DinocellError(f"no well has a replicate{where} to find and a well of another treatment on its own plate")
+        which = "well" if control is None else "treated well"
+        raise DinocellError(
+            f"no {which} has a replicate{where} to find and a well of another treatment on its own plate"
+        )
     pairs = {(int(relevant), int(others)) for relevant, others in counts[asked]}
     random = {pair: _random_precisions(*pair, num_random, seed) for pair in pairs}
     found = sorted({str(name) for name in names[asked]})

@@ -8,6 +8,7 @@ from dinocell.data_shards.labelled import LabelledImage
 from dinocell.eval.ctc import ctc_score
 from dinocell.eval.flow_thresholds import search_flows
 from dinocell.eval.matching import matching_score
+from dinocell.eval.mending import Mending
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.rules import FOUND, rules_of
 from dinocell.eval.thresholds import search
@@ -36,7 +37,7 @@ def score_segmenter(
     """
     device = next(model.parameters()).device
     pipeline = DINOCellPipeline(model, device, crop_size, stride=stride)
-    maps = [pipeline.maps(np.asarray(image.pixels)) for image in images]
+    maps = [pipeline.maps(np.asarray(image.pixels), pixel_size_um=image.pixel_size_um) for image in images]
     references = [np.ascontiguousarray(image.labels, dtype=np.int32) for image in images]
     settings: dict[str, float | None] = {}
     labels = [pipeline.cells(each) for each in maps]
@@ -44,7 +45,7 @@ def score_segmenter(
         found = (
             search_flows(maps, references, min_area_px=model.settings.min_area_px)
             if model.target == "flows"
-            else search(maps, references, merge_px=_MERGES)
+            else search(maps, references, merge_px=_MERGES, mending=Mending(min_area_px=model.settings.min_area_px))
         )
         if not ctc_score(references, labels).op_csb >= found.best_score:
             settings = found.best._asdict()

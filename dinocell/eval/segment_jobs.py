@@ -1,5 +1,6 @@
 """What `dinocell segment` is asked for: which files, and under which names their results are written."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ ENDINGS: dict[Product, str] = {
     "save_rois": "_rois.zip",
 }
 LABELS = "_labels.tif"
+_MOST_BYTES = 255  # of a file's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,9 @@ class Request:
         Of the images, whatever their files say; None: what they say.
     overwrite
         Compute again what is there.
+    settings
+        How cells are found, in words: what is there of other settings is not taken for what is asked for. Empty: that
+        is not looked at.
     """
 
     output: Path
@@ -55,6 +60,7 @@ class Request:
     channel: int | None = None
     pixel_size_um: float | None = None
     overwrite: bool = False
+    settings: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,29 +91,61 @@ class Target:
 def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
     """Return the image files that paths, folders, patterns and lists of those (``@list.txt``) mean, each once.
 
-    What a folder holds below ``without``, where results go, is left out; a folder inside of that is taken as it is.
+    Folders are searched all through, linked ones too; what is hidden there is left out, and what lies below
+    ``without``, where results go. A folder inside of that is taken as it is.
 
     Raises
     ------
     DinocellError
-        If an input means nothing.
+        If an input means nothing, or a folder cannot be searched.
     """
     from dinocell.data_shards.images import IMAGE_SUFFIXES
 
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     texts = [each for text in inputs for each in (_read_list(Path(text[1:])) if text.startswith("@") else [text])]
     for text in texts:
         path = Path(text)
-        if path.is_dir() and path.suffix.lower() != ".zarr":
-            results = None if without.resolve() in path.resolve().parents else without.resolve()
-            inside = (each for each in path.rglob("*") if results not in each.resolve().parents)
-            matches = [each for each in inside if each.name.lower().endswith(IMAGE_SUFFIXES) and each.name[0] != "."]
-        else:
-            matches = [path] if path.exists() else _matching(path)
-        if not matches:
+        meant = [path] if path.exists() else _matching(path, without)
+        images = [image for each in meant for image in (_images_in(each, without) if _is_folder(each) else [each])]
+        if not images and any(each.is_dir() and each.resolve() == without.resolve() for each in meant):
+            raise DinocellError(
+                f"{text}: is where the results go, too, and these would be taken for images; choose another --output, "
+                "or name the images themselves"
+            )
+        if not images:
             raise DinocellError(f"{text}: no image there ({', '.join(IMAGE_SUFFIXES)})")
-        found |= dict.fromkeys(sorted(matches))
-    return list(found)
+        for image in images:
+            found.setdefault(_absolute(image), image)
+    return list(found.values())
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and path.suffix.lower() != ".zarr"
+
+
+def _images_in(folder: Path, without: Path) -> list[Path]:
+    """Return the images of a folder and of those below it."""
+    from dinocell.data_shards.images import has_image_name
+    from dinocell.data_shards.listing import list_files
+
+    listed = [Path(file.path) for file in list_files(folder, folders_as_files=(".zarr",))]
+    images = [path for path in listed if has_image_name(path.name)]
+    return images if _is_inside(folder.resolve(), without) else [each for each in images if not _is_in(each, without)]
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Say whether a file lies in a folder or below it; a link to a file lies where the link does."""
+    place = path.parent.resolve()
+    return place == folder.resolve() or _is_inside(place, folder)
+
+
+def _is_inside(place: Path, folder: Path) -> bool:
+    return folder.resolve() in place.parents
+
+
+def _absolute(path: Path) -> str:
+    """Return where a file lies; links keep their names, as those of git-annex and DVC mean it."""
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow them
 
 
 def _read_list(path: Path) -> list[str]:
@@ -124,12 +162,21 @@ def _read_list(path: Path) -> list[str]:
     return entries
 
 
-def _matching(pattern: Path) -> list[Path]:
-    """Return what a pattern such as ``plate*/**/*.tif`` means: a shell that does not expand it hands it on as it is."""
+def _matching(pattern: Path, without: Path) -> list[Path]:
+    """Return what a pattern such as ``plate*/**/*.tif`` means: a shell that does not expand it hands it on as it is.
+
+    Hidden files are not meant, as in a shell, and neither is what lies below ``without``, unless the pattern says so.
+    """
+    parts = pattern.parts
+    number = next((k for k, part in enumerate(parts) if set("*?[") & set(part)), len(parts))
+    fixed, is_hidden_meant = Path(*parts[:number]), any(part.startswith(".") for part in parts[number:])
     try:
-        return list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+        found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
     except (NotImplementedError, ValueError, IndexError):
         return []
+    if not is_hidden_meant:
+        found = [each for each in found if not any(part.startswith(".") for part in each.parts[number:])]
+    return found if _is_in(fixed / "x", without) else [each for each in found if not _is_in(each, without)]
 
 
 def plan_jobs(files: Sequence[Path], request: Request) -> list[Job]:
@@ -138,13 +185,17 @@ def plan_jobs(files: Sequence[Path], request: Request) -> list[Job]:
     Raises
     ------
     DinocellError
-        If names collide, or a name has no frame number where the challenge's layout needs one.
+        If names collide, results would replace an image, a name is too long or not Unicode, or it has no frame number
+        where the challenge's layout needs one.
     """
+    from dinocell.data_shards.images import IMAGE_SUFFIXES, image_stem
+
+    given = {_absolute(file) for file in files}
     stems: dict[str, Path] = {}
     masks: dict[Path, Path] = {}
     jobs = []
     for file in files:
-        stem = file.name.split(".")[0] if file.name.lower().endswith((".ome.tif", ".ome.tiff")) else file.stem
+        stem = image_stem(file.name) if file.name.lower().endswith(IMAGE_SUFFIXES) else file.stem
         mask = _ctc_mask(file, stem, request) if request.save_ctc else None
         for wanted, taken in ((f"{stem}{LABELS}", stems.get(stem)), (mask, masks.get(mask) if mask else None)):
             if taken is not None:
@@ -155,7 +206,30 @@ def plan_jobs(files: Sequence[Path], request: Request) -> list[Job]:
         if mask is not None:
             masks[mask] = file
         jobs.append(Job(file=file, stem=stem, ctc_mask=mask))
+        target = first_target(jobs[-1], request)
+        _check_names(file, target)
+        replaced = next((path for path in target.paths.values() if _absolute(path) in given), None)
+        if replaced is not None:
+            raise DinocellError(
+                f"{replaced}: is given as an image, and results of {file} have this name; choose another --output, or "
+                "leave it out"
+            )
     return jobs
+
+
+def _check_names(file: Path, target: Target) -> None:
+    for path in target.paths.values():
+        name = os.fsencode(path.name)
+        if len(name) > _MOST_BYTES:
+            raise DinocellError(
+                f"{file}: its name is too long for those of its results ({len(name)} bytes, most disks take "
+                f"{_MOST_BYTES}); rename it"
+            )
+        try:
+            name.decode()
+        except UnicodeDecodeError:
+            shown = name.decode("utf-8", "backslashreplace")
+            raise DinocellError(f"{file.parent}: the name {shown} is not Unicode (UTF-8); rename the image") from None
 
 
 def _ctc_mask(file: Path, stem: str, request: Request) -> Path:
@@ -168,15 +242,20 @@ def _ctc_mask(file: Path, stem: str, request: Request) -> Path:
             f"{file}: --save-ctc needs the frame's number at the end of the name, such as t007.tif; of a stack, "
             "add --frames"
         )
-    return Path(f"{file.resolve().parent.name}_RES") / f"mask{number[0]}.tif"
+    return Path(f"{Path(_absolute(file)).parent.name}_RES") / f"mask{number[0]}.tif"
 
 
 def names_of_results(job: Job, request: Request) -> list[str]:
     """Return the files of one image for people to read, the labels first; of a stack those of its first frame."""
-    target = next(targets_of_frames(job, 1, request)) if request.frames else target_of(job, request)
+    target = first_target(job, request)
     *others, labels = target.paths.values()
     more = ["..."] if request.frames else []
     return [*map(str, (labels, *others)), *more, *(["(there already)"] if target.is_done else [])]
+
+
+def first_target(job: Job, request: Request) -> Target:
+    """Return where the results of a file go; of a stack those of its first frame."""
+    return next(targets_of_frames(job, 1, request)) if request.frames else target_of(job, request)
 
 
 def target_of(job: Job, request: Request) -> Target:

@@ -20,7 +20,7 @@ import numpy as np
 from dinocell.data_shards.image_writers import write_labels
 from dinocell.data_shards.images import count_frames, read_image, read_stack
 from dinocell.data_shards.picture import Picture
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import DinocellError, ImageError, StackError
 from dinocell.eval.coco_file import coco_image
 from dinocell.eval.contours import trace_cells
 from dinocell.eval.ctc_folders import check_ids, write_mask
@@ -93,11 +93,9 @@ def segment_files(
     except BaseException:
         # Told to stop, or the disk is full: keep what is done if that can be, and report what happened first.
         with suppress(DinocellError):
-            tables.write(request.output)
+            tables.write()
         raise
-    tables.write(request.output)
-    if progress.num_there:
-        say(f"{progress.num_there} of {len(jobs)} images were there already: --overwrite computes them again")
+    tables.write()
     say(f"results: {request.output}")
     return progress.failed
 
@@ -112,7 +110,6 @@ class _Progress:
     num_finished: int = 0
     num_pictures: int = 0
     num_cells: int = 0
-    num_there: int = 0
 
     def add(self, read: _Read, num_cells: int | None, error: ImageError | None) -> None:
         file = read.job.file
@@ -124,8 +121,8 @@ class _Progress:
             self.num_cells += num_cells
         if read.is_last:
             self.num_finished += 1
-            done = f"{file}: {self.num_cells} cells" if self.num_pictures else f"{file}: there already"
-            self.num_there += not self.num_pictures and file not in self.failed
+            there = f"{file}: there already (--overwrite computes it again)"
+            done = f"{file}: {self.num_cells} cells" if self.num_pictures else there
             self.say(f"[{self.num_finished}/{self.num_files}] {self.failed.get(file, done)}")
             self.num_pictures = self.num_cells = 0
 
@@ -175,8 +172,13 @@ def _pictures(jobs: Sequence[Job], request: Request, tables: Tables) -> Iterator
             target = target_of(job, request)
             if tables.is_done(target) and not request.overwrite:
                 yield _Read(job, found_done=tuple(tables.unlisted(job, [target])))
-            else:
-                yield _Read(job, target, read_image(job.file))
+                continue
+            if not request.overwrite:
+                tables.check_ours(target)
+            yield _Read(job, target, read_image(job.file))
+        except StackError:
+            several = "several frames (time, depth or pages); add --frames to segment each of them"
+            yield _Read(job, error=ImageError(f"{job.file}: {several}"))
         except ImageError as error:
             yield _Read(job, error=error)
 
@@ -187,6 +189,8 @@ def _frames(job: Job, request: Request, tables: Tables) -> Iterator[_Read]:
     if not all(is_done):
         for number, picture in enumerate(read_stack(job.file)):
             if not is_done[number]:
+                if not request.overwrite:
+                    tables.check_ours(targets[number])
                 yield _Read(job, targets[number], picture, frame=number, is_last=False)
     done = [target for target, is_one in zip(targets, is_done, strict=True) if is_one]
     yield _Read(job, found_done=tuple(tables.unlisted(job, done)))
@@ -214,7 +218,7 @@ def _compute(
     except ImageError as error:
         return _Waiting(read, error=error)
     found = _Found(read, target, picture, plane, labels, maps, size)
-    return _Waiting(read, writing=writer.submit(_write, found, request.output, with_coco=request.save_coco))
+    return _Waiting(read, writing=writer.submit(_write, found, request))
 
 
 def _words_of_windows(file: Path, say: Callable[[str], None]) -> Callable[[int, int], None]:
@@ -230,10 +234,12 @@ def _words_of_windows(file: Path, say: Callable[[str], None]) -> Callable[[int, 
     return tell
 
 
-def _write(found: _Found, output: Path, *, with_coco: bool) -> Written:
+def _write(found: _Found, request: Request) -> Written:
     paths, labels, size = found.target.paths, found.labels, found.pixel_size_um
     file = found.read.job.file
-    with output_errors(output):
+    with output_errors(request.output):
+        # Where labels are, all is: those of an earlier run would vouch for a mixture if this one were stopped here.
+        paths["labels"].unlink(missing_ok=True)
         if "csv" in paths:
             shown = found.picture.grey()
             names = shown.channel_names
@@ -254,5 +260,6 @@ def _write(found: _Found, output: Path, *, with_coco: bool) -> Written:
             paths["save_ctc"].parent.mkdir(exist_ok=True)
             write_mask(paths["save_ctc"], labels)
         write_labels(paths["labels"], labels, pixel_size_um=size)
-    coco = coco_image(labels, file_name=file.name, frame=found.read.frame) if with_coco else None
-    return Written(found.target.name, file, int(labels.max()), float((labels > 0).mean()), coco)
+    coco = coco_image(labels, file_name=file.name, frame=found.read.frame) if request.save_coco else None
+    share = float((labels > 0).mean())
+    return Written(found.target.name, file, int(labels.max()), share, coco, request.settings)

@@ -56,8 +56,8 @@ def predict(
     device
         Where the windows are put and blended; None: where a module's parameters are, else the CPU.
     precision
-        Of the model's matrix products; ``auto``: bfloat16 (autocast) on CUDA, float32 elsewhere. Blending is always in
-        float32.
+        Of the model's matrix products; ``auto``: bfloat16 (autocast) on GPUs that have it, float32
+        elsewhere. Blending is always in float32.
     out
         Written to and returned instead of a new array: (k h w), of a floating type, such as a memory map.
     progress

@@ -263,7 +263,7 @@ class ComputeConfig:
     device
         ``auto``: CUDA if there is one.
     dtype
-        Of matrix products; ``auto``: bfloat16 on CUDA, float32 on the CPU.
+        Of matrix products; ``auto``: bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere.
     workers
         Processes that read and augment ahead.
     timeout_s

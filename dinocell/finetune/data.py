@@ -126,9 +126,16 @@ def _shuffled(seed: int, stream: int, turn: int, length: int) -> np.ndarray:
 
 
 def prepared(image: LabelledImage, settings: SegmenterSettings) -> tuple[np.ndarray, np.ndarray, Levels]:
-    """Return equalised grey levels, the cells as int32, and how levels come to the convention."""
+    """Return equalised grey levels, the cells as int32, and how levels come to the convention.
+
+    Cells keep their ids, or are numbered anew where these exceed the pixels: crops are turned as float32, which holds
+    numbers to 16 million exactly.
+    """
     grey = grey_levels(picture_of(np.asarray(image.pixels)).plane(), settings)
-    return grey, np.ascontiguousarray(image.labels, dtype=np.int32), levels_of(grey, settings)
+    labels = np.asarray(image.labels)
+    if labels.max() > labels.size:
+        labels = np.unique(np.append(labels, labels.dtype.type(0)), return_inverse=True)[1][:-1].reshape(labels.shape)
+    return grey, np.ascontiguousarray(labels, dtype=np.int32), levels_of(grey, settings)
 
 
 def example(crop: Crop, levels: Levels, settings: SegmenterSettings) -> Examples:

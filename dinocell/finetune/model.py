@@ -5,12 +5,14 @@ backbone.
 """
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -232,6 +234,14 @@ class DINOCell(nn.Module):
             ),
         )
         return path
+
+    def fingerprint(self) -> str:
+        """Return eight letters that tell a segmenter from others, by its tensors and settings."""
+        digest = hashlib.sha256(repr(self.settings).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
+        return digest.hexdigest()[:8]
 
     def save_weights(self, path: str | Path) -> None:
         """Write the model to one file; the same as `save_pretrained`."""

@@ -54,6 +54,25 @@ class World:
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
+def find_device(name: str = "auto") -> torch.device:
+    """Return a device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``...
+
+    Raises
+    ------
+    DinocellError
+        If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DinocellError(f"compute.device: expected auto, cpu or cuda, got {name!r}") from None
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise DinocellError(f"compute.device: {name} was asked for, and there is none")
+    return device
+
+
 def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     """Join the other processes, if there are any.
 
@@ -67,13 +86,10 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     Raises
     ------
     DinocellError
-        If the environment speaks of several processes but does not say where they meet, or CUDA is asked for in vain.
+        If the environment speaks of several processes but does not say where they meet, or there is no such device.
     """
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise DinocellError("compute.device: cuda was asked for, and there is none")
+    chosen = find_device(device)
     rank, size, local_rank, local_size = _from_environment(os.environ)
-    chosen = torch.device(kind)
     if chosen.type == "cuda":
         # A launcher may show each process its own GPU alone; then it is number 0.
         chosen = torch.device("cuda", local_rank % torch.cuda.device_count()) if chosen.index is None else chosen

@@ -151,7 +151,7 @@ class ComputeConfig:
     device
         ``auto``: CUDA if there is one.
     dtype
-        Of matrix products; ``auto``: bfloat16 on CUDA, float32 on the CPU.
+        Of matrix products; ``auto``: bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere.
     workers
         Processes of each rank that read and decode ahead.
     parallel
@@ -161,8 +161,8 @@ class ComputeConfig:
     compile
         ``blocks``: each block; 1.5x on an H200 (benchmarks/results/pretrain_step_gpu.md), nothing on the CPU. ``all``:
         whole passes of the backbones (on several ranks, or with ``recompute=blocks``, each block), targets and losses;
-        less work for the host and twice the time of the first step (benchmarks/results/host_time.md), not tried on a
-        GPU yet.
+        less work for the host (benchmarks/results/host_time.md), another 1.08x for S/8 and 1.02x for L/16, and two to
+        three times the time of the first step (benchmarks/results/pretrain_step_gpu_large.md).
     recompute
         What the backward pass computes again instead of keeping it. ``activations``: the outputs of norms and
         activations, no matrix product; ``blocks``: all of each block, and the teacher's logits. Figures:
@@ -254,6 +254,8 @@ class PretrainConfig:
         for name in (*counts, "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {self.seed}")
         if self.optim.accumulate < 1 or self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"optim.accumulate: expected a divisor of batch_size {self.batch_size}, got {self.optim.accumulate}"

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinocell.ssl.heads import Projection
-from dinocell.ssl.targets import Targets, compiled_once, full_precision, pieces, with_any_rows, with_scratch
+from dinocell.ssl.pieces import compiled_once, full_precision, pieces, with_scratch
+from dinocell.ssl.targets import Targets, with_any_rows
 
 
 class CrossEntropy(NamedTuple):
@@ -51,7 +52,7 @@ def prototype_cross_entropy(
     target_of_row
         Row of ``targets`` that each student row is compared with; by default they go side by side.
     piece_elements
-        Elements of a piece of logits, see `dinocell.ssl.targets.pieces`; changes memory and time, not the result.
+        Elements of a piece of logits, see `dinocell.ssl.pieces`; changes memory and time, not the result.
     compiled
         Let the compiler join the passes over a piece of logits: the result but for rounding.
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dinocell.ssl.cross_entropy import prototype_cross_entropy
 from dinocell.ssl.heads import Projection
-from dinocell.ssl.targets import Targets, full_precision
+from dinocell.ssl.pieces import full_precision
+from dinocell.ssl.targets import Targets
 
 
 class DinoLoss(NamedTuple):

@@ -66,6 +66,28 @@ class PatchMasks(NamedTuple):
     indices: Int[Tensor, " m"]
     weights: Float[Tensor, " m"]
 
+    def pin_memory(self) -> "PatchMasks":
+        """Return the same in page-locked memory."""
+        return PatchMasks(*(each.pin_memory() for each in self))
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "PatchMasks":
+        """Return the same on a device."""
+        return PatchMasks(*(each.to(device, non_blocking=non_blocking) for each in self))
+
+
+@dataclass(frozen=True)
+class DrawMasks:
+    """Draws the masks of each step in the reader, by the samples' positions in the stream: no other step has them."""
+
+    config: MaskingConfig
+    grid: tuple[int, int]
+    views: int
+    seed: int
+
+    def __call__(self, everyone: range, own: slice) -> PatchMasks:
+        """Return this rank's masks; they are dealt over the positions of all ranks."""
+        return draw_masks(everyone, self.grid, self.config, seed=self.seed, epoch=0, views=self.views, own=own)
+
 
 def draw_masks(
     samples: Sequence[int] | Integer[np.ndarray, " s"],

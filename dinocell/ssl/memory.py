@@ -20,7 +20,7 @@ from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.sharding import choose_parallel, num_shards
 from dinocell.ssl.config import HeadsConfig, PretrainConfig, Recompute
 from dinocell.ssl.heads import ProjectionHead
-from dinocell.ssl.targets import pieces
+from dinocell.ssl.pieces import pieces
 
 # The estimate is good to a tenth or so; only what is clearly too much is refused.
 _MARGIN = 1.2

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dinocell.ssl.targets import Targets, full_precision, with_scratch
+from dinocell.ssl.pieces import full_precision, with_scratch
+from dinocell.ssl.targets import Targets
 
 
 class TargetUse(NamedTuple):

@@ -1,5 +1,6 @@
 """What a pretraining run starts from: shards, a student and a teacher on this rank, and what can be said about them."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,9 +22,13 @@ from dinocell.runtime.optim import scaled_learning_rate
 from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.sharding import choose_parallel, make_mesh, shard
 from dinocell.ssl.config import PretrainConfig, Recompute
+from dinocell.ssl.masking import DrawMasks
 from dinocell.ssl.memory import describe_memory, step_memory
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.view_plan import PlanViews, ViewsConfig
+
+# What torch's compiler says of itself: a switch that is off on purpose, and a function that it should not call itself.
+_OF_THE_COMPILER = ("TensorFloat32 tensor cores", "`torch._prims_common.check` is deprecated")
 
 
 def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> SampleStream:
@@ -52,6 +57,7 @@ def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> S
         world_size=world.size,
         block_shards=data.block_shards,
         choose=PlanViews(config.views, config.seed),
+        draw=masks_of(config),
         cache=data.cache,
         cache_gb=data.cache_gb,
     )
@@ -59,6 +65,12 @@ def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> S
         _check_channels(config.views, each.location, tuple(each.manifest.channels))
         _check_tiles(config.views, each.location, each.manifest.shapes)
     return samples
+
+
+def masks_of(config: PretrainConfig) -> DrawMasks:
+    """Return what draws the masks of the recipe's global crops."""
+    side = config.views.global_size // config.model.patch_size
+    return DrawMasks(config.masking, (side, side), config.views.num_global, config.seed)
 
 
 def _check_channels(views: ViewsConfig, location: str, names: tuple[str, ...]) -> None:
@@ -125,6 +137,8 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
         backbone.set_kernel(compute.attention)
     recompute(backbone_of(model.student), compute.recompute)
     if compute.compile != "nothing":
+        for said in _OF_THE_COMPILER:
+            warnings.filterwarnings("ignore", message=said, module=r"torch\._inductor\.")
         for backbone in backbones:
             # Ranks gather parameters block by block, and their masks may differ in number from step to step.
             if compute.compile == "all" and world.size == 1 and compute.recompute != "blocks":

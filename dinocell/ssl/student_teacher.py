@@ -17,7 +17,8 @@ from dinocell.ssl.config import GramConfig, HeadsConfig, LossConfig
 from dinocell.ssl.heads import Projection, ProjectionHead
 from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
 from dinocell.ssl.masking import PatchMasks
-from dinocell.ssl.targets import Centre, Targets, TeacherLogits, compiled_once, one_rank, sinkhorn_targets
+from dinocell.ssl.pieces import compiled_once
+from dinocell.ssl.targets import Centre, Targets, TeacherLogits, one_rank, sinkhorn_targets
 from dinocell.ssl.views import Views
 
 

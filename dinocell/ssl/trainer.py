@@ -26,9 +26,9 @@ from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.schedules import value_at
 from dinocell.runtime.sharding import release, sharded_parts
 from dinocell.ssl.config import PretrainConfig
-from dinocell.ssl.masking import PatchMasks, draw_masks
+from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.monitors import feature_spread, target_use
-from dinocell.ssl.prepare import backbone_of
+from dinocell.ssl.prepare import backbone_of, masks_of
 from dinocell.ssl.student_teacher import Losses, StepOutput, StudentTeacher
 from dinocell.ssl.views import Views
 
@@ -65,8 +65,7 @@ class Trainer:
         }
         self._teacher_parameters = list(model.teacher.parameters())
         self._sharded = sharded_parts([model.student, model.teacher, model.gram])
-        side = config.views.global_size // config.model.patch_size
-        self._grid = (side, side)
+        self._draw_masks = masks_of(config)
         self._bad_steps = BadSteps(
             world.device,
             most=config.optim.max_bad_steps,
@@ -186,22 +185,14 @@ class Trainer:
         return metrics
 
     def _masks(self, batch: Batch) -> PatchMasks:
-        """Draw masks by the samples' positions in the stream, which no other sample of the run has.
-
-        They are dealt over the part of all ranks, and this rank draws its own.
-        """
-        world = self._world
-        positions = range(batch.next_position - len(batch) * world.size, batch.next_position)
-        masks = draw_masks(
-            positions,
-            self._grid,
-            self._config.masking,
-            seed=self._config.seed,
-            epoch=0,
-            views=self._config.views.num_global,
-            own=slice(world.rank * len(batch), (world.rank + 1) * len(batch)),
-        )
-        return PatchMasks(*(each.to(world.device, non_blocking=True) for each in masks))
+        """Return the masks that the reader drew in its workers, or draw them here."""
+        size, draw = len(batch), self._draw_masks
+        if batch.drawn_by == draw and isinstance(batch.drawn, PatchMasks):
+            masks = batch.drawn
+        else:
+            everyone = range(batch.next_position - size * self._world.size, batch.next_position)
+            masks = draw(everyone, slice(self._world.rank * size, (self._world.rank + 1) * size))
+        return masks.to(self._world.device, non_blocking=True)
 
     def save(self, checkpointer: Checkpointer, step: int) -> None:
         """Save everything that the next step depends on, besides the recipe and the data."""

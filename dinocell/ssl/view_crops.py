@@ -15,14 +15,17 @@ from dinocell.ssl.view_plan import ViewPlan, ViewsConfig
 
 def crop_by_crop(
     batch: Batch, plans: Sequence[ViewPlan], scales: Sequence[Scales], config: ViewsConfig
-) -> list[Float[Tensor, "b k s s"]]:
-    """Return the crops of all tiles, one tensor a view, turned but not yet standardised."""
-    views: list[list[Tensor]] = [[] for _ in range(config.num_views)]
+) -> list[Float[Tensor, "v b k s s"]]:
+    """Return the crops of all tiles, the global and the local views, turned but not yet standardised."""
+    shape = (len(batch), config.in_channels)
+    made = [torch.empty(len(views), *shape, size, size) for views, size in config.kinds]
+    views = [view for kind in made for view in kind]
     for number, (plan, scale) in enumerate(zip(plans, scales, strict=True)):
         tile = batch.tile(number)
         # Where in the decoded tile a channel of the sample lies.
         place = {channel: index for index, channel in enumerate(batch.channels[number])}
-        for view, size in enumerate(config.sizes):
+        for view, out in enumerate(views):
+            size = out.shape[-1]
             top, left, height, width = plan.boxes[view].tolist()
             needed = np.flatnonzero((plan.mixing[view] != 0).any(axis=0))
             region = tile[[place[c] for c in needed.tolist()], top : top + height, left : left + width]
@@ -33,8 +36,8 @@ def crop_by_crop(
             mixed = unit if mixing.shape == (1, 1) else torch.einsum("kc,chw->khw", mixing, unit)
             mixed = _protein_contrast(mixed, float(plan.protein[view]), config)
             crop = F.interpolate(mixed[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
-            views[view].append(_turned(crop, bool(plan.mirrored[view]), int(plan.turned[view])))
-    return [torch.stack(crops) for crops in views]
+            out[number] = _turned(crop, bool(plan.mirrored[view]), int(plan.turned[view]))
+    return made
 
 
 def _unit(region: Tensor, factor: np.ndarray, offset: np.ndarray) -> Tensor:

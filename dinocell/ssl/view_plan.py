@@ -108,9 +108,12 @@ class ViewsConfig:
         return self.num_global + self.num_local
 
     @property
-    def sizes(self) -> list[int]:
-        """Side of each view in pixels."""
-        return [self.global_size] * self.num_global + [self.local_size] * self.num_local
+    def kinds(self) -> tuple[tuple[range, int], tuple[range, int]]:
+        """The numbers of the global views and their side in pixels, then those of the local ones."""
+        return (
+            (range(self.num_global), self.global_size),
+            (range(self.num_global, self.num_views), self.local_size),
+        )
 
     @property
     def in_channels(self) -> int:

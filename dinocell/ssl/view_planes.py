@@ -1,6 +1,6 @@
 """Views of all tiles at once: a few large operations on the planes that they need, which keeps a GPU busy."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,40 +15,32 @@ from dinocell.ssl.view_plan import ViewPlan, ViewsConfig
 
 def all_tiles_at_once(
     batch: Batch, plans: Sequence[ViewPlan], scales: Sequence[Scales], config: ViewsConfig
-) -> list[Float[Tensor, "b k s s"]]:
-    """Return the crops of all tiles, one tensor a view, turned but not yet standardised.
+) -> list[Float[Tensor, "v b k s s"]]:
+    """Return the crops of all tiles, the global and the local views, turned but not yet standardised.
 
     Regions are cut to the size of the largest box; what lies outside a box gets no weight. Each is resampled by a
     matrix for rows and one for columns, which also reverse it, and mixed last: that is linear, too.
     """
-    device = batch.storage.device
-    sizes = np.array(config.sizes)
-    groups = [np.flatnonzero(sizes == size) for size in dict.fromkeys(sizes.tolist())]
-    parts: list[list[tuple[list[int], Tensor]]] = [[] for _ in groups]
-    for members in _alike(batch):
-        tiles = _stacked_tiles(batch, members)
-        places = list(batch.channels[members[0]])
-        for group, views in enumerate(groups):
-            planes = _needed_planes([plans[n] for n in members], [scales[n] for n in members], places, views, config)
-            crops = _resampled(tiles, planes, int(sizes[views[0]]), device)
-            parts[group].append((members, crops.unflatten(0, (len(views), len(members)))))
-    made: list[Tensor] = [torch.empty(0)] * config.num_views
-    for views, found in zip(groups, parts, strict=True):
-        crops = torch.cat([crops for _, crops in found], dim=1)
-        if len(found) > 1:
-            order = np.argsort([number for members, _ in found for number in members])
-            crops = crops[:, _on(device, order)]
-        for view, some in zip(views.tolist(), crops, strict=True):
-            made[view] = some
+    device, alike = batch.storage.device, _alike(batch)
+    tiles = [_stacked_tiles(batch, members) for members in alike]
+    order = np.argsort([number for members in alike for number in members])
+    made = []
+    for views, size in config.kinds:
+        parts = []
+        for members, some in zip(alike, tiles, strict=True):
+            channels = [list(batch.channels[n]) for n in members]
+            planes = _needed_planes([plans[n] for n in members], [scales[n] for n in members], channels, views, config)
+            parts.append(_resampled(some, planes, size, device).unflatten(0, (len(views), len(members))))
+        made.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)[:, _on(device, order)])
     return made
 
 
-def _alike(batch: Batch) -> Iterator[list[int]]:
-    """Return the numbers of the tiles of one size and one choice of channels."""
-    groups: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
+def _alike(batch: Batch) -> list[list[int]]:
+    """Return the numbers of the tiles of one size, one type and one number of channels."""
+    groups: dict[tuple[int, int, str, int], list[int]] = {}
     for number, info in enumerate(batch.infos):
-        groups.setdefault((info.height, info.width, batch.channels[number]), []).append(number)
-    yield from groups.values()
+        groups.setdefault((info.height, info.width, info.dtype, len(batch.channels[number])), []).append(number)
+    return list(groups.values())
 
 
 def _stacked_tiles(batch: Batch, members: Sequence[int]) -> Float[Tensor, "b c h w"]:
@@ -78,16 +70,21 @@ class _Planes(NamedTuple):
 
 
 def _needed_planes(
-    plans: Sequence[ViewPlan], scales: Sequence[Scales], places: list[int], views: np.ndarray, config: ViewsConfig
+    plans: Sequence[ViewPlan],
+    scales: Sequence[Scales],
+    channels: Sequence[list[int]],
+    views: range,
+    config: ViewsConfig,
 ) -> _Planes:
+    """Return the planes of tiles of which ``channels`` are here."""
+
     def of_crops(arrays: Iterable[np.ndarray]) -> np.ndarray:
         """Return what the plans say, (v b ...) in one row."""
-        chosen: np.ndarray = np.stack([each[views] for each in arrays], axis=1)
+        chosen: np.ndarray = np.stack([each[views.start : views.stop] for each in arrays], axis=1)
         return chosen.reshape(-1, *chosen.shape[2:])
 
-    mixing = of_crops(plan.mixing for plan in plans)[:, :, places]
+    mixing = of_crops(plan.mixing[:, :, own] for plan, own in zip(plans, channels, strict=True))
     crop, channel = np.nonzero((mixing != 0).any(axis=1))
-    of_plane = (crop, np.asarray(places)[channel])
     protein = np.full(len(crop), -1, np.float32)
     if config.policy == "stack" and config.protein_channel in config.channels:
         is_protein = mixing[crop, config.channels.index(config.protein_channel), channel] != 0
@@ -96,9 +93,9 @@ def _needed_planes(
         crop=crop,
         channel=channel,
         boxes=of_crops(plan.boxes for plan in plans)[crop],
-        factor=of_crops(scale.factor for scale in scales)[of_plane],
-        offset=of_crops(scale.offset for scale in scales)[of_plane],
-        contrast=of_crops(plan.contrast for plan in plans)[of_plane],
+        factor=of_crops(scale.factor[:, own] for scale, own in zip(scales, channels, strict=True))[crop, channel],
+        offset=of_crops(scale.offset[:, own] for scale, own in zip(scales, channels, strict=True))[crop, channel],
+        contrast=of_crops(plan.contrast[:, own] for plan, own in zip(plans, channels, strict=True))[crop, channel],
         protein=protein,
         weight=mixing[crop, :, channel],
         mirrored=of_crops(plan.mirrored for plan in plans),

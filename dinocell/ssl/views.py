@@ -46,8 +46,7 @@ def make_views(batch: Batch, config: ViewsConfig, levels: Levels, *, seed: int, 
     ]
     make = all_tiles_at_once if device.type == "cuda" else crop_by_crop
     crops = make(batch.to(device, non_blocking=True), plans, scales, config)
-    views = [_finish(some, plans, view) for view, some in enumerate(crops)]
-    return Views(torch.stack(views[: config.num_global]), _stacked(views[config.num_global :], batch, config, device))
+    return Views(*(_finish(some, plans, views) for some, (views, _) in zip(crops, config.kinds, strict=True)))
 
 
 def _plans(batch: Batch, plan: PlanViews) -> list[ViewPlan]:
@@ -57,24 +56,19 @@ def _plans(batch: Batch, plan: PlanViews) -> list[ViewPlan]:
     return [plan(info, origin) for info, origin in zip(batch.infos, batch.origins, strict=True)]
 
 
-def _stacked(views: list[Tensor], batch: Batch, config: ViewsConfig, device: torch.device) -> Tensor:
-    if views:
-        return torch.stack(views)
-    return torch.empty(0, len(batch), config.in_channels, config.local_size, config.local_size, device=device)
-
-
-def _finish(crops: Float[Tensor, "b k s s"], plans: Sequence[ViewPlan], view: int) -> Float[Tensor, "b k s s"]:
+def _finish(crops: Float[Tensor, "v b k s s"], plans: Sequence[ViewPlan], views: range) -> Float[Tensor, "v b k s s"]:
     """Blur and add noise where it was drawn, then standardise each crop and channel."""
     for number, plan in enumerate(plans):
-        if plan.blur_sigma_px[view] > 0:
-            crops[number] = _blurred(crops[number], float(plan.blur_sigma_px[view]))
-        if plan.noise_sigma[view] > 0:
-            generator = torch.Generator().manual_seed(plan.noise_seed + view)
-            noise = torch.randn(crops[number].shape, generator=generator).to(crops.device, non_blocking=True)
-            crops[number] += float(plan.noise_sigma[view]) * noise
-    mean = crops.mean((2, 3), keepdim=True)
+        for place, view in enumerate(views):
+            if plan.blur_sigma_px[view] > 0:
+                crops[place, number] = _blurred(crops[place, number], float(plan.blur_sigma_px[view]))
+            if plan.noise_sigma[view] > 0:
+                generator = torch.Generator().manual_seed(plan.noise_seed + view)
+                noise = torch.randn(crops.shape[2:], generator=generator).to(crops.device, non_blocking=True)
+                crops[place, number] += float(plan.noise_sigma[view]) * noise
+    mean = crops.mean((3, 4), keepdim=True)
     centred = crops - mean
-    deviation = centred.square().mean((2, 3), keepdim=True).sqrt()
+    deviation = centred.square().mean((3, 4), keepdim=True).sqrt()
     return centred / (deviation + LEAST_DIFFERENCE)
 
 
