@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dinocell import __version__
 from dinocell.data_shards import dataset_command, shards_command
@@ -42,6 +42,9 @@ _REFUSED = {
     errno.EIO,
     errno.ESTALE,
 }
+
+if TYPE_CHECKING:
+    from dinocell.demo.config import DemoConfig
 
 # What is a setting, not a recipe: a path may hold a "=" as well, but behind a slash.
 _SETTING = re.compile(r"[\w.]+=")
@@ -91,10 +94,26 @@ def build_parser() -> argparse.ArgumentParser:
     knn_command.register(commands)
     linear_command.register(commands)
     consistency_command.register(commands)
-    launch_command.register(commands, main=main)
+    launch_command.register(commands, main=main, check=_check)
     _add_info(commands)
     _add_export(commands)
     return parser
+
+
+def _check(arguments: Sequence[str], with_recipe: bool) -> None:
+    """Refuse a command line that cannot be run, without running it: its words and, if so told, its recipe and settings.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such recipe, or a setting that cannot be.
+    SystemExit
+        If the words are no command.
+    """
+    options = build_parser().parse_args(arguments)
+    configure = vars(options).get("configure")
+    if configure is not None and with_recipe:
+        configure(options)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,20 +177,25 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="the recipe quick: everything runs, nothing is learned")
     parser.add_argument("--data", metavar="FOLDER", help="your images: FOLDER/images and, for scores, FOLDER/masks")
     parser.add_argument("--output", metavar="FOLDER", help="where everything goes (demo)")
-    parser.set_defaults(run=_run_demo, recipe_is_optional=True)
+    parser.set_defaults(run=_run_demo, configure=_demo_config, recipe_is_optional=True)
 
 
-def _run_demo(options: argparse.Namespace) -> None:
+def _demo_config(options: argparse.Namespace) -> "DemoConfig":
     from dinocell.configs.load import find_recipe, load_config, text_override
     from dinocell.demo.config import DemoConfig
-    from dinocell.demo.run import run_demo
 
     if options.quick and options.recipe not in (None, "quick"):
         raise DinocellError(f"demo: --quick is the recipe 'quick'; expected no other beside it, got {options.recipe!r}")
     recipe, overrides = options.recipe or ("quick" if options.quick else "standard"), list(options.overrides)
     folders = {key: getattr(options, key) for key in ("data", "output")}
     overrides += [text_override(key, folder) for key, folder in folders.items() if folder is not None]
-    print(run_demo(load_config(DemoConfig, find_recipe("demo", recipe), overrides)))
+    return load_config(DemoConfig, find_recipe("demo", recipe), overrides)
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from dinocell.demo.run import run_demo
+
+    print(run_demo(_demo_config(options)))
 
 
 def _preview_views(

@@ -18,6 +18,7 @@ dinocell demo quick seed=3 field.photons=200.0
 
 - A recipe is the bare name of a shipped one (`dinocell/configs/<command>/<name>.yaml`) or the path of a YAML file.
 - Every value is checked where it is written, and nothing is converted on a guess: `3.0` is no integer, `1` no boolean.
+  Of a list of texts, one alone needs no brackets: `data.shards=shards/jump`.
 - `${key}` refers to another key, `${oc.env:NAME}` to an environment variable; `???` marks what its user
   sets.
 - Mistakes are one line and exit code 2:

@@ -101,6 +101,14 @@ def test_defaults_recipe_and_overrides_merge_in_this_order(tmp_path: Path) -> No
     assert config == Recipe(shards="a", seed=3, lr=1e-4, vit=Vit(width=32, blocks=(2, 5, 8, 11)))
 
 
+def test_one_text_stands_for_a_list_of_texts(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "shards: a\nnames: x\n")
+    assert load_config(Recipe, recipe).names == ["x"]
+    assert load_config(Recipe, recipe, ["names=s3://bucket/a b"]).names == ["s3://bucket/a b"]
+    assert error_of(Recipe, recipe, ("names=7",)).endswith("names: expected a list of texts, got 7")
+    assert error_of(Recipe, recipe, ("vit.blocks=x",)).endswith("vit.blocks: expected a list of integers, got 'x'")
+
+
 def test_the_result_is_a_frozen_instance_of_real_dataclasses() -> None:
     config = load_config(Recipe, overrides=["shards=a", "vit.width=8"])
     assert type(config) is Recipe

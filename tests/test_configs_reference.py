@@ -36,8 +36,8 @@ def test_keys_types_defaults_and_meanings_are_in_the_table() -> None:
     text = reference(Outer)
     assert "Of `all`." in text
     assert "| `size` | a number | 0.5 |  |" in text
-    assert "| `inner.first` | an integer | required | Two lines. |" in text
-    assert "| `inner.second` | text | 'a\\|b' | Two lines. |" in text
+    assert "| `inner.first` | an integer | required | `first`, `second`: Two lines. |" in text
+    assert "| `inner.second` | text | 'a\\|b' | `first`, `second`: Two lines. |" in text
 
 
 def test_the_page_in_docs_is_up_to_date() -> None:

@@ -446,6 +446,21 @@ def test_pattern_fields_become_plate_well_site_and_labels(tmp_path: Path) -> Non
     assert [(item.input, item.kind) for item in rejected] == [("P 1/x.tif", "unmatched")]
 
 
+def test_a_name_that_only_numbers_the_channels_is_refused(tmp_path: Path) -> None:
+    """As of a Cytation, ``B7_01_2_3_GFP_001.tif``: each file became a field of its own, without a word."""
+    for well in ("B7", "D6"):
+        for number, channel in enumerate(("DAPI", "GFP"), start=1):
+            write_tiff(tmp_path / f"{well}_{number}_{channel}.tif", RNG.integers(0, 99, (64, 64), np.uint16))
+    with pytest.raises(
+        ImageError, match=r"\{number\} changes with the channel \(1 in DAPI\) .*; write \* in its place"
+    ):
+        fields(PatternSource(input=str(tmp_path), pattern="{well}_{number}_{channel}.tif"))
+    assert len(fields(PatternSource(input=str(tmp_path), pattern="{well}_*_{channel}.tif"))) == 2
+    # The same where it does not number them: another time point of one channel.
+    (tmp_path / "D6_2_GFP.tif").rename(tmp_path / "D6_1_GFP.tif")
+    assert len(fields(PatternSource(input=str(tmp_path), pattern="{well}_{number}_{channel}.tif"))) == 3
+
+
 def test_pattern_with_channel_takes_grey_pictures_stored_as_colour(tmp_path: Path) -> None:
     plane = RNG.integers(1, 255, (5, 7)).astype(np.uint8)
     Image.fromarray(np.stack([plane] * 3, axis=-1)).save(tmp_path / "A01_DNA.png")

@@ -49,6 +49,7 @@ def test_the_page_holds_everything_itself(demo: tuple[Path, str]) -> None:
     page = (demo[0] / "report.html").read_text(encoding="utf-8")
     assert page.count("<img") >= 2 + 2 + 2 * 4 - 1
     assert all(source.startswith("data:image/png;base64,") for source in page.split('<img src="')[1:])
+    assert "OP_CSB: the mean of both" in page
     assert "http" not in page.replace("http-equiv", "")
 
 

@@ -246,6 +246,19 @@ def test_results_of_another_image_of_the_same_name_are_not_taken_for_this_ones(
     assert "there already" in capsys.readouterr().out
 
 
+def test_a_large_picture_says_how_far_it_is(
+    segmenter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiff(tmp_path / "large.tif", np.zeros((300, 1500), np.uint8))
+    monkeypatch.setattr(segment_run, "_WORD_EVERY_S", 0.0)
+    assert segment(tmp_path / "large.tif", "--model", segmenter, "--output", tmp_path / "out") == 0
+    first, *_, done, results = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path / 'large.tif'}: 8 of ")
+    assert first.endswith(" windows")
+    assert done.startswith("[1/1] ")
+    assert results == f"results: {tmp_path / 'out'}"
+
+
 def test_results_that_were_being_replaced_when_the_disk_filled_up_are_not_taken_for_whole(
     images: Path, segmenter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

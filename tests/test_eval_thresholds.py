@@ -98,7 +98,7 @@ def test_files_hold_every_point_and_a_picture(tmp_path: Path) -> None:
     assert best == pytest.approx(found.best_score, abs=1e-6)
     found.write_heat_map(tmp_path / "grid.png")
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert picture.shape == (62 + 5 * 32 + 12, 420, 3)
+    assert picture.shape == (62 + 5 * 32 + 12, 500, 3)
     m, f = (found.axes[name].index(getattr(found.best, name)) for name in ("cells_max", "cell_fill"))
     assert tuple(picture[62 + m * 32 + 1, 84 + f * 32 + 16]) == (255, 0, 0)
 

@@ -68,8 +68,13 @@ def test_weights_of_another_target_are_refused_and_change_nothing(tmp_path: Path
     tiny(target="flows").save_weights(tmp_path / "flows.pt")
     model = tiny()
     before = model.decoder.head.weight.clone()
-    with pytest.raises(WeightsError, match=r"expected .* distance, got flows"):
+    with pytest.raises(
+        WeightsError, match=r"flows.pt: of another architecture than this model \(target: 'distance' -> "
+    ):
         model.load_weights(tmp_path / "flows.pt")
+    DINOCell("vitt16", pretrained=False).save_weights(tmp_path / "coarse.pt")
+    with pytest.raises(WeightsError, match=r"\(backbone.patch_size: 8 -> 16\); DINOCell.from_pretrained"):
+        model.load_weights(tmp_path / "coarse.pt")
     assert torch.equal(model.decoder.head.weight, before)
 
 

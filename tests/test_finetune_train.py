@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune import train
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
+from dinocell.finetune.summary import guide
 from dinocell.finetune.train import dry_run, finetune
 from dinocell.models.config import VARIANTS, variant_config
 from dinocell.runtime.preemption import RunStopped
@@ -52,6 +54,10 @@ def test_a_run_writes_a_segmenter_that_says_where_it_comes_from(labelled_folder:
     assert model.settings.trained_on == ("set",)
     assert "fine-tuning" in model.card.derived_from[-1]
     assert len(losses(tmp_path / "run")) == 6
+    explained = re.findall(r"`([\w/*.]+)", guide(recipe(labelled_folder, tmp_path / "run")))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in {name for row in rows for name in row} - {"step", "time"}:
+        assert name in explained or f"{name.split('/')[0]}/*" in explained
     before = path.read_bytes()
     assert finetune(recipe(labelled_folder, tmp_path / "run", "score_every=2"), score=score_segmenter) == path
     assert path.read_bytes() == before  # a finished run is not touched

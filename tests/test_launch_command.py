@@ -20,7 +20,7 @@ from dinocell.launch.job import Job, fill_in
 from dinocell.launch.launch_command import _folder_of, _minutes
 from dinocell.launch.local import run_here
 from dinocell.launch.slurm import SlurmSettings, _belongs_to_job, script
-from dinocell.launch.watch import last_step, launches, log_of
+from dinocell.launch.watch import JobState, last_step, launches, log_of
 from dinocell.runtime.metrics_file import MetricsFile
 
 
@@ -143,6 +143,13 @@ def test_a_time_limit_that_is_none() -> None:
         (["--signal-before", "0", "--", "info", "x"], "--signal-before: expected at least 1"),
         (["--max-requeues", "-1", "--", "info", "x"], "--max-requeues: expected at least 0, got -1"),
         (["status", "nowhere"], "nowhere: nothing was launched into this folder"),
+        (["--", "pretrain", "debgu", "data.shards=[s]"], "did you mean 'debug'"),
+        (["--", "pretrain", "debug", "data.shards=[s]", "stepz=4"], "did you mean 'steps'"),
+        (["--", "finetune", "generalist", "data.sets=[sets/{task}]", "epochs=x"], "expected an integer"),
+        (["--", "demo", "sede=1"], "did you mean 'seed'"),
+        (["--then", "finetune debgu", "--", "info", "x"], "no recipe 'debgu'"),
+        (["--on-export", "pretrain {checkpoint}", "--", "info", "x"], "no recipe '{checkpoint}'"),
+        (["--cluster", "local", "--", "pretrain", "debug"], "required, but not set: data.shards"),
     ],
 )
 def test_mistakes_are_one_line(line: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +157,27 @@ def test_mistakes_are_one_line(line: list[str], said: str, capsys: pytest.Captur
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line", [["cancel", "4"], ["--", "segment", "a.tif", "--modell", "m"], ["--then", "x", "--", "info", "x"]]
+)
+def test_words_that_are_no_command_are_not_submitted(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["launch", *line])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_only_the_job_can_know_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A variable of the job, in a setting or in a recipe, and the files of a container."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("data:\n  shards: ['${oc.env:OF_THE_JOB}']\n")
+    assert main(["launch", "--dry-run", "--", "pretrain", str(recipe), "output=o"]) == 0
+    assert main(["launch", "--dry-run", "--", "pretrain", "debug", "data.shards=['${oc.env:OF_THE_JOB}']"]) == 0
+    inside = ["--container-image", "img.sqsh", "--", "pretrain", "/inside/own.yaml", "output=o"]
+    assert main(["launch", "--dry-run", *inside]) == 0
+    assert "/inside/own.yaml" in capsys.readouterr().out
 
 
 def test_without_slurm_it_says_what_to_do(
@@ -262,6 +290,19 @@ def test_what_was_said_last(tmp_path: Path) -> None:
     (tmp_path / "launch" / "a" / "launch.json").write_text("{}")
     with pytest.raises(DinocellError, match="rank 0 has written nothing yet"):
         log_of(tmp_path)
+
+
+def test_a_state_says_why_it_waits_and_what_failed(tmp_path: Path) -> None:
+    waiting = JobState(job="4", state="PENDING", reason="PartitionNodeLimit", restarts="2", line="dinocell info x")
+    assert str(waiting) == "4  PENDING (PartitionNodeLimit)  2 restarts  dinocell info x"
+    running = JobState(job="5", state="RUNNING", nodes="n[1-2]", restarts="0", line="dinocell info x")
+    assert str(running) == "5  RUNNING  n[1-2]  dinocell info x"
+    (tmp_path / "6_0_log.out").write_text("step 1/4  loss/total 2\ndinocell: nowhere: no shard set\nsrun: error: n2\n")
+    (tmp_path / "61_0_log.out").write_text("dinocell: of another job\n")
+    assert JobState(job="6", state="FAILED", folder=tmp_path).complaint == "dinocell: nowhere: no shard set"
+    assert JobState(job="6", state="RUNNING", folder=tmp_path).complaint == ""
+    (tmp_path / "7_1_log.out").write_text("Traceback (most recent call last):\n  x\nKeyError: 'a'\nsrun: error: n1\n")
+    assert JobState(job="7", state="FAILED", folder=tmp_path).complaint == "KeyError: 'a'"
 
 
 def test_the_export_hook_is_called_while_it_is_set(tmp_path: Path) -> None:

@@ -279,6 +279,18 @@ def test_an_error_of_the_command_does_not_come_back(
     assert slurm.wait_for(job, ("COMPLETED", "FAILED")) == "FAILED"
     assert slurm.job_field(job, "Restarts") == "0"
     assert "nowhere" in logs(folder)
+    assert main(["launch", "status", str(folder)]) == 0
+    assert "    dinocell: nowhere: no shard set" in capsys.readouterr().out
+
+
+def test_a_job_that_cannot_start_says_why(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = launch(["--nodes", "4", "--folder", str(tmp_path), "--", "info", "x"], capsys)
+    try:
+        until(lambda: slurm.job_field(job, "Reason") == "PartitionNodeLimit")
+        assert main(["launch", "status", str(tmp_path)]) == 0
+        assert f"{job}  PENDING (PartitionNodeLimit)  dinocell info x" in capsys.readouterr().out
+    finally:
+        subprocess.run(["scancel", job], check=True)
 
 
 def test_a_request_that_slurm_refuses_is_one_line(

@@ -233,6 +233,7 @@ def test_a_pipe_gets_plain_lines_even_with_forced_colour(
         for step in range(1, 21):
             run.log(step, {"loss/dino": 8.914, "loss/ibot": 8.87, "lr": 1.0})
             clock[0] += 2.5
+        run.log(20, {"probe/retrieval": 0.5}, always=True)
         run.note("[red]saved[/red] :smile:")
     text = output.getvalue()
     assert not any(character < " " and character != "\n" for character in text)
@@ -240,6 +241,7 @@ def test_a_pipe_gets_plain_lines_even_with_forced_colour(
         "step 1/1000  loss/dino 8.914  loss/ibot 8.870",
         "step 10/1000  loss/dino 8.914  loss/ibot 8.870  3.2 img/s  ETA 0:41:15",
         "step 20/1000  loss/dino 8.914  loss/ibot 8.870  3.2 img/s  ETA 0:40:50",
+        "step 20/1000  probe/retrieval 0.5000  3.04 img/s  ETA 0:42:59",
         "[red]saved[/red] :smile:",
     ]
 

@@ -1,7 +1,8 @@
 """Every key of a schema as a Markdown table: what it takes, its default, what it means.
 
 ``docs/configuration.md`` is made from this, and a test holds it against the schemas. The meanings are the
-``Attributes`` of the schemas' own docstrings; what a docstring says before them introduces the section.
+``Attributes`` of the schemas' own docstrings; what a docstring says before them introduces the section. What one
+sentence says of several keys begins with their names, in its order.
 """
 
 import inspect
@@ -53,6 +54,8 @@ def _docstring(section: type) -> tuple[str, dict[str, str]]:
         heading = _ATTRIBUTE.match(line)
         if heading:
             names = heading.group(1).split(", ")
+            together = f"{', '.join(f'`{name}`' for name in names)}:" if len(names) > 1 else ""
+            meanings |= dict.fromkeys(names, together)
         elif line.strip():
             for name in names:
                 meanings[name] = f"{meanings.get(name, '')} {_code(line.strip())}".strip()

@@ -3,7 +3,8 @@
 A schema is a ``frozen=True, kw_only=True`` dataclass whose annotations are numbers, text, paths,
 ``Literal``, enums, optionals, tuples, lists, string-keyed dicts, and further schemas (*sections*).
 Nothing is converted on a guess: ``true`` is no integer, ``3.0`` is no integer, ``7`` is no text.
-An integer where a number is expected, text where a path is, a list where a tuple is, do fit.
+An integer where a number is expected, text where a path is, a list where a tuple is, and one text
+where a list of texts or paths is (``data.shards=D``), do fit.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def fit(annotation: Any, value: Any, key: str = "") -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return _fit_union(annotation, value, key)
+    if isinstance(value, str) and _is_list_of_texts(annotation):
+        value = [value]
     if origin in (tuple, list) and isinstance(value, list | tuple):
         return _fit_sequence(annotation, list(value), key)
     if origin is dict and isinstance(value, Mapping):
@@ -112,6 +115,13 @@ def _fit_sequence(annotation: Any, value: list[Any], key: str) -> Any:
     if len(value) != len(arguments):
         raise MisfitError(key, _expected_got(annotation, value))
     return tuple(fit(arguments[index], item, f"{key}[{index}]") for index, item in enumerate(value))
+
+
+def _is_list_of_texts(annotation: Any) -> bool:
+    """Say whether an annotation takes any number of texts or paths."""
+    arguments = get_args(annotation)
+    takes_any_number = get_origin(annotation) is list or (get_origin(annotation) is tuple and arguments[1:] == (...,))
+    return takes_any_number and accepts_text(arguments[0])
 
 
 def _expected_got(annotation: Any, value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -137,14 +137,21 @@ class PatternSource:
         if not by_channel:
             check_plain_names(self.channels)
         matched: list[ChannelFile] = []
+        read: list[dict[str, str]] = []
         others: list[str] = []
         for file in list_files(self.input, folders_as_files=() if by_channel else (".zarr",)):
             if (values := pattern.match(file.name)) is None:
                 others.append(file.name)
             else:
                 matched.append(_pattern_file(file, values, self.channels))
+                read.append(values)
         if not matched:
             raise nothing_found(self.input, f"files that fit {self.pattern!r}", others)
+        if (name := _echo_of_channel(read)) is not None:
+            raise ImageError(
+                f"{self.pattern!r}: {{{name}}} changes with the channel ({read[0][name]} in {read[0]['channel']}) and "
+                "makes a field of every file; write * in its place"
+            )
         yield from unmatched(others, f"does not fit {self.pattern!r}")
         listed = fields_of(
             matched,
@@ -153,6 +160,21 @@ class PatternSource:
             pixel_size_um=self.pixel_size_um,
         )
         yield from listed
+
+
+def _echo_of_channel(read: Sequence[Mapping[str, str]]) -> str | None:
+    """Return the part of the names that only numbers the channels, as the 2 of ``_2_GFP`` does; None if none does.
+
+    It would become part of the fields' ids, and tear the channels of a field apart.
+    """
+    if "channel" not in read[0]:
+        return None
+    for name in read[0].keys() - {"", "channel", "plate", "well", "site"}:
+        pairs = {(values["channel"], values[name]) for values in read}
+        channels, others = ({pair[side] for pair in pairs} for side in (0, 1))
+        if len(pairs) == len(channels) == len(others) > 1:
+            return name
+    return None
 
 
 def nothing_found(address: str, wanted: str, others: Sequence[str]) -> ImageError:

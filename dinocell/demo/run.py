@@ -62,7 +62,7 @@ def run_demo(config: DemoConfig) -> str:
     material = _material(config, console)
     console.print("[2/5] pretraining", highlight=False)
     teacher = config.weights or str(_pretrain(config, material))
-    console.print("[3/5] what the features know", highlight=False)
+    console.print("[3/5] what the features know, beside random weights: a minute or two", highlight=False)
     backbone = load_backbone(teacher, patch_size=8, in_channels=1)
     probes = {"pretrained": _probe(backbone, material), "random weights": _probe(_random(config, backbone), material)}
     console.print("[4/5] fine-tuning", highlight=False)

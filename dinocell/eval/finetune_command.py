@@ -4,7 +4,10 @@ It lies beside evaluation because it hands the training a scorer; the training i
 """
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinocell.finetune.config import FinetuneConfig
 
 
 def register(subparsers: Any) -> None:
@@ -28,17 +31,22 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="stop if images or masks cannot be used, instead of leaving them out"
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, configure=_config)
+
+
+def _config(options: argparse.Namespace) -> "FinetuneConfig":
+    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.finetune.config import FinetuneConfig
+
+    overrides = [*options.overrides, *(["data.strict=true"] if options.strict else [])]
+    return load_config(FinetuneConfig, find_recipe("finetune", options.recipe), overrides)
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dinocell.configs.load import find_recipe, load_config
     from dinocell.eval.scoring import score_segmenter
-    from dinocell.finetune.config import FinetuneConfig
     from dinocell.finetune.train import dry_run, finetune
 
-    overrides = [*options.overrides, *(["data.strict=true"] if options.strict else [])]
-    config = load_config(FinetuneConfig, find_recipe("finetune", options.recipe), overrides)
+    config = _config(options)
     if options.dry_run:
         print(dry_run(config))
     else:

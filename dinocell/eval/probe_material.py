@@ -111,9 +111,17 @@ def extractor(
             bar = start_progress(Console(quiet=not world.is_main), total_steps=own, batch_size=1)
             shown = max(1, own // 20)
 
+            last_shown = 0
+
             def progress(done: int) -> None:
+                nonlocal last_shown
+                if (
+                    done % settings.batch_size and done < own
+                ):  # images come a batch at once: within one there is no rate
+                    return
                 bar.advance(done)
-                if done % shown == 0:
+                if done // shown > last_shown:
+                    last_shown = done // shown
                     bar.report(done, {})
 
             try:

@@ -42,11 +42,12 @@ _COUNTS = {
 _ALL = tuple(field.name for field in fields(Scores))
 _OFFICIAL = ("seg_official", "det_official")
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
-    "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;font-size:93%;font-variant-numeric:tabular-nums}"
+    "th,td{padding:.3rem .45rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
     "th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}"
-    "small{color:#666}img{max-width:100%}figure{margin:1.5rem 0}.false{color:#c81e1e}.missed{color:#2255dd}"
+    "td:first-child{white-space:normal}small{color:#666}td small{font-size:72%}"
+    "img{max-width:100%}figure{margin:1.5rem 0}.false{color:#c81e1e}.missed{color:#2255dd}"
     ".right{color:#2e8b2e}.table{overflow-x:auto}"
 )
 

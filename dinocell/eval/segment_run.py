@@ -6,6 +6,7 @@ has been computed by then is written, and the next run goes on from it.
 
 import errno
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,8 @@ from dinocell.eval.segment_tables import Tables, Written, output_errors
 
 # Pictures whose results wait to be written: more would only fill the memory.
 _MOST_WAITING = 2
+# A picture that takes longer says how far it is, as often.
+_WORD_EVERY_S = 10.0
 
 
 class _Read(NamedTuple):
@@ -93,6 +96,7 @@ def segment_files(
             tables.write()
         raise
     tables.write()
+    say(f"results: {request.output}")
     return progress.failed
 
 
@@ -133,7 +137,7 @@ def _segment(
             coming = reader.submit(next, pictures, None)
             while (read := coming.result()) is not None:
                 coming = reader.submit(next, pictures, None)
-                waiting.append(_compute(read, pipeline, request, writer))
+                waiting.append(_compute(read, pipeline, request, writer, progress.say))
                 while len(waiting) > _MOST_WAITING:
                     _settle(waiting, tables, progress)
             while waiting:
@@ -192,7 +196,13 @@ def _frames(job: Job, request: Request, tables: Tables) -> Iterator[_Read]:
     yield _Read(job, found_done=tuple(tables.unlisted(job, done)))
 
 
-def _compute(read: _Read, pipeline: DINOCellPipeline, request: Request, writer: ThreadPoolExecutor) -> _Waiting:
+def _compute(
+    read: _Read,
+    pipeline: DINOCellPipeline,
+    request: Request,
+    writer: ThreadPoolExecutor,
+    say: Callable[[str], None],
+) -> _Waiting:
     """Segment a picture and hand its results to the writer."""
     picture, target = read.picture, read.target
     if picture is None or target is None:
@@ -200,13 +210,28 @@ def _compute(read: _Read, pipeline: DINOCellPipeline, request: Request, writer: 
     try:
         plane = picture.plane(request.channel)
         size = request.pixel_size_um if request.pixel_size_um is not None else picture.pixel_size_um
-        labels, maps = pipeline.run(plane, return_dist_map=True, pixel_size_um=size)
+        labels, maps = pipeline.run(
+            plane, return_dist_map=True, pixel_size_um=size, progress=_words_of_windows(read.job.file, say)
+        )
         if "save_ctc" in target.paths:
             check_ids(labels, target.paths["save_ctc"])
     except ImageError as error:
         return _Waiting(read, error=error)
     found = _Found(read, target, picture, plane, labels, maps, size)
     return _Waiting(read, writing=writer.submit(_write, found, request))
+
+
+def _words_of_windows(file: Path, say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return what says now and then how many windows of a large picture are done."""
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if done < total and time.monotonic() - last >= _WORD_EVERY_S:
+            last = time.monotonic()
+            say(f"{file}: {done} of {total} windows")
+
+    return tell
 
 
 def _write(found: _Found, request: Request) -> Written:

@@ -10,6 +10,8 @@ from dinocell.data_shards.images import write_png
 
 _CELL_PX, _LEFT_PX, _TOP_PX, _LINE_PX = 32, 84, 62, 14
 _SHOWN_LABELS = 10
+# Scores that far below the best are dark: one grid point that finds nothing would leave all others in one colour.
+_SHOWN_BELOW_BEST = 0.1
 
 
 def draw_heat_map(
@@ -21,7 +23,7 @@ def draw_heat_map(
     best: tuple[int, int],
     title: str,
 ) -> None:
-    """Write a PNG: a square a point, dark is low, bright is high, grey undefined, the best one framed.
+    """Write a PNG: a square a point, dark 0.1 below the best or less, bright the best, which is framed; grey undefined.
 
     Parameters
     ----------
@@ -37,12 +39,13 @@ def draw_heat_map(
 
     colours = np.repeat(np.repeat(_colours(scores), _CELL_PX, axis=0), _CELL_PX, axis=1)
     height, width = colours.shape[:2]
-    sheet = Image.new("RGB", (max(_LEFT_PX + width + 12, 420), _TOP_PX + height + 12), "white")
+    sheet = Image.new("RGB", (max(_LEFT_PX + width + 12, 500), _TOP_PX + height + 12), "white")
     sheet.paste(Image.fromarray(colours), (_LEFT_PX, _TOP_PX))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    low, high = np.nanmin(scores), np.nanmax(scores)
-    draw.text((4, 4), f"{title} (range {low:.3f} to {high:.3f})", fill="black", font=font)
-    draw.text((4, _TOP_PX - 2 * _LINE_PX - 8), f"{rows[0]} down, {columns[0]} across", fill="black", font=font)
+    low, high = _range(scores)
+    draw.text((4, 4), f"{title} (lowest {np.nanmin(scores):.3f})", fill="black", font=font)
+    axes = f"{rows[0]} down, {columns[0]} across; dark: {low:.3f} or less, bright: {high:.3f}"
+    draw.text((4, _TOP_PX - 2 * _LINE_PX - 8), axes, fill="black", font=font)
     for number in _shown(len(columns[1])):
         draw.text((_LEFT_PX + number * _CELL_PX, _TOP_PX - _LINE_PX - 4), f"{columns[1][number]:.2f}", "black", font)
     for number in _shown(len(rows[1])):
@@ -52,11 +55,17 @@ def draw_heat_map(
     write_png(path, np.asarray(sheet).transpose(2, 0, 1))
 
 
+def _range(scores: np.ndarray) -> tuple[float, float]:
+    """Return the scores of the darkest and of the brightest colour."""
+    high = float(np.nanmax(scores))
+    return max(float(np.nanmin(scores)), high - _SHOWN_BELOW_BEST), high
+
+
 def _colours(scores: np.ndarray) -> np.ndarray:
     import cv2
 
-    low, high = np.nanmin(scores), np.nanmax(scores)
-    levels = np.nan_to_num((scores - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+    low, high = _range(scores)
+    levels = np.nan_to_num(np.clip((scores - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
     colours = np.ascontiguousarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1])
     colours[np.isnan(scores)] = 200
     return colours

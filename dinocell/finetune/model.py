@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dinocell.configs.differences import diff_configs
 from dinocell.errors import WeightsError
 from dinocell.finetune.decoder import Decoder
 from dinocell.finetune.files import SegmenterFile, read_segmenter, write_segmenter
@@ -255,11 +256,14 @@ class DINOCell(nn.Module):
             If the file is of another architecture; nothing is changed then.
         """
         file = read_segmenter(path)
-        ours = (self.backbone.config, self.blocks, self.target)
-        theirs = (file.vit, file.blocks, file.settings.target)
-        for name, expected, got in zip(("backbone", "blocks", "target"), ours, theirs, strict=True):
-            if expected != got:
-                raise WeightsError(f"{path}: expected {name} {expected}, got {got}")
+        ours = {"backbone": dataclasses.asdict(self.backbone.config), "blocks": self.blocks, "target": self.target}
+        theirs = {"backbone": dataclasses.asdict(file.vit), "blocks": file.blocks, "target": file.settings.target}
+        differing = diff_configs(ours, theirs)
+        if differing:
+            raise WeightsError(
+                f"{path}: of another architecture than this model ({'; '.join(differing)}); "
+                "DINOCell.from_pretrained makes a model of the file's own"
+            )
         self._load(file.tensors, str(path))
         self.settings, self.card = file.settings, file.card
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is, in words: for its log and for a dry run."""
+"""What a fine-tuning run is, in words: for its log, for a dry run, and beside its numbers in TensorBoard."""
 
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.data import Crops
@@ -37,3 +37,21 @@ def describe_run(
 
 def _images(number: int) -> str:
     return "1 image" if number == 1 else f"{number} images"
+
+
+def guide(config: FinetuneConfig) -> str:
+    """Return what the numbers and pictures of a run mean, as Markdown (``/*``: all of a group)."""
+    error = "mean squared error of distance maps" if config.target == "distance" else "error of flows and chances"
+    rows = (
+        ("`loss/train`, `loss/validation`", f"{error}; training falls while validation rises: too few images"),
+        ("`score/seg`, `score/det`, `score/op_csb`", "of the validation images, segmented; 0 to 1, 1 is perfect"),
+        ("`score/f1_at_0.5`", "cells that overlap a reference cell by half of their union or more; 0 to 1"),
+        ("`epoch`", "how many are done"),
+        ("`gradient_norm/*`", f"before clipping at {config.optim.clip:g}"),
+        ("`schedule/*`", "learning rates of this step"),
+        ("`health/skipped_steps`", "steps left out because something was not finite; should stay 0"),
+        ("`speed/images_per_s`, `speed/steps_per_s`", "crops and steps a second over all processes"),
+        ("`examples ...`", "a crop a row; images -2.5 to 2.5 deviations, maps and errors black 0 to white 1"),
+    )
+    lines = (f"| {names} | {meaning} |" for names, meaning in rows)
+    return "\n".join(["| number or picture | unit, and what to look for |\n|---|---|", *lines])

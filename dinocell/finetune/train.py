@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from dinocell.configs.load import to_yaml
 from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.data import Crops, Examples, crops_of_step, loader
@@ -19,7 +20,7 @@ from dinocell.finetune.kept_features import bytes_of_crop, in_bytes
 from dinocell.finetune.learner import Learner
 from dinocell.finetune.pictures import draw_examples
 from dinocell.finetune.sets import Split, open_sets, split
-from dinocell.finetune.summary import describe_run
+from dinocell.finetune.summary import describe_run, guide
 from dinocell.finetune.validation import Scorer, choose_thresholds, validation_error
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.distributed import World, barrier, together
@@ -62,6 +63,8 @@ def finetune(config: FinetuneConfig, *, score: Scorer | None = None) -> Path:
             batch_size=config.crops_a_step,
             is_main=world.is_main,
         ) as run:
+            run.text(0, "config", f"```yaml\n{to_yaml(config)}\n```")
+            run.text(0, "guide", guide(config))
             for line in training.facts():
                 run.note(line)
             training.train(run, stop, score)

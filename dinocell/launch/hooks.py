@@ -6,6 +6,9 @@ from pathlib import Path
 Main = Callable[[Sequence[str]], int]
 """Takes the arguments of a command line and returns the exit code."""
 
+Check = Callable[[Sequence[str], bool], None]
+"""Refuses a command line that cannot be run, without running it: its words and, if so told, its recipe and settings."""
+
 _export_hook: Callable[[Path], None] | None = None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.launch.hooks import Main
+from dinocell.launch.hooks import Check, Main
 
 _DAY_MIN = 24 * 60
 _EXAMPLES = """examples:
@@ -23,8 +23,8 @@ _EXAMPLES = """examples:
   dinocell launch --cluster local --processes 2 -- pretrain debug data.shards='[shards/mine]' output=runs/two"""
 
 
-def register(subparsers: Any, *, main: Main) -> None:
-    """Add ``launch`` to the commands; ``main`` runs a command line in the job."""
+def register(subparsers: Any, *, main: Main, check: Check) -> None:
+    """Add ``launch`` to the commands; ``main`` runs a command line in the job, ``check`` looks at it before."""
     summary = "run any dinocell command as a SLURM job, or in several processes on this machine"
     parser = subparsers.add_parser(
         "launch",
@@ -79,10 +79,10 @@ def register(subparsers: Any, *, main: Main) -> None:
     job.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: processes on this machine")
     job.add_argument("--processes", type=int, metavar="N", help="with --cluster local (--gpus-per-node, or 1)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.set_defaults(run=partial(_run, main))
+    parser.set_defaults(run=partial(_run, main, check))
 
 
-def _run(main: Main, options: argparse.Namespace) -> None:
+def _run(main: Main, check: Check, options: argparse.Namespace) -> None:
     command = options.command
     if command[:1] in (["status"], ["logs"]):
         _look(command)
@@ -94,16 +94,18 @@ def _run(main: Main, options: argparse.Namespace) -> None:
     folder = options.folder or _folder_of(arguments)
     if options.array < 1:
         raise ConfigError(f"--array: expected at least 1, got {options.array}")
+    probes = shlex.split(options.on_export) if options.on_export else []
+    if probes and "{checkpoint}" not in options.on_export:
+        raise ConfigError("--on-export: expected {checkpoint} somewhere in the command")
+    then = shlex.split(options.then) if options.then else []
+    for each in filter(None, (arguments, probes, then)):
+        _check_before(check, each, options)
     if options.cluster == "local":
         _run_local(options, arguments, folder)
         return
     from dinocell.launch.slurm import script, submit
 
-    probes = shlex.split(options.on_export) if options.on_export else []
-    if probes and "{checkpoint}" not in options.on_export:
-        raise ConfigError("--on-export: expected {checkpoint} somewhere in the command")
     one_task = {"nodes": 1, "tasks_per_node": 1, "dependency": None}
-    then = shlex.split(options.then) if options.then else []
     if options.dry_run:
         print(script(arguments, settings, folder, tasks=options.array))
         if then:
@@ -112,11 +114,29 @@ def _run(main: Main, options: argparse.Namespace) -> None:
     alone = _settings(options, **one_task, gpus_per_node=1 if settings.gpus_per_node else None)
     jobs = submit(main, arguments, settings, folder, tasks=options.array, on_export=probes, export_settings=alone)
     print(f"submitted {', '.join(jobs)}; logs and record in {folder}")
+    run = shlex.quote(str(_output_of(arguments) or folder))
+    print(f"state: dinocell launch status {run}   log: dinocell launch logs {run} --follow   end it: scancel JOB")
     if then:
         ids = ":".join(sorted({job.split("_")[0] for job in jobs}))
         after = _settings(options, **{**one_task, "dependency": f"afterok:{ids}"})
         following = submit(main, then, after, folder / "then")
         print(f"submitted {following[0]}, which waits for them")
+
+
+def _check_before(check: Check, arguments: Sequence[str], options: argparse.Namespace) -> None:
+    """Refuse here what would wait in the queue only to fail, as far as it can be seen from here.
+
+    A container has files of its own, and a setting may ask for a variable that only the job has.
+    """
+    from dinocell.launch.job import fill_in
+
+    texts = [*arguments, *(Path(each).read_text(errors="replace") for each in arguments if _is_recipe_file(each))]
+    waits_for_job = options.container_image is not None or any("${oc.env:" in text for text in texts)
+    check(fill_in(arguments, 1, options.array), not waits_for_job)
+
+
+def _is_recipe_file(argument: str) -> bool:
+    return argument.endswith((".yaml", ".yml")) and Path(argument).is_file()
 
 
 # What means nothing without SLURM, and what each is unless it was given.
@@ -190,10 +210,14 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
 def _folder_of(arguments: Sequence[str]) -> Path:
     """Return the launch's own folder: in the run folder, where the command names one, the same for all of an array."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    output = next((each.split("=", 1)[1] for each in arguments if each.startswith("output=")), None)
-    if output is not None and "{task}" not in output and "{tasks}" not in output:
-        return (Path(output) / "launch" / stamp).absolute()
+    output = _output_of(arguments)
+    if output is not None and "{task}" not in str(output) and "{tasks}" not in str(output):
+        return (output / "launch" / stamp).absolute()
     return (Path("launches") / f"{stamp}-{arguments[0]}").absolute()
+
+
+def _output_of(arguments: Sequence[str]) -> Path | None:
+    return next((Path(each.split("=", 1)[1]) for each in arguments if each.startswith("output=")), None)
 
 
 def _minutes(text: str) -> int:
@@ -219,8 +243,9 @@ def _look(command: Sequence[str]) -> None:
 
     if action == "status":
         for state in states(options.folder):
-            restarts = f", {state.restarts} restarts" if state.restarts not in ("", "0") else ""
-            print(f"{state.job}  {state.state}  {state.nodes}{restarts}  {state.line}")
+            print(state)
+            if state.complaint:
+                print(f"    {state.complaint}")
         step = last_step(options.folder)
         if step:
             print(step)

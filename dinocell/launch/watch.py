@@ -1,6 +1,7 @@
 """What became of a launched run: the state of its jobs, how far it is, its logs."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -12,15 +13,21 @@ from dinocell.errors import DinocellError
 from dinocell.launch.slurm import RECORD
 
 _POLL_S = 1.0
+# What a command says when it stops, or the end of Python's traceback.
+_COMPLAINT = re.compile(r"dinocell: |[\w.]+(Error|Exception|Interrupt)\b")
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """A job: its number, SLURM's word for its state (``UNKNOWN`` if SLURM has forgotten it), nodes, restarts."""
+    """A job: its number, SLURM's word for its state (``UNKNOWN`` if SLURM has forgotten it), nodes, restarts.
+
+    ``reason`` is SLURM's word for why it waits.
+    """
 
     job: str
     state: str
+    reason: str = ""
     nodes: str = ""
     restarts: str = ""
     line: str = ""
@@ -30,6 +37,23 @@ class JobState:
     def has_ended(self) -> bool:
         """Whether it will not run again."""
         return self.state.startswith(_ENDED)
+
+    @property
+    def complaint(self) -> str:
+        """The last thing that a job that failed said about it: the command's own line, or Python's; empty if none."""
+        if not self.state.startswith("FAILED"):
+            return ""
+        logs = [
+            path.read_text(encoding="utf-8", errors="replace") for path in self.folder.glob(f"{self.job}_*_log.out")
+        ]
+        said = [line for log in sorted(logs) for line in log.splitlines() if _COMPLAINT.match(line)]
+        return said[-1] if said else ""
+
+    def __str__(self) -> str:
+        state = f"{self.state} ({self.reason})" if self.reason else self.state
+        restarts = f"{self.restarts} restarts" if self.restarts not in ("", "0") else ""
+        where = ", ".join(filter(None, (self.nodes, restarts)))
+        return "  ".join(filter(None, (self.job, state, where, self.line)))
 
 
 def launches(run: Path) -> list[Path]:
@@ -62,6 +86,7 @@ def _state(job: str, line: str, folder: Path) -> JobState:
         return JobState(
             job=job,
             state=known["JobState"],
+            reason=known.get("Reason", "").replace("None", "") if known["JobState"] == "PENDING" else "",
             nodes=known.get("NodeList", "").replace("(null)", ""),
             restarts=known.get("Restarts", ""),
             line=line,

@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+# Numbers that the console shows, by how their names begin; the others are in TensorBoard.
+_SHOWN = ("loss/", "probe/", "score/")
+
 
 def start_progress(
     console: Console, *, total_steps: int | None = None, done_steps: int = 0, batch_size: int | None = None
@@ -132,7 +135,7 @@ class PlainProgress:
 
 
 def _losses(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:#.4g}" for name, value in metrics.items() if name.startswith("loss/"))
+    return "  ".join(f"{name} {value:#.4g}" for name, value in metrics.items() if name.startswith(_SHOWN))
 
 
 def _rounded(rate: float) -> str:

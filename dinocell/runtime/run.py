@@ -185,8 +185,8 @@ class Run:
         step
             Number of the step, counted from 1.
         metrics
-            Name (``group/name``) to number or one-element tensor. Names starting with ``loss/`` show
-            on the console.
+            Name (``group/name``) to number or one-element tensor. Names starting with ``loss/``,
+            ``probe/`` or ``score/`` show on the console.
         always
             Write them even if this is no log step: what is measured rarely, such as a validation error.
 

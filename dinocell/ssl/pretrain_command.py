@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinocell.ssl.config import PretrainConfig
 
 Probe = Callable[[Any], Callable[[Any], Mapping[str, float]] | None]
 """From a configuration to what measures its teacher while it is trained."""
@@ -28,15 +31,20 @@ def register(
     parser.add_argument(
         "--dry-run", action="store_true", help="time two steps, say how long the run takes, and write nothing"
     )
-    parser.set_defaults(run=partial(_run, probe, on_export))
+    parser.set_defaults(run=partial(_run, probe, on_export), configure=_config)
+
+
+def _config(options: argparse.Namespace) -> "PretrainConfig":
+    from dinocell.configs.load import find_recipe, load_config
+    from dinocell.ssl.config import PretrainConfig
+
+    return load_config(PretrainConfig, find_recipe("pretrain", options.recipe), options.overrides)
 
 
 def _run(probe: Probe, on_export: Callable[[Path], None], options: argparse.Namespace) -> None:
-    from dinocell.configs.load import find_recipe, load_config
-    from dinocell.ssl.config import PretrainConfig
     from dinocell.ssl.train import dry_run, pretrain
 
-    config = load_config(PretrainConfig, find_recipe("pretrain", options.recipe), options.overrides)
+    config = _config(options)
     if options.dry_run:
         print(dry_run(config))
     else:

@@ -23,6 +23,7 @@ from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.runtime.throughput import Throughput
 from dinocell.ssl.config import PretrainConfig
+from dinocell.ssl.guide import guide
 from dinocell.ssl.memory import check_memory
 from dinocell.ssl.pictures import draw_features, draw_views
 from dinocell.ssl.prepare import backbone_of, build_model, describe_run, flop_per_image, open_shards
@@ -132,6 +133,7 @@ def pretrain(
             ) as run,
         ):
             run.text(0, "config", f"```yaml\n{to_yaml(config)}\n```")
+            run.text(0, "guide", guide(config))
             facts = describe_run(config, samples, model, world)
             for line in [*facts, *([f"goes on after step {first}"] if first else [])]:
                 run.note(line)
