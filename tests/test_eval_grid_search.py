@@ -61,14 +61,19 @@ def test_scores_are_pooled_over_images_and_impossible_points_have_none() -> None
 
 
 def test_the_table_has_a_line_a_point_and_nothing_where_nothing_was_set(tmp_path: Path) -> None:
-    scores = dict.fromkeys(METRICS, np.full((1, 1, 2), 0.5))
-    axes = {"cells_max": (0.4,), "cell_fill": (0.1,), "merge_px": (None, 3.0)}
+    scores = dict.fromkeys(METRICS, np.full((1, 1, 2, 2), 0.5))
+    axes = {"cells_max": (0.4,), "cell_fill": (0.1,), "merge_px": (None, 3.0), "restore_border": (True, False)}
     found = GridSearch(point=Thresholds, axes=axes, metric="seg", scores=scores, num_images=1)
     found.write_csv(tmp_path / "grid.csv")
     with (tmp_path / "grid.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["merge_px"] for row in rows] == ["", "3"]
-    assert list(rows[0]) == ["cells_max", "cell_fill", "merge_px", *METRICS]
+    assert [(row["merge_px"], row["restore_border"]) for row in rows] == [
+        ("", "yes"),
+        ("", "no"),
+        ("3", "yes"),
+        ("3", "no"),
+    ]
+    assert list(rows[0]) == ["cells_max", "cell_fill", "merge_px", "restore_border", *METRICS]
 
 
 @pytest.mark.parametrize("num_references", [0, 1])
@@ -87,13 +92,13 @@ def test_maps_and_references_go_together(num_references: int) -> None:
 
 
 def test_of_equal_points_the_one_among_good_neighbours_is_chosen() -> None:
-    scores = np.full((5, 5, 1), 0.2)
+    scores = np.full((5, 5, 1, 1), 0.2)
     scores[0, 4] = scores[2, 2] = 0.9
     scores[1:4, 1:4][scores[1:4, 1:4] < 0.9] = 0.8
     values = tuple(np.linspace(0.1, 0.5, 5).tolist())
     found = GridSearch(
         point=Thresholds,
-        axes={"cells_max": values, "cell_fill": values, "merge_px": (3.0,)},
+        axes={"cells_max": values, "cell_fill": values, "merge_px": (3.0,), "restore_border": (True,)},
         metric="seg",
         scores=dict.fromkeys(METRICS, scores),
         num_images=1,

@@ -17,6 +17,7 @@ from dinocell.eval.mending import Mending
 from dinocell.eval.pipeline import DINOCellPipeline
 from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.thresholds import search
+from dinocell.eval.watershed import distance_to_labels
 from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.models.config import VARIANTS, variant_config
@@ -177,11 +178,25 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(mirror: DINOCellPipe
     assert found.metrics == plain.metrics
     replace_settings(mirror.model, cells_max=0.95, cell_fill=0.9)
     found = score_segmenter(mirror.model, [image], True)
-    assert set(found.settings) == {"cells_max", "cell_fill", "merge_px"}
+    assert set(found.settings) == {"cells_max", "cell_fill", "merge_px", "restore_border"}
     assert found.metrics["score/op_csb"] > 0.95
     assert mirror.model.settings.cells_max == 0.95, "the model stays as it is"
     replace_settings(mirror.model, **found.settings)
     assert score_segmenter(mirror.model, [image], False).metrics == found.metrics
+
+
+@pytest.mark.parametrize("restore_border", [False, True])
+def test_borders_are_drawn_as_the_model_says(mirror: DINOCellPipeline, restore_border: bool) -> None:
+    replace_settings(mirror.model, cell_fill=0.3, restore_border=restore_border)
+    maps = mirror.maps(as_picture(FIELD.labels))
+    wanted = distance_to_labels(
+        maps, cells_max=mirror.cells_max, cell_fill=mirror.cell_fill, restore_border=restore_border
+    )
+    np.testing.assert_array_equal(mirror.cells(maps), wanted)
+    other = distance_to_labels(
+        maps, cells_max=mirror.cells_max, cell_fill=mirror.cell_fill, restore_border=not restore_border
+    )
+    assert (other != wanted).any()
 
 
 def test_scoring_scales_images_and_drops_small_cells_as_the_segmenter_in_use_does(

@@ -1,6 +1,7 @@
 """Threshold search: each point of the grid is what running the whole chain at it gives."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,15 @@ MAPS, LABELS = images()
 @pytest.mark.parametrize("mending", [PLAIN, Mending(), Mending(min_area_px=40, merge_depth=0.0, blur_px=0.0)])
 def test_every_point_is_what_the_whole_chain_gives(mending: Mending) -> None:
     merges = [None] if mending.merge_px is None else [2.0, 5.0, None]
-    found = search(MAPS, LABELS, steps=4, merge_px=merges, mending=mending, cell_fill_range=(0.05, 0.6))
-    assert found.scores["seg"].shape == (4, 4, len(merges))
+    borders = [mending.restore_border] if mending == PLAIN else [False, True]
+    found = search(
+        MAPS, LABELS, steps=4, merge_px=merges, restore_border=borders, mending=mending, cell_fill_range=(0.05, 0.6)
+    )
+    assert found.scores["seg"].shape == (4, 4, len(merges), len(borders))
     for m, cells_max in enumerate(found.axes["cells_max"]):
         for f, cell_fill in enumerate(found.axes["cell_fill"]):
-            for g, merge_px in enumerate(merges):
-                scores = {metric: found.scores[metric][m, f, g] for metric in METRICS}
+            for (g, merge_px), (b, restore_border) in itertools.product(enumerate(merges), enumerate(borders)):
+                scores = {metric: found.scores[metric][m, f, g, b] for metric in METRICS}
                 if cell_fill > cells_max:
                     assert all(np.isnan(score) for score in scores.values())
                     continue
@@ -57,7 +61,7 @@ def test_every_point_is_what_the_whole_chain_gives(mending: Mending) -> None:
                         min_area_px=mending.min_area_px,
                         merge_px=merge_px,
                         merge_depth=mending.merge_depth,
-                        restore_border=mending.restore_border,
+                        restore_border=restore_border,
                         blur_px=mending.blur_px,
                     )
                     for distance in MAPS
@@ -81,9 +85,9 @@ def test_the_best_point_is_the_highest_and_beats_the_edges() -> None:
     found = search(MAPS, LABELS, steps=6)
     best = found.best
     assert found.best_score == np.nanmax(found.scores["op_csb"])
-    m, f, g = (values.index(value) for values, value in zip(found.axes.values(), best, strict=True))
-    assert found.scores["op_csb"][m, f, g] == found.best_score
-    assert found.best_score > found.scores["op_csb"][0, 0, 0] + 0.05
+    place = tuple(values.index(value) for values, value in zip(found.axes.values(), best, strict=True))
+    assert found.scores["op_csb"][place] == found.best_score
+    assert found.best_score > found.scores["op_csb"][0, 0, 0, 0] + 0.05
     by_seg = search(MAPS, LABELS, steps=6, metric="seg")
     assert by_seg.best_score == np.nanmax(found.scores["seg"])
 

@@ -259,6 +259,7 @@ def _search(
         cells_max_range=grid.cells_max_range,
         cell_fill_range=grid.cell_fill_range,
         steps=grid.steps,
+        restore_border=(True, False),
         mending=Mending(min_area_px=settings.min_area_px, merge_px=settings.merge_px),
         progress=lambda done, total: progress("searched", done, total),
     )

@@ -45,7 +45,7 @@ class GridSearch(Generic[Point]):
     """
 
     point: Callable[..., Point]
-    axes: Mapping[str, Sequence[float | None]]
+    axes: Mapping[str, Sequence[float | bool | None]]
     metric: Metric
     scores: dict[Metric, Float64[np.ndarray, "..."]]
     num_images: int
@@ -75,7 +75,7 @@ class GridSearch(Generic[Point]):
         around = [_mean_around(scores, *place) for place in ties]
         return tuple(ties[int(np.argmax(around))])
 
-    def _values(self, place: Sequence[int]) -> list[float | None]:
+    def _values(self, place: Sequence[int]) -> list[float | bool | None]:
         return [values[index] for values, index in zip(self.axes.values(), place, strict=True)]
 
     def write_csv(self, path: str | Path) -> None:
@@ -84,7 +84,7 @@ class GridSearch(Generic[Point]):
             writer = csv.writer(file)
             writer.writerow([*self.axes, *METRICS])
             for place in product(*(range(len(values)) for values in self.axes.values())):
-                values = ["" if value is None else f"{value:.6g}" for value in self._values(place)]
+                values = [_written(value) for value in self._values(place)]
                 writer.writerow([*values, *(f"{self.scores[metric][place]:.6f}" for metric in METRICS)])
 
     def write_heat_map(self, path: str | Path) -> None:
@@ -102,11 +102,17 @@ class GridSearch(Generic[Point]):
         )
 
 
+def _written(value: float | bool | None) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else f"{value:.6g}"
+
+
 def search_grid(
     maps: Sequence[Float[np.ndarray, "..."]],
     references: Sequence[Integer[np.ndarray, "_ _"]],
     point: Callable[..., Point],
-    axes: Mapping[str, Sequence[float | None]],
+    axes: Mapping[str, Sequence[float | bool | None]],
     evaluate: Evaluator,
     *,
     metric: Metric,

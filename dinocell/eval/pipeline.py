@@ -266,6 +266,7 @@ class DINOCellPipeline:
             cells_max=self.cells_max if cells_max is None else cells_max,
             cell_fill=self.cell_fill if cell_fill is None else cell_fill,
             merge_px=settings.merge_px,
+            restore_border=settings.restore_border,
             min_area_px=settings.min_area_px,
         )
 

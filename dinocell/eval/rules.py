@@ -84,14 +84,17 @@ def rules_of(pipeline: DINOCellPipeline, found: FoundThresholds | None) -> Mappi
             of_flows[FOUND] = FlowRule(**best._asdict(), min_area_px=min_area_px)
         return of_flows
     settings, peak, fill = pipeline.model.settings, pipeline.cells_max, pipeline.cell_fill
-    merge_px, min_area_px = settings.merge_px, settings.min_area_px
+    min_area_px = settings.min_area_px
     rules = {
-        OURS: Rule(cells_max=peak, cell_fill=fill, merge_px=merge_px, min_area_px=min_area_px, restore_border=True),
+        OURS: Rule(
+            cells_max=peak,
+            cell_fill=fill,
+            merge_px=settings.merge_px,
+            min_area_px=min_area_px,
+            restore_border=settings.restore_border,
+        ),
         PLAIN: Rule(cells_max=peak, cell_fill=fill, merge_px=None, min_area_px=0, restore_border=False),
     }
     if isinstance(best, Thresholds):
-        peak, fill, merge_px = best
-        rules[FOUND] = Rule(
-            cells_max=peak, cell_fill=fill, merge_px=merge_px, min_area_px=min_area_px, restore_border=True
-        )
+        rules[FOUND] = Rule(**best._asdict(), min_area_px=min_area_px)
     return rules

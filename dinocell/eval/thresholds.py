@@ -1,4 +1,4 @@
-"""Find the two thresholds of the watershed that score best: every pair of a grid, on maps that are predicted once.
+"""Find the thresholds of the watershed and the mending that score best: a grid, on maps that are predicted once.
 
 For each peak threshold a map is flooded once, at the lowest fill threshold; every higher one is a cut of that flood
 (`dinocell.eval.watershed.cut`, equal in every pixel). Cuts are then mended and scored exactly as
@@ -30,6 +30,7 @@ class Thresholds(NamedTuple):
     cells_max: float
     cell_fill: float
     merge_px: float | None
+    restore_border: bool
 
 
 def search(
@@ -40,6 +41,7 @@ def search(
     cell_fill_range: tuple[int | float, int | float] = CELL_FILL_RANGE,
     steps: int = STEPS,
     merge_px: Sequence[int | float | None] | None = None,
+    restore_border: Sequence[bool] | None = None,
     mending: Mending | None = None,
     metric: Metric = "op_csb",
     workers: int | None = None,
@@ -54,8 +56,8 @@ def search(
         they need not fit into memory; see `dinocell.eval.grid_search.keep_maps`.
     cells_max_range, cell_fill_range, steps
         Least and largest value of each threshold, and how many of each, evenly spaced.
-    merge_px
-        Values of this to try with each pair; None tries that of ``mending``.
+    merge_px, restore_border
+        Values of these to try with each pair; None tries that of ``mending``.
     mending
         What else is done after the flood, the same for all points; ``mending.PLAIN`` for the plain watershed.
     metric
@@ -75,7 +77,8 @@ def search(
     fills = _grid("cell_fill", *cell_fill_range, steps)
     tried = (mending.merge_px,) if merge_px is None else merge_px
     merges = tuple(None if value is None else float(value) for value in tried)
-    mendings = [replace(mending, merge_px=value) for value in merges]
+    borders = (mending.restore_border,) if restore_border is None else tuple(restore_border)
+    mendings = [[replace(mending, merge_px=value, restore_border=restored) for restored in borders] for value in merges]
 
     def evaluate(distance: np.ndarray, reference: np.ndarray, cells_max: float) -> np.ndarray:
         return _scored(distance, reference, cells_max, fills, mendings)
@@ -84,7 +87,7 @@ def search(
         distances,
         references,
         Thresholds,
-        {"cells_max": peaks, "cell_fill": fills, "merge_px": merges},
+        {"cells_max": peaks, "cell_fill": fills, "merge_px": merges, "restore_border": borders},
         evaluate,
         metric=metric,
         workers=workers,
@@ -93,19 +96,24 @@ def search(
 
 
 def _scored(
-    distance: np.ndarray, reference: np.ndarray, cells_max: float, fills: Sequence[float], mendings: Sequence[Mending]
+    distance: np.ndarray,
+    reference: np.ndarray,
+    cells_max: float,
+    fills: Sequence[float],
+    mendings: Sequence[Sequence[Mending]],
 ) -> np.ndarray:
-    """Flood once, then cut, mend and score at every fill threshold, none above the peaks'; (f g sums)."""
-    found = np.full((len(fills), len(mendings), len(Sums._fields)), np.nan)
+    """Flood once, then cut, mend and score at every fill threshold, none above the peaks'; (f g r sums)."""
+    found = np.full((len(fills), len(mendings), len(mendings[0]), len(Sums._fields)), np.nan)
     possible = [(number, fill) for number, fill in enumerate(fills) if fill <= cells_max]
     if not possible:
         return found
     flooded = flood(distance, cells_max=cells_max, lowest_fill=possible[0][1])
     for number, fill in possible:
         plain = cut(flooded, fill)
-        for which, mending in enumerate(mendings):
-            table = find_overlaps(reference, mend(plain, flooded.distance, cell_fill=fill, mending=mending))
-            found[number, which] = sums_of(table)
+        for which, ways in enumerate(mendings):
+            for way, mending in enumerate(ways):
+                table = find_overlaps(reference, mend(plain, flooded.distance, cell_fill=fill, mending=mending))
+                found[number, which, way] = sums_of(table)
     return found
 
 

@@ -38,4 +38,5 @@ def _rule(settings: SegmenterSettings) -> str:
     if settings.target == "flows":
         return f"chance above {settings.probability:.3g}, flow error up to {settings.flow_error:.3g}"
     merging = "no merging" if settings.merge_px is None else f"merging at {settings.merge_px:g} px"
-    return f"peaks above {settings.cells_max:.3g}, fill above {settings.cell_fill:.3g}, {merging}"
+    border = "borders restored" if settings.restore_border else "borders as cut"
+    return f"peaks above {settings.cells_max:.3g}, fill above {settings.cell_fill:.3g}, {merging}, {border}"

@@ -37,7 +37,7 @@ class SegmenterSettings:
         crops of 128 px draws other maps in windows of 256.
     target
         What the maps are: distance to the cell's boundary, or flows and the chance of a cell.
-    cells_max, cell_fill, merge_px, min_area_px
+    cells_max, cell_fill, merge_px, restore_border, min_area_px
         How maps become cells (`dinocell.eval.watershed.distance_to_labels`): SAMCell's thresholds unless the training
         found better ones.
     probability, flow_error
@@ -57,6 +57,7 @@ class SegmenterSettings:
     cells_max: float = 0.47
     cell_fill: float = 0.09
     merge_px: float | None = 3.0
+    restore_border: bool = True
     min_area_px: int = 0
     probability: float = 0.5
     flow_error: float = 0.4
