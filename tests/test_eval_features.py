@@ -222,7 +222,7 @@ def test_the_command_watches_and_draws_views(
     said = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("probe/consistency_margin" in row for row in said) == 2
     views = ["--views", "debug", "views.global_size=32", "views.local_size=16"]
-    named = shard_set.rename(tmp_path / "my set, [v2]")
+    named = shutil.copytree(shard_set, tmp_path / "my set, [v2]")
     for policy in ("consistency", "stack"):
         picture = tmp_path / f"{policy}.png"
         extra = [f"views.policy={policy}", "views.channels=[DNA,ER]"] if policy == "stack" else []

@@ -397,7 +397,7 @@ def test_mistakes_are_one_line(
         ("consistency", ("--limit", "-1"), "--limit: expected at least 1 sample, got -1"),
         ("knn", ("--temperature", "0"), "--temperature: expected more than 0, got 0"),
         ("knn", ("--temperature", "nan"), "--temperature: expected more than 0, got nan"),
-        ("knn", ("--device", "gpu"), "expected auto, cpu or cuda, got 'gpu'"),
+        ("knn", ("--device", "gpu"), "expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         ("linear", ("--learning-rates", "nan"), "--learning-rates: expected numbers above 0, got nan"),
         ("linear", ("--weight-decays", "0", "-1"), "--weight-decays: expected numbers of at least 0, got 0, -1"),
         ("linear", ("--train-batch-size", "0"), "--train-batch-size: expected at least 1"),

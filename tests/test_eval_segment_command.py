@@ -157,7 +157,7 @@ def test_an_input_that_means_nothing_is_one_line(
         (["--pixel-size", "0"], "--pixel-size: expected more than 0 micrometres, got 0"),
         (["--pixel-size", "inf"], "--pixel-size: expected more than 0 micrometres, got inf"),
         (["--stride", "999"], "stride: expected 1 to 224 px"),
-        (["--device", "gpu"], "expected auto, cpu or cuda, got 'gpu'"),
+        (["--device", "gpu"], "expected auto, cpu, cuda or cuda:N, got 'gpu'"),
     ],
 )
 def test_an_option_out_of_range_is_one_line_and_nothing_is_written(

@@ -127,6 +127,24 @@ def test_an_undamaged_file_loads_as_it_was(
 # Bytes
 
 
+def test_the_length_of_a_safetensors_header_is_not_taken_for_a_pickle(saved: dict[str, bytes], tmp_path: Path) -> None:
+    """A header of 128, 384, ... bytes begins with the byte of a pickle."""
+    whole, path = saved["safetensors"], tmp_path / "model.safetensors"
+    (length,) = struct.unpack("<Q", whole[:8])
+    padded = length + (0x80 - length) % 256
+    path.write_bytes(struct.pack("<Q", padded) + whole[8 : 8 + length].ljust(padded) + whole[8 + length :])
+    assert path.read_bytes()[:1] == b"\x80"
+    found, expected = read_weights(path), read_weights(_written(tmp_path / "as_it_was.safetensors", whole))
+    assert found.card == expected.card
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[name], tensor), name
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_truncated_file_is_refused(saved: dict[str, bytes], tmp_path: Path, suffix: str) -> None:
     body = saved[suffix]

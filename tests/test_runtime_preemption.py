@@ -93,7 +93,7 @@ def test_ranks_that_are_no_numbers_are_named() -> None:
         distributed._from_environment({"RANK": "a", "WORLD_SIZE": "2"})
 
 
-@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:", "", "cpu:1", "CUDA"])
+@pytest.mark.parametrize("device", ["gpu", "xpu", "cuda:", "", "cpu:1", "CUDA"])
 def test_a_device_that_is_none_of_ours_is_named(device: str) -> None:
     with pytest.raises(DinocellError, match=f"expected auto, cpu, cuda or cuda:N, got '{device}'"):
         distributed.start(device)

@@ -131,7 +131,10 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], str | None, Mapping[str, 
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not start:
         raise WeightsError(f"{path}: the file is empty")
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+    # One in 32 safetensors files begins like a pickle: with the length of a header of 128, 384, ... bytes. A pickle's
+    # first eight bytes are no such length.
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and not is_safetensors):
         return _unwrap(path, _read_torch(path, zipped=start[:2] == b"PK"))
     if start[8:9] == b"{":
         tensors, metadata = _read_safetensors(path)
