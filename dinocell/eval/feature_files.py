@@ -1,13 +1,11 @@
 """Features on the disk: extracted once, by several ranks and starts, and shared by all probes."""
 
 import csv
-import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from dinocell.eval.image_sets import ImageSet
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.distributed import World, barrier
+from dinocell.runtime.locks import folder_lock
 
 _log = logging.getLogger(__name__)
 _PLACE = "weights_from"
@@ -85,25 +84,12 @@ def _alone(folder: Path) -> Iterator[None]:
     """Make the folder, and keep other runs from what is begun in it: two would write each other's rows."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise DinocellError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    try:
-        with suppress(OSError):  # some disks of clusters have no locks
-            _lock(lock, folder)
+    with folder_lock(folder, wait=False) as is_ours:
+        if not is_ours and not (folder / "rows.csv").exists():
+            raise DinocellError(f"{folder}: another process extracts these features now; start again when it is done")
         yield
-    finally:
-        os.close(lock)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not (folder / "rows.csv").exists():
-            raise DinocellError(
-                f"{folder}: another process extracts these features now; start again when it is done"
-            ) from None
 
 
 def _claim(folder: Path, facts: Mapping[str, object], weights: str, world: World) -> None:

@@ -1,10 +1,9 @@
 """The tables of `dinocell segment`, over this run and those before it: the summary, and one COCO file of all images."""
 
 import csv
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.coco_file import CocoImage, read_coco_file, write_coco_file
 from dinocell.eval.segment_jobs import COCO, SUMMARY, Job, Request, Target, first_target
 from dinocell.runtime.atomic import replacing
+from dinocell.runtime.locks import folder_lock
 
 _COLUMNS = ("image", "cells", "covered_share", "file", "settings")
 _SOURCE, _SETTINGS = _COLUMNS.index("file"), _COLUMNS.index("settings")
@@ -65,7 +65,7 @@ class Tables:
         DinocellError
             If they cannot be written.
         """
-        with output_errors(self.output), _locked(self.output):
+        with output_errors(self.output), folder_lock(self.output, wait=True):
             if self.coco is not None:
                 write_coco_file(self.output / COCO, read_coco_file(self.output / COCO) | self.new_coco)
             rows = _read_summary(self.output / SUMMARY) | self.new_rows
@@ -152,18 +152,6 @@ class Tables:
             return recorded.samefile(file)
         place = file.parent.resolve() / file.name
         return recorded.name == place.name and recorded.parent.name in ("..", place.parent.name)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs from the folder's tables."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some disks of clusters have no locks: there, runs must not end in the same second
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager
