@@ -106,4 +106,4 @@ def test_info_tells_a_segmenter_from_a_backbone(tmp_path: Path, capsys: pytest.C
     lines = json.loads(capsys.readouterr().out)
     assert lines["format"] == "DINOCell segmenter"
     assert "decoder (float16)" in lines["parameters"]
-    assert lines["cells"] == "peaks above 0.47, fill above 0.09, merging at 3 px"
+    assert lines["cells"] == "peaks above 0.47, fill above 0.09, merging at 3 px, borders restored"
