@@ -19,13 +19,16 @@ def test_a_folder_is_one_processs_until_it_lets_go(tmp_path: Path) -> None:
         assert again
 
 
-def test_a_disk_without_locks_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_locks_is_taken_as_it_is_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def none(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(locks.fcntl, "flock", none)
     with folder_lock(tmp_path, wait=True) as ours:
         assert ours
+    assert f"{tmp_path}: cannot be locked (Operation not supported)" in caplog.text
 
 
 def test_segmenting_loads_where_the_system_is_no_unix() -> None:

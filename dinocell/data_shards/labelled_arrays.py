@@ -1,6 +1,5 @@
 """The files of a labelled set while they are written: arrays that grow, in a folder renamed when all is there."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from dinocell.errors import ImageError
+from dinocell.runtime.locks import folder_lock
 
 
 class SizeWriter:
@@ -103,9 +103,9 @@ def folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
     old = target.with_name(f".{target.name}.old")
     try:
         building.mkdir(parents=True, exist_ok=True)
-        lock = os.open(building, os.O_RDONLY)
-        try:
-            _lock(lock, output)
+        with folder_lock(building, wait=False) as is_ours:
+            if not is_ours:
+                raise ImageError(f"{output}: another process is building it now")
             try:
                 _clear(building)  # what a killed build left
                 yield building
@@ -116,8 +116,6 @@ def folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
-        finally:
-            os.close(lock)
     except OSError as error:
         raise ImageError(f"{output}: cannot be written ({error.strerror or error})") from error
 
@@ -135,13 +133,6 @@ def _is_labelled_set(folder: Path) -> bool:
         if not known:
             return False
     return True
-
-
-def _lock(descriptor: int, output: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ImageError(f"{output}: another process is building it now") from None
 
 
 def _clear(folder: Path) -> None:
