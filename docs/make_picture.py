@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from skimage.segmentation import find_boundaries
 
 from dinocell import DINOCell, DINOCellPipeline
-from dinocell.data_shards.labelled import open_labelled
+from dinocell.labelled.dataset import open_labelled
 
 
 def draw(demo: Path, index: int, output: Path) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from dinocell.data_shards import sources_load_data
-from dinocell.data_shards.fields import Field, Rejected, Source, read_field
-from dinocell.data_shards.images import write_tiff
-from dinocell.data_shards.sources_load_data import LoadDataSource
+from dinocell.data_shards.sources import load_data as sources_load_data
+from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
+from dinocell.data_shards.sources.load_data import LoadDataSource
 from dinocell.errors import ImageError
+from dinocell.images.read import write_tiff
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")

@@ -20,17 +20,17 @@ import torch
 
 from dinocell.cli import build_parser, main
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.images import write_labels, write_png, write_tiff
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.demo.config import DemoConfig
+from dinocell.demo.data import DemoConfig
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import ConfigError
-from dinocell.eval.ctc_folders import write_reference
+from dinocell.eval.metrics.ctc_files import write_reference
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
-from dinocell.launch.job import fill_in
+from dinocell.images.read import write_labels, write_png, write_tiff
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.distance import labels_to_distance
+from dinocell.labelled.layouts import folder_pairs
+from dinocell.launch.slurm import fill_in
 from dinocell.models.config import VARIANTS, variant_config
 from dinocell.models.vit import VisionTransformer, ViTConfig
 from dinocell.models.weights import Weights, save_weights

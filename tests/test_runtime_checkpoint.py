@@ -20,9 +20,8 @@ from torch.distributed.fsdp import fully_shard
 
 from dinocell.errors import DinocellError
 from dinocell.runtime import checkpoint
-from dinocell.runtime.checkpoint import Checkpointer
+from dinocell.runtime.checkpoint import Checkpointer, random_states, set_random_states
 from dinocell.runtime.distributed import gather, max_over_ranks, start, stop, sum_over_ranks
-from dinocell.runtime.random_states import random_states, set_random_states
 
 
 def test_what_is_saved_is_what_there_was_when_save_was_called(tmp_path: Path) -> None:

@@ -33,16 +33,15 @@ from dinocell.ssl.config import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    Schedules,
     WatchConfig,
 )
 from dinocell.ssl.masking import MaskingConfig
-from dinocell.ssl.pictures import draw_features, principal_colours
-from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import dry_run, pretrain
 from dinocell.ssl.trainer import Trainer
-from dinocell.ssl.view_levels import channel_levels
-from dinocell.ssl.view_plan import ViewsConfig
+from dinocell.ssl.view_plan import ViewsConfig, channel_levels
 from dinocell.ssl.views import Views, make_views
+from dinocell.ssl.visualise import draw_features, principal_colours
 
 
 def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
