@@ -1,6 +1,7 @@
 """What several test files need: a source of small fields on disk, shard sets built from it, and labelled images."""
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,17 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shard_set(built_once: Path, tmp_path: Path) -> Path:
     """Return a set of 10 fields, 60 tiles of 3 x 32 x 32, in 10 shards."""
     return Path(shutil.copytree(built_once, tmp_path / "set"))
+
+
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """Handle SIGINT by Python's default here and in processes started from here.
+
+    A suite that was started in the background of a script inherits SIGINT as ignored, and so would they.
+    """
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture
