@@ -9,6 +9,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 RUN    := $(VENV)/.runtime-installed
 DEV    := $(VENV)/.dev-installed
+# One process per core, 8 at most: each holds about 1 GB. A file stays in one process, for its fixtures' sake; tests/conftest.py
+# puts the files in order, so that the longest come first.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test check format lint types contract bench clean
 
@@ -22,7 +25,7 @@ demo: $(RUN)
 	$(BIN)/dinocell demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: lint types contract test
 

@@ -1,7 +1,9 @@
 """What several test files need: a source of small fields on disk, shard sets built from it, and labelled images."""
 
+import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,19 @@ from dinocell.data_shards.tiles import TileSettings
 from dinocell.data_shards.write import build
 
 NAMES = ("DNA", "ER", "AGP")
+
+
+def pytest_configure() -> None:
+    """Give each process of pytest-xdist one thread; torch and the processes that tests start read this variable."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let processes of pytest-xdist start with the slowest files, so that none is left with a long one at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: (item.path.name != "test_launch_slurm.py", -num_slow[item.path], str(item.path)))
 
 
 @dataclass(frozen=True, kw_only=True)
