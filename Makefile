@@ -13,10 +13,11 @@ DEV    := $(VENV)/.dev-installed
 # puts the files in order, so that the longest come first.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check format lint types contract bench clean
+.PHONY: help demo test quick check format lint types contract bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@echo "  make quick   the tests that are not slow, for use while changing something"
 	@echo "  make check   format, lint, types, import contract, tests: what CI runs"
 	@echo "  make format  rewrite the sources in the house format"
 	@echo "  make bench   every benchmark in its short form, and one table of ratios"
@@ -26,6 +27,9 @@ demo: $(RUN)
 
 test: $(DEV)
 	$(PYTEST)
+
+quick: $(DEV)
+	$(PYTEST) -m "not slow"
 
 check: lint types contract test
 

@@ -29,9 +29,8 @@ from dinocell.data_shards.images import (
 )
 from dinocell.data_shards.picture import picture_of
 from dinocell.errors import ImageError
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 RNG = np.random.default_rng(0)
 
 
@@ -614,6 +613,7 @@ REAL_FILES = [
 ]
 
 
+@needs_data
 @pytest.mark.parametrize(("pattern", "count", "axes"), REAL_FILES)
 def test_every_real_file_reads_as_its_own_decoder_reads_it(pattern: str, count: int, axes: str) -> None:
     paths = sorted(DATA.glob(pattern))

@@ -33,9 +33,8 @@ from dinocell.data_shards.labelled_sources import (
 from dinocell.data_shards.listing import Listed, list_files
 from dinocell.data_shards.masks import PairError, cropped, paint, read_instances, read_labels, read_regions
 from dinocell.errors import DinocellError, ImageError
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 RNG = np.random.default_rng(0)
 
 

@@ -19,9 +19,7 @@ from dinocell.data_shards.sources_load_data import LoadDataSource
 from dinocell.data_shards.sources_names import HpaSource, PatternSource, PhenixSource
 from dinocell.data_shards.sources_tables import ChammiSource, HpaFovSource, HpaOneSource
 from dinocell.errors import ImageError
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
+from helpers.real_data import DATA, needs_data
 
 
 def parsed(*arguments: str) -> Source:

@@ -13,9 +13,8 @@ from dinocell.data_shards.fields import Field, Rejected, Source, read_field
 from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.sources_load_data import LoadDataSource
 from dinocell.errors import ImageError
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 PLACES = ("Metadata_Plate", "Metadata_Well", "Metadata_Site")
 DNA = ("FileName_OrigDNA", "PathName_OrigDNA")
 ER = ("FileName_OrigER", "PathName_OrigER")

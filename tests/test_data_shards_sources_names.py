@@ -23,9 +23,8 @@ from dinocell.data_shards.locations import open_bytes
 from dinocell.data_shards.name_pattern import NamePattern
 from dinocell.data_shards.sources_names import HpaSource, PatternSource, PhenixSource, well_name
 from dinocell.errors import ImageError
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 RNG = np.random.default_rng(0)
 
 

@@ -397,6 +397,7 @@ def test_names_may_have_spaces_and_umlauts(form: str, segmenter: str, tmp_path: 
     assert summary(out) == {name: labels.max()}
 
 
+@pytest.mark.slow
 def test_more_cells_than_16_bits_can_number(
     images: Path, segmenter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

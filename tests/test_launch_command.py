@@ -188,6 +188,7 @@ def test_without_slurm_it_says_what_to_do(
     assert "sbatch: not found; submit from a machine of the cluster, or use --cluster local" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None:
     command = ["pretrain", "debug", f"data.shards=[{shard_set}]", "steps=3", "batch_size=4", "log_every=1"]
     command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
@@ -222,6 +223,7 @@ def test_where_a_killed_start_met_is_forgotten(tmp_path: Path, monkeypatch: pyte
     assert there == [False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_what_happens_to_one_process_happens_to_all(number: signal.Signals, shard_set: Path, tmp_path: Path) -> None:
