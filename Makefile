@@ -9,11 +9,15 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 RUN    := $(VENV)/.runtime-installed
 DEV    := $(VENV)/.dev-installed
+# One process per core, 8 at most: each holds about 1 GB. A file stays in one process, for its fixtures' sake; tests/conftest.py
+# puts the files in order, so that the longest come first.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check format lint types contract bench clean
+.PHONY: help demo test quick check format lint types contract bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@echo "  make quick   the tests that are not slow, for use while changing something"
 	@echo "  make check   format, lint, types, import contract, tests: what CI runs"
 	@echo "  make format  rewrite the sources in the house format"
 	@echo "  make bench   every benchmark in its short form, and one table of ratios"
@@ -22,7 +26,10 @@ demo: $(RUN)
 	$(BIN)/dinocell demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: $(DEV)
+	$(PYTEST) -m "not slow"
 
 check: lint types contract test
 

@@ -1,6 +1,9 @@
 """What several test files need: a source of small fields on disk, shard sets built from it, and labelled images."""
 
+import os
 import shutil
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,19 @@ from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import folder_pairs
 
 NAMES = ("DNA", "ER", "AGP")
+
+
+def pytest_configure() -> None:
+    """Give each process of pytest-xdist one thread; torch and the processes that tests start read this variable."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let processes of pytest-xdist start with the slowest files, so that none is left with a long one at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: (item.path.name != "test_launch_slurm.py", -num_slow[item.path], str(item.path)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +108,17 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shard_set(built_once: Path, tmp_path: Path) -> Path:
     """Return a set of 10 fields, 60 tiles of 3 x 32 x 32, in 10 shards."""
     return Path(shutil.copytree(built_once, tmp_path / "set"))
+
+
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """Handle SIGINT by Python's default here and in processes started from here.
+
+    A suite that was started in the background of a script inherits SIGINT as ignored, and so would they.
+    """
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture

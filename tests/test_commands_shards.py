@@ -206,6 +206,7 @@ def test_whatever_lies_in_a_folder_becomes_a_sample_or_a_reason(tmp_path: Path, 
     assert main(["shards", "verify", str(tmp_path / "set")]) == 0
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(folder: Path, tmp_path: Path) -> None:
     for number in range(10, 200):
         for name in ("DNA", "ER", "AGP"):

@@ -179,7 +179,7 @@ def test_workers_end_when_their_parent_is_killed(fields: Callable[..., Any], tmp
     script = textwrap.dedent(f"""
         import multiprocessing, sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from dinocell.data_shards.workers import run_tasks
+        from dinocell.data_shards.build.workers import run_tasks
         from pathlib import Path
         import os
 

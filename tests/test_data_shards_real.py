@@ -10,9 +10,7 @@ from PIL import Image
 
 from dinocell.cli import main
 from dinocell.data_shards.read import stream
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
+from helpers.real_data import DATA, needs_data
 
 
 def planes(*paths: Path) -> np.ndarray:
@@ -60,6 +58,7 @@ SOURCES = {
 }
 
 
+@needs_data
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_real_source_comes_back_pixel_by_pixel(source: str, tmp_path: Path) -> None:
     kind, _, folder, *more = source.split()

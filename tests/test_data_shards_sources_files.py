@@ -11,9 +11,8 @@ from dinocell.data_shards.sources.field import Field, Rejected, Source, read_fie
 from dinocell.data_shards.sources.files import ImagesSource, MultichannelSource
 from dinocell.errors import ImageError
 from dinocell.images.read import write_png, write_tiff
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 RNG = np.random.default_rng(0)
 
 

@@ -13,9 +13,8 @@ from dinocell.data_shards.sources.field import Field, Rejected, Source, read_fie
 from dinocell.data_shards.sources.load_data import LoadDataSource
 from dinocell.errors import ImageError
 from dinocell.images.read import write_tiff
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 PLACES = ("Metadata_Plate", "Metadata_Well", "Metadata_Site")
 DNA = ("FileName_OrigDNA", "PathName_OrigDNA")
 ER = ("FileName_OrigER", "PathName_OrigER")

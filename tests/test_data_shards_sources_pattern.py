@@ -23,9 +23,8 @@ from dinocell.data_shards.sources.phenix import PhenixSource, well_name
 from dinocell.errors import ImageError
 from dinocell.images.read import write_png, write_tiff
 from dinocell.images.storage import open_bytes
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 RNG = np.random.default_rng(0)
 
 
@@ -307,7 +306,7 @@ def test_well_rows_count_as_spreadsheet_columns_do(row: int) -> None:
 MANY_NAMES = """
 import time
 from dinocell.data_shards import sources_names
-from dinocell.data_shards.listing import Listed
+from dinocell.images.storage import Listed
 names = [f"P{plate}/Images/r{row:02d}c{column:02d}f{field:02d}p01-ch{channel}sk1fk1fl1.tiff" for plate in range(6)
          for row in range(1, 17) for column in range(1, 25) for field in range(1, 10) for channel in range(1, 6)]
 files = sorted(Listed(name, f"/data/{name}") for name in names[:100_000])

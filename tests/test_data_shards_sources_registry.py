@@ -21,9 +21,7 @@ from dinocell.data_shards.sources.phenix import PhenixSource
 from dinocell.data_shards.sources.registry import add_source_arguments, source_from
 from dinocell.data_shards.sources.table import LabelledSource
 from dinocell.errors import ImageError
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
+from helpers.real_data import DATA, needs_data
 
 
 def parsed(*arguments: str) -> Source:

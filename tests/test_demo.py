@@ -35,6 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, result.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_scores_and_the_path_of_its_page(demo: tuple[Path, str]) -> None:
     folder, printed = demo
     assert printed.splitlines()[-1] == f"report: {folder / 'report.html'}"
@@ -45,6 +46,7 @@ def test_the_demo_ends_with_scores_and_the_path_of_its_page(demo: tuple[Path, st
         assert 0 <= score <= 1
 
 
+@pytest.mark.slow
 def test_the_page_holds_everything_itself(demo: tuple[Path, str]) -> None:
     page = (demo[0] / "report.html").read_text(encoding="utf-8")
     assert page.count("<img") >= 2 + 2 + 2 * 4 - 1
@@ -53,6 +55,7 @@ def test_the_page_holds_everything_itself(demo: tuple[Path, str]) -> None:
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_a_second_call_keeps_what_is_done(demo: tuple[Path, str]) -> None:
     folder = demo[0]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("**/*.pth")} | {
@@ -64,6 +67,8 @@ def test_a_second_call_keeps_what_is_done(demo: tuple[Path, str]) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(
     demo: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +81,7 @@ def test_quick_is_one_recipe_and_takes_no_other(capsys: pytest.CaptureFixture[st
     assert "--quick is the recipe 'quick'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_that_is_scored_was_in_a_training(demo: tuple[Path, str]) -> None:
     split = json.loads((demo[0] / "finetune" / "split.json").read_text())
     assert not any("unseen" in name for names in split.values() for name in names)

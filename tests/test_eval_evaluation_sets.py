@@ -270,6 +270,7 @@ def test_the_note_is_shown_with_the_scores(tmp_path: Path, capsys: pytest.Captur
     assert "cells that TRA marks have a mask" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_real_sequence_is_scored_without_its_images(tmp_path: Path) -> None:
     if not REAL_SEQUENCE.exists():
         pytest.skip("no ../shared/data/ctc_layout_ipsc")

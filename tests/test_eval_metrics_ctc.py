@@ -109,6 +109,7 @@ def test_random_sequences_equal_py_ctcmetrics(tmp_path: Path) -> None:
     assert (met > 20).all()  # every kind of mistake was there
 
 
+@pytest.mark.slow
 def test_real_sequence_equals_the_challenges_own_program() -> None:
     folder = SHARED / "data" / "ctc_layout_ipsc"
     if not folder.exists():

@@ -62,6 +62,7 @@ def test_tracked_cells_keep_their_ids_and_lives(tmp_path: Path) -> None:
         write_reference(tmp_path, "03", [first, second, first], tracked=True)
 
 
+@pytest.mark.slow
 def test_real_sequence_scores_as_the_challenges_own_log_says() -> None:
     if not REAL_SEQUENCE.exists():
         pytest.skip("no ../shared/data/ctc_layout_ipsc")

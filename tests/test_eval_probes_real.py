@@ -16,7 +16,10 @@ from dinocell.cli import main
 from dinocell.eval.probes.feature_files import read_features
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "nf1_schwann_cell_painting"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no ../shared/data/nf1_schwann_cell_painting")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FOLDER.is_dir(), reason="no ../shared/data/nf1_schwann_cell_painting"),
+]
 FEATURES = ["--weights", "random:tiny", "--resize-size", "64", "--crop-size", "0", "--device", "cpu"]
 
 

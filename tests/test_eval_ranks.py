@@ -105,6 +105,7 @@ def commands_of(folder: Path, output: Path) -> list[list[str]]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_features_the_votes_and_the_scores_of_one_process(shard_set: Path, tmp_path: Path) -> None:
     write_hpaone(tmp_path / "hpaone")
     (tmp_path / "commands.json").write_text(json.dumps(commands_of(tmp_path, tmp_path / "shared")))

@@ -124,6 +124,7 @@ def test_the_next_image_is_read_and_the_last_one_written_while_the_network_works
     assert waited == [True] * 5
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(
     images: Path, segmenter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,6 +397,7 @@ def test_names_may_have_spaces_and_umlauts(form: str, segmenter: str, tmp_path: 
     assert summary(out) == {name: labels.max()}
 
 
+@pytest.mark.slow
 def test_more_cells_than_16_bits_can_number(
     images: Path, segmenter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

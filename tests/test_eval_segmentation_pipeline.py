@@ -162,6 +162,7 @@ def test_the_pipeline_prepares_as_the_model_says(model: DINOCell, tmp_path: Path
     np.testing.assert_allclose(seen[0][0, 0, 16:, 16:].numpy(), expected[:112, :112], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_scoring_finds_thresholds_that_are_at_least_as_good(
     mirror: DINOCellPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

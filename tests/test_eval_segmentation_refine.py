@@ -195,6 +195,7 @@ def test_mend_leaves_its_input_as_it_was() -> None:
     assert mended is not labels
 
 
+@pytest.mark.slow
 def test_real_elongated_cells_come_back() -> None:
     path = REAL_DATA / "usiigaci_t98g" / "set8" / "instances_ids.png"
     if not path.exists():

@@ -33,6 +33,7 @@ def test_there_are_three_scripts_and_a_notebook() -> None:
     assert [path.name for path in NOTEBOOKS] == ["Tutorial.ipynb"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "said"),
     [
@@ -48,6 +49,7 @@ def test_a_script_runs_in_its_quick_form(script: str, said: str, tmp_path: Path)
     assert not list(tmp_path.iterdir()), "the quick form leaves nothing behind"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     result = run(tmp_path, "-c", RUN_NOTEBOOK, str(NOTEBOOKS[0]))
     assert result.returncode == 0, result.stderr

@@ -84,6 +84,7 @@ def numbers(output: Path, name: str) -> list[float]:
     return [said[name] for said in lines if name in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "frozen"), [("distance", False), ("flows", True)])
 def test_two_ranks_give_the_losses_of_one_process(labelled: Path, tmp_path: Path, target: str, frozen: bool) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"

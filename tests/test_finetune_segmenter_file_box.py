@@ -51,6 +51,7 @@ def test_it_finds_nuclei(pipeline: DINOCellPipeline) -> None:
     assert score.seg > 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="the shared images are not here")
 def test_it_finds_real_nuclei_of_another_source(pipeline: DINOCellPipeline) -> None:
     """StarDist's sample image: SEG .70, DET .92 when the model was put into the box."""

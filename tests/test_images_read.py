@@ -29,9 +29,8 @@ from dinocell.images.read import (
     write_png,
     write_tiff,
 )
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 RNG = np.random.default_rng(0)
 
 
@@ -591,21 +590,44 @@ def test_values_that_are_not_numbers_are_errors(bad: float) -> None:
 # The real files.
 
 
+# Folder and pattern, number of files, axes of the array that tifffile or Pillow gives.
+REAL_FILES = [
+    ("dsb2018_stage1_train/*/images/*.png", 60, "yxc"),
+    ("bbbc039/images/*.tif", 12, "yx"),
+    ("bbbc039/masks/*.png", 12, "yxc"),
+    ("usiigaci_t98g/*/raw.tif", 6, "yx"),
+    ("usiigaci_t98g/*/instances_ids.png", 6, "yx"),
+    ("stardist_2d/*/*.tif", 4, "yx"),
+    ("ctc_layout_ipsc/02_GT/SEG/*.tif", 41, "yx"),
+    ("coco_polygons_nanoshapes/*.jpg", 4, "yxc"),
+    ("jump_cell_painting/*.tiff", 6, "yx"),
+    ("nf1_schwann_cell_painting/Plate_2_images/*.tif", 9, "yx"),
+    ("nf1_schwann_cell_painting/Plate_2_masks/*.tiff", 9, "yx"),
+    ("hpa_4channel/*.jpg", 4, "yxc"),
+    ("hpa_reference_3channel/*.tiff", 2, "yxc"),
+    ("cellprofiler_examplehuman/*.tif", 3, "yx"),
+    ("livecell_phase/images/*.tif", 7, "yx"),
+    ("fields/a549_phase_1ch/*.tif", 10, "cyx"),
+    ("fields/fly_kc167_3ch/*.tif", 3, "cyx"),
+    ("fields/skns_phenix_4ch/*.tif", 2, "cyx"),
+]
+
+
 @needs_data
-def test_every_real_file_reads_as_its_own_decoder_reads_it() -> None:
-    paths = [path for path in sorted(DATA.rglob("*")) if path.suffix in (".tif", ".tiff", ".png", ".jpg")]
-    paths = [path for path in paths if "masks" not in path.parts or "dsb2018_stage1_train" not in path.parts]
-    assert len(paths) > 150
+@pytest.mark.parametrize(("pattern", "count", "axes"), REAL_FILES)
+def test_every_real_file_reads_as_its_own_decoder_reads_it(pattern: str, count: int, axes: str) -> None:
+    paths = sorted(DATA.glob(pattern))
+    if not paths:
+        pytest.skip(f"no ../shared/data/{pattern}")
+    assert len(paths) == count
     for path in paths:
+        decoded = tifffile.imread(path) if path.suffix in (".tif", ".tiff") else np.asarray(Image.open(path))
+        assert decoded.ndim == len(axes), path
+        if axes == "yxc":
+            decoded = decoded.transpose(2, 0, 1)[:3]  # without alpha
         pixels = read_image(path).pixels
-        assert len(pixels) in (1, 3)
-        if path.suffix == ".png" or path.suffix == ".jpg":
-            expected = np.asarray(Image.open(path))
-        else:
-            expected = tifffile.imread(path)
-        expected = np.atleast_3d(expected).transpose(2, 0, 1)
-        assert pixels.dtype == expected.dtype, path
-        np.testing.assert_array_equal(pixels, expected[: len(pixels)], err_msg=str(path))
+        assert pixels.dtype == decoded.dtype, path
+        np.testing.assert_array_equal(pixels, decoded[None] if axes == "yx" else decoded, err_msg=str(path))
 
 
 @needs_data

@@ -148,6 +148,7 @@ def test_deep_cells_of_a_large_image_stay_exact() -> None:
     np.testing.assert_allclose(distance_to_boundary(labels), plain_loop(labels, divide=False), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern", ["stardist_2d/**/*mask*.tif", "usiigaci_t98g/set*/instances_ids.png", "ctc_layout_ipsc/02_GT/SEG/*.tif"]
 )

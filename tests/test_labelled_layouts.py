@@ -44,9 +44,8 @@ from dinocell.labelled.masks import (
     read_regions,
     uncompressed,
 )
+from helpers.real_data import DATA, needs_data
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real microscopy data is not beside this checkout")
 RNG = np.random.default_rng(0)
 
 

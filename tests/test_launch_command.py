@@ -187,6 +187,7 @@ def test_without_slurm_it_says_what_to_do(
     assert "sbatch: not found; submit from a machine of the cluster, or use --cluster local" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None:
     command = ["pretrain", "debug", f"data.shards=[{shard_set}]", "steps=3", "batch_size=4", "log_every=1"]
     command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
@@ -221,6 +222,8 @@ def test_where_a_killed_start_met_is_forgotten(tmp_path: Path, monkeypatch: pyte
     assert there == [False, False]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_what_happens_to_one_process_happens_to_all(number: signal.Signals, shard_set: Path, tmp_path: Path) -> None:
     """A process that is killed takes the others along; Ctrl-C reaches all, and they save together."""
@@ -244,6 +247,28 @@ def test_what_happens_to_one_process_happens_to_all(number: signal.Signals, shar
     assert launched.returncode == (137 if number == signal.SIGKILL else 130), said
     states = list((output / "checkpoints").glob("step_*"))
     assert len(states) == (0 if number == signal.SIGKILL else 1)
+
+
+@pytest.mark.usefixtures("default_sigint")
+@pytest.mark.parametrize("ignored", [True, False])
+def test_processes_here_ignore_ctrl_c_only_where_it_was_ignored_before(
+    ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = []
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *_args: object, **_options: object) -> None:
+            handlers.append({number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)})
+            super().__init__([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.getsignal(signal.SIGINT)
+    assert run_here(["info", "x"], 1, tmp_path) == 0
+    assert (handlers[0][signal.SIGINT] is signal.SIG_IGN) == ignored
+    assert callable(handlers[0][signal.SIGTERM])
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_numbers_are_put_into_the_command_and_other_braces_left() -> None:

@@ -43,7 +43,10 @@ def _load_cluster() -> ModuleType:
 
 
 slurm = _load_cluster()
-pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"no SLURM here: {slurm.missing()}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(slurm.missing()), reason=f"no SLURM here: {slurm.missing()}"),
+]
 
 STEPS = 16
 _NUMBER = re.compile(r"submitted (\d+)")

@@ -298,6 +298,7 @@ def test_attention_runs_once_a_block_and_resolution(monkeypatch: pytest.MonkeyPa
     assert calls == [1] * 6
 
 
+@pytest.mark.slow
 def test_whole_forward_compiles_without_a_graph_break() -> None:
     """In a process of its own: the annotations that the test suite checks at run time are not for the compiler."""
     script = """

@@ -310,6 +310,7 @@ def names_of_the_python_blocks() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_readme_runs_from_top_to_bottom(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names, ran, shortened = names_of_the_python_blocks(), 0, set()
     for block in blocks(README):

@@ -220,6 +220,7 @@ def _train(rank: int, ranks: int, folder: str, meet: str, resumes: bool) -> None
     stop()
 
 
+@pytest.mark.slow
 def test_a_state_of_two_ranks_goes_on_on_two_and_on_three(tmp_path: Path) -> None:
     for ranks, resumes in ((2, False), (2, True), (3, True)):
         mp.spawn(_train, (ranks, str(tmp_path), str(tmp_path / f"meet_{ranks}_{resumes}"), resumes), nprocs=ranks)

@@ -38,6 +38,6 @@ import cv2, imagecodecs, numba, rich.console, scipy.ndimage, skimage.measure, ti
 for name in ("fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules[name] = None
 sys.platform = "win32"
-import dinocell.cli, dinocell.eval.pipeline, dinocell.eval.segment_run, dinocell.eval.segment_command
+import dinocell.cli, dinocell.eval.segmentation.pipeline, dinocell.eval.segmentation.batch, dinocell.commands.segment
 """
     subprocess.run([sys.executable, "-c", program], check=True)

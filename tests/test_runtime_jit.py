@@ -27,6 +27,7 @@ def run(**environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_compiling_is_said_once_and_not_repeated_in_the_next_process(tmp_path: Path) -> None:
     first, second = run(XDG_CACHE_HOME=str(tmp_path)), run(XDG_CACHE_HOME=str(tmp_path))
     folder = tmp_path / "dinocell" / "numba"
@@ -35,6 +36,7 @@ def test_compiling_is_said_once_and_not_repeated_in_the_next_process(tmp_path: P
     assert list(folder.rglob("*.nbi"))
 
 
+@pytest.mark.slow
 def test_folder_that_cannot_be_written_is_named_and_the_kernels_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = run(NUMBA_CACHE_DIR=str(tmp_path / "file"))

@@ -22,12 +22,34 @@ def test_a_signal_asks_to_stop_and_says_which(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_the_second_ctrl_c_ends_at_once() -> None:
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.reason == "Ctrl-C"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("default_sigint")
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.agreed()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_other_signals_stop_a_run_that_inherited_them_as_ignored(number: signal.Signals) -> None:
+    previous = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+            assert stop.agreed()
+            assert stop.reason == number.name
+    finally:
+        signal.signal(number, previous)
 
 
 def test_a_time_limit_asks_to_stop() -> None:

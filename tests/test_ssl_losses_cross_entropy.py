@@ -193,6 +193,7 @@ def test_bfloat16_rows_agree_with_float32_to_their_precision(keep: bool) -> None
         assert torch.cosine_similarity(mine.float().flatten(), theirs.flatten(), dim=0) > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
 def test_compiled_targets_losses_and_gradients_are_the_plain_ones_for_any_number_of_rows(tmp_path: Path) -> None:
     """In a process of its own: the annotations that the test suite checks at run time are not for the compiler.
@@ -203,7 +204,7 @@ def test_compiled_targets_losses_and_gradients_are_the_plain_ones_for_any_number
         import torch
         from torch._dynamo.utils import counters
         from torch.nn.functional import normalize
-        from dinocell.ssl.cross_entropy import prototype_cross_entropy
+        from dinocell.ssl.losses import prototype_cross_entropy
         from dinocell.ssl.heads import Projection
         from dinocell.ssl.targets import TeacherLogits, sinkhorn_targets
 

@@ -95,6 +95,7 @@ def alone(built_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "machines", "parallel"), [(2, 1, "ddp"), (3, 1, "fsdp"), (2, 2, "hsdp")], ids=["ddp", "fsdp", "hsdp"]
 )
@@ -113,6 +114,7 @@ def test_ranks_give_the_losses_of_one_process(
     assert f"{ranks * machines} processes, {parallel}" in said
 
 
+@pytest.mark.slow
 def test_ranks_accumulate_and_renew_their_gram_teacher_as_one_process_does(shard_set: Path, tmp_path: Path) -> None:
     """Two parts a step, a Gram teacher that is taken twice: what FSDP2 gathers for it must not be in the way."""
     changes = {
@@ -132,6 +134,7 @@ def test_ranks_accumulate_and_renew_their_gram_teacher_as_one_process_does(shard
     assert numbers(two, "loss/gram")[-1] > 0
 
 
+@pytest.mark.slow
 def test_a_state_of_two_ranks_is_taken_up_by_one(shard_set: Path, tmp_path: Path, alone: Path) -> None:
     output = tmp_path / "run"
     torchrun(config_of(shard_set, output, parallel="fsdp"), 2)

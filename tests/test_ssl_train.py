@@ -192,6 +192,7 @@ def test_weights_rest_at_first_and_random_ones_do_not_unless_the_recipe_says_so(
     assert Schedules(backbone=Freeze()).backbone_freeze(from_weights=True) == Freeze()
 
 
+@pytest.mark.slow
 def test_a_start_from_a_good_teacher_does_it_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 steps of what benchmarks/start_from_weights.py measures over 200: new heads at a high rate do harm there."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
@@ -341,6 +342,7 @@ def test_a_step_that_recomputes_takes_the_same_step(
         torch.testing.assert_close(teachers[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centring", ["sinkhorn", "softmax"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_losses_bit_for_bit(
     shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, centring: str
@@ -517,12 +519,13 @@ def test_between_log_steps_the_host_waits_for_nothing(
     assert "_local_scalar_dense.default" in waits.found, "a log step looks: this test would notice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "recompute"), [("all", "nothing"), ("all", "blocks"), ("blocks", "nothing")])
 def test_compiled_steps_are_those_of_plain_ones(shard_set: Path, tmp_path: Path, what: str, recompute: str) -> None:
     """Whole passes or, where blocks are computed again, block by block; targets and losses.
 
     In a process of its own (the annotations that the test suite checks at run time are not for the compiler), with the
-    compiler's front half alone: its kernels are tried in test_ssl_cross_entropy and take half a minute.
+    compiler's front half alone: its kernels are tried in test_ssl_losses_cross_entropy and take half a minute.
     """
     schedules = Schedules(learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2))
     plain = config_of(shard_set, tmp_path / "plain", steps=3, schedules=schedules, watch=WatchConfig(every=0))

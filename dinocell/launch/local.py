@@ -10,6 +10,7 @@ from io import BufferedWriter
 from pathlib import Path
 
 from dinocell.runtime.distributed import RENDEZVOUS
+from dinocell.runtime.preemption import ignores_interrupt
 
 _POLL_S = 0.2
 # For the others to leave by themselves when one has died.
@@ -20,7 +21,8 @@ def run_here(arguments: Sequence[str], processes: int, folder: Path, *, env: Map
     """Run ``dinocell`` with these arguments in ``processes`` processes and return the worst exit code.
 
     The main one writes here, and all into ``folder/rank_N.log``. If one dies, the others are ended. Ctrl-C and SIGTERM
-    reach all of them, so that they save together.
+    reach all of them, so that they save together. If SIGINT is ignored here, as in the background of a script, they
+    inherit that; SIGTERM always reaches them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "rendezvous" / f"local-{os.getpid()}"
@@ -31,7 +33,8 @@ def run_here(arguments: Sequence[str], processes: int, folder: Path, *, env: Map
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logs: list[BufferedWriter] = []
     running: list[subprocess.Popen[bytes]] = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if not ignores_interrupt(number)]
+    previous = {number: signal.getsignal(number) for number in handled}
 
     def pass_on(number: int, _frame: object) -> None:
         for each in running:

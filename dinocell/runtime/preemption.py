@@ -10,6 +10,11 @@ SIGINT    Ctrl-C: stop after this step; a second one ends at once
 SIGTERM   the cluster ends the job, or the user does: the same
 SIGUSR1   and SIGUSR2: the cluster's warning before a time limit: the same
 ========  ==================================================================
+
+A shell starts the background jobs of a script with SIGINT ignored, so that Ctrl-C stops only the job in the foreground.
+Such a run keeps ignoring SIGINT; ``kill PID`` (SIGTERM) stops it and saves. The other three signals are always handled,
+even where they were inherited as ignored, because a scheduler or a user sends them to this run on purpose. Time limits
+are read from the clock and need no signal.
 """
 
 import os
@@ -28,6 +33,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 CTRL_C, TIME_LIMIT = "Ctrl-C", "time limit"
 # What ranks tell one another, by number; where they differ the last one of these counts.
 _REASONS = ("", CTRL_C, TIME_LIMIT, "SIGUSR1", "SIGUSR2", "SIGTERM")
+
+
+def ignores_interrupt(number: int) -> bool:
+    """Return whether the signal is SIGINT and this process ignores it, as a background job of a script does."""
+    return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
 
 
 class RunStopped(KeyboardInterrupt):
@@ -97,7 +107,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
+                if not ignores_interrupt(number):
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
