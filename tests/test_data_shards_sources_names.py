@@ -17,26 +17,16 @@ from PIL import Image
 
 from dinocell.data_shards import harmony
 from dinocell.data_shards.channel_files import common_order
-from dinocell.data_shards.fields import Field, Rejected, Source, read_field
+from dinocell.data_shards.fields import Field, read_field
 from dinocell.data_shards.images import write_png, write_tiff
 from dinocell.data_shards.locations import open_bytes
 from dinocell.data_shards.name_pattern import NamePattern
 from dinocell.data_shards.sources_names import HpaSource, PatternSource, PhenixSource, well_name
 from dinocell.errors import ImageError
 from helpers.real_data import DATA, needs_data
+from helpers.sources import error_of, fields, listed
 
 RNG = np.random.default_rng(0)
-
-
-def listed(source: Source) -> tuple[list[Field], list[Rejected]]:
-    items = list(source.fields())
-    return [item for item in items if isinstance(item, Field)], [item for item in items if isinstance(item, Rejected)]
-
-
-def fields(source: Source) -> list[Field]:
-    found, rejected = listed(source)
-    assert rejected == []
-    return found
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -48,13 +38,6 @@ def touch(folder: Path, *names: str) -> None:
 
 def channels_of(field: Field) -> list[str]:
     return [name for file in field.files for name in file.channels]
-
-
-def error_of(source: Source) -> str:
-    with pytest.raises(ImageError) as caught:
-        list(source.fields())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def phenix_name(row: int, column: int, field: int, channel: int, plane: int = 1, time_point: int = 1) -> str:
@@ -328,6 +311,7 @@ for make in (lambda: sources_names.PhenixSource(input="/data"),
 """
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_names_are_parsed_within_two_seconds() -> None:
     # In a process of its own: here, every annotation is checked.
     done = subprocess.run([sys.executable, "-c", MANY_NAMES], capture_output=True, text=True, check=True)

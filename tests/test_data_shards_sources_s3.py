@@ -1,7 +1,5 @@
 """Sources in buckets and behind web addresses, from servers on this machine, as a client without an account."""
 
-import http.server
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinocell.data_shards.fields import Field, Rejected, Source, read_field
+from dinocell.data_shards.fields import read_field
 from dinocell.data_shards.images import write_tiff
 from dinocell.data_shards.listing import list_files
 from dinocell.data_shards.locations import open_bytes
@@ -19,6 +17,8 @@ from dinocell.data_shards.sources_load_data import LoadDataSource
 from dinocell.data_shards.sources_names import PhenixSource
 from dinocell.data_shards.sources_tables import HpaFovSource, HpaOneSource
 from dinocell.errors import ImageError
+from helpers.servers import serving_folder
+from helpers.sources import fields
 
 BUCKET = "cellpainting-gallery"
 PLATE = "cpg0016-jump/images/größe/BR1__2020-11-05T19_51_35-Measurement 1"
@@ -88,12 +88,6 @@ def forget_connections() -> None:
 
 def put(client: Any, key: str, content: bytes) -> None:
     client.put_object(Bucket=BUCKET, Key=key, Body=content, ACL="public-read")
-
-
-def fields(source: Source) -> list[Field]:
-    found = list(source.fields())
-    assert not [item for item in found if isinstance(item, Rejected)]
-    return [item for item in found if isinstance(item, Field)]
 
 
 def test_phenix_plates_in_a_public_bucket_are_listed_and_read(bucket: Any, tmp_path: Path) -> None:
@@ -214,17 +208,9 @@ def test_zarr_folders_in_a_bucket_are_one_input_each(bucket: Any) -> None:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None: ...  # noqa: A002
-
-    folder = tmp_path / "web"
-    folder.mkdir()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    (tmp_path / "web").mkdir()
+    with serving_folder(tmp_path / "web") as root:
+        yield root
 
 
 def test_load_data_behind_a_web_address(web: str, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from huggingface_hub import constants
 from dinocell.errors import WeightsError
 from dinocell.models import downloads, sources
 from dinocell.models.sources import RELEASES, locate, sha256_of
+from helpers.servers import serving
 
 BODY = b"not really a tensor" * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -66,13 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), _Handler) as server:
-        server.replies, server.asked = defaultdict(lambda: [Reply(404, b"")]), []
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    server = Server(("127.0.0.1", 0), _Handler)
+    server.replies, server.asked = defaultdict(lambda: [Reply(404, b"")]), []
+    with serving(server):
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
