@@ -18,16 +18,16 @@ import numpy as np
 from _harness import write_result
 
 from dinocell.configs.load import load_config
-from dinocell.data_shards.images import write_png
-from dinocell.data_shards.labelled import LabelledImage, open_labelled
-from dinocell.eval.baseline import otsu_baseline
-from dinocell.eval.bootstrap import ctc_intervals, matching_intervals
-from dinocell.eval.outputs import overlay
-from dinocell.eval.overlaps import find_overlaps
-from dinocell.eval.pipeline import DINOCellPipeline
+from dinocell.demo.otsu import otsu_baseline
+from dinocell.eval.export.writers import overlay
+from dinocell.eval.metrics.bootstrap import ctc_intervals, matching_intervals
+from dinocell.eval.metrics.overlaps import find_overlaps
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.sets import open_sets, split
+from dinocell.images.read import write_png
+from dinocell.labelled.dataset import LabelledImage, open_labelled
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ import tifffile
 from _harness import ratio, write_result
 from reading import CHANNELS, Fields, synthetic_fields
 
-from dinocell.data_shards.codecs import CODECS
-from dinocell.data_shards.tiles import TileSettings, tiles
-from dinocell.data_shards.write import build
+from dinocell.data_shards.build.tiles import TileSettings, tiles
+from dinocell.data_shards.build.write import build
+from dinocell.data_shards.sample import CODECS
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from _harness import alternate, ratio, write_result
 from scipy.spatial import cKDTree
 from skimage.measure import regionprops_table
 
-from dinocell.eval.cell_table import CellTable, measure_table
+from dinocell.eval.export.measurements import CellTable, measure_table
 
 TARGET_RATIO = 10
 SHAPES = (

@@ -25,17 +25,17 @@ import numpy as np
 import torch
 from _harness import write_result
 
+from dinocell.commands._probe_options import open_set
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.images import write_tiff
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.sources_images import MultichannelSource
-from dinocell.data_shards.synthetic import CELL_SHAPES, CELL_TYPES, SyntheticConfig, make_field
-from dinocell.data_shards.tiles import TileSettings
-from dinocell.data_shards.write import build
-from dinocell.eval.consistency import channel_consistency
-from dinocell.eval.features import FeatureSettings, extract
-from dinocell.eval.knn import knn_scores
-from dinocell.eval.probe_sets import open_set
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.tiles import TileSettings
+from dinocell.data_shards.build.write import build
+from dinocell.data_shards.sources.files import MultichannelSource
+from dinocell.demo.synthetic.field import CELL_SHAPES, CELL_TYPES, SyntheticConfig, make_field
+from dinocell.eval.probes.consistency import channel_consistency
+from dinocell.eval.probes.features import FeatureSettings, extract
+from dinocell.eval.probes.knn import knn_scores
+from dinocell.images.read import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.ssl.config import PretrainConfig

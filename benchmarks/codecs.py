@@ -20,9 +20,9 @@ import imagecodecs
 import numpy as np
 from _harness import write_result
 
-from dinocell.data_shards.images import IMAGE_SUFFIXES, read_image
-from dinocell.data_shards.synthetic import make_field
+from dinocell.demo.synthetic.field import make_field
 from dinocell.errors import ImageError
+from dinocell.images.read import IMAGE_SUFFIXES, read_image
 
 TILE = 512
 MAX_TILES = 24

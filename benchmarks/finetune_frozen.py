@@ -33,16 +33,16 @@ import torch
 from _harness import alternate, ratio, write_result
 from scipy import ndimage
 
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.images import write_labels, write_tiff
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.finetune.config import AugmentConfig, ComputeConfig, DataConfig, FinetuneConfig, ModelConfig
 from dinocell.finetune.data import prepared
-from dinocell.finetune.kept_features import bytes_of_crop
+from dinocell.finetune.feature_cache import bytes_of_crop
 from dinocell.finetune.model import DINOCell, create_dinocell_model
 from dinocell.finetune.train import Training, World
+from dinocell.images.read import write_labels, write_tiff
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.distance import labels_to_distance
+from dinocell.labelled.layouts import folder_pairs
 
 TARGET_RATIO, TARGET_SHARE = 1.5, 0.35
 NUM_IMAGES = 4

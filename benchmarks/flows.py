@@ -23,9 +23,9 @@ import numpy as np
 from _harness import alternate, ratio, write_result
 from scipy import ndimage
 
-from dinocell.data_shards.flows import labels_to_flows
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.eval.flows import find_masks, flow_errors, flows_to_labels
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
+from dinocell.eval.segmentation.flows import find_masks, flow_errors, flows_to_labels
+from dinocell.labelled.flows import labels_to_flows
 
 EIGHT_CONNECTED = np.ones((3, 3), bool)
 FLOW_ERROR, PROBABILITY = 0.4, 0.5

@@ -324,8 +324,8 @@ def count_calls(step: Callable[[], object], phases: Phases) -> dict[str, int]:
 def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], object]:
     """Return the step of the product's trainer, its phases marked."""
     from dinocell.models import config as models
-    from dinocell.runtime.bad_steps import BadSteps
     from dinocell.runtime.distributed import World
+    from dinocell.runtime.optim import BadSteps
     from dinocell.ssl import trainer as module
     from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
     from dinocell.ssl.prepare import _spread, backbone_of, build_model

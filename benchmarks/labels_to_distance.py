@@ -16,7 +16,7 @@ from _harness import alternate, ratio, write_result
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from dinocell.data_shards.distance import labels_to_distance
+from dinocell.labelled.distance import labels_to_distance
 
 TARGET_RATIO, TARGET_SECONDS = 50, 0.3
 

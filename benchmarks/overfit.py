@@ -21,11 +21,7 @@ from typing import Literal
 import numpy as np
 from _harness import write_result
 
-from dinocell.data_shards.images import write_labels, write_tiff
-from dinocell.data_shards.labelled import open_labelled
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune.config import (
     AugmentConfig,
@@ -38,6 +34,10 @@ from dinocell.finetune.config import (
 )
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
+from dinocell.images.read import write_labels, write_tiff
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.dataset import open_labelled
+from dinocell.labelled.layouts import folder_pairs
 
 Target = Literal["distance", "flows"]
 TARGET_OP_CSB = 0.95

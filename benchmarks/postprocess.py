@@ -24,11 +24,11 @@ from labels_to_distance import touching_cells
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.image_writers import write_labels
-from dinocell.eval.cell_table import measure_table
-from dinocell.eval.watershed import CELL_FILL, CELLS_MAX, distance_to_labels
-from dinocell.eval.windows import predict
+from dinocell.eval.export.measurements import measure_table
+from dinocell.eval.segmentation.tiling import predict
+from dinocell.eval.segmentation.watershed import CELL_FILL, CELLS_MAX, distance_to_labels
+from dinocell.images.write import write_labels
+from dinocell.labelled.distance import labels_to_distance
 
 TARGET_RATIO = 3
 BLUR_PX, NOISE = 1.5, 0.02
@@ -91,7 +91,7 @@ def chain_seconds(distance: np.ndarray) -> float:
 def first_calls() -> list[float]:
     """Return the seconds of the first call of a process that finds no compiled kernels, and of the next process."""
     code = (
-        "import time, numpy as np; from dinocell.eval.watershed import distance_to_labels; "
+        "import time, numpy as np; from dinocell.eval.segmentation.watershed import distance_to_labels; "
         "start = time.perf_counter(); distance_to_labels(np.random.default_rng(0).random((64, 64), np.float32)); "
         "print(time.perf_counter() - start)"
     )

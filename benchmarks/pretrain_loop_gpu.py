@@ -19,13 +19,12 @@ import torch
 from _harness import synchronise, write_result
 from reading import CHANNELS, TILE, Fields, synthetic_fields
 
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.write import build
 from dinocell.data_shards.read import stream
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.write import build
 from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, WatchConfig
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_levels import channel_levels
-from dinocell.ssl.view_plan import PlanViews, ViewsConfig
+from dinocell.ssl.view_plan import PlanViews, ViewsConfig, channel_levels
 from dinocell.ssl.views import make_views
 
 

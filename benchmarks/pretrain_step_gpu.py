@@ -8,7 +8,7 @@
 A case is variant/patch/batch/prototypes. A step is forward, backward, clipping, AdamW and the teacher's average, on
 crops that lie on the device (2 x 224 + 8 x 96 px, 3 channels). Every side is a process of its own, all resident at
 once, and they take their steps in turns. DINOv3 runs as its trainer runs it: compiled, FSDP2 in a group of one,
-bfloat16 weights. MFU: operations of the plain step by the formula (models/flops.py) over the card's dense bfloat16
+bfloat16 weights. MFU: operations of the plain step by the formula (models/config.py) over the card's dense bfloat16
 peak.
 """
 
@@ -27,9 +27,9 @@ from _harness import ratio, write_result
 from torch.profiler import ProfilerActivity, profile
 
 from dinocell.models.vit import VisionTransformer, variant_config
+from dinocell.runtime.device import peak_flop_per_s
 from dinocell.runtime.distributed import World
 from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
-from dinocell.runtime.throughput import peak_flop_per_s
 from dinocell.ssl.config import Compile, ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
 from dinocell.ssl.masking import MaskingConfig, draw_masks
 from dinocell.ssl.memory import step_memory

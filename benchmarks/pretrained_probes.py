@@ -22,18 +22,18 @@ from _harness import write_result
 from channel_consistency import STAINS, field
 
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.fields import Field, FieldFile
-from dinocell.data_shards.images import write_tiff
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.synthetic import CELL_TYPES
-from dinocell.data_shards.tiles import TileSettings
-from dinocell.data_shards.write import build
-from dinocell.eval.classification import multiclass_f1
-from dinocell.eval.consistency import channel_consistency
-from dinocell.eval.features import FeatureSettings, extract
-from dinocell.eval.image_sets import ShardImages
-from dinocell.eval.knn import knn_scores
-from dinocell.eval.linear import LinearSettings, choose, split_off, train_grid
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.tiles import TileSettings
+from dinocell.data_shards.build.write import build
+from dinocell.data_shards.sources.field import Field, FieldFile
+from dinocell.demo.synthetic.field import CELL_TYPES
+from dinocell.eval.metrics.classification import multiclass_f1
+from dinocell.eval.probes.consistency import channel_consistency
+from dinocell.eval.probes.features import FeatureSettings, extract
+from dinocell.eval.probes.image_sets import ShardImages
+from dinocell.eval.probes.knn import knn_scores
+from dinocell.eval.probes.linear import LinearSettings, choose, split_off, train_grid
+from dinocell.images.read import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.ssl.config import PretrainConfig

@@ -15,8 +15,8 @@ import torch
 from _harness import alternate, ratio, write_result
 from torch import nn
 
-from dinocell.eval.knn import knn_scores
-from dinocell.eval.linear import LinearSettings, train_grid
+from dinocell.eval.probes.knn import knn_scores
+from dinocell.eval.probes.linear import LinearSettings, train_grid
 
 WIDTH, CLASSES, K = 384, 20, 200
 

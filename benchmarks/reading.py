@@ -28,13 +28,13 @@ import torch
 from _harness import alternate, ratio, write_result
 from PIL import Image
 
-from dinocell.data_shards.codecs import CODECS
-from dinocell.data_shards.fields import Field, FieldFile
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.tiles import TileSettings
+from dinocell.data_shards.build.write import build
 from dinocell.data_shards.read import loader, stream
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.data_shards.tiles import TileSettings
-from dinocell.data_shards.write import build
+from dinocell.data_shards.sample import CODECS
+from dinocell.data_shards.sources.field import Field, FieldFile
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 
 TILE, CHANNELS, SIDE = 512, 5, 1080
 

@@ -16,9 +16,9 @@ from _harness import write_result
 from PIL import Image
 from scipy import ndimage
 
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.eval.ctc import ctc_score
-from dinocell.eval.watershed import distance_to_labels
+from dinocell.eval.metrics.ctc import ctc_score
+from dinocell.eval.segmentation.watershed import distance_to_labels
+from dinocell.labelled.distance import labels_to_distance
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TARGET_SEG, TARGET_DET = 0.975, 0.98

@@ -19,8 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from _harness import write_result
 
-from dinocell.models.config import variant_config
-from dinocell.models.flops import forward_flop, head_flop
+from dinocell.models.config import forward_flop, head_flop, variant_config
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import World
 from dinocell.runtime.sharding import Parallel, make_mesh, shard

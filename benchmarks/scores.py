@@ -21,9 +21,9 @@ import tifffile
 from _harness import alternate, ratio, write_result
 from labels_to_distance import touching_cells
 
-from dinocell.eval.ctc import CTCScore, ctc_score, ctc_score_from
-from dinocell.eval.matching import matching_score_from
-from dinocell.eval.overlaps import find_overlaps
+from dinocell.eval.metrics.ctc import CTCScore, ctc_score, ctc_score_from
+from dinocell.eval.metrics.matching import matching_score_from
+from dinocell.eval.metrics.overlaps import find_overlaps
 
 TARGET_SECONDS, TARGET_MB = 0.15, 200
 CELLS_AT_2048 = 5000

@@ -22,10 +22,10 @@ import torch
 from _harness import write_result
 
 from dinocell.cli import main as dinocell
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.image_writers import write_tiff
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.finetune.model import DINOCell, create_dinocell_model
+from dinocell.images.write import write_tiff
+from dinocell.labelled.distance import labels_to_distance
 
 
 def main() -> None:

@@ -23,14 +23,14 @@ import torch
 from _harness import write_result
 from scipy.ndimage import gaussian_filter
 
-from dinocell.data_shards.fields import Field, FieldFile
-from dinocell.data_shards.images import write_tiff
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.tiles import TileSettings
+from dinocell.data_shards.build.write import build
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import stream
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.tiles import TileSettings
-from dinocell.data_shards.write import build
-from dinocell.eval.knn import knn_scores
+from dinocell.data_shards.sources.field import Field, FieldFile
+from dinocell.eval.probes.knn import knn_scores
+from dinocell.images.read import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import Weights, load_backbone, save_weights
 from dinocell.runtime.schedules import Freeze, Schedule
@@ -41,9 +41,9 @@ from dinocell.ssl.config import (
     LossConfig,
     ModelConfig,
     PretrainConfig,
+    Schedules,
     WatchConfig,
 )
-from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import pretrain
 from dinocell.ssl.view_plan import ViewsConfig
 

@@ -3,9 +3,10 @@
     python benchmarks/thresholds.py           # 3 alternated rounds, writes results/thresholds.md
     python benchmarks/thresholds.py --quick   # 1 round on a smaller map, writes nothing
 
-A generated map, blurred and noisy as a network gives it; the 20 x 20 grid of `dinocell.eval.thresholds` (points with
-compared at every point. Whole search: with merging, border restoring and scores, against the straight way, which floods
-with scikit-image, mends and scores at every point. scikit-image's sides are timed on 21 points of the grid and scaled.
+A generated map, blurred and noisy as a network gives it; the 20 x 20 grid of `dinocell.eval.threshold_search` (points
+with compared at every point. Whole search: with merging, border restoring and scores, against the straight way, which
+floods with scikit-image, mends and scores at every point. scikit-image's sides are timed on 21 points of the grid and
+scaled.
 """
 
 import argparse
@@ -16,11 +17,11 @@ import numpy as np
 from _harness import ratio, write_result
 from scipy import ndimage
 
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.eval.ctc import ctc_score
-from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search
-from dinocell.eval.watershed import cut, distance_to_labels, flood
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
+from dinocell.eval.metrics.ctc import ctc_score
+from dinocell.eval.segmentation.watershed import cut, distance_to_labels, flood
+from dinocell.eval.threshold_search import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search
+from dinocell.labelled.distance import labels_to_distance
 
 
 def main() -> None:

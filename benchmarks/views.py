@@ -23,11 +23,10 @@ from _harness import alternate, ratio, write_result
 from pretrain_step import our_step
 from reading import CHANNELS, TILE, Fields, synthetic_fields
 
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.write import build
 from dinocell.data_shards.read import Batch, stream
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.write import build
-from dinocell.ssl.view_levels import Levels, channel_levels
-from dinocell.ssl.view_plan import PlanViews, Policy, ViewsConfig, plan_views
+from dinocell.ssl.view_plan import Levels, PlanViews, Policy, ViewsConfig, channel_levels, plan_views
 from dinocell.ssl.views import Views, make_views
 
 _BATCH, _NUM_BATCHES = 4, 6

@@ -6,17 +6,21 @@ Importing this package is cheap: nothing below it, torch included, is imported u
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dinocell._renamed import install
+from dinocell._version import __version__
+
 __all__ = ["DINOCell", "DINOCellPipeline", "__version__", "create_dinocell_model"]
 
 if TYPE_CHECKING:
-    from dinocell.eval.pipeline import DINOCellPipeline
+    from dinocell.eval.segmentation.pipeline import DINOCellPipeline
     from dinocell.finetune.model import DINOCell, create_dinocell_model
+
+install()
 
 _HOMES = {
     "DINOCell": "dinocell.finetune.model",
     "create_dinocell_model": "dinocell.finetune.model",
-    "DINOCellPipeline": "dinocell.eval.pipeline",
+    "DINOCellPipeline": "dinocell.eval.segmentation.pipeline",
 }
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dinocell.configs.reference import document
-from dinocell.demo.config import DemoConfig
+from dinocell.configs.docs import document
+from dinocell.demo.data import DemoConfig
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.ssl.config import PretrainConfig
 

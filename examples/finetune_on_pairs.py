@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 
 from dinocell import DINOCell, DINOCellPipeline
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.images import write_labels, write_tiff
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.eval.ctc import ctc_score
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
+from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.train import finetune
+from dinocell.images.read import write_labels, write_tiff
 
 
 def finetune_on_pairs(folder: Path, output: Path, overrides: list[str]) -> DINOCell:

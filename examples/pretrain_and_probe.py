@@ -14,13 +14,13 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.images import write_tiff
-from dinocell.data_shards.sources_names import PatternSource
-from dinocell.data_shards.synthetic import CELL_TYPES, SyntheticConfig, make_field
-from dinocell.data_shards.write import build
-from dinocell.eval.features import FeatureSettings, extract
-from dinocell.eval.image_sets import ShardImages
-from dinocell.eval.knn import knn_scores
+from dinocell.data_shards.build.write import build
+from dinocell.data_shards.sources.pattern import PatternSource
+from dinocell.demo.synthetic.field import CELL_TYPES, SyntheticConfig, make_field
+from dinocell.eval.probes.features import FeatureSettings, extract
+from dinocell.eval.probes.image_sets import ShardImages
+from dinocell.eval.probes.knn import knn_scores
+from dinocell.images.read import write_tiff
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import load_backbone
 from dinocell.ssl.config import PretrainConfig

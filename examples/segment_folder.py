@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from dinocell import DINOCell, DINOCellPipeline
-from dinocell.data_shards.images import IMAGE_SUFFIXES, read_image, write_labels, write_tiff
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
+from dinocell.images.read import IMAGE_SUFFIXES, read_image, write_labels, write_tiff
 
 
 def segment_folder(folder: Path, model: Path, output: Path) -> int:

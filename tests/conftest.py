@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocell.data_shards.fields import Field, FieldFile, Rejected
-from dinocell.data_shards.images import write_labels, write_tiff
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
-from dinocell.data_shards.tiles import TileSettings
-from dinocell.data_shards.write import build
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.tiles import TileSettings
+from dinocell.data_shards.build.write import build
+from dinocell.data_shards.sources.field import Field, FieldFile, Rejected
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
+from dinocell.images.read import write_labels, write_tiff
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.layouts import folder_pairs
 
 NAMES = ("DNA", "ER", "AGP")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinocell import __version__, cli
+from dinocell import __version__
 from dinocell.cli import build_parser, main
+from dinocell.commands import weights
 from dinocell.models.vit import VisionTransformer, ViTConfig, variant_config
 from dinocell.models.weights import Weights, load_backbone, save_weights
 
@@ -195,7 +196,7 @@ def test_what_the_machine_refuses_is_one_line(
     def refuse(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_run_info", refuse)
+    monkeypatch.setattr(weights, "_run_info", refuse)
     assert main(["info", "x"]) == 2
     assert capsys.readouterr().err == said
 
@@ -204,7 +205,7 @@ def test_other_errors_of_the_system_are_bugs(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(_: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr(cli, "_run_info", refuse)
+    monkeypatch.setattr(weights, "_run_info", refuse)
     with pytest.raises(OSError, match="Bad file"):
         main(["info", "x"])
 

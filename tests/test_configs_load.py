@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinocell.configs import load
-from dinocell.configs.differences import diff_configs
 from dinocell.configs.load import find_recipe, load_config, shipped_recipes, text_override, to_dict, to_yaml
+from dinocell.configs.schema import diff_configs
 from dinocell.errors import ConfigError
 
 

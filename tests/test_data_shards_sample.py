@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocell.data_shards.codecs import CODECS
 from dinocell.data_shards.sample import (
+    CODECS,
     RawSample,
     SampleError,
     decode_sample,

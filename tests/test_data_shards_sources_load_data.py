@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tifffile
 
-from dinocell.data_shards import sources_load_data
-from dinocell.data_shards.fields import Field, read_field
-from dinocell.data_shards.images import write_tiff
-from dinocell.data_shards.sources_load_data import LoadDataSource
+from dinocell.data_shards.sources import load_data as sources_load_data
+from dinocell.data_shards.sources.field import Field, read_field
+from dinocell.data_shards.sources.load_data import LoadDataSource
+from dinocell.images.read import write_tiff
 from helpers.real_data import DATA, needs_data
 from helpers.sources import error_of, fields, listed
 

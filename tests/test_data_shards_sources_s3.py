@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinocell.data_shards.fields import read_field
-from dinocell.data_shards.images import write_tiff
-from dinocell.data_shards.listing import list_files
-from dinocell.data_shards.locations import open_bytes
-from dinocell.data_shards.sources_images import MultichannelSource
-from dinocell.data_shards.sources_load_data import LoadDataSource
-from dinocell.data_shards.sources_names import PhenixSource
-from dinocell.data_shards.sources_tables import HpaFovSource, HpaOneSource
+from dinocell.data_shards.sources.chammi_hpa_tables import HpaFovSource, HpaOneSource
+from dinocell.data_shards.sources.field import read_field
+from dinocell.data_shards.sources.files import MultichannelSource
+from dinocell.data_shards.sources.load_data import LoadDataSource
+from dinocell.data_shards.sources.phenix import PhenixSource
 from dinocell.errors import ImageError
+from dinocell.images.read import write_tiff
+from dinocell.images.storage import list_files, open_bytes
 from helpers.servers import serving_folder
 from helpers.sources import fields
 
@@ -158,7 +157,7 @@ def test_what_is_not_in_a_bucket_is_one_clear_line(bucket: Any) -> None:
 def test_a_server_that_is_not_there_is_one_clear_line(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
-    from dinocell.data_shards import locations
+    from dinocell.images import storage as locations
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -234,7 +233,7 @@ def test_load_data_behind_a_web_address(web: str, tmp_path: Path) -> None:
 
 
 def test_hpa_tables_behind_a_web_address(web: str, tmp_path: Path) -> None:
-    from dinocell.data_shards.images import write_png
+    from dinocell.images.read import write_png
 
     side_by_side = np.concatenate([np.full((4, 4), number, np.uint8) for number in range(4)], axis=1)
     for source, folder, name in (

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from dinocell.cli import main
-from dinocell.data_shards.images import write_labels, write_tiff
-from dinocell.data_shards.labelled import open_labelled
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
 from dinocell.demo.data import FieldCounts, own_material
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
+from dinocell.images.read import write_labels, write_tiff
+from dinocell.labelled.dataset import open_labelled
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import Weights, save_weights
 

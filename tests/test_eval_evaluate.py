@@ -13,23 +13,23 @@ import pytest
 import torch
 
 from dinocell.cli import main
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.image_writers import write_labels
-from dinocell.data_shards.labelled import LabelledSet, open_labelled
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.eval.ctc import ctc_score
+from dinocell.eval.error_images import FALSE, MISSED, RIGHT, draw_mistakes
 from dinocell.eval.evaluate import FOUND, OURS, PLAIN, SearchGrid, evaluate_sets
-from dinocell.eval.matching import matching_score
-from dinocell.eval.mistakes import FALSE, MISSED, RIGHT, draw_mistakes
-from dinocell.eval.overlaps import find_overlaps
-from dinocell.eval.pipeline import DINOCellPipeline
-from dinocell.eval.predicted_files import find_predictions
+from dinocell.eval.evaluation_sets import find_predictions
+from dinocell.eval.metrics.ctc import ctc_score
+from dinocell.eval.metrics.matching import matching_score
+from dinocell.eval.metrics.overlaps import find_overlaps
 from dinocell.eval.report import write_report
-from dinocell.eval.watershed import distance_to_labels
-from dinocell.finetune.files import read_segmenter
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline
+from dinocell.eval.segmentation.watershed import distance_to_labels
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import SegmenterSettings
+from dinocell.finetune.segmenter_file import read_segmenter
+from dinocell.images.write import write_labels
+from dinocell.labelled.dataset import LabelledSet, open_labelled
+from dinocell.labelled.distance import labels_to_distance
 
 CONFIG = SyntheticConfig(size=(72, 80), num_cells=(6, 9), cell_radius_px=9.0)
 GRID = SearchGrid(cells_max_range=(0.3, 0.6), cell_fill_range=(0.05, 0.2), steps=3)

@@ -12,16 +12,16 @@ import pytest
 import tifffile
 
 from dinocell.cli import main
-from dinocell.data_shards.image_writers import write_labels, write_png, write_tiff
-from dinocell.data_shards.images import read_image
-from dinocell.data_shards.labelled import LabelledSet
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.eval.ctc_folders import score_sequence, write_reference, write_results
 from dinocell.eval.evaluate import OURS, evaluate_sets
 from dinocell.eval.evaluation_sets import PairSet, open_evaluation_set
-from dinocell.eval.pipeline import DINOCellPipeline
+from dinocell.eval.metrics.ctc_files import score_sequence, write_reference, write_results
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.model import DINOCell
+from dinocell.images.read import read_image
+from dinocell.images.write import write_labels, write_png, write_tiff
+from dinocell.labelled.dataset import LabelledSet
 
 CONFIG = SyntheticConfig(size=(72, 80), num_cells=(6, 9), cell_radius_px=9.0)
 FIELDS = [make_field(seed, CONFIG) for seed in range(2)]
@@ -197,7 +197,7 @@ def write_program(folder: Path, name: str) -> Path:
     path = folder / f"{name}Measure"
     path.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {os.fspath(Path(__file__).parents[1])!r})\n"
-        "from pathlib import Path\nfrom dinocell.eval.ctc_folders import score_sequence\n"
+        "from pathlib import Path\nfrom dinocell.eval.metrics.ctc_files import score_sequence\n"
         "score = score_sequence(Path(sys.argv[1]), sys.argv[2])\n"
         f"print(f'{name} measure: {{score.{name.lower()}:.6f}}')\n"
     )

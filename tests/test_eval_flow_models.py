@@ -9,19 +9,19 @@ import tifffile
 import torch
 
 from dinocell.cli import main
-from dinocell.data_shards.flows import labels_to_flows
-from dinocell.data_shards.images import write_labels, write_tiff
-from dinocell.data_shards.labelled import LabelledImage
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.eval.ctc import ctc_score
-from dinocell.eval.flow_thresholds import search_flows
-from dinocell.eval.flows import flows_to_labels
-from dinocell.eval.pipeline import DINOCellPipeline, FlowSegmentation
+from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.scoring import score_segmenter
+from dinocell.eval.segmentation.flows import flows_to_labels
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline, FlowSegmentation
+from dinocell.eval.threshold_search import search_flows
 from dinocell.finetune.model import DINOCell, replace_settings
+from dinocell.images.read import write_labels, write_tiff
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.dataset import LabelledImage
+from dinocell.labelled.flows import labels_to_flows
+from dinocell.labelled.layouts import folder_pairs
 from dinocell.models.config import VARIANTS, variant_config
 
 FIELD = make_field(7, SyntheticConfig(size=(100, 130), channels=("AGP",), num_cells=(8, 12), cell_radius_px=12.0))
@@ -55,7 +55,8 @@ def knowing(model: DINOCell, monkeypatch: pytest.MonkeyPatch) -> DINOCell:
 def pipeline_of(model: DINOCell, monkeypatch: pytest.MonkeyPatch, **options: float) -> DINOCellPipeline:
     # 8-bit grey levels cannot number the pixels: hand them on as they are.
     monkeypatch.setattr(
-        "dinocell.eval.pipeline.prepare", lambda image, _settings: (image / np.float64(image.max())).astype(np.float32)
+        "dinocell.eval.segmentation.pipeline.prepare",
+        lambda image, _settings: (image / np.float64(image.max())).astype(np.float32),
     )
     return DINOCellPipeline(model, device="cpu", crop_size=128, **options)
 

@@ -12,11 +12,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinocell.cli import main
-from dinocell.data_shards.images import write_png
-from dinocell.eval.feature_files import extract_to
-from dinocell.eval.features import FeatureSettings
-from dinocell.eval.image_sets import ProbeImage, to_unit
-from dinocell.eval.tasks import make_task
+from dinocell.eval.probes.feature_files import extract_to
+from dinocell.eval.probes.features import FeatureSettings
+from dinocell.eval.probes.image_sets import ProbeImage, to_unit
+from dinocell.eval.probes.tasks import make_task
+from dinocell.images.read import write_png
 from dinocell.models.weights import load_backbone
 
 PLACES = ("nucleoplasm", "cytosol")

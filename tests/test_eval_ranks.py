@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from dinocell.cli import main
-from dinocell.data_shards.images import write_png
-from dinocell.eval.feature_files import extract_to, read_features
-from dinocell.eval.features import FeatureSettings
-from dinocell.eval.image_sets import ShardImages
-from dinocell.eval.knn import knn_scores
+from dinocell.eval.probes.feature_files import extract_to, read_features
+from dinocell.eval.probes.features import FeatureSettings
+from dinocell.eval.probes.image_sets import ShardImages
+from dinocell.eval.probes.knn import knn_scores
+from dinocell.images.read import write_png
 from dinocell.runtime.distributed import World, together
 from helpers.models import tiny
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.flows import labels_to_flows
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.finetune.augment import cut, plain
 from dinocell.finetune.config import AugmentConfig
+from dinocell.labelled.distance import labels_to_distance
+from dinocell.labelled.flows import labels_to_flows
 
 SMALL = SyntheticConfig(size=(96, 112), channels=("AGP",), num_cells=(6, 10), cell_radius_px=12.0)
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dinocell.data_shards.labelled import LabelledImage
 from dinocell.finetune.augment import plain
 from dinocell.finetune.config import AugmentConfig, DataConfig
 from dinocell.finetune.data import Crops, loader, prepared
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.finetune.sets import split
+from dinocell.labelled.dataset import LabelledImage
 
 
 def test_every_image_comes_equally_often_whatever_the_epoch(labelled_folder: Path) -> None:

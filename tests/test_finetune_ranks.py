@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from dinocell.configs.load import to_yaml
-from dinocell.data_shards.images import write_labels, write_tiff
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.finetune.config import (
     AugmentConfig,
     ComputeConfig,
@@ -22,6 +19,9 @@ from dinocell.finetune.config import (
 )
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
+from dinocell.images.read import write_labels, write_tiff
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.layouts import folder_pairs
 from helpers.ranks import run_ranks
 
 FIELD = SyntheticConfig(size=(48, 56), channels=("AGP",), num_cells=(4, 6), cell_radius_px=9.0)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
 from dinocell.errors import DinocellError
 from dinocell.finetune.config import DataConfig
 from dinocell.finetune.sets import open_sets, split
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.layouts import folder_pairs
 
 
 def test_the_split_is_by_image_fixed_by_the_seed_and_recorded(labelled_folder: Path, tmp_path: Path) -> None:

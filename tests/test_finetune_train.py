@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from dinocell.configs.load import load_config
-from dinocell.data_shards.images import write_labels, write_tiff
-from dinocell.data_shards.labelled import open_labelled
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
-from dinocell.data_shards.synthetic import SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import ConfigError
 from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune import train
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
-from dinocell.finetune.summary import guide
+from dinocell.finetune.monitors import guide
 from dinocell.finetune.train import dry_run, finetune
+from dinocell.images.read import write_labels, write_tiff
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.dataset import open_labelled
+from dinocell.labelled.layouts import folder_pairs
 from dinocell.models.config import VARIANTS, variant_config
 from dinocell.runtime.preemption import RunStopped
 

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 from dinocell.cli import main
+from dinocell.commands.launch import _folder_of, _minutes
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.launch.hooks import exported, set_export_hook
-from dinocell.launch.job import Job, fill_in
-from dinocell.launch.launch_command import _folder_of, _minutes
 from dinocell.launch.local import run_here
-from dinocell.launch.slurm import SlurmSettings, _belongs_to_job, script
-from dinocell.launch.watch import JobState, last_step, launches, log_of
-from dinocell.runtime.metrics_file import MetricsFile
+from dinocell.launch.slurm import Job, SlurmSettings, _belongs_to_job, fill_in, script
+from dinocell.launch.status import JobState, last_step, launches, log_of
+from dinocell.runtime.run import MetricsFile
 
 
 def test_the_script_says_what_was_asked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -22,14 +22,13 @@ import pytest
 from dinocell import cli
 from dinocell.cli import main
 from dinocell.configs.load import to_yaml
-from dinocell.data_shards.images import write_tiff
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.sources_images import MultichannelSource
-from dinocell.data_shards.tiles import TileSettings
-from dinocell.data_shards.write import build
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.tiles import TileSettings
+from dinocell.data_shards.build.write import build
+from dinocell.data_shards.sources.files import MultichannelSource
+from dinocell.images.read import write_tiff
 from dinocell.runtime.schedules import Freeze, Schedule
-from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
-from dinocell.ssl.schedules import Schedules
+from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, Schedules
 from dinocell.ssl.train import pretrain
 from dinocell.ssl.view_plan import ViewsConfig
 

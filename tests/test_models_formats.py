@@ -10,8 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dinocell.models.card import LICENCES, UNKNOWN_LICENCE
-from dinocell.models.config import ViTConfig
+from dinocell.models.config import LICENCES, UNKNOWN_LICENCE, ViTConfig
 from dinocell.models.positions import LearnedPositionConfig
 from dinocell.models.weights import load_backbone, read_weights
 

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from dinocell.models.attention import Attention
+from dinocell.models.layers import Attention
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.vit import VisionTransformer, ViTConfig, variant_config
 

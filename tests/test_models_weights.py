@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dinocell.errors import WeightsError
-from dinocell.models.card import InputSettings, WeightsCard
+from dinocell.models.config import InputSettings, WeightsCard
 from dinocell.models.positions import LearnedPositionConfig, RopeConfig
 from dinocell.models.vit import VisionTransformer, ViTConfig
 from dinocell.models.weights import Layout, Weights, fit_weights, load_backbone, read_weights, save_weights

@@ -45,7 +45,7 @@ def test_names_of_the_plan_exist(module: str, names: list[str]) -> None:
 
 
 def test_public_names_are_the_classes_of_their_stages() -> None:
-    from dinocell.eval.pipeline import DINOCellPipeline
+    from dinocell.eval.segmentation.pipeline import DINOCellPipeline
     from dinocell.finetune.model import DINOCell, create_dinocell_model
 
     assert dinocell.DINOCell is DINOCell
@@ -72,7 +72,7 @@ def test_nothing_shadows_the_standard_library() -> None:
 
 def recipe_schemas() -> dict[str, tuple[type, list[str]]]:
     """By folder: the schema, and what a user always adds."""
-    from dinocell.demo.config import DemoConfig
+    from dinocell.demo.data import DemoConfig
     from dinocell.finetune.config import FinetuneConfig
     from dinocell.ssl.config import PretrainConfig
 

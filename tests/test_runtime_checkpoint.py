@@ -19,9 +19,8 @@ from torch.distributed.fsdp import fully_shard
 
 from dinocell.errors import DinocellError
 from dinocell.runtime import checkpoint
-from dinocell.runtime.checkpoint import Checkpointer
+from dinocell.runtime.checkpoint import Checkpointer, random_states, set_random_states
 from dinocell.runtime.distributed import gather, max_over_ranks, start, stop, sum_over_ranks
-from dinocell.runtime.random_states import random_states, set_random_states
 from helpers.ranks import fork_ranks
 
 

@@ -21,8 +21,8 @@ from tensorboard.summary.writer import event_file_writer
 
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.runtime import progress
-from dinocell.runtime.environment import git_state
 from dinocell.runtime.run import Run
+from dinocell.runtime.run_folder import git_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dinocell.configs.load import load_config, to_yaml
 from dinocell.errors import ConfigError
 from dinocell.runtime.schedules import Freeze, Schedule, value_at
-from dinocell.ssl.schedules import Schedules
+from dinocell.ssl.config import Schedules
 
 
 def whole(schedule: Schedule, num_steps: int) -> np.ndarray:

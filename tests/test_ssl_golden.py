@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 
 from dinocell.runtime.schedules import Freeze, Schedule
-from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, LossConfig, ModelConfig, PretrainConfig
-from dinocell.ssl.schedules import Schedules
+from dinocell.ssl.config import (
+    ComputeConfig,
+    DataConfig,
+    HeadsConfig,
+    LossConfig,
+    ModelConfig,
+    PretrainConfig,
+    Schedules,
+)
 from dinocell.ssl.train import pretrain
 from dinocell.ssl.view_plan import ViewsConfig
 

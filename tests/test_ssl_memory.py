@@ -26,11 +26,11 @@ from dinocell.ssl.config import (
     OptimConfig,
     PretrainConfig,
     Recompute,
+    Schedules,
 )
 from dinocell.ssl.masking import draw_masks
 from dinocell.ssl.memory import check_memory, step_memory
 from dinocell.ssl.prepare import build_model
-from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.view_plan import ViewsConfig
 from dinocell.ssl.views import Views
 

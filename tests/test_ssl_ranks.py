@@ -28,8 +28,8 @@ from dinocell.ssl.config import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    Schedules,
 )
-from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import pretrain
 from dinocell.ssl.view_plan import ViewsConfig
 from helpers.ranks import run_ranks

@@ -33,16 +33,15 @@ from dinocell.ssl.config import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    Schedules,
     WatchConfig,
 )
 from dinocell.ssl.masking import MaskingConfig
-from dinocell.ssl.pictures import draw_features, principal_colours
-from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.train import dry_run, pretrain
 from dinocell.ssl.trainer import Trainer
-from dinocell.ssl.view_levels import channel_levels
-from dinocell.ssl.view_plan import ViewsConfig
+from dinocell.ssl.view_plan import ViewsConfig, channel_levels
 from dinocell.ssl.views import Views, make_views
+from dinocell.ssl.visualise import draw_features, principal_colours
 
 
 def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
@@ -525,7 +524,7 @@ def test_compiled_steps_are_those_of_plain_ones(shard_set: Path, tmp_path: Path)
     """Whole passes or, where blocks are computed again, block by block; targets and losses.
 
     In a process of its own (the annotations that the test suite checks at run time are not for the compiler), with the
-    compiler's front half alone: its kernels are tried in test_ssl_cross_entropy and take half a minute.
+    compiler's front half alone: its kernels are tried in test_ssl_losses_cross_entropy and take half a minute.
     """
     schedules = Schedules(learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2))
     plain = config_of(shard_set, tmp_path / "plain", steps=3, schedules=schedules, watch=WatchConfig(every=0))

@@ -11,10 +11,8 @@ from scipy import ndimage
 
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import Batch, stream
-from dinocell.ssl.view_crops import crop_by_crop
-from dinocell.ssl.view_levels import channel_levels, scales_of
-from dinocell.ssl.view_plan import PlanViews, ViewsConfig, plan_views
-from dinocell.ssl.views import make_views
+from dinocell.ssl.view_plan import PlanViews, ViewsConfig, channel_levels, plan_views, scales_of
+from dinocell.ssl.views import crop_by_crop, make_views
 
 SMALL = ViewsConfig(global_size=24, local_size=16, num_local=3)
 STACK = replace(SMALL, policy="stack", channels=("ER", "DNA", "x"), protein_channel="ER", protein_contrast=0.5)

@@ -4,25 +4,25 @@ import csv
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dinocell.data_shards.fields import Source
-from dinocell.data_shards.images import IMAGE_SUFFIXES, has_image_name, write_labels, write_tiff
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import Pair, folder_pairs, read_pair
+from dinocell.data_shards.build.shard import ShardSettings
+from dinocell.data_shards.build.tiles import TileSettings
+from dinocell.data_shards.build.write import build
 from dinocell.data_shards.manifest import Manifest
-from dinocell.data_shards.shard import ShardSettings
-from dinocell.data_shards.sources_images import MultichannelSource
-from dinocell.data_shards.sources_labels import LabelledSource
-from dinocell.data_shards.synthetic import CELL_TYPES, SyntheticConfig, make_field
-from dinocell.data_shards.tiles import TileSettings
-from dinocell.data_shards.write import build
+from dinocell.data_shards.sources.field import Source
+from dinocell.data_shards.sources.files import MultichannelSource
+from dinocell.data_shards.sources.table import LabelledSource
+from dinocell.demo.synthetic.field import CELL_TYPES, SyntheticConfig, make_field
 from dinocell.errors import DinocellError
+from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, write_labels, write_tiff
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.layouts import Pair, folder_pairs, read_pair
 
 # Of the generated images, whose cells are about 36 px across: what a 20x objective gives.
 PIXEL_SIZE_UM = 0.65
@@ -234,3 +234,43 @@ def _build_shards(source: Source, output: Path, workers: int) -> Manifest:
 def _build_labelled(pairs: list[Pair], output: Path, source: str) -> Path:
     build_labelled(pairs, output, source=source, channel="mean", keep_empty=True, overwrite=True)
     return output
+
+
+# --- config --------------------------------------------------------------------------------------------------------
+#
+# What a recipe of the demo holds.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Settings of the demo.
+
+    Attributes
+    ----------
+    output
+        Folder of everything that the demo makes.
+    data
+        A folder of your own images instead of generated ones: ``images/`` and, for scores, ``masks/`` with the same
+        names; or just images.
+    weights
+        A backbone to fine-tune instead of pretraining one: any source of `load_backbone`.
+    pretrain_steps, finetune_epochs
+        How long the two trainings take.
+    counts, field
+        How many fields are generated, and how they look.
+    """
+
+    output: Path = Path("demo")
+    data: Path | None = None
+    weights: str | None = None
+    seed: int = 0
+    pretrain_steps: int = 100
+    finetune_epochs: int = 5
+    counts: FieldCounts = field(default_factory=FieldCounts)
+    field: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def __post_init__(self) -> None:
+        if self.pretrain_steps < 1 or self.finetune_epochs < 1:
+            raise ValueError("pretrain_steps and finetune_epochs: expected at least 1")
+        if min(self.field.size) < 64:
+            raise ValueError(f"field.size: expected at least 64 px a side, got {self.field.size}")

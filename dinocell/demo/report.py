@@ -14,14 +14,13 @@ from jaxtyping import Float32, Int32, Real, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dinocell import __version__
+from dinocell._version import __version__
 from dinocell.configs.load import read_mapping
-from dinocell.data_shards.preview import preview
-from dinocell.demo.config import DemoConfig
-from dinocell.demo.data import Material
-from dinocell.eval.ctc import ctc_score
-from dinocell.eval.outputs import overlay
-from dinocell.runtime.atomic import write_atomically
+from dinocell.data_shards.inspect import preview
+from dinocell.demo.data import DemoConfig, Material
+from dinocell.eval.export.writers import overlay
+from dinocell.eval.metrics.ctc import ctc_score
+from dinocell.runtime.files import write_atomically
 
 _SHOWN = 6
 _STYLE = """

@@ -11,30 +11,29 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinocell.configs.differences import diff_configs
 from dinocell.configs.load import find_recipe, load_config, read_mapping, text_override, to_dict, to_yaml
-from dinocell.data_shards.labelled import open_labelled
+from dinocell.configs.schema import diff_configs
 from dinocell.data_shards.manifest import read_manifest
-from dinocell.data_shards.picture import picture_of
-from dinocell.demo.config import DemoConfig
-from dinocell.demo.data import Material, generate, generated_material, own_material
+from dinocell.demo.data import DemoConfig, Material, generate, generated_material, own_material
+from dinocell.demo.otsu import otsu_baseline
 from dinocell.demo.report import Result, write_report
 from dinocell.errors import ConfigError
-from dinocell.eval.baseline import otsu_baseline
-from dinocell.eval.consistency import channel_consistency
-from dinocell.eval.ctc import ctc_score
-from dinocell.eval.features import FeatureSettings, extract
-from dinocell.eval.image_sets import ShardImages
-from dinocell.eval.knn import knn_scores
-from dinocell.eval.pipeline import DINOCellPipeline
+from dinocell.eval.metrics.ctc import ctc_score
+from dinocell.eval.probes.consistency import channel_consistency
+from dinocell.eval.probes.features import FeatureSettings, extract
+from dinocell.eval.probes.image_sets import ShardImages
+from dinocell.eval.probes.knn import knn_scores
 from dinocell.eval.scoring import score_segmenter
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
+from dinocell.images.image import picture_of
+from dinocell.labelled.dataset import open_labelled
 from dinocell.models.config import VARIANTS, variant_of
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import load_backbone
-from dinocell.runtime.atomic import write_atomically
+from dinocell.runtime.files import write_atomically
 from dinocell.runtime.progress import start_progress
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.train import pretrain

@@ -9,26 +9,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from jaxtyping import Float32, Integer
 
-from dinocell.data_shards.labelled import LabelledImage
-from dinocell.data_shards.masks import read_labels
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.ctc_programs import OfficialScores, check_programs
-from dinocell.eval.evaluation_sets import EvaluationSet, PairSet
-from dinocell.eval.flow_thresholds import search_flows
-from dinocell.eval.grid_search import keep_maps
-from dinocell.eval.mending import Mending
-from dinocell.eval.mistakes import Mistakes, WorstImages
-from dinocell.eval.official import LabelStore, check_few_enough
-from dinocell.eval.overlaps import Overlaps, find_overlaps
-from dinocell.eval.pipeline import DINOCellPipeline
-from dinocell.eval.predicted_files import find_predictions
-from dinocell.eval.rules import FOUND, OURS, PLAIN, FoundThresholds, rules_of
-from dinocell.eval.score_rows import ImageScores, PooledScores, pool, score_tables
-from dinocell.eval.thresholds import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search
+from dinocell.eval.error_images import Mistakes, WorstImages
+from dinocell.eval.evaluation_sets import EvaluationSet, PairSet, find_predictions
+from dinocell.eval.metrics.ctc_files import OfficialScores, check_programs, official_scores_of
+from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
+from dinocell.eval.metrics.summary import ImageScores, PooledScores, pool, score_tables
+from dinocell.eval.scoring import FOUND, OURS, PLAIN, FoundThresholds, rules_of
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline
+from dinocell.eval.segmentation.refine import Mending
+from dinocell.eval.threshold_search import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, keep_maps, search, search_flows
+from dinocell.labelled.dataset import LabelledImage
+from dinocell.labelled.masks import read_labels
 
 ALL_SETS = "all"
 
@@ -62,7 +59,7 @@ class Evaluation:
 class SearchGrid:
     """Least and largest value of each threshold of distance maps to try, and how many of each.
 
-    Flows have a grid of their own, see `dinocell.eval.flow_thresholds`; any other than this default is refused then.
+    Flows have a grid of their own, see `dinocell.eval.threshold_search`; any other than this default is refused then.
     """
 
     cells_max_range: tuple[int | float, int | float] = CELLS_MAX_RANGE
@@ -274,3 +271,73 @@ def _read(file: Path, shape: tuple[int, ...]) -> Integer[np.ndarray, "h w"]:
 
 def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+# --- official ------------------------------------------------------------------------------------------------------
+#
+# The Cell Tracking Challenge's own programs on an evaluation's label images: their numbers beside ours.
+#
+# The programs see what our scores saw: each set as one sequence, its masks as SEG and as TRA, every reference cell with
+# an id of its own.
+
+_MAX_CELLS = 2**16 - 1  # the challenge's masks have 16 bits
+
+
+class LabelStore:
+    """Label images of each set and method, in files of a scratch folder until the programs are run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[tuple[str, str], list[Path]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, dataset: str, method: str, labels: np.ndarray) -> None:
+        """Keep the next image's labels."""
+        files = self._files.setdefault((dataset, method), [])
+        path = self._folder / f"{list(self._files).index((dataset, method))}_{len(files)}.npy"
+        np.save(path, labels)
+        files.append(path)
+
+    def scores(self, dataset: str, method: str, reference: EvaluationSet, *, binary_path: Path) -> OfficialScores:
+        """Run the programs on all images of a set."""
+        files = self._files[dataset, method]
+        predicted = _Lazy(len(files), lambda index: np.load(files[index], allow_pickle=False))
+        expected = _Lazy(len(reference), lambda index: np.ascontiguousarray(reference[index].labels))
+        return official_scores_of(expected, predicted, binary_path=binary_path)
+
+
+def check_few_enough(name: str, reference: EvaluationSet) -> None:
+    """Raise if a set has more cells than the programs can tell apart.
+
+    Raises
+    ------
+    DinocellError
+        If there are more than 65,535.
+    """
+    num_cells = sum(np.count_nonzero(np.unique(reference[index].labels)) for index in range(len(reference)))
+    if num_cells > _MAX_CELLS:
+        raise DinocellError(
+            f"{name}: {num_cells} cells; the official programs tell {_MAX_CELLS} apart: split the set, or leave out "
+            "--binary-path"
+        )
+
+
+class _Lazy(Sequence[np.ndarray]):
+    """Arrays that are read when they are asked for."""
+
+    def __init__(self, length: int, read: Callable[[int], np.ndarray]) -> None:
+        self._length, self._read = length, read
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[np.ndarray]: ...
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(index, slice):
+            return [self._read(each) for each in range(self._length)[index]]
+        return self._read(range(self._length)[index])

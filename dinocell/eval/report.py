@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dinocell.eval.evaluate import Evaluation
-from dinocell.eval.score_rows import SCORE_NAMES, PooledScores, Scores
-from dinocell.runtime.atomic import replacing, write_atomically
+from dinocell.eval.metrics.summary import SCORE_NAMES, PooledScores, Scores
+from dinocell.runtime.files import replacing, write_atomically
 
 HEAT_MAP, GRID = "threshold_search.png", "threshold_search.csv"
 

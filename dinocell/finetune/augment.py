@@ -14,9 +14,9 @@ from jaxtyping import Float32, Integer, UInt8
 from scipy import ndimage
 from skimage.measure import label
 
-from dinocell.data_shards.distance import labels_to_distance
-from dinocell.data_shards.flows import labels_to_flows
 from dinocell.finetune.config import AugmentConfig
+from dinocell.labelled.distance import labels_to_distance
+from dinocell.labelled.flows import labels_to_flows
 
 # Of the region whose cells are transformed: twice this and the crop. Only a giant cell is larger than that.
 _MAX_CONTEXT_PX = 384

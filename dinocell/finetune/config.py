@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinocell.models.config import VARIANTS
-from dinocell.runtime.precision import Precision
+from dinocell.runtime.device import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinocell.data_shards.labelled import LabelledImage
-from dinocell.data_shards.picture import picture_of
 from dinocell.finetune.augment import Crop, cut, plain
 from dinocell.finetune.config import AugmentConfig
 from dinocell.finetune.preprocess import Levels, SegmenterSettings, grey_levels, levels_of
 from dinocell.finetune.sets import Chosen, Split
+from dinocell.images.image import picture_of
+from dinocell.labelled.dataset import LabelledImage
 
 # Images that a worker keeps prepared: a small set is prepared once, of a large one little is kept.
 _KEPT_IMAGES = 64

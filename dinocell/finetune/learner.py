@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -15,13 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.data import Examples
-from dinocell.finetune.kept_features import KeptFeatures
-from dinocell.finetune.losses import map_loss
+from dinocell.finetune.feature_cache import KeptFeatures
 from dinocell.finetune.model import DINOCell, create_dinocell_model, replace_settings
-from dinocell.runtime.bad_steps import BadSteps
+from dinocell.finetune.preprocess import Target
+from dinocell.runtime.device import uses_bfloat16
 from dinocell.runtime.distributed import World, sum_over_ranks
-from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
-from dinocell.runtime.precision import uses_bfloat16
+from dinocell.runtime.optim import BadSteps, adamw, clip_gradients, parameter_groups, set_rates, update_teacher
 
 
 class Learner:
@@ -165,3 +165,45 @@ def _model(config: FinetuneConfig) -> DINOCell:
         blocks=chosen.blocks,
         target=config.target,
     )
+
+
+# --- losses --------------------------------------------------------------------------------------------------------
+#
+# The losses of fine-tuning, functions of maps.
+
+# Cellpose (Stringer et al. 2021, Methods) learns flows times 5 and halves their mean squared error, so that they weigh
+# about as much as the cross entropy of the chance of a cell. Our flows keep their length: 0.5 * 5^2.
+_FLOW_WEIGHT = 12.5
+
+
+def map_loss(
+    maps: Float[Tensor, "b k h w"],
+    targets: Float[Tensor, "b k h w"],
+    target: Target,
+    *,
+    foreground_weight: float = 0.0,
+    gradient_weight: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Return the mean squared error of distance maps, or 12.5 times that of flows plus a cross entropy.
+
+    The cross entropy is that of the chance of a cell, the third map, with whether there is one.
+
+    Parameters
+    ----------
+    foreground_weight
+        Extra weight of pixels inside cells; the weights are divided by their mean. Distance maps only.
+    gradient_weight
+        Of the mean squared error of the differences between neighbouring pixels; distance maps only.
+    """
+    if target == "flows":
+        flows = _FLOW_WEIGHT * F.mse_loss(maps[:, :2], targets[:, :2])
+        return flows + F.binary_cross_entropy(maps[:, 2], targets[:, 2])
+    squared = (maps - targets).square()
+    if foreground_weight:
+        weight = 1 + foreground_weight * (targets > 0)
+        squared = squared * (weight / weight.mean())
+    loss = squared.mean()
+    if gradient_weight:
+        differences = [torch.diff(maps - targets, dim=axis).square().mean() for axis in (-1, -2)]
+        loss = loss + gradient_weight * torch.stack(differences).sum()
+    return loss

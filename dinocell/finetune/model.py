@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dinocell.configs.differences import diff_configs
+from dinocell.configs.schema import diff_configs
 from dinocell.errors import WeightsError
 from dinocell.finetune.decoder import Decoder
-from dinocell.finetune.files import SegmenterFile, read_segmenter, write_segmenter
 from dinocell.finetune.preprocess import SegmenterSettings, Target
-from dinocell.models.card import WeightsCard
+from dinocell.finetune.segmenter_file import SegmenterFile, read_segmenter, write_segmenter
+from dinocell.models.config import WeightsCard
 from dinocell.models.vit import VARIANTS, VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, Real, Shaped, UInt8
 
-from dinocell.data_shards.picture import percentile_range, to_uint8
 from dinocell.errors import ImageError
+from dinocell.images.image import percentile_range, to_uint8
 
 Target = Literal["distance", "flows"]
 
@@ -38,11 +38,12 @@ class SegmenterSettings:
     target
         What the maps are: distance to the cell's boundary, or flows and the chance of a cell.
     cells_max, cell_fill, merge_px, restore_border, min_area_px
-        How maps become cells (`dinocell.eval.watershed.distance_to_labels`): SAMCell's thresholds unless the training
-        found better ones.
+        How maps become cells (`dinocell.eval.segmentation.watershed.distance_to_labels`): SAMCell's thresholds unless
+        the training found better ones.
     probability, flow_error
-        How flows become cells (`dinocell.eval.flows.flows_to_labels`, which takes ``min_area_px`` too): the paper's
-        thresholds unless the training found better ones. Only for target ``flows``, as those above for ``distance``.
+        How flows become cells (`dinocell.eval.segmentation.flows.flows_to_labels`, which takes ``min_area_px`` too):
+        the paper's thresholds unless the training found better ones. Only for target ``flows``, as those above for
+        ``distance``.
     trained_on
         Names of the training sets, for people to read.
     """

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
-from dinocell.data_shards.labelled import LabelledImage, LabelledSet, open_labelled
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import folder_pairs
 from dinocell.errors import DinocellError, ImageError
 from dinocell.finetune.config import DataConfig
-from dinocell.runtime.atomic import write_atomically
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.dataset import LabelledImage, LabelledSet, open_labelled
+from dinocell.labelled.layouts import folder_pairs
+from dinocell.runtime.files import write_atomically
 from dinocell.runtime.progress import start_progress
 
 _ADVICE = {"several channels": "data.channel chooses one", "not a label image": "data.encoding says what masks are"}

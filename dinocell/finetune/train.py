@@ -16,15 +16,14 @@ from dinocell.configs.load import to_yaml
 from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.data import Crops, Examples, crops_of_step, loader
-from dinocell.finetune.kept_features import bytes_of_crop, in_bytes
+from dinocell.finetune.feature_cache import bytes_of_crop, in_bytes
 from dinocell.finetune.learner import Learner
-from dinocell.finetune.pictures import draw_examples
+from dinocell.finetune.monitors import describe_run, draw_examples, guide
 from dinocell.finetune.sets import Split, open_sets, split
-from dinocell.finetune.summary import describe_run, guide
 from dinocell.finetune.validation import Scorer, choose_thresholds, validation_error
 from dinocell.runtime.checkpoint import Checkpointer
+from dinocell.runtime.device import peak_bytes
 from dinocell.runtime.distributed import World, barrier, together
-from dinocell.runtime.memory import peak_bytes
 from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.runtime.schedules import Schedule, value_at

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dinocell.data_shards.labelled import LabelledImage
 from dinocell.finetune.data import validation_batches
-from dinocell.finetune.learner import Learner
-from dinocell.finetune.losses import map_loss
+from dinocell.finetune.learner import Learner, map_loss
 from dinocell.finetune.model import DINOCell, replace_settings
+from dinocell.labelled.dataset import LabelledImage
 from dinocell.runtime.distributed import World, sum_over_ranks
 
 

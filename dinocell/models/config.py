@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dinocell.models.positions import LearnedPositionConfig, RopeConfig
+from dinocell.models.resample import Convention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +93,77 @@ def variant_of(config: ViTConfig) -> str | None:
     sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
     same = (n for n, known in VARIANTS.items() if all(getattr(known, s) == getattr(config, s) for s in sizes))
     return next(same, None)
+
+
+# --- flops ---------------------------------------------------------------------------------------------------------
+#
+# What a pass costs by the formula: two operations a multiply-accumulate, matrix products only.
+#
+# It costs nothing and knows what a step of several passes adds up to; `dinocell.models.describe.forward_gflop` traces a
+# model, norms and rotations included.
+
+
+def forward_flop(config: ViTConfig, image_size: int) -> float:
+    """Return the operations of one image's forward pass."""
+    patches = (image_size // config.patch_size) ** 2
+    tokens = patches + config.num_prefix
+    width, hidden = config.width, config.mlp_hidden
+    matrices = 2 if config.mlp == "gelu" else 3
+    linear = 2 * (4 * width**2 + matrices * width * hidden)
+    attention = 4 * tokens * width
+    embedding = 2 * patches * config.in_channels * config.patch_size**2 * width
+    return float(config.depth * tokens * (linear + attention) + embedding)
+
+
+def head_flop(width: int, hidden: int, bottleneck: int, layers: int, num_prototypes: int) -> float:
+    """Return the operations of one token's way through a projection head and its prototypes."""
+    inside = width * hidden + (layers - 2) * hidden**2 + hidden * bottleneck if layers > 1 else width * bottleneck
+    return 2.0 * (inside + bottleneck * num_prototypes)
+
+
+# --- card ----------------------------------------------------------------------------------------------------------
+#
+# What travels with weights besides the tensors: how to feed them, where they come from, on what terms.
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings:
+    """How images become the model's input.
+
+    ``convention`` is binding (see `dinocell.models.resample.Convention`). The rest records the training: the
+    channel policy of the views, the names of the channels where their order matters, the percentiles of
+    intensity that were mapped to [0, 1], and the size of a pixel in micrometres.
+    """
+
+    convention: Convention = "standardised"
+    channel_policy: str | None = None
+    channel_names: tuple[str, ...] = ()
+    percentiles: tuple[float, float] | None = None
+    pixel_size_um: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsCard:
+    """Input settings, ancestry and terms of a model.
+
+    ``derived_from`` names every ancestor and every conversion, oldest first.
+    """
+
+    input: InputSettings = field(default_factory=InputSettings)
+    derived_from: tuple[str, ...] = ()
+    licence: str = ""
+
+
+LICENCES = {
+    "dinov3": "DINOv3 License (Meta): whoever passes on these weights or anything derived from them must do so under "
+    "that agreement and include a copy of it; publications must acknowledge DINOv3. "
+    "https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
+    "dinov2": "Apache License 2.0 (Meta, DINOv2)",
+    "cell_dino": "FAIR Non-Commercial Research License (Meta, Cell-DINO): non-commercial research only; not for "
+    "medical use, diagnostics included. https://github.com/facebookresearch/dinov2",
+}
+"""Terms of the released families, as their own pages state them."""
+
+UNKNOWN_LICENCE = (
+    "not stated in the file: ask whoever trained it, and mind the terms of the weights it was started from"
+)

@@ -12,10 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dinocell.models.attention import Attention, AttentionKernel, Segment
-from dinocell.models.card import WeightsCard
-from dinocell.models.config import VARIANTS, ViTConfig, variant_config
-from dinocell.models.layers import Block, GeluMlp, PatchEmbedding, SwigluMlp
+from dinocell.models.config import VARIANTS, ViTConfig, WeightsCard, variant_config
+from dinocell.models.layers import Attention, AttentionKernel, Block, GeluMlp, LayerScale, PatchEmbedding, SwigluMlp
 from dinocell.models.positions import (
     RotaryTable,
     TrainingNoise,
@@ -24,8 +22,14 @@ from dinocell.models.positions import (
     position_parameter,
     rotary_table,
 )
-from dinocell.models.rows import Subset, draw_kept_sequences, find_subsets, find_wanted_rows, num_output_rows
-from dinocell.models.scale import LayerScale
+from dinocell.models.token_rows import (
+    Segment,
+    Subset,
+    draw_kept_sequences,
+    find_subsets,
+    find_wanted_rows,
+    num_output_rows,
+)
 
 __all__ = ["VARIANTS", "ViTConfig", "ViTOutput", "VisionTransformer", "variant_config"]
 
@@ -56,7 +60,7 @@ class VisionTransformer(nn.Module):
     noise
         Drop path and coordinate perturbation in training mode; none by default.
     kernel
-        How attention is computed, see `dinocell.models.attention`. With ``sdpa`` each resolution is a pass of its
+        How attention is computed, see `dinocell.models.layers`. With ``sdpa`` each resolution is a pass of its
         own on the CPU; otherwise the rows of all resolutions share every linear layer.
 
     ``card`` holds what travels with the weights besides tensors: input settings, ancestry, licence. With ``one_pass``
@@ -214,7 +218,7 @@ class VisionTransformer(nn.Module):
         return [out.patches.transpose(1, 2).unflatten(2, grid).contiguous() for out in outputs]
 
     def set_kernel(self, kernel: AttentionKernel) -> None:
-        """Compute attention in another way, see `dinocell.models.attention`."""
+        """Compute attention in another way, see `dinocell.models.layers`."""
         self.kernel = kernel
         for module in self.modules():
             if isinstance(module, Attention):

@@ -1,8 +1,8 @@
 """Exported weights: every checkpoint format in, one out. The only way to exchange a model between stages.
 
 `load_backbone` is what the other stages call. `read_weights` and `fit_weights` are its steps, `save_weights` (from
-`dinocell.models.export`) the way out. `dinocell.models.sources` finds a file, `dinocell.models.files` opens it (nothing
-in it is ever run).
+`dinocell.models.export`) the way out. `dinocell.models.locate` finds a file, `dinocell.models.checkpoint_files` opens
+it (nothing in it is ever run).
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from dinocell.configs.schema import MisfitError, fit
 from dinocell.errors import WeightsError
-from dinocell.models.attention import AttentionKernel
-from dinocell.models.card import LICENCES, UNKNOWN_LICENCE, InputSettings, WeightsCard
+from dinocell.models.checkpoint_files import RawWeights, read_raw
+from dinocell.models.config import LICENCES, UNKNOWN_LICENCE, InputSettings, WeightsCard
 from dinocell.models.export import SCHEMA_VERSION, Layout, Weights, save_weights
-from dinocell.models.files import RawWeights, read_raw
 from dinocell.models.formats import MAX_PATCH, Recognised, recognise
+from dinocell.models.layers import AttentionKernel
+from dinocell.models.locate import locate
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.resample import Convention, convert_channels, resize_patch_weight
-from dinocell.models.sources import locate
 from dinocell.models.vit import VARIANTS, VisionTransformer, ViTConfig
 
 __all__ = ["Layout", "Weights", "fit_weights", "load_backbone", "read_weights", "save_weights"]
@@ -49,7 +49,7 @@ def load_backbone(
     ----------
     source
         A path, ``hf://owner/name``, a URL, or a bare name such as ``dinov3_vits16``: see
-        `dinocell.models.sources.locate`.
+        `dinocell.models.locate.locate`.
     patch_size, in_channels
         What the model shall have; ``None`` keeps what the file has. The patch embedding is resampled (FlexiViT) and its
         channels are folded so that a replicated grey image gives the same features.

@@ -13,6 +13,7 @@ that wrote them: unlike exported weights they are trusted like code, so none is 
 
 import json
 import logging
+import random
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,9 +34,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as save_sta
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from dinocell.errors import DinocellError
-from dinocell.runtime.atomic import write_atomically
 from dinocell.runtime.distributed import barrier, from_main, is_alone
-from dinocell.runtime.random_states import random_states, set_random_states
+from dinocell.runtime.files import write_atomically
 
 _log = logging.getLogger(__name__)
 _PREFIX = "step_"
@@ -265,3 +267,36 @@ def _copied(state: Any) -> Any:
         return state.detach().clone()
     # Alone, tensors of a device are fetched here; among ranks torch does that, sharded ones included.
     return state.detach().cpu() if is_alone() else state.detach()
+
+
+# --- random_states -------------------------------------------------------------------------------------------------
+#
+# The random states of this process: torch's on the CPU and the device, NumPy's global one, Python's.
+
+
+def random_states() -> dict[str, Tensor]:
+    """Return all of them as tensors whose shapes are always the same."""
+    _, words, position, has_gauss, cached = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*(int(word) for word in words), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "python": torch.tensor([version, *numbers, gauss is not None], dtype=torch.int64),
+        "python_gauss": torch.tensor(gauss or 0.0, dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Set what `random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    *words, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(words, np.uint32), position, has_gauss, float(states["numpy_gauss"])))
+    version, *numbers, has_gauss = states["python"].tolist()
+    state: Any = (version, tuple(numbers), float(states["python_gauss"]) if has_gauss else None)
+    random.setstate(state)
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dinocell.errors import DinocellError
-from dinocell.runtime.atomic import write_atomically
+from dinocell.runtime.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,49 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dinocell.models.attention import AttentionKernel
 from dinocell.models.config import VARIANTS
-from dinocell.runtime.precision import Precision
-from dinocell.runtime.schedules import Schedule
+from dinocell.models.layers import AttentionKernel
+from dinocell.runtime.device import Precision
+from dinocell.runtime.schedules import Freeze, Schedule, check_range
 from dinocell.runtime.sharding import Parallel
 from dinocell.ssl.masking import MaskingConfig
-from dinocell.ssl.schedules import Schedules
 from dinocell.ssl.view_plan import ViewsConfig
+
+# --- schedules -----------------------------------------------------------------------------------------------------
+#
+# The schedules of a pretraining run.
+
+FREEZE_FROM_WEIGHTS = Freeze(hold=0.02, warmup=0.03)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedules:
+    """Everything of a pretraining run that changes with the step; DINOv2's defaults, the cell recipes' learning rate.
+
+    ``learning_rate`` is that of a batch of 1,024 before `dinocell.runtime.optim.scaled_learning_rate`. ``last_layer``
+    and ``backbone`` are what rests at first. ``backbone`` null: random weights do not rest; those of ``model.weights``
+    do for 0.02 of the run and come in over 0.03 of it, as the heads are always new, and new heads damage good features.
+    """
+
+    learning_rate: Schedule = field(default_factory=lambda: Schedule(peak=5e-4, end=1e-6, warmup=0.1))
+    weight_decay: Schedule = field(default_factory=lambda: Schedule(peak=0.04, end=0.2))
+    teacher_momentum: Schedule = field(default_factory=lambda: Schedule(peak=0.996, end=1.0))
+    teacher_temperature: Schedule = field(default_factory=lambda: Schedule(start=0.04, peak=0.07, warmup=0.3))
+    local_weight: Schedule = field(default_factory=lambda: Schedule(peak=1.0))
+    gram_weight: Schedule = field(default_factory=lambda: Schedule(peak=0.0))
+    last_layer: Freeze = field(default_factory=lambda: Freeze(hold=0.01))
+    backbone: Freeze | None = None
+
+    def backbone_freeze(self, *, from_weights: bool) -> Freeze:
+        """Return how the backbone rests, from released or earlier weights or from random ones."""
+        return self.backbone or (FREEZE_FROM_WEIGHTS if from_weights else Freeze())
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "local_weight", "gram_weight"):
+            check_range(name, getattr(self, name), 0.0, math.inf)
+        check_range("teacher_momentum", self.teacher_momentum, 0.0, 1.0)
+        check_range("teacher_temperature", self.teacher_temperature, 1e-4, math.inf)
+
 
 Compile = Literal["nothing", "blocks", "all"]
 Recompute = Literal["nothing", "activations", "blocks"]
@@ -202,7 +237,7 @@ class ComputeConfig:
     parallel
         How the model lies on several ranks, see `dinocell.runtime.sharding`.
     attention
-        How attention is computed, see `dinocell.models.attention`; other than ``sdpa``: CUDA.
+        How attention is computed, see `dinocell.models.layers`; other than ``sdpa``: CUDA.
     compile
         ``blocks``: each block; 1.5x on an H200 (benchmarks/results/pretrain_step_gpu.md), nothing on the CPU. ``all``:
         whole passes of the backbones (on several ranks, or with ``recompute=blocks``, each block), targets and losses;

@@ -14,13 +14,12 @@ import torch
 from dinocell.errors import ConfigError
 from dinocell.models.config import ViTConfig
 from dinocell.models.vit import CPU_PIECE_TOKENS, VisionTransformer, variant_config
+from dinocell.runtime.device import available_bytes, uses_bfloat16
 from dinocell.runtime.distributed import World, max_over_ranks
-from dinocell.runtime.memory import available_bytes
-from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.sharding import choose_parallel, num_shards
+from dinocell.ssl.chunks import pieces
 from dinocell.ssl.config import HeadsConfig, PretrainConfig, Recompute
 from dinocell.ssl.heads import ProjectionHead
-from dinocell.ssl.pieces import pieces
 
 # The estimate is good to a tenth or so; only what is clearly too much is refused.
 _MARGIN = 1.2

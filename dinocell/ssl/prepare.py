@@ -12,14 +12,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from dinocell.data_shards.read import SampleStream, stream
 from dinocell.errors import ConfigError
-from dinocell.models.flops import forward_flop, head_flop
+from dinocell.models.config import forward_flop, head_flop
 from dinocell.models.layers import Block
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
+from dinocell.runtime.device import uses_bfloat16
 from dinocell.runtime.distributed import World
 from dinocell.runtime.optim import scaled_learning_rate
-from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.sharding import choose_parallel, make_mesh, shard
 from dinocell.ssl.config import PretrainConfig, Recompute
 from dinocell.ssl.masking import DrawMasks

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import gather, is_alone, rank, sum_over_ranks
+from dinocell.ssl.chunks import compiled_once
 from dinocell.ssl.config import GramConfig, HeadsConfig, LossConfig
 from dinocell.ssl.heads import Projection, ProjectionHead
 from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
 from dinocell.ssl.masking import PatchMasks
-from dinocell.ssl.pieces import compiled_once
 from dinocell.ssl.targets import Centre, Targets, TeacherLogits, one_rank, sinkhorn_targets
 from dinocell.ssl.views import Views
 

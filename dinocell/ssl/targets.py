@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dinocell.ssl.chunks import compiled_once, full_precision, pieces, with_scratch
 from dinocell.ssl.heads import Projection
-from dinocell.ssl.pieces import compiled_once, full_precision, pieces, with_scratch
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Return the sum of a tensor over all ranks, such as ``torch.distributed.all_reduce`` on a copy."""

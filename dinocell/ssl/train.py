@@ -17,20 +17,19 @@ from dinocell.errors import DinocellError
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import Weights, save_weights
 from dinocell.runtime.checkpoint import Checkpointer
+from dinocell.runtime.device import Throughput, peak_bytes
 from dinocell.runtime.distributed import World, from_main, together
-from dinocell.runtime.memory import peak_bytes
 from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
-from dinocell.runtime.throughput import Throughput
 from dinocell.ssl.config import PretrainConfig
-from dinocell.ssl.guide import guide
 from dinocell.ssl.memory import check_memory
-from dinocell.ssl.pictures import draw_features, draw_views
+from dinocell.ssl.monitors import guide
 from dinocell.ssl.prepare import backbone_of, build_model, describe_run, flop_per_image, open_shards
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.trainer import Trainer, eval_folder
-from dinocell.ssl.view_levels import Levels, channel_levels
+from dinocell.ssl.view_plan import Levels, channel_levels
 from dinocell.ssl.views import Views, make_views
+from dinocell.ssl.visualise import draw_features, draw_views
 
 Watch = Callable[[VisionTransformer], Mapping[str, float]]
 """Measures a teacher while it is trained: channel consistency, neighbours. The command gives one."""

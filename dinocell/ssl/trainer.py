@@ -11,10 +11,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule
 
 from dinocell.data_shards.read import Batch
-from dinocell.runtime.bad_steps import BadSteps
 from dinocell.runtime.checkpoint import Checkpointer
+from dinocell.runtime.device import uses_bfloat16
 from dinocell.runtime.distributed import World, sum_over_ranks
 from dinocell.runtime.optim import (
+    BadSteps,
     adamw,
     clip_gradients,
     parameter_groups,
@@ -22,7 +23,6 @@ from dinocell.runtime.optim import (
     set_rates,
     update_teacher,
 )
-from dinocell.runtime.precision import uses_bfloat16
 from dinocell.runtime.schedules import value_at
 from dinocell.runtime.sharding import release, sharded_parts
 from dinocell.ssl.config import PretrainConfig

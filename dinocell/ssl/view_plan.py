@@ -4,15 +4,17 @@ Everything is drawn from (seed, epoch, data set, sample), so a sample has the sa
 it, and a run that is repeated or resumed sees them again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
+from dinocell.data_shards.manifest import Manifest
 from dinocell.data_shards.read import Origin
 from dinocell.data_shards.sample import SampleInfo
+from dinocell.errors import ConfigError
 
 Policy = Literal["consistency", "average", "bag", "stack"]
 
@@ -263,3 +265,52 @@ def _draw_boxes(rng: np.random.Generator, height: int, width: int, config: Views
     top = np.floor(rng.random(n) * (height - chosen_height + 1)).astype(np.int64)
     left = np.floor(rng.random(n) * (width - chosen_width + 1)).astype(np.int64)
     return np.stack([top, left, chosen_height, chosen_width], axis=1)
+
+
+# --- view_levels ---------------------------------------------------------------------------------------------------
+#
+# What raw values are 0 and 1, by data set and channel, and what a view makes of that.
+
+# Values of 0 to 1 that differ by less are the same: a real crop's deviation is a thousand times larger.
+LEAST_DIFFERENCE = 1e-5
+# By data set and channel name: the raw values that are 0 and 1.
+Levels = Sequence[Mapping[str, tuple[float, float]]]
+
+
+def channel_levels(manifests: Sequence[Manifest], config: ViewsConfig) -> list[dict[str, tuple[float, float]]]:
+    """Take the values that become 0 and 1 from the statistics of each data set.
+
+    Where both percentiles are one value, the least and the largest stand in for them.
+
+    Raises
+    ------
+    ConfigError
+        If a manifest does not hold these percentiles.
+    """
+    levels: list[dict[str, tuple[float, float]]] = []
+    for manifest in manifests:
+        found = {}
+        for name, known in manifest.channels.items():
+            if not {config.black, config.white} <= known.percentiles.keys():
+                raise ConfigError(
+                    f"views.black, views.white: expected two of the percentiles {', '.join(known.percentiles)}, "
+                    f"got {config.black} and {config.white}"
+                )
+            low, high = known.percentiles[config.black], known.percentiles[config.white]
+            found[name] = (low, high) if high > low else (known.minimum, max(known.maximum, known.minimum + 1))
+        levels.append(found)
+    return levels
+
+
+class Scales(NamedTuple):
+    """What raw values are multiplied by and what is then added, by view and channel: levels and gain in one."""
+
+    factor: np.ndarray  # (n c)
+    offset: np.ndarray  # (n c)
+
+
+def scales_of(info: SampleInfo, levels: Mapping[str, tuple[float, float]], plan: ViewPlan) -> Scales:
+    """Return the scales of a tile's views."""
+    low, high = np.array([levels[name] for name in info.channels], np.float32).T
+    factor = plan.gain / (high - low)
+    return Scales(factor, -low * factor)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinocell.data_shards.fields import Field, Rejected, Source
+from dinocell.data_shards.sources.field import Field, Rejected, Source
 from dinocell.errors import ImageError
 
 

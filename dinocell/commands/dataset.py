@@ -1,0 +1,216 @@
+"""``dinocell dataset``: labelled images, as others hand them out, become a labelled set for fine-tuning."""
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinocell.commands._parser import whole_number
+
+if TYPE_CHECKING:
+    from dinocell.labelled.build import BuildReport
+    from dinocell.labelled.layouts import Pair
+
+_ENCODINGS = ("labels", "regions", "instances")
+_MAX_SKIPPED_LINES = 8
+_ADVICE = {"no cells": "--keep-empty keeps such images", "several channels": "--channel chooses one"}
+_ENCODING_ADVICE = {"not a label image": "--encoding says what masks are"}
+
+
+def register(subparsers: Any) -> None:
+    """Add ``dataset`` and the kinds of source below it to the commands."""
+    summary = "make a labelled set (imgs.npy, dist_maps.npy, anns.npy) from images and masks"
+    parser = subparsers.add_parser(
+        "dataset",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="example:\n  dinocell dataset livecell --input LIVECell_dataset_2021/ --output datasets/LIVECell-train "
+        "--split train\n\n'dinocell dataset KIND --help' explains a kind.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(title="kinds of source", metavar="KIND", required=True)
+
+    livecell = _kind(
+        kinds,
+        "livecell",
+        "COCO annotations: LIVECell, or any other COCO instance JSON with its images",
+        "dinocell dataset livecell --input LIVECell_dataset_2021/ --output datasets/LIVECell-train --split train",
+    )
+    livecell.add_argument("--split", choices=("train", "val", "test"), help="take livecell_coco_SPLIT.json")
+    livecell.add_argument("--annotations", type=Path, metavar="JSON", help="the JSON file, instead of looking for it")
+    livecell.set_defaults(run=_run_livecell)
+
+    cellpose = _kind(
+        kinds,
+        "cellpose",
+        "numbered pairs: 000_img.png and 000_masks.png",
+        "dinocell dataset cellpose --input cellpose/train --output datasets/Cellpose-train --target-size 512",
+    )
+    cellpose.add_argument("--split", metavar="NAME", help="take the sub-folder of this name, where there is one")
+    cellpose.set_defaults(run=_run_cellpose)
+
+    ctc = _kind(
+        kinds,
+        "ctc",
+        "Cell Tracking Challenge folders: 01/ with 01_GT/SEG or 01_ST/SEG",
+        "dinocell dataset ctc --input PhC-C2DH-U373/ --output datasets/U373 --truth silver",
+    )
+    ctc.add_argument(
+        "--truth",
+        choices=("gold", "silver"),
+        default="gold",
+        help="gold: _GT, by hand, often not every cell (default); silver: _ST, by fused algorithms",
+    )
+    ctc.add_argument("--sequence", nargs="+", default=[], metavar="01", help="only these sequences")
+    ctc.set_defaults(run=_run_ctc)
+
+    dsb2018 = _kind(
+        kinds,
+        "dsb2018",
+        "2018 Data Science Bowl folders: one PNG a nucleus",
+        "dinocell dataset dsb2018 --input stage1_train/ --output datasets/DSB2018",
+    )
+    dsb2018.set_defaults(run=_run_dsb2018)
+
+    folder = _kind(
+        kinds,
+        "folder",
+        "any images and masks that two patterns of names tie together",
+        "dinocell dataset folder --input bbbc039/ --images 'images/{name}.tif' --masks 'masks/{name}.png' "
+        "--encoding regions --output datasets/BBBC039",
+    )
+    folder.add_argument("--images", required=True, metavar="PATTERN", help="such as 'images/{name}.tif'; * matches any")
+    folder.add_argument("--masks", required=True, metavar="PATTERN", help="such as 'masks/{name}.png'")
+    folder.add_argument(
+        "--encoding",
+        choices=_ENCODINGS,
+        default="labels",
+        help="labels: one number a cell (default); regions: connected regions of one colour or value; "
+        "instances: one file a cell ('masks/{name}/{cell}.png')",
+    )
+    folder.set_defaults(run=_run_folder)
+
+
+def _kind(kinds: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="where the images and masks lie")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the labelled set to write")
+    parser.add_argument(
+        "--target-size",
+        type=whole_number(1),
+        metavar="PX",
+        help="scale the longer side to this and pad to a square (default: keep sizes, one sub-folder a size)",
+    )
+    parser.add_argument(
+        "--channel", type=_channel, metavar="C", help="keep one channel, by number (from 0) or name, or 'mean' of all"
+    )
+    parser.add_argument("--keep-empty", action="store_true", help="keep images without a cell")
+    parser.add_argument("--strict", action="store_true", help="stop at the first pair that cannot be used")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--licence", default="", metavar="TEXT", help="note on the data's licence, kept in dataset.json"
+    )
+    return parser
+
+
+def _channel(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _run_livecell(options: argparse.Namespace) -> None:
+    from dinocell.labelled.layouts import livecell_pairs
+
+    pairs = livecell_pairs(options.input, split=options.split, annotations=options.annotations)
+    licence = "LIVECell: CC BY-NC 4.0, not for commercial use" if options.split and not options.licence else ""
+    _build(options, pairs, source="COCO annotations", licence=licence)
+
+
+def _run_cellpose(options: argparse.Namespace) -> None:
+    from dinocell.labelled.layouts import cellpose_pairs
+
+    _build(options, cellpose_pairs(options.input, split=options.split), source="Cellpose pairs")
+
+
+def _run_ctc(options: argparse.Namespace) -> None:
+    from dinocell.labelled.layouts import ctc_pairs
+
+    pairs = ctc_pairs(options.input, truth=options.truth, sequences=options.sequence)
+    _build(options, pairs, source=f"Cell Tracking Challenge, {options.truth} truth")
+
+
+def _run_dsb2018(options: argparse.Namespace) -> None:
+    from dinocell.labelled.layouts import dsb2018_pairs
+
+    _build(options, dsb2018_pairs(options.input), source="2018 Data Science Bowl")
+
+
+def _run_folder(options: argparse.Namespace) -> None:
+    from dinocell.labelled.layouts import folder_pairs
+
+    pairs = folder_pairs(options.input, images=options.images, masks=options.masks, encoding=options.encoding)
+    source = f"{options.images} with {options.masks} ({options.encoding})"
+    _build(options, pairs, source=source, advice=_ADVICE | _ENCODING_ADVICE)
+
+
+def _build(
+    options: argparse.Namespace,
+    pairs: "Sequence[Pair]",
+    *,
+    source: str,
+    licence: str = "",
+    advice: Mapping[str, str] = _ADVICE,
+) -> None:
+    from rich.console import Console
+
+    from dinocell.labelled.build import build_labelled
+    from dinocell.runtime.progress import start_progress
+
+    bar = start_progress(Console(stderr=True), total_steps=len(pairs), batch_size=1)
+    try:
+        report = build_labelled(
+            pairs,
+            options.output,
+            source=source,
+            licence=options.licence or licence,
+            target_size=options.target_size,
+            channel=options.channel,
+            keep_empty=options.keep_empty,
+            strict=options.strict,
+            overwrite=options.overwrite,
+            advice=advice,
+            progress=bar.advance,
+        )
+    finally:
+        bar.close()
+    _print_report(report)
+
+
+def _print_report(report: "BuildReport") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("written", str(report.output))
+    table.add_row("images", f"{report.num_images:,}")
+    table.add_row("cells", f"{report.num_cells:,}")
+    sizes = [f"{count:,} of {height} x {width}" for (height, width), count in report.sizes.items()]
+    more = f", and {len(sizes) - 12} more sizes" if len(sizes) > 12 else ""
+    table.add_row("sizes", ", ".join(sizes[:12]) + more)
+    for note, count in report.notes.items():
+        table.add_row("note", f"{count:,} {note}")
+    table.add_row("skipped", f"{len(report.skipped):,}")
+    for kind, count in Counter(skip.kind for skip in report.skipped).most_common(_MAX_SKIPPED_LINES):
+        first = next(skip.reason for skip in report.skipped if skip.kind == kind)
+        table.add_row("", f"{count:,} x {kind}, such as {first}")
+    if report.skipped:
+        table.add_row("", f"all of them: {report.output / 'dataset.json'}")
+    Console(markup=False, highlight=False, emoji=False).print(table)  # names may hold [brackets]

@@ -1,0 +1,1 @@
+"""Generated multi-channel fields of cells, with labels."""

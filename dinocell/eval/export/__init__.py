@@ -1,0 +1,1 @@
+"""Writing segmentations: label images, tables, outlines, COCO annotations."""

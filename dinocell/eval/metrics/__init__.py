@@ -1,0 +1,1 @@
+"""Segmentation and classification metrics and their files."""

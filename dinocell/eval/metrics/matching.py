@@ -1,0 +1,238 @@
+"""Scores of a segmentation by intersection over union: average precision, F1, panoptic quality, AJI, count error.
+
+A predicted cell matches a reference cell if their intersection over union (IoU) reaches a threshold; every cell is
+matched once at most. TP are the matched pairs, FN the reference cells without a match, FP the predicted ones.
+
+- average precision: TP / (TP + FP + FN), the name that Cellpose (``cellpose/metrics.py``) and the Data Science Bowl
+  2018 gave it; StarDist (``stardist/matching.py``) calls it accuracy. Its mean over the thresholds 0.5, 0.55, ..., 0.95
+  is the Data Science Bowl's score of an image.
+- precision TP / (TP + FP), recall TP / (TP + FN), F1 2 TP / (2 TP + FP + FN).
+- panoptic quality: summed IoU of the matches / (TP + FP / 2 + FN / 2) (Kirillov et al. 2019, equation 1; as in
+  StarDist an IoU that equals the threshold is a match).
+- AJI, the aggregated Jaccard index (Kumar et al. 2017, IEEE TMI 36:1550): every reference cell takes the predicted cell
+  of highest IoU; summed intersections / (summed unions + area of the predicted cells that none took). Several reference
+  cells may take the same one. Cellpose's function of that name is another number: summed intersections of a one-to-one
+  assignment / area of either foreground.
+- count error: predicted cells minus reference cells.
+
+At thresholds of 0.5 and more no assignment has to be solved: an IoU above 0.5 is a cell's only one, and two pairs that
+share a cell at exactly 0.5 (a cell cut into two halves) meet no third.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from dinocell.eval.metrics.overlaps import LabelImage, Overlaps, overlaps_of_frames
+
+# Hundredths, divided once: 0.05 steps that are summed up miss an IoU of exactly 3/5.
+THRESHOLDS = tuple(hundredths / 100 for hundredths in range(50, 100, 5))
+
+
+class ImageMean(NamedTuple):
+    """A mean, and of how many images."""
+
+    value: float
+    num_images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdScore:
+    """Scores at one IoU threshold, and the counts they come from; NaN where the divisor is 0 (no cell to speak of)."""
+
+    threshold: float
+    average_precision: float
+    precision: float
+    recall: float
+    f1: float
+    panoptic_quality: float
+    mean_matched_iou: float
+    num_matched: int
+    num_missed: int
+    num_spurious: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingScore:
+    """Scores over all cells of all frames ("pooled"); each frame by itself stands in ``images``.
+
+    Attributes
+    ----------
+    at
+        One entry a threshold, in the order asked for.
+    mean_average_precision
+        Mean over the thresholds.
+    aji
+        Aggregated Jaccard index; NaN if there is no cell on either side.
+    count_error
+        Predicted minus reference cells.
+    relative_count_error
+        Its absolute value per reference cell; NaN if there is none.
+    images
+        One score a frame, each with no ``images`` of its own.
+    """
+
+    at: tuple[ThresholdScore, ...]
+    mean_average_precision: float
+    aji: float
+    count_error: int
+    relative_count_error: float
+    num_reference: int
+    num_predicted: int
+    images: tuple["MatchingScore", ...] = ()
+
+    def mean_over_images(self, value: Callable[["MatchingScore"], float]) -> ImageMean:
+        """Return the unweighted mean over ``images`` of a value of each, such as ``lambda image: image.aji``.
+
+        Cellpose averages so; StarDist's ``matching_dataset`` pools, unless told otherwise. Images for which the value
+        is undefined are not in the mean; it is NaN if none is left.
+        """
+        values = [value(image) for image in self.images]
+        defined = [each for each in values if not np.isnan(each)]
+        return ImageMean(value=float(np.mean(defined)) if defined else np.nan, num_images=len(defined))
+
+
+def matching_score(
+    reference: LabelImage | Sequence[LabelImage],
+    prediction: LabelImage | Sequence[LabelImage],
+    *,
+    thresholds: Sequence[int | float] = THRESHOLDS,
+) -> MatchingScore:
+    """Score one label image, or a list of frames (pooled), at each of the IoU thresholds.
+
+    Raises
+    ------
+    ValueError
+        If a threshold is not in [0.5, 1]; if a frame is not two-dimensional, is not of an integer type, or has negative
+        ids; if sizes or numbers of frames differ.
+    """
+    return matching_score_from(overlaps_of_frames(reference, prediction), thresholds=thresholds)
+
+
+def matching_score_from(tables: Iterable[Overlaps], *, thresholds: Sequence[int | float] = THRESHOLDS) -> MatchingScore:
+    """Score frames whose overlaps are known, pooled: the same as ``matching_score``, without another look at pixels.
+
+    Raises
+    ------
+    ValueError
+        If a threshold is not in [0.5, 1].
+    """
+    if not thresholds or not all(0.5 <= threshold <= 1 for threshold in thresholds):
+        raise ValueError(f"thresholds: expected IoUs from 0.5 to 1, got {list(thresholds)}")
+    tallies = [_tally(table, thresholds) for table in tables]
+    total = reduce(_Tally.plus, tallies, _Tally.zero(len(thresholds)))
+    return _score(total, thresholds, images=tuple(_score(tally, thresholds) for tally in tallies))
+
+
+def find_matches(table: Overlaps, threshold: int | float) -> Int64[np.ndarray, " matches"]:
+    """Return the positions of the matching pairs in the table, each cell in one of them at most.
+
+    Raises
+    ------
+    ValueError
+        If the threshold is not in [0.5, 1]: below, matching is an assignment problem.
+    """
+    if not 0.5 <= threshold <= 1:
+        raise ValueError(f"threshold: expected an IoU from 0.5 to 1, got {threshold}")
+    pairs = np.flatnonzero(table.ious >= threshold)
+    for cells in (table.reference_index, table.predicted_index):
+        _, first = np.unique(cells[pairs], return_index=True)
+        pairs = pairs[np.sort(first)]
+    return pairs
+
+
+class _Tally(NamedTuple):
+    """What is summed over frames."""
+
+    num_matched: Int64[np.ndarray, " thresholds"]
+    matched_iou: Float64[np.ndarray, " thresholds"]
+    aji_intersection: int
+    aji_union: int
+    num_reference: int
+    num_predicted: int
+
+    @classmethod
+    def zero(cls, num_thresholds: int) -> "_Tally":
+        return cls(np.zeros(num_thresholds, np.int64), np.zeros(num_thresholds), 0, 0, 0, 0)
+
+    def plus(self, other: "_Tally") -> "_Tally":
+        return _Tally(
+            self.num_matched + other.num_matched,
+            self.matched_iou + other.matched_iou,
+            self.aji_intersection + other.aji_intersection,
+            self.aji_union + other.aji_union,
+            self.num_reference + other.num_reference,
+            self.num_predicted + other.num_predicted,
+        )
+
+
+def _tally(table: Overlaps, thresholds: Sequence[int | float]) -> _Tally:
+    ious = table.ious
+    matches = [find_matches(table, threshold) for threshold in thresholds]
+    intersection, union = _aggregated_jaccard(table)
+    return _Tally(
+        num_matched=np.array([len(pairs) for pairs in matches]),
+        matched_iou=np.array([ious[pairs].sum() for pairs in matches]),
+        aji_intersection=intersection,
+        aji_union=union,
+        num_reference=table.num_reference,
+        num_predicted=table.num_predicted,
+    )
+
+
+def _aggregated_jaccard(table: Overlaps) -> tuple[int, int]:
+    """Return numerator and denominator; of equal IoUs the first predicted cell is taken."""
+    # Pairs come grouped by reference cell: sort by it, then by falling IoU, and take each group's first.
+    order = np.lexsort((-table.ious, table.reference_index))
+    cells, first = np.unique(table.reference_index[order], return_index=True)
+    best = order[first]
+    untouched = table.reference_areas.sum() - table.reference_areas[cells].sum()
+    is_taken = np.zeros(table.num_predicted, np.bool_)
+    is_taken[table.predicted_index[best]] = True
+    union = table.unions[best].sum() + untouched + table.predicted_areas[~is_taken].sum()
+    return int(table.intersections[best].sum()), int(union)
+
+
+def _score(
+    tally: _Tally, thresholds: Sequence[int | float], *, images: tuple[MatchingScore, ...] = ()
+) -> MatchingScore:
+    at = tuple(
+        _threshold_score(float(threshold), int(matched), float(iou), tally.num_reference, tally.num_predicted)
+        for threshold, matched, iou in zip(thresholds, tally.num_matched, tally.matched_iou, strict=True)
+    )
+    count_error = tally.num_predicted - tally.num_reference
+    return MatchingScore(
+        at=at,
+        mean_average_precision=float(np.mean([score.average_precision for score in at])),
+        aji=_divide(tally.aji_intersection, tally.aji_union),
+        count_error=count_error,
+        relative_count_error=_divide(abs(count_error), tally.num_reference),
+        num_reference=tally.num_reference,
+        num_predicted=tally.num_predicted,
+        images=images,
+    )
+
+
+def _threshold_score(
+    threshold: float, matched: int, matched_iou: float, num_reference: int, num_predicted: int
+) -> ThresholdScore:
+    return ThresholdScore(
+        threshold=threshold,
+        average_precision=_divide(matched, num_reference + num_predicted - matched),
+        precision=_divide(matched, num_predicted),
+        recall=_divide(matched, num_reference),
+        f1=_divide(2 * matched, num_reference + num_predicted),
+        panoptic_quality=_divide(2 * matched_iou, num_reference + num_predicted),
+        mean_matched_iou=_divide(matched_iou, matched),
+        num_matched=matched,
+        num_missed=num_reference - matched,
+        num_spurious=num_predicted - matched,
+    )
+
+
+def _divide(dividend: int | float, divisor: int | float) -> float:
+    return dividend / divisor if divisor else np.nan

@@ -1,0 +1,1 @@
+"""Evaluation of features: kNN, linear probes, channel consistency, profiles."""

@@ -1,0 +1,188 @@
+"""What a probe leaves on the disk: numbers (JSON, CSV, Markdown), pictures, and an entry in the run it belongs to."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dinocell.eval.metrics.classification import ClassScores
+from dinocell.images.read import read_image
+from dinocell.runtime.files import replacing, write_atomically
+
+
+def write_scores(
+    folder: Path,
+    name: str,
+    about: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    note: str = "",
+) -> list[Path]:
+    """Write ``NAME.json``, ``NAME.csv`` and ``NAME.md`` and return their paths.
+
+    Parameters
+    ----------
+    about
+        What was measured, for the reader.
+    rows
+        The table, a mapping a row, all with the same keys.
+    note
+        A sentence below the table.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv", "md")]
+    content = {"about": dict(about), "rows": [dict(row) for row in rows], "note": note}
+    write_atomically(paths[0], json.dumps(_plain(content), indent=1, allow_nan=False, default=str) + "\n")
+    columns = list(rows[0]) if rows else []
+    with replacing(paths[1]) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [f"# {name}", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(_shown(row[column]) for column in columns)} |" for row in rows]
+    write_atomically(paths[2], "\n".join([*lines, *(["", note] if note else [])]) + "\n")
+    return paths
+
+
+def write_classes(
+    folder: Path, name: str, classes: Sequence[str], scores: ClassScores, table: Int[np.ndarray, "c c"] | None
+) -> dict[str, Path]:
+    """Write the F1 of each class as ``NAME_classes.csv`` and as a picture, and a confusion matrix as another.
+
+    Parameters
+    ----------
+    table
+        Images by true and predicted class; None for multi-label rows, which have no such matrix.
+
+    Returns
+    -------
+    pictures
+        By what they show.
+    """
+    _write_table(folder / f"{name}_classes.csv", classes, scores)
+    pictures = {"classes": folder / f"{name}_classes.png"}
+    _draw_bars(pictures["classes"], classes, scores)
+    if table is not None:
+        pictures["confusion"] = folder / f"{name}_confusion.png"
+        _draw_confusion(pictures["confusion"], classes, table)
+    return pictures
+
+
+def _write_table(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("class", "f1", "images"))
+        for label, value, count in zip(classes, scores.f1.tolist(), scores.support.tolist(), strict=True):
+            writer.writerow((label, "" if math.isnan(value) else f"{value:.6f}", count))
+
+
+def _draw_bars(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
+    plot = _matplotlib()
+    figure, axes = plot.subplots(figsize=(7, 1 + 0.24 * len(classes)), layout="constrained")
+    order = np.argsort(np.nan_to_num(scores.f1, nan=-1.0))
+    axes.barh(range(len(order)), np.nan_to_num(scores.f1[order]), color="#3b6ea5")
+    axes.set_yticks(range(len(order)), [f"{classes[k]} ({scores.support[k]})" for k in order], fontsize=8)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("F1 (in brackets: images of the class)")
+    axes.margins(y=0.01)
+    _save(figure, path)
+
+
+def _draw_confusion(path: Path, classes: Sequence[str], table: Int[np.ndarray, "c c"]) -> None:
+    """Draw true classes (rows) against predicted ones, each row as shares, with counts where there is room."""
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    _draw_matrix(path, shares, classes, classes, "predicted", "true", numbers=table if len(classes) <= 20 else None)
+
+
+def draw_pairs(path: Path, names: Sequence[str], values: Float[np.ndarray, "c c"], title: str) -> None:
+    """Draw a number for each pair of channels."""
+    _draw_matrix(
+        path, values, names, names, "searched channel", "asking channel", numbers=np.round(values, 2), title=title
+    )
+
+
+def _draw_matrix(
+    path: Path,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    across: str,
+    down: str,
+    *,
+    numbers: np.ndarray | None,
+    title: str = "",
+) -> None:
+    plot = _matplotlib()
+    side = max(3.0, 1.6 + 0.42 * len(rows))
+    figure, axes = plot.subplots(figsize=(side + 0.6, side), layout="constrained")
+    axes.imshow(values, cmap="Blues", vmin=min(0.0, float(np.nanmin(values))), vmax=1)
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xlabel(across)
+    axes.set_ylabel(down)
+    if title:
+        axes.set_title(title, fontsize=10)
+    if numbers is not None:
+        for row, column in np.ndindex(numbers.shape):
+            colour = "white" if values[row, column] > 0.6 else "black"
+            said = str(numbers[row, column])
+            axes.text(column, row, said, ha="center", va="center", fontsize=7, color=colour)
+    _save(figure, path)
+
+
+def _matplotlib() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plot
+
+    return plot
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plot
+
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    plot.close(figure)
+
+
+def log_to_run(weights: str, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> Path | None:
+    """Add numbers and PNG files to the TensorBoard of the run that exported a teacher, at the step of the export.
+
+    A teacher lies in ``RUN/eval/training_STEP/``. Returns the folder of the events, None if the weights are of no run.
+    """
+    match = re.search(r"^(.*)/eval/training_(\d+)/[^/]+$", str(Path(weights).absolute()))
+    if match is None or not (Path(match[1]) / "tensorboard").is_dir():
+        return None
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    folder = Path(match[1]) / "tensorboard"
+    with SummaryWriter(str(folder), filename_suffix=".probe") as writer:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, int(match[2]))
+        for name, path in pictures.items():
+            writer.add_image(name, read_image(path).pixels, int(match[2]), dataformats="CHW")
+    return folder
+
+
+def _plain(value: Any) -> Any:
+    """Return a value for JSON: NaN becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,165 @@
+"""A segmenter as one file: tensors, and as plain data the sizes, the settings, ancestry and terms.
+
+Read like every exported weight: as tensors only, nothing in a file is ever run.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dinocell.configs.schema import MisfitError, fit, to_plain
+from dinocell.errors import WeightsError
+from dinocell.finetune.preprocess import SegmenterSettings
+from dinocell.models.checkpoint_files import METADATA_KEY, read_raw
+from dinocell.models.config import WeightsCard
+from dinocell.models.locate import locate
+from dinocell.models.vit import ViTConfig
+from dinocell.runtime.files import replacing
+
+KIND = "segmenter"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterFile:
+    """What a file holds; ``tensors`` are named as in `dinocell.finetune.model.DINOCell`."""
+
+    vit: ViTConfig
+    blocks: tuple[int, ...]
+    settings: SegmenterSettings
+    card: WeightsCard
+    tensors: dict[str, Tensor]
+
+
+def is_segmenter(source: str | Path) -> bool:
+    """Say whether a source is a segmenter of ours; whatever cannot be read is none."""
+    try:
+        path = locate(source)
+        raw = read_raw(path / "model.safetensors" if (path / "model.safetensors").is_file() else path)
+    except WeightsError:
+        return False
+    return isinstance(raw.metadata, dict) and raw.metadata.get("kind") == KIND
+
+
+def write_segmenter(path: Path, file: SegmenterFile) -> None:
+    """Write a file whole or not at all.
+
+    Raises
+    ------
+    WeightsError
+        If it cannot be written.
+    """
+    metadata = {
+        "schema": _VERSION,
+        "kind": KIND,
+        "vit": to_plain(file.vit),
+        "blocks": list(file.blocks),
+        "settings": to_plain(file.settings),
+        "card": to_plain(file.card),
+    }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in file.tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            if path.suffix == ".safetensors":
+                header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
+                part.write_bytes(safetensors.torch.save(tensors, metadata=header))  # save_file would make it 0600
+            else:
+                torch.save({"model": tensors, METADATA_KEY: metadata}, part)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise WeightsError(f"{path}: cannot be written ({reason or error})") from error
+
+
+def read_segmenter(source: str | Path) -> SegmenterFile:
+    """Find and read a segmenter.
+
+    Raises
+    ------
+    WeightsError
+        If there is none, it is damaged, or it is a backbone or something else.
+    """
+    path = locate(source)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    raw = read_raw(path)
+    if not isinstance(raw.metadata, dict) or raw.metadata.get("kind") != KIND:
+        what = "a backbone" if raw.metadata is not None or raw.container else "not one of ours"
+        raise WeightsError(
+            f"{source}: expected a segmenter, this file is {what}; 'dinocell finetune' makes a segmenter of a backbone"
+        )
+    version = raw.metadata.get("schema")
+    if version != _VERSION:
+        raise WeightsError(f"{source}: version {version}, this DINOCell reads {_VERSION}; update dinocell")
+    try:
+        return SegmenterFile(
+            vit=fit(ViTConfig, raw.metadata["vit"], "vit"),
+            blocks=tuple(fit(list[int], raw.metadata["blocks"], "blocks")),
+            settings=fit(SegmenterSettings, raw.metadata["settings"], "settings"),
+            card=fit(WeightsCard, raw.metadata["card"], "card"),
+            tensors=raw.tensors,
+        )
+    except (MisfitError, KeyError, ValueError) as error:
+        raise WeightsError(f"{source}: its description is damaged or of a newer version ({error})") from error
+
+
+# --- describe ------------------------------------------------------------------------------------------------------
+#
+# What a segmenter is, in words and numbers.
+
+
+def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
+    """Return what there is to know about a segmenter, as lines of name and value in reading order."""
+    vit, settings = file.vit, file.settings
+    count = {
+        part: sum(tensor.numel() for name, tensor in file.tensors.items() if name.startswith(part))
+        for part in ("backbone.", "decoder.")
+    }
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})
+    clahe = (
+        f"CLAHE {settings.clahe_clip:g} in tiles of {settings.clahe_tile_px} px" if settings.clahe_clip else "no CLAHE"
+    )
+    size = f"{settings.pixel_size_um:g} um" if settings.pixel_size_um is not None else "not stated"
+    low, high = settings.percentiles
+    return {
+        "format": "DINOCell segmenter",
+        "architecture": f"ViT of width {vit.width}, {vit.depth} blocks, patch {vit.patch_size} px; decoder at blocks "
+        f"{', '.join(map(str, file.blocks))}",
+        "parameters": f"{count['backbone.']:,} backbone, {count['decoder.']:,} decoder ({', '.join(dtypes)})",
+        "target": settings.target,
+        "input": f"{settings.convention}, percentiles {low:g} and {high:g}, {clahe}",
+        "windows": f"{settings.window_px} px",
+        "pixel size": size,
+        "cells": _rule(settings),
+        "trained on": ", ".join(settings.trained_on) or "not stated",
+        "derived from": " | ".join(file.card.derived_from) or "trained from random weights",
+        "licence": file.card.licence or "not stated",
+    }
+
+
+def _rule(settings: SegmenterSettings) -> str:
+    """Say how maps become cells."""
+    if settings.target == "flows":
+        return f"chance above {settings.probability:.3g}, flow error up to {settings.flow_error:.3g}"
+    merging = "no merging" if settings.merge_px is None else f"merging at {settings.merge_px:g} px"
+    border = "borders restored" if settings.restore_border else "borders as cut"
+    return f"peaks above {settings.cells_max:.3g}, fill above {settings.cell_fill:.3g}, {merging}, {border}"
+
+
+# --- box -----------------------------------------------------------------------------------------------------------
+#
+# The small segmenter that the package carries, for `dinocell segment` without ``--model``.
+
+# Beside it lies its model card, README.md.
+SEGMENTER = Path(__file__).resolve().parents[1] / "box" / "segmenter.safetensors"
+
+NOTICE = (
+    "no --model: taking the small one in the box, which learnt from 751 public images of nuclei and of one kind of "
+    "cell in phase contrast. Look at its overlays (--save-viz) before you count on it, and fine-tune on images of your "
+    "own"
+)

@@ -1,0 +1,1 @@
+"""Labelled sets: reading masks, building sets, distance maps and flows."""

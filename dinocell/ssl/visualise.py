@@ -1,0 +1,134 @@
+"""Pictures of what the training sees, and of what the teacher makes of it."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from dinocell.data_shards.inspect import caption, side_by_side
+from dinocell.data_shards.sample import SampleInfo
+from dinocell.images.read import write_png
+from dinocell.models.vit import VisionTransformer
+from dinocell.runtime.distributed import World
+from dinocell.ssl.config import PretrainConfig
+from dinocell.ssl.prepare import open_shards
+from dinocell.ssl.view_plan import ViewPlan, ViewsConfig, channel_levels, plan_views
+from dinocell.ssl.views import Views, make_views
+
+_SHOWN_TILES = 4
+_GAP_PX = 2
+
+
+def draw_views(views: Views, tiles: int = _SHOWN_TILES) -> UInt8[np.ndarray, "h w"]:
+    """Draw the views of the first tiles, a row each: global crops, then local ones; a channel below the other.
+
+    Values from -2.5 to 2.5 deviations go from black to white.
+    """
+    rows = []
+    for tile in range(min(tiles, views.global_views.shape[1])):
+        crops = [view[tile] for kind in views for view in kind]
+        for channel in range(crops[0].shape[0]):
+            planes = [grey(crop[channel]) for crop in crops]
+            height = max(len(plane) for plane in planes)
+            padded = [np.pad(plane, ((0, height + _GAP_PX - len(plane)), (0, _GAP_PX))) for plane in planes]
+            rows.append(np.concatenate(padded, axis=1))
+    return np.concatenate(rows)
+
+
+@torch.no_grad()
+def draw_features(teacher: VisionTransformer, views: Views) -> dict[str, UInt8[np.ndarray, "h w *rgb"]]:
+    """Draw what a teacher makes of the first tiles, a column each.
+
+    ``patch_pca``: the first two global views of each tile, and below each its patch features' three main components as
+    colours, one basis for all, so that what is alike has one colour, in every view and tile. ``cls_attention``: the
+    first view, and where the CLS token of the last block looks, mean over heads, from none (black) to most (white).
+    """
+    shown = [view[:_SHOWN_TILES] for view in views.global_views[:2]]
+    patches = torch.stack([teacher(view).patches.float() for view in shown])
+    grid = teacher.grid(shown[0])
+    colours = principal_colours(patches.flatten(0, 2)).unflatten(0, patches.shape[:3])
+    size = shown[0].shape[-1]
+    rows = []
+    for view, of_view in zip(shown, colours, strict=True):
+        rows.append(_row([np.repeat(grey(image[0])[..., None], 3, axis=2) for image in view]))
+        rows.append(_row([_enlarged((each.unflatten(0, grid) * 255).byte(), size) for each in of_view]))
+    attention = teacher.cls_attention(shown[0]).float().mean(1)
+    attention = attention / attention.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    seen = _row([grey(image[0]) for image in shown[0]])
+    looked = _row([_enlarged((each * 255).byte(), size) for each in attention])
+    return {"patch_pca": np.concatenate(rows), "cls_attention": np.concatenate((seen, looked))}
+
+
+def principal_colours(features: Float[Tensor, "n d"]) -> Float[Tensor, "n 3"]:
+    """Return the three main components of features, each stretched from its 1st to its 99th percentile to [0, 1]."""
+    centred = features.float() - features.float().mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
+    components = centred @ vectors[:, -3:].flip(1)
+    low, high = (torch.quantile(components[:100_000], q, dim=0) for q in (0.01, 0.99))
+    return torch.clamp((components - low) / (high - low).clamp_min(1e-12), 0, 1)
+
+
+def _row(pictures: list[np.ndarray]) -> np.ndarray:
+    padding = ((0, _GAP_PX), (0, _GAP_PX))
+    return np.concatenate([np.pad(each, (*padding, (0, 0))[: each.ndim]) for each in pictures], axis=1)
+
+
+def _enlarged(small: Tensor, size: int) -> np.ndarray:
+    factor = size // small.shape[0]
+    enlarged: np.ndarray = small.cpu().numpy().repeat(factor, axis=0).repeat(factor, axis=1)
+    return enlarged
+
+
+def grey(plane: Tensor) -> np.ndarray:
+    """Draw a standardised channel, from -2.5 deviations (0) to 2.5 (255)."""
+    drawn: np.ndarray = (np.clip(plane.float().cpu().numpy() / 5 + 0.5, 0, 1) * 255).astype(np.uint8)
+    return drawn
+
+
+# --- preview -------------------------------------------------------------------------------------------------------
+#
+# A picture of the views that a recipe makes: every crop with its channel, before anything is trained on them.
+
+
+def preview_views(config: PretrainConfig, output: Path, *, num_samples: int = 8) -> None:
+    """Write a PNG with the views of the first samples of the run, a row each.
+
+    Above each crop stands its channel, or ``mean``; for the policy ``stack`` the channels lie below one another. From
+    -2.5 deviations (black) to 2.5 (white).
+
+    Raises
+    ------
+    DinocellError
+        If the shards do not fit the recipe, or the picture cannot be written.
+    """
+    samples = open_shards(config, World())
+    levels = channel_levels([each.manifest for each in samples.sets], config.views)
+    rows: list[np.ndarray] = []
+    for batch in islice(samples, -(-num_samples // samples.batch_size)):
+        views = make_views(batch, config.views, levels, seed=config.seed, device=torch.device("cpu"))
+        for number in range(min(len(batch), num_samples - len(rows) // 2)):
+            info = batch.infos[number]
+            plan = plan_views(info, batch.origins[number], config.views, seed=config.seed)
+            crops = [view[number] for kind in views for view in kind]
+            names = [_channel(plan, view, info, config.views) for view in range(len(crops))]
+            columns = [_column(name, crop) for name, crop in zip(names, crops, strict=True)]
+            height = max(len(column) for column in columns)
+            row = side_by_side([np.pad(column, ((0, height - len(column)), (0, 0))) for column in columns])
+            rows += [caption(info.field, [row])[:, : row.shape[1]], row]
+    width = max(row.shape[1] for row in rows)
+    write_png(output, np.concatenate([np.pad(row, ((0, 4), (0, width - row.shape[1]))) for row in rows]))
+
+
+def _column(name: str, crop: torch.Tensor) -> np.ndarray:
+    planes = [grey(channel) for channel in crop]
+    return np.concatenate([caption(name, planes[:1])[:, : planes[0].shape[1]], *planes])
+
+
+def _channel(plan: ViewPlan, view: int, info: SampleInfo, config: ViewsConfig) -> str:
+    if config.policy == "stack":
+        return "all"
+    used = np.flatnonzero(plan.mixing[view][0])
+    return info.channels[int(used[0])] if len(used) == 1 else "mean"

@@ -1,0 +1,236 @@
+"""Merging and restored borders on drawn shapes, against brute force, and on the real masks."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from dinocell.eval.segmentation.refine import (
+    CellMeasures,
+    Mending,
+    estimate_blur_px,
+    measure_cells,
+    mend,
+    restore_borders,
+)
+from dinocell.eval.segmentation.watershed import distance_to_labels
+from dinocell.labelled.distance import distance_to_boundary, labels_to_distance
+
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def disc(labels: np.ndarray, label: int, row: float, column: float, radius: float) -> None:
+    rows, columns = np.mgrid[: labels.shape[0], : labels.shape[1]]
+    labels[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = label
+
+
+def dumbbell(waist_px: int) -> np.ndarray:
+    """Two discs of radius 14 as one cell, joined by a bar of this width."""
+    labels = np.zeros((50, 110), np.int32)
+    labels[25 - waist_px // 2 : 25 - waist_px // 2 + waist_px, 25:85] = 1
+    disc(labels, 1, 25, 25, 14)
+    disc(labels, 1, 25, 85, 14)
+    return labels
+
+
+def touching(radius: int = 14, overlap: int = 3) -> np.ndarray:
+    """Two discs that meet along a straight border."""
+    labels = np.zeros((50, 80), np.int32)
+    disc(labels, 1, 25, 20, radius)
+    disc(labels, 2, 25, 20 + 2 * radius - overlap, radius)
+    return labels
+
+
+def blurred(distance: np.ndarray, sigma: float = 1.5, noise: float = 0.02) -> np.ndarray:
+    smooth = ndimage.gaussian_filter(distance, sigma) + np.random.default_rng(0).normal(0, noise, distance.shape)
+    return np.clip(smooth, 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize(("waist_px", "merge_px", "num_cells"), [(11, 3.0, 1), (5, 3.0, 2), (5, 2.0, 1), (11, 6.5, 2)])
+def test_one_cell_with_a_waist_is_one_if_the_waist_is_wide_enough(
+    waist_px: int, merge_px: float, num_cells: int
+) -> None:
+    distance = labels_to_distance(dumbbell(waist_px))
+    assert distance_to_labels(distance, merge_px=None).max() == 2
+    assert distance_to_labels(distance, merge_px=merge_px).max() == num_cells
+
+
+@pytest.mark.parametrize("distance", [labels_to_distance(touching()), blurred(labels_to_distance(touching()))])
+def test_two_cells_that_touch_stay_two(distance: np.ndarray) -> None:
+    assert distance_to_labels(distance).max() == 2
+
+
+def test_peaks_of_noise_become_part_of_their_cell() -> None:
+    labels = np.zeros((60, 60), np.int32)
+    disc(labels, 1, 30, 30, 25)
+    noisy = blurred(labels_to_distance(labels), noise=0.03)
+    assert distance_to_labels(noisy, merge_depth=0).max() > 1
+    assert distance_to_labels(noisy).max() == 1
+    # The first peak in raster order is one of noise; the border is restored by the width of the whole cell.
+    mended, area = distance_to_labels(noisy, blur_px=0), (labels > 0).sum()
+    assert (distance_to_labels(noisy, restore_border=False) > 0).sum() < 0.9 * area
+    assert (mended > 0).sum() == pytest.approx(area, rel=0.06)
+    assert (
+        distance_to_labels(noisy, merge_px=None).max() == distance_to_labels(noisy, merge_px=None, merge_depth=0).max()
+    )
+
+
+def test_merging_is_transitive_and_leaves_other_cells_alone() -> None:
+    labels = np.zeros((1, 12), np.int32)
+    labels[0, :9] = [1, 1, 2, 2, 3, 3, 4, 4, 4]
+    distance = np.array([[0.9, 0.85, 0.85, 0.9, 0.85, 0.9, 0.2, 0.9, 0.2, 0, 0, 0]], np.float32)
+    merged = mend(labels, distance, cell_fill=0.09, mending=Mending(merge_px=50, restore_border=False))
+    np.testing.assert_array_equal(merged, [[1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0]])
+
+
+def test_measures_equal_those_of_each_mask_by_itself() -> None:
+    labels = touching()
+    labels[labels == 2] = 7
+    distance = blurred(labels_to_distance(labels))
+    measures = measure_cells(labels, distance, 7)
+    for label in (1, 7):
+        depth = ndimage.distance_transform_edt(labels == label)
+        assert measures.radius_px[label] == pytest.approx(depth.max())
+        assert measures.middle[label] == distance[depth >= depth.max() - 1e-4].max()
+        assert measures.peak[label] == distance[labels == label].max()
+    assert not measures.radius_px[[0, 2, 3, 4, 5, 6]].any()
+
+
+def brute_force_growth(labels: np.ndarray, reach_px: np.ndarray) -> np.ndarray:
+    """Give each free pixel the nearest label within reach, the smaller id of two as near."""
+    best = np.full(labels.shape, np.inf)
+    grown = labels.copy()
+    for label in range(1, len(reach_px)):
+        squared = np.round(ndimage.distance_transform_edt(labels != label) ** 2)
+        takes = (labels == 0) & (squared <= reach_px[label] ** 2 + 1e-4) & (squared < best)
+        grown[takes], best[takes] = label, squared[takes]
+    return grown
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_growth_of_a_perfect_map_equals_brute_force(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    blobs = ndimage.gaussian_filter(generator.random((70, 90)), 2)
+    # Blobs cut into squares, so that labels touch, numbered at random.
+    squares = np.add.outer(np.arange(70) // 8 * 12, np.arange(90) // 8)
+    count = int(squares.max()) + 1
+    ids = generator.permutation(np.r_[1 : count + 1])
+    labels = np.where(blobs > np.quantile(blobs, 0.7), ids[squares], 0).astype(np.int32)
+    labels[generator.random(labels.shape) < 0.02] = 0
+    cell_fill = generator.uniform(0.2, 0.75)
+    distance = np.ones(labels.shape, np.float32)
+    measures = measure_cells(labels, distance, count)
+    grown = restore_borders(labels, distance, measures, cell_fill=cell_fill, blur_px=0)
+    expected = brute_force_growth(labels, cell_fill / (1 - cell_fill) * measures.radius_px.astype(float))
+    np.testing.assert_array_equal(grown, expected)
+
+
+def test_restored_border_gives_a_perfect_disc_back() -> None:
+    labels = np.zeros((90, 90), np.int32)
+    disc(labels, 1, 45, 45, 33.5)
+    distance = labels_to_distance(labels)
+    plain = distance_to_labels(distance, merge_px=None, restore_border=False)
+    assert (plain > 0).sum() < 0.88 * (labels > 0).sum()
+    assert (distance_to_labels(distance) != labels).sum() < 0.01 * (labels > 0).sum()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 2.0])
+def test_blur_is_estimated_from_the_peaks(sigma: float) -> None:
+    labels = np.zeros((400, 400), np.int32)
+    for number in range(16):
+        disc(labels, number + 1, 50 + 100 * (number // 4), 50 + 100 * (number % 4), 20 + number)
+    distance = ndimage.gaussian_filter(labels_to_distance(labels), sigma) if sigma else labels_to_distance(labels)
+    plain = distance_to_labels(distance, merge_px=None, restore_border=False)
+    estimate = estimate_blur_px(measure_cells(plain, distance, 16), 0.09)
+    assert estimate == pytest.approx(sigma, rel=0.2, abs=0.05)
+
+
+@pytest.mark.parametrize("radius", [6, 9, 14, 30])
+def test_blurred_discs_come_back_nearer_to_their_size_than_without_knowing_of_the_blur(radius: int) -> None:
+    labels = np.zeros((3 * radius + 20, 3 * radius + 20), np.int32)
+    disc(labels, 1, labels.shape[0] // 2, labels.shape[1] // 2, radius)
+    distance = ndimage.gaussian_filter(labels_to_distance(labels), 1.5)
+    area = (labels > 0).sum()
+    knowing = abs((distance_to_labels(distance, blur_px=1.5) > 0).sum() / area - 1)
+    estimated = abs((distance_to_labels(distance) > 0).sum() / area - 1)
+    ignoring = abs((distance_to_labels(distance, blur_px=0) > 0).sum() / area - 1)
+    assert knowing <= ignoring
+    assert knowing < 0.12
+    assert estimated < 0.15
+
+
+def test_contour_that_blur_pushed_out_of_a_small_cell_is_drawn_in_again() -> None:
+    labels = np.zeros((40, 40), np.int32)
+    disc(labels, 1, 20, 20, 6)
+    distance = ndimage.gaussian_filter(labels_to_distance(labels), 1.5)
+    area = (labels > 0).sum()
+    assert (distance_to_labels(distance, restore_border=False) > 0).sum() > 1.1 * area
+    assert (distance_to_labels(distance, blur_px=1.5) > 0).sum() == pytest.approx(area, rel=0.09)
+
+
+def test_no_cell_of_reasonable_size_means_no_blur() -> None:
+    assert estimate_blur_px(CellMeasures(np.zeros(1), np.zeros(1), np.zeros(1)), 0.09) == 0
+    labels = np.zeros((9, 9), np.int32)
+    labels[4, 4] = 1
+    assert (distance_to_labels(np.where(labels, 0.6, 0).astype(np.float32)) == labels).all()
+
+
+def test_one_cell_over_the_whole_image_stays_that() -> None:
+    np.testing.assert_array_equal(distance_to_labels(np.full((20, 30), 0.8, np.float32)), np.ones((20, 30)))
+
+
+def test_labels_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels: expected the shape of the distance map, \(3, 4\), got \(4, 3\)"):
+        # The suite checks annotations at run time, which would stop this before our own message does.
+        inspect.unwrap(mend)(np.zeros((4, 3), np.int32), np.zeros((3, 4), np.float32), cell_fill=0.1, mending=Mending())
+
+
+def test_mend_leaves_its_input_as_it_was() -> None:
+    labels, distance = touching(), labels_to_distance(touching())
+    labels.flags.writeable = distance.flags.writeable = False
+    mended = mend(labels, distance, cell_fill=0.09, mending=Mending(min_area_px=1))
+    assert mended is not labels
+
+
+@pytest.mark.slow
+def test_real_elongated_cells_come_back() -> None:
+    path = REAL_DATA / "usiigaci_t98g" / "set8" / "instances_ids.png"
+    if not path.exists():
+        pytest.skip("no real masks at ../shared/data/usiigaci_t98g")
+    labels = np.array(Image.open(path)).astype(np.int32)
+    found = distance_to_labels(labels_to_distance(labels))
+    plain = distance_to_labels(labels_to_distance(labels), merge_px=None, restore_border=False)
+
+    def jaccard(result: np.ndarray) -> float:
+        scores = []
+        for label in np.unique(labels[labels > 0]):
+            mask = labels == label
+            counts = np.bincount(result[mask], minlength=2)[1:]
+            best = int(counts.argmax()) + 1
+            scores.append((mask & (result == best)).sum() / (mask | (result == best)).sum())
+        return float(np.mean(scores))
+
+    assert jaccard(found) > 0.975 > 0.9 > jaccard(plain)
+    assert distance_to_boundary(found).max() == pytest.approx(distance_to_boundary(labels).max(), rel=0.05)
+
+
+def test_border_of_a_merged_cell_is_that_of_the_cell_in_one_piece() -> None:
+    whole = np.zeros((70, 70), np.int32)
+    disc(whole, 1, 35, 35, 30)
+    distance = labels_to_distance(whole)
+    cut_region = np.where(distance > 0.09, whole, 0).astype(np.int32)
+    pieces = np.where((cut_region > 0) & (np.arange(70)[:, None] > 12), 2, cut_region).astype(np.int32)
+    options = Mending(merge_px=0.5, blur_px=0)
+    expected = mend(cut_region, distance, cell_fill=0.09, mending=options)
+    assert pieces.max() == 2
+    np.testing.assert_array_equal(mend(pieces, distance, cell_fill=0.09, mending=options), expected)
+
+
+def test_smallest_area_is_inclusive() -> None:
+    distance = np.array([[0.9, 0.9, 0.0, 0.9, 0.9, 0.9]], np.float32)
+    for min_area_px, num_cells in ((0, 2), (2, 2), (3, 1), (4, 0)):
+        labels = distance_to_labels(distance, min_area_px=min_area_px, restore_border=False)
+        assert labels.max() == num_cells
