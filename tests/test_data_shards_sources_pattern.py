@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dinocell.data_shards.sources import phenix as harmony
-from dinocell.data_shards.sources.field import Field, Rejected, Source, common_order, read_field
+from dinocell.data_shards.sources.field import Field, common_order, read_field
 from dinocell.data_shards.sources.hpa import HpaSource
 from dinocell.data_shards.sources.pattern import NamePattern, PatternSource
 from dinocell.data_shards.sources.phenix import PhenixSource, well_name
@@ -24,19 +24,9 @@ from dinocell.errors import ImageError
 from dinocell.images.read import write_png, write_tiff
 from dinocell.images.storage import open_bytes
 from helpers.real_data import DATA, needs_data
+from helpers.sources import error_of, fields, listed
 
 RNG = np.random.default_rng(0)
-
-
-def listed(source: Source) -> tuple[list[Field], list[Rejected]]:
-    items = list(source.fields())
-    return [item for item in items if isinstance(item, Field)], [item for item in items if isinstance(item, Rejected)]
-
-
-def fields(source: Source) -> list[Field]:
-    found, rejected = listed(source)
-    assert rejected == []
-    return found
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -48,13 +38,6 @@ def touch(folder: Path, *names: str) -> None:
 
 def channels_of(field: Field) -> list[str]:
     return [name for file in field.files for name in file.channels]
-
-
-def error_of(source: Source) -> str:
-    with pytest.raises(ImageError) as caught:
-        list(source.fields())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def phenix_name(row: int, column: int, field: int, channel: int, plane: int = 1, time_point: int = 1) -> str:
@@ -328,6 +311,7 @@ for make in (lambda: sources_names.PhenixSource(input="/data"),
 """
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_names_are_parsed_within_two_seconds() -> None:
     # In a process of its own: here, every annotation is checked.
     done = subprocess.run([sys.executable, "-c", MANY_NAMES], capture_output=True, text=True, check=True)

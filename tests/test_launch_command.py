@@ -192,17 +192,18 @@ def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None
     command = ["pretrain", "debug", f"data.shards=[{shard_set}]", "steps=3", "batch_size=4", "log_every=1"]
     command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
     command += ["watch.every=0", "model.variant=nano"]
-    rows = {}
-    for processes in (1, 2):
-        output = tmp_path / f"run{processes}"
-        line = [sys.executable, "-m", "dinocell", "launch", "--cluster", "local", "--processes", str(processes), "--"]
-        done = subprocess.run([*line, *command, f"output={output}"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        lines = (output / "metrics.jsonl").read_text().splitlines()
-        rows[processes] = [json.loads(each)["loss/total"] for each in lines]
-    np.testing.assert_allclose(rows[1], rows[2], rtol=2e-4)
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert main([*command, f"output={alone}"]) == 0
+    line = [sys.executable, "-m", "dinocell", "launch", "--cluster", "local", "--processes", "2", "--"]
+    done = subprocess.run([*line, *command, f"output={shared}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [
+        [json.loads(line)["loss/total"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+        for output in (alone, shared)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-4)
     assert "2 processes, ddp" in done.stdout
-    assert "training_3" in next((tmp_path / "run2" / "launch").rglob("rank_1.log")).read_text()
+    assert "training_3" in next((shared / "launch").rglob("rank_1.log")).read_text()
 
 
 def test_where_a_killed_start_met_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
