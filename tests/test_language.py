@@ -32,7 +32,7 @@ FORBIDDEN = {
     r"\bhidden patch(es)?\b|\bhides patches\b": "masked patches",
     r"\bsays (whether|so|what|how|why|which)\b|\bsay (whether|so)\b": "returns, reports",
     r"\bl(ies|ay|ie) (beside|in|below|next|there|on|under)\b": "is in, is next to",
-    r"\b(searches|one line|one number|one row|one integer|whole numbers?, one) a (cell|channel|file|image|sample|line)\b": "per",
+    r"\b(searches|one line|one number|one row|one integer|numbers?, one) a (cell|channel|file|image|line)\b": "per",
     r"\bbytes a (sample|crop|pixel)\b": "bytes per sample",
     r"\bspoilt\b": "corrupted, non-finite",
     r"\bforerunners?\b": "previous version",
@@ -78,8 +78,7 @@ def prose_of(path: Path) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.STRING, tokenize.COMMENT) and " " in token.string:
             plain = re.sub(r"``?[^`\n]*``?", " ", token.string)
-            for number, line in enumerate(plain.splitlines(), start=token.start[0]):
-                yield number, line
+            yield from enumerate(plain.splitlines(), start=token.start[0])
 
 
 def found_in(path: Path) -> list[str]:
@@ -118,9 +117,11 @@ def test_recipes_use_the_terms_of_the_field() -> None:
 def test_public_names_are_the_standard_ones() -> None:
     problems = []
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in FORBIDDEN_NAMES:
-                problems.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}")
+        problems += [
+            f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in FORBIDDEN_NAMES
+        ]
     assert problems == []
 
 
