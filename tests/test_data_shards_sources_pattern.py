@@ -288,15 +288,15 @@ def test_well_rows_count_as_spreadsheet_columns_do(row: int) -> None:
 
 MANY_NAMES = """
 import time
-from dinocell.data_shards import sources_names
+from dinocell.data_shards.sources import pattern, phenix
 from dinocell.images.storage import Listed
 names = [f"P{plate}/Images/r{row:02d}c{column:02d}f{field:02d}p01-ch{channel}sk1fk1fl1.tiff" for plate in range(6)
          for row in range(1, 17) for column in range(1, 25) for field in range(1, 10) for channel in range(1, 6)]
 files = sorted(Listed(name, f"/data/{name}") for name in names[:100_000])
-sources_names.list_files = lambda *_, **__: files
-pattern = "{plate}/Images/{place}p01-ch{channel}sk1fk1fl1.tiff"
-for make in (lambda: sources_names.PhenixSource(input="/data"),
-             lambda: sources_names.PatternSource(input="/data", pattern=pattern)):
+pattern.list_files = phenix.list_files = lambda *_, **__: files
+places = "{plate}/Images/{place}p01-ch{channel}sk1fk1fl1.tiff"
+for make in (lambda: phenix.PhenixSource(input="/data"),
+             lambda: pattern.PatternSource(input="/data", pattern=places)):
     times, bare_times = [], []
     for _ in range(2):
         start = time.process_time()
@@ -304,7 +304,7 @@ for make in (lambda: sources_names.PhenixSource(input="/data"),
         middle = time.process_time()
         bare = {}
         for file in files:
-            bare.setdefault(sources_names._PHENIX_NAME.search(file.name).groups()[:4], []).append(file)
+            bare.setdefault(phenix._PHENIX_NAME.search(file.name).groups()[:4], []).append(file)
         times.append(middle - start)
         bare_times.append(time.process_time() - middle)
     print(len(found), min(times), min(bare_times))
