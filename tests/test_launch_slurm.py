@@ -198,7 +198,7 @@ def test_before_its_time_limit_a_run_saves_and_comes_back(slow_run: TwoNodes) ->
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     slow_run.check_done(job, restarts=1)
     said = logs(slow_run.output)
-    assert "goes back into the queue (SIGUSR2)" in said
+    assert "is requeued (SIGUSR2)" in said
     stopped = re.search(r"goes on after step (\d+)", said)
     assert stopped is not None
     assert f"step {int(stopped[1])}/{STEPS}" in said
@@ -299,6 +299,6 @@ def test_a_request_that_slurm_refuses_is_one_line(
     cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["launch", "--partition", "nonesuch", "--folder", str(tmp_path), "--", "info", "x"]) == 2
-    assert "sbatch refuses: " in capsys.readouterr().err
+    assert "sbatch rejected the job: " in capsys.readouterr().err
     assert main(["launch", "status", str(tmp_path / "empty")]) == 2
     assert "nothing was launched" in capsys.readouterr().err
