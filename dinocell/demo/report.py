@@ -37,9 +37,9 @@ ends below it, and one as short as this hardly does. The margin is the similarit
 minus that of two fields; the kNN accuracy is the share of fields whose cell class is predicted from a single
 channel. The gain from pretraining is the difference to random weights.</p>"""
 _SCORES = """
-<p>SEG: overlap of reference cells with predicted ones. DET: detected, missed, split and false cells. OP_CSB:
-the mean of both (measures of the Cell Tracking Challenge); 0 to 1, 1 is perfect. Otsu + watershed is a baseline
-without training. Outlines are yellow.</p>"""
+<p>SEG: overlap of reference cells with predicted ones. DET: detected, missed, split and false cells.
+OP_CSB: the mean of both (measures of the Cell Tracking Challenge); 0 to 1, 1 is perfect.
+Otsu + watershed is a baseline without training. Outlines are yellow.</p>"""
 
 
 class Result(NamedTuple):
