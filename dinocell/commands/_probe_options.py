@@ -1,24 +1,19 @@
-"""The options of the probes that say which images to learn from and which to be asked about."""
+"""Options of the probe commands: image sets, features and tasks."""
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from dinocell.errors import ConfigError
-
-if TYPE_CHECKING:
-    from dinocell.eval.probes.image_sets import ImageSet
-    from dinocell.models.vit import VisionTransformer
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dinocell.errors import ConfigError
 
 if TYPE_CHECKING:
     from dinocell.eval.probes.features import Features, FeatureSettings
     from dinocell.eval.probes.image_sets import ImageSet
     from dinocell.eval.probes.tasks import Task
+    from dinocell.models.vit import VisionTransformer
     from dinocell.runtime.distributed import World
 
 
@@ -26,13 +21,13 @@ _NAMED = ("hpaone", "hpafov", "chammi")
 
 
 def add_set_arguments(parser: argparse.ArgumentParser, *, pair: bool = True) -> None:
-    """Add the options that name image sets; ``pair``: one to learn from and one to be asked about."""
+    """Add the options of image sets; ``pair``: a training set and a test set."""
     group = parser.add_argument_group("images")
     if pair:
-        group.add_argument("--train", metavar="SET", help="shard set, or folder with a folder of images a class")
-        group.add_argument("--test", metavar="SET", help="the same, to be asked about")
+        group.add_argument("--train", metavar="SET", help="shard set, or folder with one folder of images per class")
+        group.add_argument("--test", metavar="SET", help="the same, for the test set")
     else:
-        group.add_argument("--data", metavar="SET", help="shard set, or folder with a folder of images a class")
+        group.add_argument("--data", metavar="SET", help="shard set, or folder with one folder of images per class")
     both = ": its train and val images" if pair else ""
     group.add_argument("--hpaone", metavar="FOLDER", help=f"HPAone as published{both}")
     group.add_argument("--hpafov", metavar="FOLDER", help=f"HPA-FoV as published{both}")
@@ -47,12 +42,12 @@ def add_set_arguments(parser: argparse.ArgumentParser, *, pair: bool = True) -> 
 
 
 def open_pair(options: argparse.Namespace) -> tuple["ImageSet", "ImageSet"]:
-    """Open the set to learn from and the one to be asked about.
+    """Open the training set and the test set.
 
     Raises
     ------
     DinocellError
-        If the options name none, or several.
+        If the options select none or several.
     """
     from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
     from dinocell.eval.probes.image_sets import FieldImages
@@ -77,8 +72,8 @@ def open_pair(options: argparse.Namespace) -> tuple["ImageSet", "ImageSet"]:
     return train, test
 
 
-def open_asked(options: argparse.Namespace) -> "ImageSet":
-    """Open the set to be asked about alone: ``--test``, or that part of a published set.
+def open_queries(options: argparse.Namespace) -> "ImageSet":
+    """Open only the test set: ``--test``, or that part of a published set.
 
     Raises
     ------
@@ -96,7 +91,7 @@ def open_one(options: argparse.Namespace) -> "ImageSet":
     Raises
     ------
     DinocellError
-        If the options name none, or several.
+        If the options select none or several.
     """
     from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
     from dinocell.eval.probes.image_sets import FieldImages
@@ -116,7 +111,7 @@ def open_one(options: argparse.Namespace) -> "ImageSet":
 
 
 def open_set(location: str) -> "ImageSet":
-    """Open a shard set, or a folder with a folder of images a class (the label ``class``)."""
+    """Open a shard set, or a folder with one folder of images per class (the label ``class``)."""
     from dinocell.eval.probes.image_sets import ClassFolders, FieldImages, ShardImages
 
     path = Path(location)
@@ -126,7 +121,7 @@ def open_set(location: str) -> "ImageSet":
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how an image becomes a feature, and where it computes."""
+    """Add the options of feature extraction."""
     parser.add_argument(
         "--weights",
         required=True,
@@ -137,28 +132,32 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--channels",
         choices=("stack", "bag", "mean"),
-        help="stack: all channels into a model of so many; bag: a feature a channel, concatenated; mean: of the mean "
+        help="stack: all channels as joint input; bag: one feature per channel, concatenated; mean: the mean "
         "image (stack, or bag for a model of one channel)",
     )
     group.add_argument(
-        "--resize-size", type=int, default=0, metavar="PX", help="scale the shorter side; 0: leave it (0)"
+        "--resize-size", type=int, default=0, metavar="PX", help="resize the shorter side; 0: unchanged (0)"
     )
-    group.add_argument("--crop-size", type=int, default=384, metavar="PX", help="cut out the middle; 0: all (384)")
-    group.add_argument("--n-last-blocks", type=int, default=1, metavar="N", help="CLS tokens of so many blocks (1)")
+    group.add_argument(
+        "--crop-size", type=int, default=384, metavar="PX", help="size of the central crop; 0: all (384)"
+    )
+    group.add_argument(
+        "--n-last-blocks", type=int, default=1, metavar="N", help="number of last blocks whose CLS tokens are used (1)"
+    )
     group.add_argument("--avgpool", action="store_true", help="append the mean patch token of the last block")
-    group.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
+    group.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (64)")
     group.add_argument("--patch-size", type=int, metavar="PX", help="resample the patch embedding")
-    group.add_argument("--half", action="store_true", help="keep features in float16")
+    group.add_argument("--half", action="store_true", help="store features in float16")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
 
 
 def load_probed(options: argparse.Namespace, device: object) -> "VisionTransformer":
-    """Load the backbone of ``--weights``; ``random:VARIANT`` is an untrained one, of one channel and patch 8."""
+    """Load the backbone of ``--weights``; ``random:VARIANT`` is an untrained one with one channel and patch 8."""
     return load_weights(options.weights, device, patch_size=options.patch_size)
 
 
 def load_weights(source: str, device: object, *, patch_size: int | None = None) -> "VisionTransformer":
-    """Load a backbone, or make an untrained one for ``random:VARIANT``; for images in any number of channels."""
+    """Load a backbone, or create an untrained one for ``random:VARIANT``."""
     import torch
 
     from dinocell.models.config import VARIANTS
@@ -172,7 +171,7 @@ def load_weights(source: str, device: object, *, patch_size: int | None = None) 
             raise ConfigError(f"--weights {source}: expected one of {', '.join(VARIANTS)} after random:")
         torch.manual_seed(0)
         vit = VisionTransformer(variant_config(variant, patch_size=patch_size or 8, in_channels=1))
-        # At 1e-5, where training starts, the tokens would not see the image.
+        # At 1e-5, the initial value in training, tokens would hardly depend on the image.
         vit.init_weights(layer_scale=1.0)
         return vit.eval().to(device)
     # Published models of RGB images read one grey channel at a time.
@@ -185,13 +184,11 @@ def load_weights(source: str, device: object, *, patch_size: int | None = None) 
     ).to(device)
 
 
-# --- probe_material ------------------------------------------------------------------------------------------------
-#
-# What probes work on: features of two sets by a frozen backbone, and the task that the images' labels make.
+# --- probe data ----------------------------------------------------------------------------------------------------
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what is to be predicted, and how that is scored."""
+    """Add the options of the prediction task and its metric."""
     group = parser.add_argument_group("task")
     group.add_argument(
         "--task",
@@ -200,19 +197,19 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help="a label column, or PROTEIN_LOCALIZATION or CELL_TYPE of the Human Protein Atlas (class: of folders)",
     )
     group.add_argument(
-        "--columns", nargs="+", default=[], metavar="COLUMN", help="several labels an image: their columns"
+        "--columns", nargs="+", default=[], metavar="COLUMN", help="several labels per image: their columns"
     )
     group.add_argument(
         "--metric",
         metavar="NAME",
         help="mean_per_class_multilabel_f1, mean_per_class_multiclass_f1, accuracy, top-5 (an F1, by the task)",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="features, scores and pictures")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="features, scores and figures")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Material:
-    """Features of two sets and what they are features for."""
+class ProbeData:
+    """Features of two sets and the task."""
 
     train: "Features"
     test: "Features"
@@ -222,14 +219,14 @@ class Material:
     world: "World"
 
 
-def open_material(options: argparse.Namespace, *, learn: bool = True) -> Material:
-    """Open both sets, extract features that are not there yet; the same on every rank.
+def open_probe_data(options: argparse.Namespace, *, learn: bool = True) -> ProbeData:
+    """Open both sets and extract missing features; the result is the same on every rank.
 
-    Without ``learn`` there is one set, the one to be asked about; it then stands for both.
+    Without ``learn`` only the test set is opened and used for both.
     """
     from dinocell.eval.probes.tasks import make_task
 
-    train_set, test_set = open_pair(options) if learn else [open_asked(options)] * 2
+    train_set, test_set = open_pair(options) if learn else [open_queries(options)] * 2
     with extractor(options) as (extract, settings, world):
         test = extract(options.output / "features" / "test", test_set)
         train = extract(options.output / "features" / "train", train_set) if learn else test
@@ -242,24 +239,24 @@ def open_material(options: argparse.Namespace, *, learn: bool = True) -> Materia
         columns=options.columns,
     )
     names = (train_set.name, test_set.name)
-    return Material(train=train, test=test, task=task, settings=settings, names=names, world=world)
+    return ProbeData(train=train, test=test, task=task, settings=settings, names=names, world=world)
 
 
 def metric_name(options: argparse.Namespace, task: "Task") -> str:
-    """Return the metric that was asked for, or the F1 that fits the task."""
+    """Return the selected metric, or the F1 that fits the task."""
     from dinocell.eval.metrics.classification import MULTICLASS, MULTILABEL
 
     return options.metric or (MULTILABEL if task.multilabel else MULTICLASS)
 
 
-def describe(options: argparse.Namespace, material: Material) -> dict[str, Any]:
-    """Say what was measured."""
-    settings = material.settings
+def describe(options: argparse.Namespace, data: ProbeData) -> dict[str, Any]:
+    """Return a description of the measurement."""
+    settings = data.settings
     return {
         "weights": options.weights,
-        "trained on": f"{material.names[0]} ({len(material.task.train)} images)",
-        "tested on": f"{material.names[1]} ({len(material.task.test)} images)",
-        "task": f"{options.task}, {len(material.task.classes)} classes",
+        "trained on": f"{data.names[0]} ({len(data.task.train)} images)",
+        "tested on": f"{data.names[1]} ({len(data.task.test)} images)",
+        "task": f"{options.task}, {len(data.task.classes)} classes",
         "features": f"channels {settings.channels}, resize {settings.resize_size}, crop {settings.crop_size}, "
         f"{settings.n_last_blocks} last blocks" + (", mean patch token" if settings.avgpool else ""),
     }
@@ -269,7 +266,7 @@ def describe(options: argparse.Namespace, material: Material) -> dict[str, Any]:
 def extractor(
     options: argparse.Namespace,
 ) -> "Iterator[tuple[Callable[[Path, ImageSet], Features], FeatureSettings, World]]":
-    """Load the backbone on every rank and return what extracts a set to a folder."""
+    """Load the backbone on every rank and yield a function that extracts a set to a folder."""
     from rich.console import Console
 
     from dinocell.eval.probes.feature_files import extract_to
@@ -281,17 +278,15 @@ def extractor(
         settings = _settings(options, backbone)
 
         def extract(folder: Path, images: "ImageSet") -> "Features":
-            own = len(images) // world.size
-            bar = start_progress(Console(quiet=not world.is_main), total_steps=own, batch_size=1)
-            shown = max(1, own // 20)
+            share = len(images) // world.size
+            bar = start_progress(Console(quiet=not world.is_main), total_steps=share, batch_size=1)
+            shown = max(1, share // 20)
 
             last_shown = 0
 
             def progress(done: int) -> None:
                 nonlocal last_shown
-                if (
-                    done % settings.batch_size and done < own
-                ):  # images come a batch at once: within one there is no rate
+                if done % settings.batch_size and done < share:  # images arrive in batches
                     return
                 bar.advance(done)
                 if done // shown > last_shown:

@@ -1,4 +1,4 @@
-"""``dinocell features``: the features of images, for an analysis of one's own."""
+"""``dinocell features``: extract features of images for custom analyses."""
 
 import argparse
 from pathlib import Path
@@ -35,22 +35,22 @@ def _run_features(options: argparse.Namespace) -> None:
             raise DinocellError("--parquet: needs pyarrow; install 'dinocell-toolkit[parquet]'") from error
     images = open_one(options)
     with extractor(options) as (extract, _, world):
-        found = extract(options.output, images)
+        features = extract(options.output, images)
         if not world.is_main:
             return
     if options.parquet:
-        _write_parquet(options.output / "rows.parquet", found)
-    shape = " x ".join(str(each) for each in found.values.shape)
-    print(f"{options.output}: {shape} features, features.npy and rows.csv; {len(found.problems)} images left out")
+        _write_parquet(options.output / "rows.parquet", features)
+    shape = " x ".join(str(size) for size in features.values.shape)
+    print(f"{options.output}: {shape} features, features.npy and rows.csv; {len(features.problems)} images skipped")
 
 
-def _write_parquet(path: Path, found: "Features") -> None:
+def _write_parquet(path: Path, features: "Features") -> None:
     import pyarrow
     from pyarrow import parquet
 
     from dinocell.runtime.files import replacing
 
-    columns = sorted({key for row in found.labels for key in row})
-    table = {"id": list(found.ids)} | {key: [str(row.get(key, "")) for row in found.labels] for key in columns}
+    columns = sorted({key for row in features.labels for key in row})
+    table = {"id": list(features.ids)} | {key: [str(row.get(key, "")) for row in features.labels] for key in columns}
     with replacing(path) as temporary:
         parquet.write_table(pyarrow.table(table), temporary)

@@ -1,4 +1,4 @@
-"""``dinocell linear``: linear classifiers on frozen features, a whole grid of them at once."""
+"""``dinocell linear``: train a grid of linear classifiers on frozen features."""
 
 import argparse
 from dataclasses import replace
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from dinocell.commands._parser import add_command
 from dinocell.commands._probe_options import (
-    Material,
+    ProbeData,
     add_feature_arguments,
     add_set_arguments,
     add_task_arguments,
     describe,
     metric_name,
-    open_material,
+    open_probe_data,
 )
 from dinocell.errors import DinocellError
 
@@ -36,16 +36,21 @@ def register(subparsers: Any) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--loss", choices=("cross_entropy", "binary_cross_entropy"), help="(by the task)")
     group.add_argument("--epochs", type=int, default=30, metavar="N", help="(30)")
-    group.add_argument("--epoch-steps", type=int, default=145, metavar="N", help="batches an epoch; 0: one pass (145)")
+    group.add_argument("--epoch-steps", type=int, default=145, metavar="N", help="batches per epoch; 0: one pass (145)")
     group.add_argument("--train-batch-size", type=int, default=64, metavar="N", help="(64)")
     group.add_argument("--learning-rates", type=float, nargs="+", metavar="X", help="(16 from 1e-5 to 1)")
     group.add_argument("--weight-decays", type=float, nargs="+", metavar="X", help="(0 1e-5 1e-4)")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--validation-share", type=float, default=0.1, help="of the training images, to choose on (0.1)")
+    group.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.1,
+        help="share of the training images for selecting the classifier (0.1)",
+    )
     group.add_argument(
         "--choose-on-test",
         action="store_true",
-        help="choose the classifier on the test images, as Cell-DINO does; the report says so",
+        help="choose the classifier on the test images, as Cell-DINO does; stated in the report",
     )
     group.add_argument(
         "--classifier", type=Path, metavar="FILE", help="score a saved classifier; --train is not needed"
@@ -54,15 +59,15 @@ def register(subparsers: Any) -> None:
 
 
 def _run_linear(options: argparse.Namespace) -> None:
-    settings = _settings(options)  # before the features, which take long
-    material = open_material(options, learn=options.classifier is None)
-    if not material.world.is_main:  # it helped to extract; the grid is trained once
+    settings = _settings(options)  # checked before the features are extracted
+    data = open_probe_data(options, learn=options.classifier is None)
+    if not data.world.is_main:  # other ranks only extract features
         return
     if options.classifier is not None:
-        _score_saved(options, material)
+        _score_saved(options, data)
     else:
-        loss: Loss = "binary_cross_entropy" if material.task.multilabel else "cross_entropy"
-        _train(options, material, replace(settings, loss=options.loss or loss))
+        loss: Loss = "binary_cross_entropy" if data.task.multilabel else "cross_entropy"
+        _train(options, data, replace(settings, loss=options.loss or loss))
 
 
 def _settings(options: argparse.Namespace) -> "LinearSettings":
@@ -79,18 +84,18 @@ def _settings(options: argparse.Namespace) -> "LinearSettings":
     )
 
 
-def _train(options: argparse.Namespace, material: Material, settings: "LinearSettings") -> None:
+def _train(options: argparse.Namespace, data: ProbeData, settings: "LinearSettings") -> None:
     import torch
 
     from dinocell.eval.metrics.classification import confusion, metric_of
     from dinocell.eval.probes.linear import Classifier, choose, split_off, train_grid
     from dinocell.eval.probes.report import log_to_run, write_classes, write_scores
 
-    task = material.task
+    task = data.task
     name = metric_name(options, task)
     metric = metric_of(name, multilabel=task.multilabel, logits=True)
-    train, rows = material.train.stored(), task.train_kept.nonzero()[:, 0]
-    test = material.test.tensor(task.test_kept)
+    train, rows = data.train.stored(), task.train_kept.nonzero()[:, 0]
+    test = data.test.tensor(task.test_kept)
     learn, held = split_off(len(rows), settings.validation_share, seed=settings.seed)
     if options.choose_on_test:
         learn = torch.arange(len(rows))
@@ -106,14 +111,14 @@ def _train(options: argparse.Namespace, material: Material, settings: "LinearSet
     by = (test, task.test) if options.choose_on_test else (train[rows[held]], task.train[held])
     choice = choose(classifiers, *by, settings, metric)
     scores = classifiers.scores(test, which=choice.which)
-    found = metric(scores, task.test)
+    result = metric(scores, task.test)
     chosen_on = "the test images (as Cell-DINO)" if options.choose_on_test else f"{len(held)} held-out training images"
-    about = describe(options, material) | {
+    about = describe(options, data) | {
         "trained": f"{settings.epochs} epochs of {settings.epoch_steps or 'one pass'}, batch {settings.batch_size}, "
         f"{settings.loss}",
         "chosen": f"learning rate {choice.learning_rate:g}, weight decay {choice.weight_decay:g}; there were {count}",
         "chosen on": chosen_on,
-        name: f"{found.value:.4f}",
+        name: f"{result.value:.4f}",
     }
     grid = [
         {"learning_rate": rate, "weight_decay": decay, f"{name}, where chosen": value}
@@ -121,29 +126,29 @@ def _train(options: argparse.Namespace, material: Material, settings: "LinearSet
     ]
     paths = write_scores(options.output, "linear", about, grid, note=f"The classifier was chosen on {chosen_on}.")
     table = None if task.multilabel else confusion(scores, task.test)
-    pictures = write_classes(options.output, "linear", task.classes, found, table)
+    figures = write_classes(options.output, "linear", task.classes, result, table)
     saved = options.output / "classifier.safetensors"
     Classifier(
         weight=classifiers.weight[choice.which],
         bias=classifiers.bias[choice.which],
         classes=task.classes,
         task=options.task,
-        features=_features_of(options, material),
+        features=_features_of(options, data),
     ).save(saved)
     logged = log_to_run(
         options.weights,
-        {f"linear/{options.task}_{name}": found.value},
-        {f"linear/{options.task}_{shown}": path for shown, path in pictures.items()},
+        {f"linear/{options.task}_{name}": result.value},
+        {f"linear/{options.task}_{shown}": path for shown, path in figures.items()},
     )
-    print(f"{name} {found.value:.4f}; chosen on {chosen_on}: {choice.chosen_by:.4f}")
+    print(f"{name} {result.value:.4f}; chosen on {chosen_on}: {choice.chosen_by:.4f}")
     print(f"scores: {paths[2]}; classifier: {saved}" + (f"; TensorBoard: {logged}" if logged else ""))
 
 
-def _features_of(options: argparse.Namespace, material: Material) -> dict[str, object]:
-    """Return what features must have in common for a classifier to serve."""
+def _features_of(options: argparse.Namespace, data: ProbeData) -> dict[str, object]:
+    """Return the properties of features that must match those of a saved classifier."""
     from dinocell.eval.probes.feature_files import fingerprint
 
-    settings = material.settings
+    settings = data.settings
     return {
         "weights": fingerprint(options.weights),
         "channels": settings.channels,
@@ -152,19 +157,19 @@ def _features_of(options: argparse.Namespace, material: Material) -> dict[str, o
     }
 
 
-def _score_saved(options: argparse.Namespace, material: Material) -> None:
+def _score_saved(options: argparse.Namespace, data: ProbeData) -> None:
     import torch
 
     from dinocell.eval.metrics.classification import confusion, metric_of
     from dinocell.eval.probes.linear import Classifier
     from dinocell.eval.probes.report import write_classes, write_scores
 
-    task, saved = material.task, Classifier.load(options.classifier)
-    given = _features_of(options, material)
-    for key, known in saved.features.items():
-        if given.get(key) != known:
+    task, saved = data.task, Classifier.load(options.classifier)
+    given = _features_of(options, data)
+    for key, expected in saved.features.items():
+        if given.get(key) != expected:
             raise DinocellError(
-                f"{options.classifier}: was trained on features with {key} {known}, these have {given.get(key)}"
+                f"{options.classifier}: was trained on features with {key} {expected}, these have {given.get(key)}"
             )
     unknown = (
         sorted({task.classes[label] for label in task.test.tolist()} - set(saved.classes))
@@ -177,11 +182,11 @@ def _score_saved(options: argparse.Namespace, material: Material) -> None:
     labels = task.test
     if not task.multilabel:
         labels = torch.tensor([saved.classes.index(task.classes[label]) for label in task.test.tolist()])
-    scores = saved.scores(material.test.tensor(task.test_kept))
-    found = metric_of(name, multilabel=task.multilabel, logits=True)(scores, labels)
-    about = describe(options, material) | {"classifier": str(options.classifier)}
+    scores = saved.scores(data.test.tensor(task.test_kept))
+    result = metric_of(name, multilabel=task.multilabel, logits=True)(scores, labels)
+    about = describe(options, data) | {"classifier": str(options.classifier)}
     del about["trained on"]
-    paths = write_scores(options.output, "linear", about, [{name: found.value}])
+    paths = write_scores(options.output, "linear", about, [{name: result.value}])
     table = None if task.multilabel else confusion(scores, labels)
-    write_classes(options.output, "linear", saved.classes, found, table)
-    print(f"{name} {found.value:.4f}; scores: {paths[2]}")
+    write_classes(options.output, "linear", saved.classes, result, table)
+    print(f"{name} {result.value:.4f}; scores: {paths[2]}")

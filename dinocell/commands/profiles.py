@@ -9,7 +9,7 @@ from dinocell.errors import ConfigError, DinocellError
 
 def register(subparsers: Any) -> None:
     """Add ``profiles`` to the commands."""
-    summary = "measure whether replicates of a treatment find one another across plates (mean average precision)"
+    summary = "measure the retrieval of replicates across plates (mean average precision)"
     parser = subparsers.add_parser(
         "profiles",
         help=summary,
@@ -18,13 +18,17 @@ def register(subparsers: Any) -> None:
         "--output probes/profiles",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("features", type=Path, metavar="FOLDER", help="of 'dinocell features'")
-    parser.add_argument("--treatment", required=True, metavar="COLUMN", help="what replicates have in common")
-    parser.add_argument("--plate", default="plate", metavar="COLUMN", help="(plate)")
-    parser.add_argument("--well", default="well", metavar="COLUMN", help="images of a well are averaged (well)")
-    parser.add_argument("--control", metavar="VALUE", help="the treatment of untreated wells: never asked, for tvn")
+    parser.add_argument("features", type=Path, metavar="FOLDER", help="output of 'dinocell features'")
+    parser.add_argument("--treatment", required=True, metavar="COLUMN", help="label column of the treatment")
+    parser.add_argument("--plate", default="plate", metavar="COLUMN", help="label column of the plate (plate)")
+    parser.add_argument(
+        "--well", default="well", metavar="COLUMN", help="label column of the well, whose images are averaged (well)"
+    )
+    parser.add_argument(
+        "--control", metavar="VALUE", help="the treatment of untreated wells: no queries, and the reference of tvn"
+    )
     parser.add_argument("--whiten", choices=("none", "pca", "tvn"), default="none", help="(none)")
-    parser.add_argument("--same-plate", action="store_true", help="replicates on the same plate count as found, too")
+    parser.add_argument("--same-plate", action="store_true", help="also count replicates on the same plate")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.set_defaults(run=_run)
 
@@ -37,24 +41,22 @@ def _run(options: argparse.Namespace) -> None:
     from dinocell.eval.probes.profiles import check_wells, replicate_retrieval, to_wells, whiten
     from dinocell.eval.probes.report import log_to_run, write_scores
 
-    found = read_features(options.features)
+    features = read_features(options.features)
     name = str(options.features)
-    columns = [labels_of(found.labels, column, name) for column in (options.treatment, options.plate, options.well)]
-    known = np.array(
-        [all(row) for row in zip(*columns, strict=True)]
-    )  # an image of no well would be in one with all such
-    if not known.any():
+    columns = [labels_of(features.labels, column, name) for column in (options.treatment, options.plate, options.well)]
+    complete = np.array([all(row) for row in zip(*columns, strict=True)])  # images without a well are skipped
+    if not complete.any():
         raise DinocellError(f"{name}: no image has {options.treatment}, {options.plate} and {options.well}")
     treatment, plate, well = (
-        [each for each, is_one in zip(column, known, strict=True) if is_one] for column in columns
+        [label for label, keep in zip(column, complete, strict=True) if keep] for column in columns
     )
     if options.control is not None and options.control not in treatment:
         raise ConfigError(f"--control: no image has {options.treatment} {options.control!r}")
-    values = np.asarray(found.values, np.float64).reshape(len(found.values), -1)[known]
+    values = np.asarray(features.values, np.float64).reshape(len(features.values), -1)[complete]
     check_wells(treatment, plate, well)
     profiles, first = to_wells(values, plate, well)
     treatments, plates = ([column[row] for row in first] for column in (treatment, plate))
-    controls = np.array([each == options.control for each in treatments])
+    controls = np.array([treatment == options.control for treatment in treatments])
     profiles = whiten(
         profiles, method=options.whiten, plates=plates, controls=controls if options.control is not None else None
     )
@@ -63,15 +65,15 @@ def _run(options: argparse.Namespace) -> None:
     )
     mean, retrieved = result.mean_average_precision, result.retrieved
     shown: list[dict[str, Any]] = [
-        {"treatment": each, "mean_average_precision": float(score), "p": float(p), "corrected_p": float(q)}
-        for each, score, p, q in zip(
+        {"treatment": treatment_name, "mean_average_precision": float(score), "p": float(p), "corrected_p": float(q)}
+        for treatment_name, score, p, q in zip(
             result.treatments, result.mean_precision, result.p_value, result.corrected, strict=True
         )
     ]
     about = {
         "features": name,
-        "images": f"{int(known.sum())}; {int((~known).sum())} left out, of no {options.treatment}, {options.plate} or "
-        f"{options.well}",
+        "images": f"{int(complete.sum())}; {int((~complete).sum())} skipped without {options.treatment}, "
+        f"{options.plate} or {options.well}",
         "wells": len(profiles),
         "plates": len(set(plates)),
         "whitening": options.whiten,

@@ -1,8 +1,8 @@
-"""Channel consistency: does a backbone know a field again when it sees it through another channel.
+"""Channel consistency: how similar the features of a field are across its channels.
 
-A backbone that reads one channel at a time should say of one field much the same through every stain. Cosines of one
-field's features through two channels are compared with those of two different fields, and each field is looked up by
-what another channel shows of it.
+The features of a backbone that reads one channel at a time should be similar for all channels of a field. Cosines of
+two channels of one field are compared with cosines of two different fields, and each field is retrieved by the
+features of another channel.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from torch.nn.functional import normalize
 
 
 class ChannelConsistency(NamedTuple):
-    """How alike one field is to itself, and to others, through different channels.
+    """Similarity of fields to themselves and to others, across channels.
 
-    ``same_field`` is the mean cosine of one field through two different channels; ``different_field`` that of two
-    fields through any two channels; ``margin`` is the former minus the latter. ``retrieval`` is how often the nearest
-    of all fields through another channel is the field itself, mean over ordered channel pairs; chance is one over the
-    number of fields. An equally near other field counts as a miss, so features that are all the same find nothing.
+    ``same_field`` is the mean cosine of two different channels of one field; ``different_field`` that of any two
+    channels of two fields; ``margin`` is ``same_field`` minus ``different_field``. ``retrieval`` is the share of fields
+    whose nearest field in another channel is the field itself, mean over ordered channel pairs; chance level is one
+    over the number of fields. Ties count as misses, so constant features give 0.
 
-    The matrices are per pair of channels: rows are the channel that asks, columns the one that is searched. The
+    The matrices are per pair of channels: rows are query channels, columns reference channels. The
     diagonals of ``same_field_pairs`` and ``retrieval_pairs`` compare an image with itself and are 1 by definition (0
     for features that are zero).
     """
@@ -37,14 +37,14 @@ class ChannelConsistency(NamedTuple):
 
 @torch.no_grad()
 def channel_consistency(features: Float[Tensor, "b c d"], *, centre: bool = True) -> ChannelConsistency:
-    """Compare the features of fields, each seen through every channel.
+    """Compare the features of fields across channels.
 
     Parameters
     ----------
     features
-        One row for each field and channel.
+        One row per field and channel.
     centre
-        Subtract the mean of all features first, so that what all images share counts for nothing.
+        Subtract the mean of all features first, which removes what all images have in common.
 
     Raises
     ------
@@ -60,34 +60,34 @@ def channel_consistency(features: Float[Tensor, "b c d"], *, centre: bool = True
     if centre:
         features = features - features.mean((0, 1))
     by_channel = normalize(features, dim=-1).transpose(0, 1)
-    same, different, found = (features.new_zeros(channels, channels) for _ in range(3))
-    for asking in range(channels):
-        for searched in range(channels):
-            cosine = by_channel[asking] @ by_channel[searched].T
+    same, different, retrieved = (features.new_zeros(channels, channels) for _ in range(3))
+    for query in range(channels):
+        for reference in range(channels):
+            cosine = by_channel[query] @ by_channel[reference].T
             itself = cosine.diagonal().clone()
-            same[asking, searched] = itself.mean()
-            different[asking, searched] = (cosine.sum() - itself.sum()) / (fields * (fields - 1))
+            same[query, reference] = itself.mean()
+            different[query, reference] = (cosine.sum() - itself.sum()) / (fields * (fields - 1))
             best_other = cosine.fill_diagonal_(-torch.inf).amax(1)
-            found[asking, searched] = (itself > best_other).float().mean()
+            retrieved[query, reference] = (itself > best_other).float().mean()
     pairs = ~torch.eye(channels, dtype=torch.bool, device=features.device)
     same_field, different_field = float(same[pairs].mean()), float(different.mean())
     return ChannelConsistency(
         same_field=same_field,
         different_field=different_field,
         margin=same_field - different_field,
-        retrieval=float(found[pairs].mean()),
+        retrieval=float(retrieved[pairs].mean()),
         same_field_pairs=same,
         different_field_pairs=different,
-        retrieval_pairs=found,
+        retrieval_pairs=retrieved,
     )
 
 
 @torch.no_grad()
 def consistency_by_field(features: Float[Tensor, "b c d"], *, centre: bool = True) -> Float[Tensor, "b 4"]:
-    """Return for each field what `channel_consistency` averages over fields, for intervals.
+    """Return the values per field that `channel_consistency` averages, for confidence intervals.
 
-    Columns: mean cosine to itself through other channels, mean cosine to other fields through any channel, their
-    difference, and the share of ordered channel pairs in which it is found. The means over fields are the whole's
+    Columns: mean cosine to itself across channels, mean cosine to other fields over all channel pairs, their
+    difference, and the share of ordered channel pairs in which the field is retrieved. Their means over fields are
     ``same_field``, ``different_field``, ``margin`` and ``retrieval``.
     """
     fields, channels, _ = features.shape
@@ -95,14 +95,14 @@ def consistency_by_field(features: Float[Tensor, "b c d"], *, centre: bool = Tru
     if centre:
         features = features - features.mean((0, 1))
     by_channel = normalize(features, dim=-1).transpose(0, 1)
-    same, different, found = (features.new_zeros(fields) for _ in range(3))
-    for asking in range(channels):
-        for searched in range(channels):
-            cosine = by_channel[asking] @ by_channel[searched].T
+    same, different, retrieved = (features.new_zeros(fields) for _ in range(3))
+    for query in range(channels):
+        for reference in range(channels):
+            cosine = by_channel[query] @ by_channel[reference].T
             itself = cosine.diagonal().clone()
             different += (cosine.sum(1) - itself) / (fields - 1) / channels**2
-            if asking != searched:
+            if query != reference:
                 best_other = cosine.fill_diagonal_(-torch.inf).amax(1)
                 same += itself / (channels * (channels - 1))
-                found += (itself > best_other).float() / (channels * (channels - 1))
-    return torch.stack((same, different, same - different, found), dim=1)
+                retrieved += (itself > best_other).float() / (channels * (channels - 1))
+    return torch.stack((same, different, same - different, retrieved), dim=1)

@@ -1,4 +1,4 @@
-"""Features on the disk: extracted once, by several ranks and starts, and shared by all probes."""
+"""Feature files: extracted once, by several ranks and with resuming, and shared by all probes."""
 
 import csv
 import hashlib
@@ -33,30 +33,30 @@ def extract_to(
     world: World | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Features:
-    """Extract the features of a set to a folder, or read those that are there; what was begun is finished.
+    """Extract the features of a set to a folder, resume an interrupted extraction, or read existing features.
 
     ::
 
-        features.npy       (n d) or (n c d), float32 or float16, mapped into memory when read
-        rows.csv           a line an image: its id, and what is known about it
-        extraction.json    weights (content and place), set and settings: a folder of others is refused
+        features.npy       (n d) or (n c d), float32 or float16, memory-mapped when read
+        rows.csv           one row per image: id and labels
+        extraction.json    weights (content and path), set and settings; a folder of another is rejected
 
     Parameters
     ----------
     weights
-        Where the backbone comes from, for the record; a file's content counts, not its name.
+        Source of the backbone; files are compared by content, not by name.
     half
-        Keep float16.
+        Store float16.
     world
-        Ranks that share the images; each calls this, and all return the same.
+        Ranks over which the images are distributed; each calls this, and all return the same.
     progress
-        Called with the number of images that this rank has done.
+        Called with the number of images that this rank has processed.
 
     Raises
     ------
     DinocellError
-        If the folder holds the features of something else, another process is extracting them or it cannot be made,
-        or as ``extract``.
+        If the folder contains other features, another process is extracting them, or the folder cannot be created;
+        and as ``extract``.
     """
     world = world or World()
     facts = {
@@ -80,29 +80,31 @@ def extract_to(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other runs from what is begun in it: two would write each other's rows."""
+    """Create the folder and lock it, so that two runs do not mix their rows."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DinocellError(f"{folder}: cannot be written ({error.strerror or error})") from error
     with folder_lock(folder, wait=False) as is_ours:
         if not is_ours and not (folder / "rows.csv").exists():
-            raise DinocellError(f"{folder}: another process extracts these features now; start again when it is done")
+            raise DinocellError(
+                f"{folder}: another process is extracting these features; start again when it has finished"
+            )
         yield
 
 
 def _claim(folder: Path, facts: Mapping[str, object], weights: str, world: World) -> None:
-    said = folder / "extraction.json"
+    record = folder / "extraction.json"
     if world.is_main:
-        if said.exists():
-            before = json.loads(said.read_text(encoding="utf-8"))
+        if record.exists():
+            before = json.loads(record.read_text(encoding="utf-8"))
             differing = [key for key, value in facts.items() if before.get(key) != json.loads(json.dumps(value))]
             if differing:
                 raise DinocellError(
-                    f"{folder} holds features with other {', '.join(differing)}; remove it, or choose another folder"
+                    f"{folder} contains features with other {', '.join(differing)}; remove it, or choose another folder"
                 )
         place = str(Path(weights).absolute()) if Path(weights).exists() else weights
-        write_atomically(said, json.dumps({**facts, _PLACE: place}, indent=1) + "\n")
+        write_atomically(record, json.dumps({**facts, _PLACE: place}, indent=1) + "\n")
     barrier()
 
 
@@ -116,16 +118,16 @@ def _extract_part(
     half: bool,
     progress: Callable[[int], None],
 ) -> None:
-    """Append a line and a row for each image to this rank's part, after what an earlier start left whole."""
+    """Append a line and a row per image to this rank's part, after the complete lines of an earlier start."""
     rows_path = part.with_suffix(".rows")
-    whole, size = _whole_lines(part, rows_path.stat().st_size if rows_path.exists() else 0)
-    done = len(whole)
+    complete, size = _complete_lines(part, rows_path.stat().st_size if rows_path.exists() else 0)
+    done = len(complete)
     dtype = np.float16 if half else np.float32
-    with part.open("w", encoding="utf-8") as said, rows_path.open("ab") as rows:
-        said.writelines(whole)
+    with part.open("w", encoding="utf-8") as lines, rows_path.open("ab") as rows:
+        lines.writelines(complete)
         rows.truncate(size)
         start = span.start + done
-        for number, (image, row) in enumerate(
+        for count, (image, row) in enumerate(
             feature_rows(backbone, images.images(start, span.stop), settings), start=done + 1
         ):
             content = b"" if row is None else np.ascontiguousarray(row, dtype).tobytes()
@@ -133,24 +135,24 @@ def _extract_part(
             rows.flush()
             line = {"id": image.id, "labels": dict(image.labels), "problem": image.problem, "bytes": len(content)}
             line |= {"shape": [] if row is None else list(row.shape), "channels": list(image.channel_names)}
-            said.write(json.dumps(line) + "\n")
-            said.flush()
-            progress(number)
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+            progress(count)
 
 
-def _whole_lines(part: Path, num_bytes: int) -> tuple[list[str], int]:
-    """Return the lines that are whole and whose rows are, too, of ``num_bytes`` there are, and the bytes of these.
+def _complete_lines(part: Path, num_bytes: int) -> tuple[list[str], int]:
+    """Return the complete lines whose rows are within the first ``num_bytes``, and the number of bytes of these rows.
 
-    A machine that dies may keep the end of either file and lose that of the other.
+    After a crash either file may be shorter than the other.
     """
-    whole: list[str] = []
+    complete: list[str] = []
     size = 0
     for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []:
         if not line.endswith("\n") or (after := size + int(json.loads(line)["bytes"])) > num_bytes:
             break
-        whole.append(line)
+        complete.append(line)
         size = after
-    return whole, size
+    return complete, size
 
 
 def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
@@ -165,7 +167,7 @@ def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
         raise DinocellError(other_channels(images, other["id"], other["channels"], good[0]["channels"]))
     for line in lines:
         if not line["bytes"]:
-            _log.warning("%s: left out: %s", line["id"], line["problem"])
+            _log.warning("%s: skipped: %s", line["id"], line["problem"])
     values = np.concatenate(
         [
             np.fromfile(part.with_suffix(".rows"), np.float16 if half else np.float32).reshape(-1, *shape)
@@ -186,24 +188,26 @@ def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
     problems = [f"{line['id']}: {line['problem']}" for line in lines if not line["bytes"]]
     write_atomically(folder / "problems.txt", "".join(f"{line}\n" for line in problems))
     table.rename(folder / "rows.csv")
-    for part in folder.glob(".features-*"):  # those that a start with another number of ranks left, too
+    for part in folder.glob(".features-*"):  # also those of a start with another number of ranks
         part.unlink()
 
 
 def read_features(folder: Path) -> Features:
-    """Read what `extract_to` wrote, values mapped into memory.
+    """Read features written by `extract_to`; values are memory-mapped.
 
     Raises
     ------
     DinocellError
-        If the folder holds no features, or they were not finished.
+        If the folder contains no complete features.
     """
     if not (folder / "rows.csv").exists():
-        raise DinocellError(f"{folder}: holds no features (rows.csv is missing); extract them with 'dinocell features'")
+        raise DinocellError(
+            f"{folder}: contains no features (rows.csv is missing); extract them with 'dinocell features'"
+        )
     with (folder / "rows.csv").open(encoding="utf-8", newline="") as file:
-        (_, *columns), *rows = csv.reader(file)  # by place: there may be a label called id, too
+        (_, *columns), *rows = csv.reader(file)  # by position: a label may also be called id
     return Features(
-        # c: writable, but never to the file; torch warns of memory that is not writable.
+        # c: copy on write; torch warns about memory that is not writable.
         values=np.load(folder / "features.npy", mmap_mode="c", allow_pickle=False),
         ids=tuple(row[0] for row in rows),
         labels=tuple(dict(zip(columns, row[1:], strict=True)) for row in rows),
@@ -213,13 +217,13 @@ def read_features(folder: Path) -> Features:
 
 
 def weights_of(folder: Path) -> str:
-    """Return where the weights of the features lay when they were extracted; "" in folders that do not say."""
-    said: dict[str, str] = json.loads((folder / "extraction.json").read_text(encoding="utf-8"))
-    return said.get(_PLACE, "")
+    """Return the path of the weights at the time of extraction; "" if it was not recorded."""
+    record: dict[str, str] = json.loads((folder / "extraction.json").read_text(encoding="utf-8"))
+    return record.get(_PLACE, "")
 
 
 def fingerprint(weights: str) -> str:
-    """Return what tells weights from others: the hash of a file's content, else the name."""
+    """Return an identifier of weights: the hash of the content of a file, else the name."""
     path = Path(weights)
     if not path.is_file():
         return weights

@@ -1,4 +1,4 @@
-"""Features of images: what a frozen backbone says of them."""
+"""Features of images from a frozen backbone."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ Channels = Literal["stack", "bag", "mean", "each"]
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """How an image becomes a feature (Cell-DINO's names).
+    """Settings of feature extraction (Cell-DINO's names).
 
     Attributes
     ----------
     channels
-        ``stack``: all channels into a model of so many. For a model of one channel: ``bag`` concatenates the features
-        of the channels, ``mean`` takes those of their mean image, ``each`` keeps a feature for each channel.
+        ``stack``: all channels as joint input of a model with as many. For a model of one channel: ``bag`` concatenates
+        the features of the channels, ``mean`` uses their mean image, ``each`` returns one feature per channel.
     resize_size, crop_size
-        Scale the shorter side to so many pixels, then cut out the middle, padded with 0 where the image is smaller;
-        0: as it is. The crop is cut to whole patches.
+        Resize the shorter side to this many pixels, then take the central crop, padded with 0 where the image is
+        smaller; 0: unchanged. The crop is reduced to whole patches.
     n_last_blocks
-        The CLS tokens of so many last blocks, concatenated.
+        Number of last blocks whose CLS tokens are concatenated.
     avgpool
-        Append the mean of the last block's patch tokens.
+        Append the mean patch token of the last block.
     batch_size
-        Images at a time.
+        Images per batch.
     """
 
     channels: Channels = "stack"
@@ -52,7 +52,7 @@ class FeatureSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
-    """Features of a set, a row an image, (n d) or, channel by channel, (n c d); images without one are left out."""
+    """Features of a set, one row per image, (n d) or (n c d) per channel; unreadable images are skipped."""
 
     values: Float[np.ndarray, "n *c d"]
     ids: tuple[str, ...]
@@ -61,22 +61,22 @@ class Features:
     problems: tuple[str, ...] = ()
 
     def stored(self) -> Shaped[Tensor, "n *c d"]:
-        """Return the values as they are, on the disk if they lie there: what is looked at is read then."""
+        """Return the values without copying; values in a file stay memory-mapped."""
         return torch.from_numpy(self.values)
 
     def tensor(self, rows: Bool[Tensor, " n"] | Int[Tensor, " m"] | None = None) -> Float[Tensor, "m *c d"]:
-        """Return the values in float32, all or those of some rows."""
+        """Return all values, or selected rows, in float32."""
         values = self.values if rows is None else self.values[rows.numpy()]
         return torch.from_numpy(np.array(values, np.float32))
 
 
 def default_channels(backbone: VisionTransformer) -> Channels:
-    """Return ``stack`` for a model of several channels, ``bag`` for one of one."""
+    """Return ``stack`` for a model of several channels, ``bag`` for a model of one."""
     return "stack" if backbone.config.in_channels > 1 else "bag"
 
 
 def to_input(image: ProbeImage, backbone: VisionTransformer, settings: FeatureSettings) -> Float[Tensor, "k c h w"]:
-    """Make the model's inputs of one image: scaled, cut out, normalised as the model's card says.
+    """Return the model inputs of one image: resized, cropped, normalised by the model's input convention.
 
     Raises
     ------
@@ -102,22 +102,22 @@ def to_input(image: ProbeImage, backbone: VisionTransformer, settings: FeatureSe
     pixels = _cropped(pixels, settings.crop_size, backbone.config.patch_size)
     convention = backbone.card.input.convention
     if convention == "standardised":
-        # Population deviation and 1e-7 as Cell-DINO: a blank channel becomes 0.
-        deviation, mean = torch.std_mean(pixels, dim=(-2, -1), keepdim=True, correction=0)
-        return (pixels - mean) / (deviation + 1e-7)
+        # Population standard deviation and epsilon 1e-7 as in Cell-DINO: a blank channel becomes 0.
+        std, mean = torch.std_mean(pixels, dim=(-2, -1), keepdim=True, correction=0)
+        return (pixels - mean) / (std + 1e-7)
     if convention == "unit":
         return pixels
-    raise DinocellError(f"the model wants {convention} input; load it with input='standardised' or 'unit'")
+    raise DinocellError(f"the model expects {convention} input; load it with input='standardised' or 'unit'")
 
 
 def _stacked(image: ProbeImage, pixels: Tensor, backbone: VisionTransformer) -> Float[Tensor, "c h w"]:
-    wanted, names = backbone.card.input.channel_names, image.channel_names
-    if wanted and set(wanted) <= set(names):
-        return pixels[[names.index(name) for name in wanted]]
+    expected, names = backbone.card.input.channel_names, image.channel_names
+    if expected and set(expected) <= set(names):
+        return pixels[[names.index(name) for name in expected]]
     if len(names) != backbone.config.in_channels:
         raise DinocellError(
             f"{image.id}: has the channels {', '.join(names)}, the model takes {backbone.config.in_channels}"
-            + (f" ({', '.join(wanted)})" if wanted else "")
+            + (f" ({', '.join(expected)})" if expected else "")
         )
     return pixels
 
@@ -128,11 +128,11 @@ def _cropped(pixels: Tensor, crop: int, patch: int) -> Tensor:
     if min(sides) < patch:
         raise DinocellError(f"images of {height} x {width} px are smaller than a patch of {patch}")
     sides = [side // patch * patch for side in sides]
-    short = [max(0, side - have) for side, have in zip(sides, (height, width), strict=True)]
-    if any(short):
-        top, left = short[0] // 2, short[1] // 2
-        pixels = F.pad(pixels, (left, short[1] - left, top, short[0] - top))
-    top, left = ((have - side) // 2 for side, have in zip(sides, pixels.shape[-2:], strict=True))
+    missing = [max(0, side - size) for side, size in zip(sides, (height, width), strict=True)]
+    if any(missing):
+        top, left = missing[0] // 2, missing[1] // 2
+        pixels = F.pad(pixels, (left, missing[1] - left, top, missing[0] - top))
+    top, left = ((size - side) // 2 for side, size in zip(sides, pixels.shape[-2:], strict=True))
     return pixels[..., top : top + sides[0], left : left + sides[1]]
 
 
@@ -153,19 +153,19 @@ def tokens_to_feature(
 def feature_rows(
     backbone: VisionTransformer, images: Iterator[ProbeImage], settings: FeatureSettings
 ) -> Iterator[tuple[ProbeImage, Float32[np.ndarray, "*c d"] | None]]:
-    """Yield each image with its feature, None where the image could not be read; images of one size go together."""
+    """Yield each image with its feature, or None if the image could not be read; images of one size are batched."""
     device = next(backbone.parameters()).device
-    waiting: list[tuple[ProbeImage, Tensor]] = []
+    pending: list[tuple[ProbeImage, Tensor]] = []
 
     def flush() -> Iterator[tuple[ProbeImage, np.ndarray]]:
-        if waiting:
-            counts = [len(each) for _, each in waiting]
-            inputs = torch.cat([each for _, each in waiting]).to(device)
-            found = torch.cat([tokens_to_feature(backbone, part, settings) for part in inputs.split(256)]).cpu()
-            for (image, _), rows in zip(waiting, found.split(counts), strict=True):
+        if pending:
+            counts = [len(inputs) for _, inputs in pending]
+            batch = torch.cat([inputs for _, inputs in pending]).to(device)
+            features = torch.cat([tokens_to_feature(backbone, part, settings) for part in batch.split(256)]).cpu()
+            for (image, _), rows in zip(pending, features.split(counts), strict=True):
                 row = rows if settings.channels == "each" else rows.flatten()
                 yield image, row.numpy()
-            waiting.clear()
+            pending.clear()
 
     for image in images:
         if image.pixels is None:
@@ -173,9 +173,9 @@ def feature_rows(
             yield image, None
             continue
         inputs = to_input(image, backbone, settings)
-        if waiting and (waiting[0][1].shape != inputs.shape or len(waiting) >= settings.batch_size):
+        if pending and (pending[0][1].shape != inputs.shape or len(pending) >= settings.batch_size):
             yield from flush()
-        waiting.append((image, inputs))
+        pending.append((image, inputs))
     yield from flush()
 
 
@@ -187,35 +187,35 @@ def extract(
     limit: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Features:
-    """Extract the features of a set, or of its first ``limit`` images, into main memory.
+    """Extract the features of a set, or of its first ``limit`` images, into memory.
 
     Raises
     ------
     DinocellError
-        If no image can be read, or they do not have the same number of channels.
+        If no image can be read, or the numbers of channels differ.
     """
     stop = len(images) if limit is None else min(limit, len(images))
     rows: list[np.ndarray] = []
-    found: list[ProbeImage] = []
+    extracted: list[ProbeImage] = []
     problems: list[str] = []
     names: tuple[str, ...] = ()
-    for number, (image, row) in enumerate(feature_rows(backbone, images.images(0, stop), settings), start=1):
-        progress(number)
+    for done, (image, row) in enumerate(feature_rows(backbone, images.images(0, stop), settings), start=1):
+        progress(done)
         if row is None:
             problems.append(f"{image.id}: {image.problem}")
             continue
         if rows and row.shape != rows[0].shape:
             raise DinocellError(other_channels(images, image.id, image.channel_names, names))
         rows.append(row)
-        found.append(image)
+        extracted.append(image)
         names = names or image.channel_names
-    return _features(images, np.stack(rows) if rows else None, found, names, problems)
+    return _features(images, np.stack(rows) if rows else None, extracted, names, problems)
 
 
 def _features(
     images: ImageSet,
     values: np.ndarray | None,
-    found: Sequence[ProbeImage],
+    extracted: Sequence[ProbeImage],
     names: tuple[str, ...],
     problems: Sequence[str],
 ) -> Features:
@@ -223,16 +223,16 @@ def _features(
         raise DinocellError(f"{images.name}: no image could be read" + (f"; {problems[0]}" if problems else ""))
     return Features(
         values=values,
-        ids=tuple(image.id for image in found),
-        labels=tuple(image.labels for image in found),
+        ids=tuple(image.id for image in extracted),
+        labels=tuple(image.labels for image in extracted),
         channel_names=names,
         problems=tuple(problems),
     )
 
 
 def other_channels(images: ImageSet, image_id: str, channels: Sequence[str], first: Sequence[str]) -> str:
-    """Say that an image has other channels than the first one of its set."""
+    """Return the error message for an image with other channels than the first one of its set."""
     return (
         f"{images.name}: {image_id} has the channels {', '.join(channels)}, the first image has {', '.join(first)}; "
-        "features of a set must be of one shape"
+        "all features of a set must have the same shape"
     )

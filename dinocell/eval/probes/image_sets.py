@@ -1,7 +1,7 @@
-"""What a probe looks at: the images of a shard set, of a source (HPA, CHAMMI, ...), or of a folder of class folders.
+"""Images for probes: of a shard set, of a source (HPA, CHAMMI, ...), or of a folder with one folder per class.
 
-All give the same: channels scaled to [0, 1], their names, and what is known about the image, by number, from any number
-on, so that extraction can be shared out and taken up again.
+All yield channels scaled to [0, 1], channel names and labels, by index and from any index, so that extraction can be
+distributed and resumed.
 """
 
 import logging
@@ -24,13 +24,13 @@ from dinocell.images.storage import base_name, list_files
 
 _log = logging.getLogger(__name__)
 _READ_AHEAD, _READERS = 16, 4
-# Of a channel's values: what the views of the pretraining map to 0 and 1.
+# Percentiles of a channel that are mapped to 0 and 1, as in the views of pretraining.
 _PERCENTILES = ("0.1", "99.9")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProbeImage:
-    """One image: channels in [0, 1], (c h w); ``pixels`` is None if it could not be read, and ``problem`` says why."""
+    """One image: channels in [0, 1], (c h w); ``pixels`` is None if unreadable, for the reason ``problem``."""
 
     id: str
     pixels: Float32[np.ndarray, "c h w"] | None
@@ -41,21 +41,21 @@ class ProbeImage:
 
 @runtime_checkable
 class ImageSet(Protocol):
-    """Images by number, always in the same order."""
+    """Images by index, always in the same order."""
 
     name: str
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of images."""
 
     def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
-        """Return those from ``start`` to before ``stop``, one for each number."""
+        """Return the images from ``start`` to ``stop`` (exclusive)."""
 
 
 class ShardImages:
-    """The samples of a shard set; levels are the percentiles of each channel over the set.
+    """The samples of a shard set, scaled by the percentiles of each channel over the set.
 
-    ``cache`` and ``cache_gb`` are for remote sets, see `dinocell.data_shards.read.stream`.
+    ``cache`` and ``cache_gb`` apply to remote sets, see `dinocell.data_shards.read.stream`.
     """
 
     def __init__(self, location: str | Path, *, cache: str | Path | None = None, cache_gb: float = 50.0) -> None:
@@ -63,44 +63,44 @@ class ShardImages:
         self._open = partial(stream, location, batch_size=1, shuffle=False, cache=cache, cache_gb=cache_gb)
         self._manifest = self._open().sets[0].manifest
         self.channel_names = tuple(self._manifest.channels)
-        self._levels = {}
-        for channel, known in self._manifest.channels.items():
-            low, high = (known.percentiles.get(each) for each in _PERCENTILES)
+        self._ranges = {}
+        for channel, statistics in self._manifest.channels.items():
+            low, high = (statistics.percentiles.get(percentile) for percentile in _PERCENTILES)
             if low is None or high is None or high <= low:
-                low, high = known.minimum, max(known.maximum, known.minimum + 1)
-            self._levels[channel] = (float(low), float(high))
+                low, high = statistics.minimum, max(statistics.maximum, statistics.minimum + 1)
+            self._ranges[channel] = (float(low), float(high))
 
     def __len__(self) -> int:
         return self._manifest.num_samples
 
     def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
-        """Return samples in the order of the set; a damaged one is reported, and no other takes its place."""
+        """Return samples in the order of the set; a damaged one is reported, not replaced."""
         for batch in self._open(position=start, stop=stop):
             info = batch.infos[0]
-            known = dict(info.labels)
+            labels = dict(info.labels)
             for key in ("plate", "well", "site"):
                 value = getattr(info, key)
                 if value is not None:
-                    known.setdefault(key, value)
+                    labels.setdefault(key, value)
             name = f"{info.field}@{info.row},{info.column}"
             if batch.damaged:
-                yield ProbeImage(id=name, pixels=None, channel_names=(), labels=known, problem=batch.damaged[0])
+                yield ProbeImage(id=name, pixels=None, channel_names=(), labels=labels, problem=batch.damaged[0])
                 continue
-            low, high = np.array([self._levels[channel] for channel in info.channels], np.float32).T[:, :, None, None]
+            low, high = np.array([self._ranges[channel] for channel in info.channels], np.float32).T[:, :, None, None]
             pixels = np.clip((batch.tile(0).numpy().astype(np.float32) - low) / (high - low), 0, 1)
-            yield ProbeImage(id=name, pixels=pixels, channel_names=info.channels, labels=known)
+            yield ProbeImage(id=name, pixels=pixels, channel_names=info.channels, labels=labels)
 
 
 class FieldImages:
-    """The fields of a source. 8-bit images keep their scale; others are scaled by their own percentiles."""
+    """The fields of a source. 8-bit images keep their scale; others are scaled by their percentiles."""
 
     def __init__(self, source: Source, name: str) -> None:
         self.name = name
         listed = list(source.fields())
-        self._fields = [each for each in listed if isinstance(each, Field)]
-        rejected = [each for each in listed if isinstance(each, Rejected)]
+        self._fields = [entry for entry in listed if isinstance(entry, Field)]
+        rejected = [entry for entry in listed if isinstance(entry, Rejected)]
         if rejected:
-            _log.warning("%s: %d inputs left out; the first: %s", name, len(rejected), rejected[0].reason)
+            _log.warning("%s: %d inputs skipped; the first: %s", name, len(rejected), rejected[0].reason)
         if not self._fields:
             raise DinocellError(f"{name}: no image found")
 
@@ -108,13 +108,13 @@ class FieldImages:
         return len(self._fields)
 
     def images(self, start: int, stop: int) -> Iterator[ProbeImage]:
-        """Return fields in the order of the source, read ahead by a few threads."""
-        waiting = islice(self._fields, start, stop)
+        """Return fields in the order of the source, read ahead by some threads."""
+        upcoming = islice(self._fields, start, stop)
         with ThreadPoolExecutor(_READERS) as readers:
-            ahead = [readers.submit(_read, each) for each in islice(waiting, _READ_AHEAD)]
+            ahead = [readers.submit(_read, field) for field in islice(upcoming, _READ_AHEAD)]
             while ahead:
                 done = ahead.pop(0)
-                ahead.extend(readers.submit(_read, each) for each in islice(waiting, 1))
+                ahead.extend(readers.submit(_read, field) for field in islice(upcoming, 1))
                 yield done.result()
 
 
@@ -122,7 +122,7 @@ class FieldImages:
 class ClassFolders:
     """A source: a folder with a folder of images for each class; the class is the label ``class``.
 
-    Hidden files and folders are left out, linked folders are searched.
+    Hidden files and folders are skipped, linked folders are searched.
     """
 
     input: Path
@@ -138,30 +138,30 @@ class ClassFolders:
         inside = sorted(self.input.iterdir()) if self.input.is_dir() else []
         folders = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
         if not folders:
-            raise DinocellError(f"{self.input}: expected a folder with one folder of images a class")
+            raise DinocellError(f"{self.input}: expected a folder with one folder of images per class")
         for folder in folders:
-            label = base_name(folder)  # in one Unicode spelling, as another computer's folder of this class has it
+            label = base_name(folder)  # in one Unicode normalisation, as file systems differ
             for file in list_files(folder, folders_as_files=(".zarr",)):
                 if has_image_name(Path(file.name).name):
                     yield Field(id=f"{label}/{file.name}", files=(FieldFile(path=file.path),), labels={"class": label})
 
 
 def _read(field: Field) -> ProbeImage:
-    known = dict(field.labels)
+    labels = dict(field.labels)
     for key in ("plate", "well", "site"):
         value = getattr(field, key)
         if value is not None:
-            known.setdefault(key, value)
+            labels.setdefault(key, value)
     try:
-        picture = read_field(field)
-        pixels = to_unit(picture.pixels)
+        image = read_field(field)
+        pixels = to_unit(image.pixels)
     except ImageError as error:
-        return ProbeImage(id=field.id, pixels=None, channel_names=(), labels=known, problem=str(error))
-    return ProbeImage(id=field.id, pixels=pixels, channel_names=picture.channel_names, labels=known)
+        return ProbeImage(id=field.id, pixels=None, channel_names=(), labels=labels, problem=str(error))
+    return ProbeImage(id=field.id, pixels=pixels, channel_names=image.channel_names, labels=labels)
 
 
 def to_unit(pixels: Shaped[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h w"]:
-    """Scale channels to [0, 1]: 8 bit by 255, others by their own percentiles 0.1 and 99.9.
+    """Scale channels to [0, 1]: 8 bit by 255, others by their percentiles 0.1 and 99.9.
 
     Raises
     ------
@@ -176,19 +176,18 @@ def to_unit(pixels: Shaped[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h w"]
     if bad:
         raise ImageError(f"{bad} of {values.size} values are not finite (NaN or infinite); replace them first")
     low, high = np.percentile(values, (0.1, 99.9), axis=(1, 2), keepdims=True).astype(np.float32)
-    scaled: np.ndarray = np.clip((values - low) / np.maximum(high - low, np.float32(1e-12)), 0, 1)
-    return scaled
+    return np.asarray(np.clip((values - low) / np.maximum(high - low, np.float32(1e-12)), 0, 1))
 
 
 def labels_of(rows: Sequence[Mapping[str, LabelValue]], column: str, name: str) -> list[str]:
-    """Return a column of labels as text.
+    """Return a column of labels as strings.
 
     Raises
     ------
     DinocellError
-        If no image has it; the message names the columns that there are.
+        If no image has it; the message lists the existing columns.
     """
     if not any(column in row for row in rows):
         columns = sorted({key for row in rows for key in row})
-        raise DinocellError(f"{name}: no label {column!r}; there are {', '.join(columns) or 'none'}")
+        raise DinocellError(f"{name}: no label {column!r}; existing labels: {', '.join(columns) or 'none'}")
     return [str(row.get(column, "")) for row in rows]

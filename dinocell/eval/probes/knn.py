@@ -33,35 +33,36 @@ def knn_scores(
     train_chunk: int = 16384,
     world: World | None = None,
 ) -> dict[int, Float[Tensor, "queries classes"]]:
-    """Return for every ``k`` the share of the votes that each class gets from the ``k`` nearest training images.
+    """Return, for every ``k``, the share of votes of each class among the ``k`` nearest training images.
 
     Parameters
     ----------
     train, queries
-        Features in any scale; they are brought to unit length here, a chunk at a time. With several ranks, ``train``
-        is this rank's part of them, `World.part`.
+        Features at any scale; they are normalised to unit length here, chunk by chunk. With several ranks, ``train``
+        is the part of this rank, `World.part`.
     labels
-        A class number for each training image, or for multi-label sets a row of zeros and ones; of all ranks' images.
+        Class index of each training image, or for multi-label sets a row of zeros and ones; of all ranks.
     num_classes
-        Classes there are; for class numbers only. Default: the largest number plus one.
+        Number of classes, for class indices only. Default: the maximum index plus one.
     query_chunk, train_chunk
-        Similarities held at a time: at most ``query_chunk`` x ``train_chunk``.
+        Size of the similarity matrix in memory: at most ``query_chunk`` x ``train_chunk``.
     world
-        Ranks that share the training images; each calls this with all labels and queries, and all return the same.
+        Ranks over which the training images are distributed; each calls this with all labels and queries, and all
+        return the same.
 
     Raises
     ------
     ValueError
         If a ``k`` is not between 1 and the number of training images, if the temperature or a chunk is not positive, if
-        a class number is outside ``num_classes``, if a feature is not finite, or if there are not as many features as
-        labels.
+        a class number is outside ``num_classes``, if a feature is not finite, or if the numbers of features and
+        labels differ.
     """
     world = world or World()
     positive = (temperature, query_chunk, train_chunk)
     _check(train, labels, queries, ks=ks, num_classes=num_classes, positive=positive, world=world)
     if labels.ndim == 1 and num_classes is None:
         num_classes = int(labels.max()) + 1
-    found: dict[int, list[Tensor]] = {k: [] for k in ks}
+    scores: dict[int, list[Tensor]] = {k: [] for k in ks}
     for chunk in queries.split(query_chunk):
         cosine, index = _nearest(train, _unit(chunk), count=max(ks), train_chunk=train_chunk)
         if world.size > 1:
@@ -69,20 +70,20 @@ def knn_scores(
         weight = torch.exp((cosine - cosine[:, :1]) / temperature)
         voters = labels[index]
         votes = one_hot(voters, num_classes or -1).float() if labels.ndim == 1 else voters
-        for k in found:
+        for k in scores:
             share = weight[:, :k] / weight[:, :k].sum(1, keepdim=True)
-            found[k].append(torch.einsum("qk,qkc->qc", share, votes[:, :k]))
-    return {k: torch.cat(scores) for k, scores in found.items()}
+            scores[k].append(torch.einsum("qk,qkc->qc", share, votes[:, :k]))
+    return {k: torch.cat(chunks) for k, chunks in scores.items()}
 
 
 def _nearest(train: Tensor, queries: Tensor, *, count: int, train_chunk: int) -> tuple[Tensor, Tensor]:
-    """Return cosine and position of the ``count`` nearest, nearest first; equally near ones by position."""
+    """Return cosine and index of the ``count`` nearest, nearest first; ties are broken by index."""
     best = queries.new_empty((len(queries), 0))
     where = torch.empty((len(queries), 0), dtype=torch.long, device=queries.device)
     for start in range(0, len(train), train_chunk):
         cosine = queries @ _unit(train[start : start + train_chunk]).T
         part, position = _first_largest(cosine, min(count, cosine.shape[1]))
-        # What was found earlier stands first and has the lower positions, so a stable sort keeps the order of ties.
+        # Earlier chunks come first and have lower indices, so a stable sort keeps the order of ties.
         both, both_where = torch.cat([best, part], 1), torch.cat([where, position + start], 1)
         best, order = both.sort(dim=1, descending=True, stable=True)
         best, where = best[:, :count], both_where.gather(1, order)[:, :count]
@@ -90,22 +91,22 @@ def _nearest(train: Tensor, queries: Tensor, *, count: int, train_chunk: int) ->
 
 
 def _of_all_ranks(cosine: Tensor, where: Tensor, count: int, world: World) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` nearest of what each rank found nearest in its part."""
-    missing = count - cosine.shape[1]  # where a part is smaller than that
+    """Return the ``count`` nearest among the nearest of each rank."""
+    missing = count - cosine.shape[1]  # if the part of a rank is smaller
     cosine, where = pad(cosine, (0, missing), value=-torch.inf), pad(where, (0, missing))
-    # float64 holds both without loss, so one exchange does for both.
-    found = gather(torch.cat((cosine.double(), where.double()), 1)).unflatten(0, (world.size, len(cosine)))
-    every, every_where = found.transpose(0, 1).unflatten(2, (2, count)).transpose(1, 2).flatten(2).unbind(1)
-    # Parts stand in the order of the ranks, so here too a stable sort keeps the order of ties.
+    # float64 represents both exactly, so one exchange suffices.
+    gathered = gather(torch.cat((cosine.double(), where.double()), 1)).unflatten(0, (world.size, len(cosine)))
+    every, every_where = gathered.transpose(0, 1).unflatten(2, (2, count)).transpose(1, 2).flatten(2).unbind(1)
+    # Parts are in the order of ranks, so a stable sort keeps the order of ties.
     best, order = every.sort(dim=1, descending=True, stable=True)
     return best[:, :count].to(cosine.dtype), every_where.gather(1, order[:, :count]).long()
 
 
 def _first_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` largest of each row and their positions; of equal ones those that stand first."""
+    """Return the ``count`` largest of each row and their indices; ties are broken by index."""
     top, position = values.topk(count, dim=1)
     limit = top[:, -1:]
-    tied = (values == limit).sum(1) > (top == limit).sum(1)  # an equal one was left out: which, topk chose freely
+    tied = (values == limit).sum(1) > (top == limit).sum(1)  # topk chooses freely among equal values
     if tied.any():
         position[tied] = values[tied].sort(dim=1, descending=True, stable=True).indices[:, :count]
     position = position.sort(dim=1).values
@@ -138,8 +139,8 @@ def _check(
     if min(positive) <= 0:
         raise ValueError(f"expected temperature and chunks above 0, got {positive}")
     if labels.ndim == 1 and (labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)):
-        raise ValueError(f"expected class numbers from 0 to below {num_classes}, got {labels.min()} to {labels.max()}")
+        raise ValueError(f"expected class indices from 0 to below {num_classes}, got {labels.min()} to {labels.max()}")
     broken = ~(train.isfinite().all() & queries.isfinite().all())
-    # All ranks stop then, not only the one whose part it is.
+    # All ranks raise, not only the one with the broken part.
     if max_over_ranks(broken.int()) if world.size > 1 else broken:
         raise ValueError("expected finite features, got NaN or infinity: the backbone or its input is broken")

@@ -1,7 +1,7 @@
-"""Linear probes: all learning rates and weight decays of a grid trained at once on features that are there already.
+"""Linear probes: all learning rates and weight decays of a grid are trained at once on extracted features.
 
-The protocol of DINOv2 and Cell-DINO: weights N(0, 0.01), biases 0, AdamW, learning rates times batch / 256, a cosine
-to 0. All classifiers see the same batches, so one matrix product serves them all.
+The protocol of DINOv2 and Cell-DINO: weights N(0, 0.01), biases 0, AdamW, learning rates times batch / 256, cosine
+decay to 0. All classifiers use the same batches, so one matrix product serves all of them.
 """
 
 import json
@@ -30,14 +30,14 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings:
-    """How linear classifiers are trained.
+    """Training settings of linear classifiers.
 
     Attributes
     ----------
     epochs, epoch_steps
-        Passes, and batches of each; ``epoch_steps`` None: one pass over the features.
+        Number of epochs, and batches per epoch; ``epoch_steps`` None: one pass over the features.
     validation_share
-        Of the training images, on which the classifier is chosen; they take no part in the training.
+        Share of the training images on which the classifier is selected; they are not used for training.
     """
 
     loss: Loss = "cross_entropy"
@@ -77,7 +77,7 @@ class Classifiers:
     bias: Float[Tensor, "g c"]
 
     def scores(self, features: Shaped[Tensor, "n d"], *, which: int, chunk: int = 16384) -> Float[Tensor, "n c"]:
-        """Return the logits of one of them."""
+        """Return the logits of one classifier."""
         parts = [F.linear(part.float(), self.weight[which], self.bias[which]) for part in features.split(chunk)]
         return torch.cat(parts)
 
@@ -201,13 +201,13 @@ def train_grid(
     batches = _batches(rows, labels, min(settings.batch_size, count), generator)
     decaying, decays = bool(decays.any()), rates * decays
     for step in range(steps):
-        which, wanted = next(batches)
-        batch, wanted = features[which].to(device).float(), wanted.to(device)
+        which, targets = next(batches)
+        batch, targets = features[which].to(device).float(), targets.to(device)
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
             logits = F.linear(batch, weight.flatten(0, 1), bias.flatten()).unflatten(1, (len(grid), num_classes))
-            # The sum over classifiers of each one's mean loss has each one's own gradient.
-            residual = _residual(logits.mul_(rates[:, None]), wanted).flatten(1)
+            # In the sum of the mean losses, the gradient of each classifier is that of its own loss.
+            residual = _residual(logits.mul_(rates[:, None]), targets).flatten(1)
             weight.grad = (residual.T @ batch).unflatten(0, (len(grid), num_classes))
             bias.grad = residual.sum(0).unflatten(0, (len(grid), num_classes))
             if decaying:
@@ -226,14 +226,14 @@ def _residual(logits: Float[Tensor, "b g c"], labels: Tensor) -> Float[Tensor, "
         probabilities = logits.softmax(-1)
         probabilities[torch.arange(len(labels)), :, labels] -= 1
         return probabilities.div_(len(labels))
-    # The mean over classes as well, as torch's binary cross entropy has it.
+    # Also the mean over classes, as in torch's binary cross-entropy.
     return (logits.sigmoid() - labels[:, None]).div_(labels.numel())
 
 
 def _batches(
     rows: Int[Tensor, " n"], labels: Tensor, size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows and labels without end: each image once a pass, the rest of a pass that fills no batch left out."""
+    """Yield rows and labels endlessly: each image once per pass, without the last incomplete batch of a pass."""
     while True:
         order = torch.randperm(len(rows), generator=generator)
         rows_now, labels_now = rows[order], labels[order]
@@ -243,7 +243,7 @@ def _batches(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """Which classifier of a grid was taken, by what."""
+    """The selected classifier of a grid, and the scores."""
 
     which: int
     learning_rate: float
@@ -259,11 +259,11 @@ def choose(
     settings: LinearSettings,
     metric: Metric,
 ) -> Choice:
-    """Take the classifier that scores best on some images; of equal ones the first."""
+    """Select the classifier with the best score on some images; ties are broken by index."""
     values = []
     for which in range(len(settings.grid)):
-        found: ClassScores = metric(classifiers.scores(features, which=which), labels)
-        values.append(found.value)
+        scores: ClassScores = metric(classifiers.scores(features, which=which), labels)
+        values.append(scores.value)
     best = max(range(len(values)), key=lambda index: -math.inf if math.isnan(values[index]) else values[index])
     rate, decay = settings.grid[best]
     return Choice(which=best, learning_rate=rate, weight_decay=decay, chosen_by=values[best], all_scores=tuple(values))

@@ -1,6 +1,6 @@
-"""Probes of a teacher while it is trained: channel consistency, and neighbours on labelled images."""
+"""Probes of the teacher during training: channel consistency, and kNN on labelled images."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,30 +17,30 @@ from dinocell.models.vit import VisionTransformer
 
 
 class OnlineProbe:
-    """Measures a teacher on shard sets; call it with the teacher.
+    """Evaluate a teacher on shard sets; call the object with the teacher.
 
     Parameters
     ----------
     shards
-        Whose first ``tiles`` tiles are seen through every channel alone; channel consistency needs a model of one
+        Shard set of which the first ``tiles`` tiles are used for channel consistency; it requires a model of one
         channel, and tiles of two or more.
     knn_train, knn_test, label
-        Labelled sets: the ``neighbours`` nearest of the first name the samples of the second by ``label``. Each sample
-        is the mean feature of its channels, for a model of one channel.
+        Labelled sets: samples of the second are classified by the ``neighbours`` nearest of the first, by ``label``.
+        For a model of one channel, the feature of a sample is the mean over its channels.
     crop_size
-        Of the middle of a tile; smaller tiles are padded.
+        Size of the central crop of a tile, in pixels; smaller tiles are padded.
     in_channels
-        Of the teacher's images.
+        Number of input channels of the teacher.
     cache, cache_gb
-        For remote sets, as the training's.
+        For remote sets, as in the training.
 
-    Tiles that lack a channel of their set are left out.
+    Tiles that lack a channel of their set are skipped.
 
     Raises
     ------
     DinocellError
-        If a set is missing, has no such label, fewer samples than neighbours, or no tile with all of its channels:
-        before a training begins.
+        Before training starts: if a set is missing, has no such label, fewer samples than neighbours, or no tile with
+        all of its channels.
     """
 
     def __init__(
@@ -58,77 +58,74 @@ class OnlineProbe:
         cache_gb: float = 50.0,
     ) -> None:
         self._tiles, self._crop, self._neighbours = tiles, crop_size, neighbours
-        opened = partial(ShardImages, cache=cache, cache_gb=cache_gb)
-        self._shards = opened(shards)
+        open_images = partial(ShardImages, cache=cache, cache_gb=cache_gb)
+        self._shards = open_images(shards)
         if in_channels == 1:
-            _check_whole(self._shards, tiles)
+            _check_complete(self._shards, tiles)
         self._knn = None
         if knn_train is not None and knn_test is not None and label is not None:
-            train, test = opened(knn_train), opened(knn_test)
-            for each in (train, test):
-                labels_of([image.labels for image in each.images(0, 1)], label, each.name)
-                _check_whole(each, len(each))
+            train, test = open_images(knn_train), open_images(knn_test)
+            for images in (train, test):
+                labels_of([image.labels for image in images.images(0, 1)], label, images.name)
+                _check_complete(images, len(images))
             if neighbours > len(train):
                 raise DinocellError(f"watch.neighbours: {neighbours}, but {knn_train} has {len(train)} samples")
             self._knn = (train, test, label)
 
     def __call__(self, teacher: VisionTransformer) -> Mapping[str, float]:
-        """Return the numbers: ``probe/consistency_margin``, ``probe/retrieval``, ``probe/knn_accuracy``, ..."""
-        found: dict[str, float] = {}
+        """Return the metrics: ``probe/consistency_margin``, ``probe/retrieval``, ``probe/knn_accuracy``, ..."""
+        metrics: dict[str, float] = {}
         single = teacher.config.in_channels == 1
         settings = FeatureSettings(channels="each" if single else "stack", crop_size=self._crop)
         if single:
-            seen, _ = _features(teacher, self._shards, settings, self._tiles)
-            if seen.shape[0] >= 2 and seen.shape[1] >= 2:
-                consistency = channel_consistency(seen)
-                found["probe/consistency_margin"] = consistency.margin
-                found["probe/consistency_same"] = consistency.same_field
-                found["probe/consistency_different"] = consistency.different_field
-                found["probe/retrieval"] = consistency.retrieval
+            features, _ = _features(teacher, self._shards, settings, self._tiles)
+            if features.shape[0] >= 2 and features.shape[1] >= 2:
+                consistency = channel_consistency(features)
+                metrics["probe/consistency_margin"] = consistency.margin
+                metrics["probe/consistency_same"] = consistency.same_field
+                metrics["probe/consistency_different"] = consistency.different_field
+                metrics["probe/retrieval"] = consistency.retrieval
         if self._knn is not None:
-            found["probe/knn_accuracy"] = self._accuracy(teacher, settings)
-        return found
+            metrics["probe/knn_accuracy"] = self._accuracy(teacher, settings)
+        return metrics
 
     def _accuracy(self, teacher: VisionTransformer, settings: FeatureSettings) -> float:
         assert self._knn is not None
         train_set, test_set, label = self._knn
-        (train, known), (test, wanted) = (_features(teacher, each, settings) for each in (train_set, test_set))
+        (train, train_labels), (test, test_labels) = (_features(teacher, s, settings) for s in (train_set, test_set))
         if train.ndim == 3:
             train, test = train.mean(1), test.mean(1)
-        names = [labels_of(rows, label, each.name) for rows, each in ((known, train_set), (wanted, test_set))]
-        numbers = _numbers(*names)
-        labels, asked = (torch.tensor([numbers[each] for each in some]) for some in names)
-        k = min(self._neighbours, len(train))  # incomplete tiles were left out
-        votes = knn_scores(train, labels, test, ks=[k], num_classes=len(numbers))
-        return float((votes[k].argmax(1) == asked).float().mean())
+        train_classes = labels_of(train_labels, label, train_set.name)
+        test_classes = labels_of(test_labels, label, test_set.name)
+        index = {name: position for position, name in enumerate(sorted({*train_classes, *test_classes}))}
+        targets, expected = (torch.tensor([index[name] for name in names]) for names in (train_classes, test_classes))
+        k = min(self._neighbours, len(train))  # incomplete tiles are skipped
+        scores = knn_scores(train, targets, test, ks=[k], num_classes=len(index))
+        return float((scores[k].argmax(1) == expected).float().mean())
 
 
 def _features(
     teacher: VisionTransformer, images: ShardImages, settings: FeatureSettings, limit: int | None = None
 ) -> tuple[Tensor, list[Mapping[str, LabelValue]]]:
     """Return the features and labels of the tiles that have every channel of their set."""
-    whole = _whole(images, len(images) if limit is None else limit)
-    found = [
+    tiles = _complete_tiles(images, len(images) if limit is None else limit)
+    rows = [
         (torch.from_numpy(row), image.labels)
-        for image, row in feature_rows(teacher, whole, settings)
+        for image, row in feature_rows(teacher, tiles, settings)
         if row is not None
     ]
-    return torch.stack([row for row, _ in found]), [labels for _, labels in found]
+    return torch.stack([row for row, _ in rows]), [labels for _, labels in rows]
 
 
-def _whole(images: ShardImages, limit: int) -> Iterator[ProbeImage]:
-    """Return those of the first tiles that have every channel of their set."""
+def _complete_tiles(images: ShardImages, limit: int) -> Iterator[ProbeImage]:
+    """Return the tiles among the first ``limit`` that have every channel of their set."""
     return (image for image in images.images(0, min(limit, len(images))) if image.channel_names == images.channel_names)
 
 
-def _check_whole(images: ShardImages, limit: int) -> None:
-    if next(_whole(images, limit), None) is None:
+def _check_complete(images: ShardImages, limit: int) -> None:
+    if next(_complete_tiles(images, limit), None) is None:
         names = ", ".join(images.channel_names)
         raise DinocellError(
-            f"{images.name}: none of the first {limit} tiles has all of the channels {names}: nothing to watch; set "
-            "watch.every=0, or another set first"
+            f"{images.name}: none of the first {limit} tiles has all of the channels {names}; set "
+            "watch.every=0, or put another set first"
         )
-
-
-def _numbers(*names: Sequence[str]) -> dict[str, int]:
-    return {name: number for number, name in enumerate(sorted({each for some in names for each in some}))}

@@ -1,9 +1,9 @@
-"""Profiles of wells: whether replicates of a treatment find one another across plates.
+"""Profiles of wells: retrieval of replicates of a treatment across plates.
 
-Mean average precision as Cell Painting uses it (Kalinin et al. 2025, Nature Communications, "copairs"): a well asks
-with its profile; wells of the same treatment on other plates are to be found, ranked by cosine among the wells of other
-treatments on its own plate, so that knowing a plate again helps nobody. Significance comes from random rankings with
-as many wells of either kind; treatments are counted after Benjamini and Hochberg.
+Mean average precision as used in Cell Painting (Kalinin et al. 2025, Nature Communications, "copairs"): the profile of
+a well is the query; wells of the same treatment on other plates are ranked by cosine among the wells of other
+treatments on the same plate, so that plate effects do not help. Significance is computed from random rankings with the
+same numbers of wells; treatments are counted after Benjamini-Hochberg correction.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import false_discovery_control
 
 from dinocell.errors import DinocellError
 
@@ -25,9 +26,9 @@ class Retrieval:
     Attributes
     ----------
     precision
-        Average precision of each well that can be asked, by its row; NaN for the others.
+        Average precision of each query well, by row; NaN for the others.
     treatments, mean_precision, p_value, corrected
-        Of each treatment: the mean over its wells, how often random rankings are as good, and that after correction.
+        Per treatment: the mean over its wells, the share of random rankings as good, and that after correction.
     mean_average_precision
         Mean over treatments.
     retrieved
@@ -44,16 +45,16 @@ class Retrieval:
 
 
 def check_wells(treatments: Sequence[str], plates: Sequence[str], wells: Sequence[str]) -> None:
-    """Raise if the images of a well do not agree on what it was treated with.
+    """Raise if the images of a well have different treatments.
 
     Raises
     ------
     DinocellError
-        If there is such a well; it names the first.
+        If there is such a well; the message names the first.
     """
-    known: dict[tuple[str, str], str] = {}
+    treatment_of: dict[tuple[str, str], str] = {}
     for treatment, plate, well in zip(treatments, plates, wells, strict=True):
-        other = known.setdefault((plate, well), treatment)
+        other = treatment_of.setdefault((plate, well), treatment)
         if other != treatment:
             raise DinocellError(
                 f"plate {plate}, well {well}: has the treatments {other} and {treatment}, expected one; is the well's "
@@ -66,10 +67,10 @@ def to_wells(
 ) -> tuple[Float[np.ndarray, "w d"], Int[np.ndarray, " w"]]:
     """Return the mean feature of each well, and the first row of each."""
     keys = [f"{plate}\0{well}" for plate, well in zip(plates, wells, strict=True)]
-    _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+    _, first, index = np.unique(keys, return_index=True, return_inverse=True)
     sums = np.zeros((len(first), features.shape[1]))
-    np.add.at(sums, number, np.asarray(features, np.float64))
-    return sums / np.bincount(number)[:, None], first
+    np.add.at(sums, index, np.asarray(features, np.float64))
+    return sums / np.bincount(index)[:, None], first
 
 
 def whiten(
@@ -80,16 +81,16 @@ def whiten(
     controls: Bool[np.ndarray, " n"] | None = None,
     regularisation: float = 1e-2,
 ) -> Float[np.ndarray, "n d"]:
-    """Make directions comparable.
+    """Whiten profiles, so that directions are comparable.
 
     Parameters
     ----------
     method
-        ``pca``: centre, turn to principal components and scale each to deviation 1 (PCA-CenterScale). ``tvn``: the
-        same by the controls alone, then each plate's controls are given the covariance of all controls (CORAL): typical
-        variation normalisation (Ando et al. 2017).
+        ``pca``: centre, rotate to principal components and scale each to unit variance (PCA-CenterScale). ``tvn``: the
+        same with statistics of the controls only, then align the covariance of the controls of each plate to that of
+        all controls (CORAL): typical variation normalisation (Ando et al. 2017).
     controls
-        Wells of untreated cells; ``tvn`` needs them on every plate.
+        Wells of untreated cells; ``tvn`` requires them on every plate.
     regularisation
         Added to variances, as a share of their mean.
 
@@ -113,9 +114,9 @@ def whiten(
         return scaled
     whole = np.cov(scaled[chosen], rowvar=False) + regularisation * np.eye(scaled.shape[1])
     target = _root(whole, 0.5)
-    known = np.asarray(plates)
-    for plate in np.unique(known):
-        here = known == plate
+    plate_of = np.asarray(plates)
+    for plate in np.unique(plate_of):
+        here = plate_of == plate
         own = here & chosen
         if own.sum() < 2:
             raise DinocellError(f"--whiten tvn: plate {plate} has {int(own.sum())} control wells, expected at least 2")
@@ -127,8 +128,7 @@ def whiten(
 
 def _root(matrix: np.ndarray, power: float) -> np.ndarray:
     values, vectors = np.linalg.eigh(matrix)
-    result: np.ndarray = vectors * np.maximum(values, 1e-12) ** power @ vectors.T
-    return result
+    return np.asarray(vectors * np.maximum(values, 1e-12) ** power @ vectors.T)
 
 
 def replicate_retrieval(
@@ -141,21 +141,21 @@ def replicate_retrieval(
     num_random: int = 10_000,
     seed: int = 0,
 ) -> Retrieval:
-    """Measure how well replicates find one another.
+    """Measure the retrieval of replicates.
 
     Parameters
     ----------
     control
-        The treatment of untreated wells: others are ranked among them, they are not asked themselves.
+        The treatment of untreated wells: they are ranked with the others, but are not queries.
     across_plates
-        Only wells on other plates are to be found; otherwise all others of the treatment.
+        Only replicates on other plates count; otherwise all others of the treatment.
     num_random
-        Random rankings for each pair of counts.
+        Number of random rankings per pair of counts.
 
     Raises
     ------
     DinocellError
-        If no well that is asked has both a replicate to find and a well of another treatment on its plate.
+        If no query has both a replicate and a well of another treatment on its plate.
     """
     names, plate = np.asarray(treatments), np.asarray(plates)
     unit = profiles / np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)
@@ -163,36 +163,34 @@ def replicate_retrieval(
     counts = np.zeros((len(unit), 2), np.int64)
     for query in range(len(unit)):
         same = names == names[query]
-        wanted = same & (plate != plate[query]) if across_plates else same.copy()
-        wanted[query] = False
+        relevant = same & (plate != plate[query]) if across_plates else same.copy()
+        relevant[query] = False
         others = ~same & (plate == plate[query])
-        if names[query] == control or not wanted.any() or not others.any():
+        if names[query] == control or not relevant.any() or not others.any():
             continue
-        among = np.concatenate((np.flatnonzero(others), np.flatnonzero(wanted)))
-        # Of equal cosines the wrong ones count first.
+        among = np.concatenate((np.flatnonzero(others), np.flatnonzero(relevant)))
+        # Ties are broken in favour of other treatments.
         order = np.argsort(-(unit[among] @ unit[query]), kind="stable")
         precision[query] = average_precision(order >= others.sum())
-        counts[query] = wanted.sum(), others.sum()
-    asked = ~np.isnan(precision)
-    if not asked.any():
+        counts[query] = relevant.sum(), others.sum()
+    is_query = ~np.isnan(precision)
+    if not is_query.any():
         where = " on another plate" if across_plates else ""
         which = "well" if control is None else "treated well"
-        raise DinocellError(
-            f"no {which} has a replicate{where} to find and a well of another treatment on its own plate"
-        )
-    pairs = {(int(relevant), int(others)) for relevant, others in counts[asked]}
+        raise DinocellError(f"no {which} has a replicate{where} and a well of another treatment on its own plate")
+    pairs = {(int(relevant), int(others)) for relevant, others in counts[is_query]}
     random = {pair: _random_precisions(*pair, num_random, seed) for pair in pairs}
-    found = sorted({str(name) for name in names[asked]})
-    means, values = np.empty(len(found)), np.empty(len(found))
-    for number, name in enumerate(found):
-        rows = np.flatnonzero(asked & (names == name))
-        means[number] = precision[rows].mean()
+    treatment_names = sorted({str(name) for name in names[is_query]})
+    means, values = np.empty(len(treatment_names)), np.empty(len(treatment_names))
+    for index, name in enumerate(treatment_names):
+        rows = np.flatnonzero(is_query & (names == name))
+        means[index] = precision[rows].mean()
         null = np.mean([random[int(counts[row, 0]), int(counts[row, 1])] for row in rows], axis=0)
-        values[number] = (1 + (null >= means[number]).sum()) / (1 + num_random)
-    corrected = _benjamini_hochberg(values)
+        values[index] = (1 + (null >= means[index]).sum()) / (1 + num_random)
+    corrected = false_discovery_control(values)
     return Retrieval(
         precision=precision,
-        treatments=tuple(found),
+        treatments=tuple(treatment_names),
         mean_precision=means,
         p_value=values,
         corrected=corrected,
@@ -202,7 +200,7 @@ def replicate_retrieval(
 
 
 def average_precision(relevant: Bool[np.ndarray, " n"]) -> float:
-    """Return the mean, over the relevant ones of a ranking, of the share of relevant ones up to it."""
+    """Return the average precision of a ranking: the mean precision at the ranks of the relevant items."""
     hits = np.flatnonzero(relevant)
     return float(np.mean(np.arange(1, len(hits) + 1) / (hits + 1))) if hits.size else 0.0
 
@@ -211,13 +209,4 @@ def _random_precisions(relevant: int, others: int, count: int, seed: int) -> Flo
     generator = np.random.default_rng((seed, relevant, others))
     places = generator.random((count, relevant + others)).argsort(axis=1)[:, :relevant]
     places.sort(axis=1)
-    shares: np.ndarray = (np.arange(1, relevant + 1) / (places + 1)).mean(axis=1)
-    return shares
-
-
-def _benjamini_hochberg(values: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
-    order = np.argsort(values)
-    scaled = values[order] * len(values) / np.arange(1, len(values) + 1)
-    corrected = np.empty_like(values)
-    corrected[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
-    return corrected
+    return np.asarray((np.arange(1, relevant + 1) / (places + 1)).mean(axis=1))

@@ -1,4 +1,4 @@
-"""What a probe leaves on the disk: numbers (JSON, CSV, Markdown), pictures, and an entry in the run it belongs to."""
+"""Output of probes: scores (JSON, CSV, Markdown), figures, and an entry in the TensorBoard of the run."""
 
 import csv
 import json
@@ -29,11 +29,11 @@ def write_scores(
     Parameters
     ----------
     about
-        What was measured, for the reader.
+        Description of the measurement.
     rows
-        The table, a mapping a row, all with the same keys.
+        The table, one mapping per row, all with the same keys.
     note
-        A sentence below the table.
+        A sentence under the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv", "md")]
@@ -54,25 +54,24 @@ def write_scores(
 def write_classes(
     folder: Path, name: str, classes: Sequence[str], scores: ClassScores, table: Int[np.ndarray, "c c"] | None
 ) -> dict[str, Path]:
-    """Write the F1 of each class as ``NAME_classes.csv`` and as a picture, and a confusion matrix as another.
+    """Write the F1 of each class as ``NAME_classes.csv`` and as a figure, and the confusion matrix as a figure.
 
     Parameters
     ----------
     table
-        Images by true and predicted class; None for multi-label rows, which have no such matrix.
+        Images by true and predicted class; None for multi-label targets.
 
     Returns
     -------
-    pictures
-        By what they show.
+    Paths of the figures, by content.
     """
     _write_table(folder / f"{name}_classes.csv", classes, scores)
-    pictures = {"classes": folder / f"{name}_classes.png"}
-    _draw_bars(pictures["classes"], classes, scores)
+    figures = {"classes": folder / f"{name}_classes.png"}
+    _draw_bars(figures["classes"], classes, scores)
     if table is not None:
-        pictures["confusion"] = folder / f"{name}_confusion.png"
-        _draw_confusion(pictures["confusion"], classes, table)
-    return pictures
+        figures["confusion"] = folder / f"{name}_confusion.png"
+        _draw_confusion(figures["confusion"], classes, table)
+    return figures
 
 
 def _write_table(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
@@ -96,15 +95,15 @@ def _draw_bars(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
 
 
 def _draw_confusion(path: Path, classes: Sequence[str], table: Int[np.ndarray, "c c"]) -> None:
-    """Draw true classes (rows) against predicted ones, each row as shares, with counts where there is room."""
+    """Draw true classes (rows) against predicted ones, each row as shares, with counts for up to 20 classes."""
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     _draw_matrix(path, shares, classes, classes, "predicted", "true", numbers=table if len(classes) <= 20 else None)
 
 
 def draw_pairs(path: Path, names: Sequence[str], values: Float[np.ndarray, "c c"], title: str) -> None:
-    """Draw a number for each pair of channels."""
+    """Draw a matrix with one number per pair of channels."""
     _draw_matrix(
-        path, values, names, names, "searched channel", "asking channel", numbers=np.round(values, 2), title=title
+        path, values, names, names, "reference channel", "query channel", numbers=np.round(values, 2), title=title
     )
 
 
@@ -132,8 +131,7 @@ def _draw_matrix(
     if numbers is not None:
         for row, column in np.ndindex(numbers.shape):
             colour = "white" if values[row, column] > 0.6 else "black"
-            said = str(numbers[row, column])
-            axes.text(column, row, said, ha="center", va="center", fontsize=7, color=colour)
+            axes.text(column, row, str(numbers[row, column]), ha="center", va="center", fontsize=7, color=colour)
     _save(figure, path)
 
 
@@ -154,10 +152,10 @@ def _save(figure: Any, path: Path) -> None:
     plot.close(figure)
 
 
-def log_to_run(weights: str, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> Path | None:
+def log_to_run(weights: str, numbers: Mapping[str, float], figures: Mapping[str, Path]) -> Path | None:
     """Add numbers and PNG files to the TensorBoard of the run that exported a teacher, at the step of the export.
 
-    A teacher lies in ``RUN/eval/training_STEP/``. Returns the folder of the events, None if the weights are of no run.
+    A teacher is in ``RUN/eval/training_STEP/``. Returns the folder of the events, or None for weights without a run.
     """
     match = re.search(r"^(.*)/eval/training_(\d+)/[^/]+$", str(Path(weights).absolute()))
     if match is None or not (Path(match[1]) / "tensorboard").is_dir():
@@ -168,17 +166,17 @@ def log_to_run(weights: str, numbers: Mapping[str, float], pictures: Mapping[str
     with SummaryWriter(str(folder), filename_suffix=".probe") as writer:
         for name, value in numbers.items():
             writer.add_scalar(name, value, int(match[2]))
-        for name, path in pictures.items():
+        for name, path in figures.items():
             writer.add_image(name, read_image(path).pixels, int(match[2]), dataformats="CHW")
     return folder
 
 
 def _plain(value: Any) -> Any:
-    """Return a value for JSON: NaN becomes null."""
+    """Return a value for JSON, with null for NaN."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
