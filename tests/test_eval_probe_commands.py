@@ -267,7 +267,7 @@ def test_features_consistency_and_profiles_of_a_shard_set(
 
     assert main(["profiles", str(output), "--treatment", "number", "--well", "site", "--same-plate", "--output",
                  str(tmp_path / "p")]) == 2  # fmt: skip
-    assert "no well has a replicate to find" in capsys.readouterr().err
+    assert "no well has a replicate" in capsys.readouterr().err
     found = tmp_path / "consistency"
     line = ["consistency", "--weights", "random:nano", "random:tiny", "--data", str(shard_set), "--crop-size", "32"]
     assert main([*line, "--limit", "10", "--output", str(found)]) == 0
@@ -360,7 +360,7 @@ def test_profiles_leave_out_what_has_no_place_and_refuse_wells_of_two_treatments
         assert main(asked) == 0
     lacking, whole = (scores(tmp_path / f"{name}_scores", "profiles") for name in ("lacking", "whole"))
     assert lacking["rows"] == whole["rows"]
-    assert lacking["about"]["images"] == "6; 4 left out, of no drug, plate or well"  # type: ignore[index]
+    assert lacking["about"]["images"] == "6; 4 skipped without drug, plate or well"  # type: ignore[index]
     write_profiles(tmp_path / "mixed", [*rows, ("p2", "A1", "c")])
     capsys.readouterr()
     assert main(["profiles", str(tmp_path / "mixed"), "--treatment", "drug", "--output", str(tmp_path / "m")]) == 2
@@ -377,7 +377,7 @@ def test_profiles_leave_out_what_has_no_place_and_refuse_wells_of_two_treatments
         (["knn", "--weights", "random:nano", "--chammi", "a", "--output", "o"], "--subset: expected Allen, HPA or CP"),
         (["features", "--weights", "random:none", "--data", "{}", "--output", "o"], "expected one of nano, tiny"),
         (["consistency", "--weights", "random:nano", "--data", "nowhere", "--output", "o"], "nowhere"),
-        (["profiles", "nowhere", "--treatment", "x", "--output", "o"], "nowhere: holds no features"),
+        (["profiles", "nowhere", "--treatment", "x", "--output", "o"], "nowhere: contains no features"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_read_is_said_and_left_out(tmp_path: Path) -> None
     assert labels_of(found.labels, "class", "x") == ["long", "long", "round", "round", "round"]
     assert len(found.problems) == 1
     assert "long/1.png" in found.problems[0]
-    with pytest.raises(DinocellError, match=r"x: no label 'colour'; there are class"):
+    with pytest.raises(DinocellError, match=r"x: no label 'colour'"):
         labels_of(found.labels, "colour", "x")
 
 
