@@ -22,7 +22,7 @@ from reading import CHANNELS, TILE, Fields, synthetic_fields
 from dinocell.data_shards.build.shard import ShardSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.read import stream
-from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, WatchConfig
+from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, OnlineEvalConfig
 from dinocell.ssl.train import pretrain
 from dinocell.ssl.view_plan import PlanViews, ViewsConfig, channel_levels
 from dinocell.ssl.views import make_views
@@ -79,7 +79,7 @@ def recipe(options: argparse.Namespace, variant: str, workers: int, shards: Path
         log_every=max(1, options.steps // 6),
         picture_every=10**9,
         export_every=10**9,
-        watch=WatchConfig(every=0),
+        watch=OnlineEvalConfig(every=0),
         compute=ComputeConfig(workers=workers, compile="nothing" if options.quick else "blocks"),
     )
 

@@ -42,7 +42,7 @@ from dinocell.ssl.config import (
     ModelConfig,
     PretrainConfig,
     Schedules,
-    WatchConfig,
+    OnlineEvalConfig,
 )
 from dinocell.ssl.train import pretrain
 from dinocell.ssl.view_plan import ViewsConfig
@@ -147,7 +147,7 @@ def recipe(shards: Path, output: Path, *, steps: int, seed: int, start: Path) ->
         picture_every=10**9,
         export_every=10**9,
         checkpoint_every=10**9,
-        watch=WatchConfig(every=0),
+        watch=OnlineEvalConfig(every=0),
         compute=ComputeConfig(workers=0),
     )
 

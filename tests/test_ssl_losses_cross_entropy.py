@@ -45,7 +45,7 @@ def gradients(loss: Tensor, projection: Projection) -> tuple[Tensor, ...]:
 @given(
     rows=st.integers(1, 9),
     prototypes=st.integers(1, 12),
-    piece_elements=st.one_of(st.none(), st.integers(1, 60)),
+    chunk_elements=st.one_of(st.none(), st.integers(1, 60)),
     dense=st.booleans(),
     keep=st.booleans(),
     temperature=st.floats(0.05, 2),
@@ -54,7 +54,7 @@ def gradients(loss: Tensor, projection: Projection) -> tuple[Tensor, ...]:
 def test_loss_and_gradients_equal_autograd(
     rows: int,
     prototypes: int,
-    piece_elements: int | None,
+    chunk_elements: int | None,
     dense: bool,
     keep: bool,
     temperature: float,
@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_autograd(
         probabilities if dense else targets,
         weights,
         temperature=temperature,
-        piece_elements=piece_elements,
+        chunk_elements=chunk_elements,
     )
     expected = plain(projection, probabilities, weights, temperature)
     torch.testing.assert_close(loss.total, expected, rtol=1e-10, atol=1e-12)
@@ -92,7 +92,7 @@ def test_rows_may_share_targets() -> None:
     order = torch.tensor([0, 1, 2, 2, 1, 0])
     for wanted in (targets, targets.probabilities()):
         expected = plain(projection, targets.probabilities()[order], weights)
-        loss = prototype_cross_entropy(projection, wanted, weights, target_of_row=order, piece_elements=14)
+        loss = prototype_cross_entropy(projection, wanted, weights, target_of_row=order, chunk_elements=14)
         torch.testing.assert_close(loss.total, expected)
         for ours, theirs in zip(gradients(loss.total, projection), gradients(expected, projection), strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -112,7 +112,7 @@ def test_gradients_reach_every_parameter_of_a_head(weight_norm: bool) -> None:
     head = ProjectionHead(10, 12, hidden=16, bottleneck=6, weight_norm=weight_norm).double()
     tokens, targets = torch.randn(5, 10, dtype=torch.float64), teacher(5, 12)
     weights = torch.rand(5, dtype=torch.float64)
-    loss = prototype_cross_entropy(head(tokens), targets, weights, piece_elements=24)
+    loss = prototype_cross_entropy(head(tokens), targets, weights, chunk_elements=24)
     expected = plain(head(tokens), targets.probabilities(), weights)
     parameters = list(head.parameters())
     theirs = torch.autograd.grad(expected, parameters)
@@ -184,7 +184,7 @@ def test_bfloat16_rows_agree_with_float32_to_their_precision(keep: bool) -> None
     rounded = Projection(exact.rows.detach().bfloat16().requires_grad_(), exact.prototypes)
     expected = plain(exact, targets.probabilities(), weights)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = prototype_cross_entropy(rounded, targets, weights, piece_elements=128 * 10)
+        loss = prototype_cross_entropy(rounded, targets, weights, chunk_elements=128 * 10)
     assert loss.total.dtype == torch.float32
     torch.testing.assert_close(loss.total, expected, rtol=1e-2, atol=0)
     ours = gradients(loss.total, rounded)

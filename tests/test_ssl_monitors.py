@@ -20,10 +20,10 @@ def targets_of(logits: torch.Tensor) -> Targets:
 
 
 @pytest.mark.parametrize("piece_elements", [None, 1, 24])
-def test_target_use_equals_scipys_entropy(piece_elements: int | None) -> None:
+def test_target_use_equals_scipys_entropy(chunk_elements: int | None) -> None:
     logits = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     rows = logits.softmax(1).numpy()
-    use = target_use(targets_of(logits), piece_elements=piece_elements)
+    use = target_use(targets_of(logits), chunk_elements=chunk_elements)
     assert use.entropy.item() == pytest.approx(entropy(rows, axis=1).mean())
     assert use.mean_entropy.item() == pytest.approx(entropy(rows.mean(0)))
     assert use.used.item() == len(set(rows.argmax(1))) / 12

@@ -34,7 +34,7 @@ from dinocell.ssl.config import (
     OptimConfig,
     PretrainConfig,
     Schedules,
-    WatchConfig,
+    OnlineEvalConfig,
 )
 from dinocell.ssl.masking import MaskingConfig
 from dinocell.ssl.train import dry_run, pretrain
@@ -399,7 +399,7 @@ def test_the_teacher_is_drawn_and_measured_while_it_learns(shard_set: Path, tmp_
         seen.append(teacher.training)
         return {"probe/answer": 42.0}
 
-    config = config_of(shard_set, tmp_path / "run", watch=WatchConfig(every=4), log_every=3)
+    config = config_of(shard_set, tmp_path / "run", watch=OnlineEvalConfig(every=4), log_every=3)
     pretrain(config, watch=watch)
     assert seen == [False] * 3
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -451,7 +451,7 @@ def test_a_look_attends_in_a_way_that_takes_any_type(shard_set: Path, tmp_path: 
         return {}
 
     compute = ComputeConfig(workers=0, attention="dense")
-    config = config_of(shard_set, tmp_path / "run", steps=3, compute=compute, watch=WatchConfig(every=1))
+    config = config_of(shard_set, tmp_path / "run", steps=3, compute=compute, watch=OnlineEvalConfig(every=1))
     pretrain(config, watch=watch)
     assert kernels == [("sdpa", {"sdpa"})] * 3
     same = replace(config, output=tmp_path / "same", compute=ComputeConfig(workers=0))
@@ -528,7 +528,7 @@ def test_compiled_steps_are_those_of_plain_ones(shard_set: Path, tmp_path: Path,
     compiler's front half alone: its kernels are tried in test_ssl_losses_cross_entropy and take half a minute.
     """
     schedules = Schedules(learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2))
-    plain = config_of(shard_set, tmp_path / "plain", steps=3, schedules=schedules, watch=WatchConfig(every=0))
+    plain = config_of(shard_set, tmp_path / "plain", steps=3, schedules=schedules, watch=OnlineEvalConfig(every=0))
     pretrain(plain)
     compute = ComputeConfig(workers=0, compile=what, recompute=recompute)  # type: ignore[arg-type]
     (tmp_path / "recipe.yaml").write_text(to_yaml(replace(plain, output=tmp_path / "compiled", compute=compute)))

@@ -266,7 +266,7 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchConfig:
+class OnlineEvalConfig:
     """What is measured of the teacher while it is trained, besides losses.
 
     Attributes
@@ -324,7 +324,7 @@ class PretrainConfig:
     gram: GramConfig = field(default_factory=GramConfig)
     schedules: Schedules = field(default_factory=Schedules)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    watch: OnlineEvalConfig = field(default_factory=OnlineEvalConfig)
     log_every: int = 10
     picture_every: int = 1000
     export_every: int = 9000

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from dinocell.ssl.chunks import compiled_once, full_precision, pieces, with_scratch
 from dinocell.ssl.heads import Projection
-from dinocell.ssl.targets import Targets, with_any_rows
+from dinocell.ssl.targets import Targets, mark_dynamic_rows
 
 
 class DinoLoss(NamedTuple):
@@ -35,7 +35,7 @@ def dino_loss(
     num_locals: int,
     temperature: float = 0.1,
     local_weight: float = 1.0,
-    piece_elements: int | None = None,
+    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> DinoLoss:
     """Compare the CLS token of every student crop with the teacher's of every *other* global crop of the same image.
@@ -90,7 +90,7 @@ def dino_loss(
         weights,
         temperature=temperature,
         target_of_row=_target_of_row(num_globals, num_locals, batch, mean.device),
-        piece_elements=piece_elements,
+        chunk_elements=chunk_elements,
         compiled=compiled,
     )
     of_global, of_local = loss.rows.split((num_globals * batch, num_locals * batch))
@@ -104,7 +104,7 @@ def ibot_loss(
     *,
     num_images: int,
     temperature: float = 0.1,
-    piece_elements: int | None = None,
+    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> Float[Tensor, ""]:
     """Compare the student's masked patches with the teacher's view of the same, unmasked patches.
@@ -124,7 +124,7 @@ def ibot_loss(
     """
     share = weights / num_images
     return prototype_cross_entropy(
-        student, targets, share, temperature=temperature, piece_elements=piece_elements, compiled=compiled
+        student, targets, share, temperature=temperature, chunk_elements=chunk_elements, compiled=compiled
     ).total
 
 
@@ -239,7 +239,7 @@ def prototype_cross_entropy(
     *,
     temperature: float = 0.1,
     target_of_row: Int[Tensor, " n"] | None = None,
-    piece_elements: int | None = None,
+    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> CrossEntropy:
     """Return ``sum over b of weights[b] * -sum over k of q[b, k] log softmax(student logits[b] / temperature)[k]``.
@@ -279,7 +279,7 @@ def prototype_cross_entropy(
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if isinstance(targets, Tensor):
         targets = targets.detach()
-    arguments = (targets, weights.detach(), temperature, target_of_row, piece_elements, compiled)
+    arguments = (targets, weights.detach(), temperature, target_of_row, chunk_elements, compiled)
     total, rows = _FusedCrossEntropy.apply(student.rows, student.prototypes, *arguments)  # type: ignore[no-untyped-call]
     return CrossEntropy(total, rows)
 
@@ -296,7 +296,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         temperature: float,
         target_of_row: Tensor | None,
-        piece_elements: int | None,
+        chunk_elements: int | None,
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         weights = weights.to(torch.promote_types(rows.dtype, torch.float32))
@@ -304,13 +304,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
         rows_gradient = torch.empty_like(rows, dtype=weights.dtype) if ctx.needs_input_grad[0] else None
         prototypes_gradient = None
         with full_precision(rows):
-            for which, scratch in _pieces(weights, plain, piece_elements, compiled):
+            for which, scratch in _pieces(weights, plain, chunk_elements, compiled):
                 some, share = rows[which], weights[which, None] / temperature
                 target_rows = which if target_of_row is None else target_of_row[which]
                 wanted = targets[target_rows] if isinstance(targets, Tensor) else targets.part(target_rows)
                 if scratch is None:
                     compare = compiled_once(_compare)
-                    losses[which], difference = compare(with_any_rows(some), plain, with_any_rows(wanted), temperature)
+                    losses[which], difference = compare(
+                        mark_dynamic_rows(some), plain, mark_dynamic_rows(wanted), temperature
+                    )
                 else:
                     losses[which], difference = _compare_in(scratch, some, plain, wanted, temperature)
                 if rows_gradient is not None:

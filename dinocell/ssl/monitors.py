@@ -42,7 +42,7 @@ class FeatureSpread(NamedTuple):
 
 
 @torch.no_grad()
-def target_use(targets: Targets, *, piece_elements: int | None = None) -> TargetUse:
+def target_use(targets: Targets, *, chunk_elements: int | None = None) -> TargetUse:
     """Measure the targets of this rank.
 
     Raises
@@ -55,7 +55,7 @@ def target_use(targets: Targets, *, piece_elements: int | None = None) -> Target
     mean = torch.zeros_like(targets.offsets)
     used = torch.zeros_like(targets.offsets, dtype=torch.bool)
     entropy = mean.new_zeros(())
-    for which, scratch in with_scratch(2, targets.num_rows, mean, piece_elements):
+    for which, scratch in with_scratch(2, targets.num_rows, mean, chunk_elements):
         rows = targets.piece(which, scratch=scratch)
         mean += rows.sum(0)
         used[rows.argmax(1)] = True

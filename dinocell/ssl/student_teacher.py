@@ -85,7 +85,7 @@ class StudentTeacher(nn.Module):
                 weight_norm=heads.weight_norm,
             )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        # Like the teacher's backbone at first; `take_gram_teacher` renews it.
+        # Like the teacher's backbone at first; `update_gram_teacher` renews it.
         self.gram = nn.ModuleDict({"backbone": copy.deepcopy(self.teacher["backbone"])} if gram is not None else {})
         self.centres: nn.ModuleList | None = None
         if losses.centring == "softmax":
@@ -101,7 +101,7 @@ class StudentTeacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def take_gram_teacher(self) -> None:
+    def update_gram_teacher(self) -> None:
         """Let the Gram teacher be the teacher as it is now."""
         for ours, theirs in zip(self.gram.parameters(), self.teacher["backbone"].parameters(), strict=True):
             ours.copy_(theirs)

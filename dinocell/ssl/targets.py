@@ -117,7 +117,7 @@ def sinkhorn_targets(
     *,
     iterations: int = 3,
     sum_over_ranks: SumOverRanks = one_rank,
-    piece_elements: int | None = None,
+    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> list[Targets]:
     """Balance the use of prototypes by Sinkhorn-Knopp (Caron et al. 2020, SwAV; the targets of DINOv3).
@@ -151,13 +151,13 @@ def sinkhorn_targets(
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
     scales = [_scale(each, temperature) for each in logits]
     sizes = [each.num_prototypes for each in logits]
-    local = [_log_sums(each, scale, piece_elements, compiled) for each, scale in zip(logits, scales, strict=True)]
+    local = [_log_sums(each, scale, chunk_elements, compiled) for each, scale in zip(logits, scales, strict=True)]
     offsets = [-total for total in _add_logs(local, [each.num_rows for each in logits], sum_over_ranks)]
     for _ in range(iterations - 1):
         # Each prototype's share lies in [1 / K, number of rows]: with the offsets so far its column of exp(logits)
         # sums to 1 and no row sums to more than K. Hence plain sums, plain logarithms, and no maximum over ranks.
         now = [Targets(*triple) for triple in zip(logits, scales, offsets, strict=True)]
-        shares = sum_over_ranks(torch.cat([_column_sums(each, piece_elements, compiled) for each in now]))
+        shares = sum_over_ranks(torch.cat([_column_sums(each, chunk_elements, compiled) for each in now]))
         offsets = [old - share.log() for old, share in zip(offsets, shares.split(sizes), strict=True)]
     return [Targets(*triple) for triple in zip(logits, scales, offsets, strict=True)]
 
@@ -226,7 +226,7 @@ def _log_sums(logits: TeacherLogits, scale: Tensor, elements: int | None, compil
     total = torch.full((count,), -torch.inf, dtype=scale.dtype, device=device)
     if compiled:
         for which in pieces(logits.num_rows, count, device, elements):
-            some = compiled_once(_log_sums_of_piece)(with_any_rows(logits.part(which)), scale)
+            some = compiled_once(_log_sums_of_piece)(mark_dynamic_rows(logits.part(which)), scale)
             total = torch.logaddexp(total, some)
         return total
     zero = torch.zeros_like(total)
@@ -248,7 +248,7 @@ def _column_sums(targets: Targets, elements: int | None, compiled: bool) -> Floa
     total = torch.zeros_like(targets.offsets)
     if compiled:
         for which in pieces(targets.num_rows, len(total), total.device, elements):
-            total += compiled_once(_column_sums_of_piece)(with_any_rows(targets.part(which)))
+            total += compiled_once(_column_sums_of_piece)(mark_dynamic_rows(targets.part(which)))
         return total
     for which, scratch in with_scratch(2, targets.num_rows, total, elements):
         total += targets.piece(which, scratch=scratch).sum(0)
@@ -263,10 +263,10 @@ def _column_sums_of_piece(targets: Targets) -> Float[Tensor, " k"]:
 Rows = TypeVar("Rows", bound=TeacherLogits | Targets | Tensor)
 
 
-def with_any_rows(piece: Rows) -> Rows:
+def mark_dynamic_rows(piece: Rows) -> Rows:
     """Tell the compiler that pieces differ in their number of rows: the last one, and those of ranks in every step."""
     if isinstance(piece, Targets):
-        with_any_rows(piece.logits)
+        mark_dynamic_rows(piece.logits)
     else:
         for each in (piece.rows, piece.kept) if isinstance(piece, TeacherLogits) else (piece,):
             if each is not None:

@@ -101,7 +101,7 @@ class Trainer:
             last_layer_factor=now.last_layer_factor,
         )
         if number in self._gram_steps:
-            model.take_gram_teacher()
+            model.update_gram_teacher()
         self._optimizer.zero_grad(set_to_none=True)
         output, losses = self._backward(number, parts, now)
         for parameter in self._student_parameters():
