@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
-from dinocell.ssl.config import HeadsConfig, LossConfig
+from dinocell.ssl.config import HeadsConfig, LossConfig, MaskingConfig
 from dinocell.ssl.losses import koleo_loss
-from dinocell.ssl.masking import MaskingConfig, PatchMasks, draw_masks
+from dinocell.ssl.masking import PatchMasks, draw_masks
 from dinocell.ssl.prepare import backbone_of, recompute
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.views import Views
@@ -123,7 +123,7 @@ def our_step(options: argparse.Namespace, *, straight: bool, again: Any) -> Call
         torch.randn(2, options.batch, 3, sizes[0], sizes[0]), torch.randn(8, options.batch, 3, sizes[1], sizes[1])
     )
     side = sizes[0] // 8
-    masks = draw_masks(range(options.batch), (side, side), MaskingConfig(), seed=0, epoch=0)
+    masks = draw_masks(range(options.batch), (side, side), MaskingConfig(), seed=0)
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)

@@ -114,7 +114,13 @@ def make_set(folder: Path, first: int, count: int) -> Path:
 
 def config_of(folder: Path, shards: Path, policy: str, seed: int, steps: int) -> PretrainConfig:
     overrides = [f"output={folder / policy}-{seed}", f"data.shards=[{shards}]", f"views.policy={policy}"]
-    overrides += [f"seed={seed}", f"steps={steps}", f"export_every={steps}", "model.variant=nano", "watch.every=0"]
+    overrides += [
+        f"seed={seed}",
+        f"steps={steps}",
+        f"export_every={steps}",
+        "model.variant=nano",
+        "online_eval.every=0",
+    ]
     return load_config(PretrainConfig, find_recipe("pretrain", "tiny_cpu"), [*overrides, "compute.workers=0"])
 
 

@@ -40,12 +40,12 @@ from dinocell.ssl.config import (
     HeadsConfig,
     LossConfig,
     ModelConfig,
+    OnlineEvalConfig,
     PretrainConfig,
     Schedules,
-    OnlineEvalConfig,
+    ViewsConfig,
 )
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_plan import ViewsConfig
 
 SIDE, NEIGHBOURS = 32, 5
 NUM_KINDS = 4
@@ -147,7 +147,7 @@ def recipe(shards: Path, output: Path, *, steps: int, seed: int, start: Path) ->
         picture_every=10**9,
         export_every=10**9,
         checkpoint_every=10**9,
-        watch=OnlineEvalConfig(every=0),
+        online_eval=OnlineEvalConfig(every=0),
         compute=ComputeConfig(workers=0),
     )
 

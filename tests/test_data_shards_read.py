@@ -101,12 +101,12 @@ def _one_by_sample(info: SampleInfo, origin: Origin) -> _OneChannel:
     return _OneChannel(origin.sample % len(info.channels))
 
 
-def test_only_the_chosen_channels_come(shard_set: Path, draw: Callable[[int], np.ndarray]) -> None:
-    batches = take(loader(stream(shard_set, batch_size=8, choose=_one_by_sample), workers=1), 3)
-    for batch in batches:
+def test_only_the_channels_of_the_plans_are_decoded(shard_set: Path, draw: Callable[[int], np.ndarray]) -> None:
+    samples = stream(shard_set, batch_size=8)
+    samples.plan_sample = _one_by_sample
+    for batch in take(loader(samples, workers=1), 3):
         assert batch.storage.numel() == 8 * 32 * 32 * 2
-        assert batch.chosen_by is _one_by_sample
-        assert batch.chosen == tuple(_OneChannel(origin.sample % 3) for origin in batch.origins)
+        assert batch.plans == tuple(_OneChannel(origin.sample % 3) for origin in batch.origins)
         for number, info in enumerate(batch.infos):
             channel = batch.origins[number].sample % 3
             assert batch.channels[number] == (channel,)

@@ -289,7 +289,7 @@ def test_scores_land_in_the_run_that_made_the_teacher(shard_set: Path, tmp_path:
         f"output={run}",
         "steps=2",
         "batch_size=2",
-        "watch.every=0",
+        "online_eval.every=0",
         "model.variant=nano",
     ]
     line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]

@@ -218,7 +218,7 @@ def test_the_command_watches_and_draws_views(
 
     line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", "steps=2", "batch_size=2"]
     line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
-    assert main([*line, "watch.every=1", "watch.tiles=4", "model.variant=nano"]) == 0
+    assert main([*line, "online_eval.every=1", "online_eval.tiles=4", "model.variant=nano"]) == 0
     said = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("probe/consistency_margin" in row for row in said) == 2
     views = ["--views", "debug", "views.global_size=32", "views.local_size=16"]

@@ -191,7 +191,7 @@ def test_without_slurm_it_says_what_to_do(
 def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None:
     command = ["pretrain", "debug", f"data.shards=[{shard_set}]", "steps=3", "batch_size=4", "log_every=1"]
     command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
-    command += ["watch.every=0", "model.variant=nano"]
+    command += ["online_eval.every=0", "model.variant=nano"]
     rows = {}
     for processes in (1, 2):
         output = tmp_path / f"run{processes}"

@@ -28,9 +28,16 @@ from dinocell.data_shards.build.write import build
 from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.images.read import write_tiff
 from dinocell.runtime.schedules import Freeze, Schedule
-from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, Schedules
+from dinocell.ssl.config import (
+    ComputeConfig,
+    DataConfig,
+    HeadsConfig,
+    ModelConfig,
+    PretrainConfig,
+    Schedules,
+    ViewsConfig,
+)
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_plan import ViewsConfig
 
 
 def _load_cluster() -> ModuleType:

@@ -213,7 +213,7 @@ def test_compiled_targets_losses_and_gradients_are_the_plain_ones_for_any_number
             unit = normalize(torch.randn(rows, 8), dim=1).to(dtype).requires_grad_()
             prototypes = torch.randn(24, 8, requires_grad=True)
             teacher = Projection(normalize(torch.randn(rows, 8), dim=1).to(dtype), torch.randn(24, 8))
-            ways = {"piece_elements": 24 * 16, "compiled": compiled}
+            ways = {"chunk_elements": 24 * 16, "compiled": compiled}
             (targets,) = sinkhorn_targets([TeacherLogits(teacher, keep=True)], 0.1, **ways)
             loss = prototype_cross_entropy(Projection(unit, prototypes), targets, torch.rand(rows), **ways)
             loss.total.backward()
@@ -231,11 +231,8 @@ def test_compiled_targets_losses_and_gradients_are_the_plain_ones_for_any_number
     assert result.stdout == "6 graphs 0 breaks\n", result.stderr[-2000:]
 
 
-def test_misfits_are_refused() -> None:
-    projection, weights = student(5, 7), torch.ones(5, dtype=torch.float64)
-    with pytest.raises(ValueError, match="expected 7 prototypes as the student, got 8"):
-        prototype_cross_entropy(projection, teacher(5, 8), weights)
-    with pytest.raises(ValueError, match="expected 5 rows as the student, got 4"):
-        prototype_cross_entropy(projection, teacher(4, 7), weights)
-    with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
-        prototype_cross_entropy(projection, teacher(5, 7), weights, temperature=0.0)
+@pytest.mark.parametrize(("rows", "prototypes"), [(5, 8), (4, 7)])
+def test_targets_of_other_sizes_than_the_students_are_refused(rows: int, prototypes: int) -> None:
+    weights = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"5 rows and 7 prototypes .*, got {rows} and {prototypes}"):
+        prototype_cross_entropy(student(5, 7), teacher(rows, prototypes), weights)

@@ -27,9 +27,9 @@ from dinocell.ssl.config import (
     OptimConfig,
     PretrainConfig,
     Schedules,
+    ViewsConfig,
 )
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_plan import ViewsConfig
 
 STEPS = 4
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,11 +41,11 @@ class Origin:
 
 
 @runtime_checkable
-class Drawn(Protocol):
-    """What is drawn at random for a whole batch; it travels with the batch."""
+class SamplePlan(Protocol):
+    """What will be done with a sample."""
 
-    def pin_memory(self) -> "Drawn":
-        """Return the same in page-locked memory."""
+    def channels(self) -> Sequence[int]:
+        """Return the indices of the channels that are needed."""
         ...
 
 
@@ -57,27 +57,26 @@ class Batch:
     ----------
     infos, origins, channels
         What each sample is, where it comes from, and which of its channels are here.
+    step_positions, own
+        Positions in the stream of this step's samples, over all ranks, and which of them are in this batch.
     next_position
         The stream's position after this step of all ranks: what a checkpoint has to keep.
     damaged
         One line a sample that could not be read and was replaced by another.
-    chosen, chosen_by
-        What the reader's ``choose`` returned for each sample, and that function; empty and None without one.
-    drawn, drawn_by
-        What the reader's ``draw`` returned for the batch, and that function; None without one.
+    plans
+        The plan of each sample, see `SampleStream`; empty without a planner.
     """
 
     infos: tuple[SampleInfo, ...]
     origins: tuple[Origin, ...]
     channels: tuple[tuple[int, ...], ...]
+    step_positions: range
+    own: slice
     next_position: int
     damaged: tuple[str, ...]
     storage: torch.Tensor
     starts: tuple[int, ...]
-    chosen: tuple[object, ...] = ()
-    chosen_by: object = None
-    drawn: Drawn | None = None
-    drawn_by: object = None
+    plans: tuple[SamplePlan, ...] = ()
 
     def __len__(self) -> int:
         return len(self.infos)
@@ -92,8 +91,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; PyTorch's loader calls this."""
-        drawn = None if self.drawn is None else self.drawn.pin_memory()
-        return replace(self, storage=self.storage.pin_memory(), drawn=drawn)
+        return replace(self, storage=self.storage.pin_memory())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tiles on a device, in one copy."""
@@ -128,7 +126,7 @@ _TORCH_TYPES = {
 }
 
 
-__all__ = ["Batch", "Choose", "Draw", "Drawn", "Origin", "SampleStream", "ShardSet", "Wanted", "loader", "stream"]
+__all__ = ["Batch", "Origin", "PlanSample", "SamplePlan", "SampleStream", "ShardSet", "loader", "stream"]
 
 _log = logging.getLogger(__name__)
 
@@ -137,25 +135,20 @@ _REPLACEMENTS = 8
 _CACHE_GB = 50.0
 
 
-@runtime_checkable
-class Wanted(Protocol):
-    """What is to be done with a sample; it travels with the batch."""
+PlanSample = Callable[[SampleInfo, Origin], SamplePlan]
 
-    def channels(self) -> Sequence[int]:
-        """Return the channels that it needs."""
-        ...
-
-
-# From what is known about a sample, and the numbers that its randomness comes from: what will be done with it.
-Choose = Callable[[SampleInfo, Origin], Wanted]
-
-# From the positions in the stream of a step's samples, those of all ranks, and which of them are this rank's: what is
-# drawn for the batch besides.
-Draw = Callable[[range, slice], Drawn]
+Item = TypeVar("Item")
 
 
 class SampleStream(IterableDataset[Batch]):
-    """The stream of one rank; see ``stream``. Iterating it in a loader's workers shares its steps out among them."""
+    """The stream of one rank, see ``stream``; loader workers that iterate over it take its steps in turns.
+
+    Attributes
+    ----------
+    plan_sample
+        Plans what will be done with a sample before it is decoded (``Batch.plans``); other channels than those that
+        the plan needs are not decoded. Picklable for workers, as are its plans. None: all channels, no plans.
+    """
 
     def __init__(
         self,
@@ -167,13 +160,11 @@ class SampleStream(IterableDataset[Batch]):
         stop: int | None,
         rank: int,
         world_size: int,
-        choose: Choose | None,
-        draw: Draw | None,
     ) -> None:
         self.sets, self.mixture = tuple(sets), mixture
         self.batch_size, self.position, self.stop = batch_size, position, stop
         self.rank, self.world_size = rank, world_size
-        self._choose, self._draw = choose, draw
+        self.plan_sample: PlanSample | None = None
 
     @property
     def num_samples(self) -> int:
@@ -198,24 +189,22 @@ class SampleStream(IterableDataset[Batch]):
         positions = everyone[own]
         damaged: list[str] = []
         read = [self._read(position, 0, damaged) for position in positions]
-        drawn = None if self._draw is None else self._draw(everyone, own)
         while True:
             samples = [each.sample for each in read]
-            chosen, channels = self._chosen(read)
+            plans, channels = self._planned(read)
             starts, size = layout([sample.info for sample in samples], channels)
             storage = torch.empty(size, dtype=torch.uint8)
             batch = Batch(
                 infos=tuple(sample.info for sample in samples),
                 origins=tuple(each.origin for each in read),
                 channels=tuple(channels),
+                step_positions=everyone,
+                own=own,
                 next_position=next_position,
                 damaged=tuple(damaged),
                 storage=storage,
                 starts=starts,
-                chosen=tuple(chosen),
-                chosen_by=self._choose,
-                drawn=drawn,
-                drawn_by=self._draw,
+                plans=tuple(plans),
             )
             failed = self._decode(batch, samples, damaged)
             if failed is None:
@@ -233,12 +222,12 @@ class SampleStream(IterableDataset[Batch]):
                 return number
         return None
 
-    def _chosen(self, read: Sequence["_Read"]) -> tuple[list[Wanted], list[tuple[int, ...]]]:
-        """Return what is to be done with each sample, if somebody says so, and the channels to decode."""
-        if self._choose is None:
+    def _planned(self, read: Sequence["_Read"]) -> tuple[list[SamplePlan], list[tuple[int, ...]]]:
+        """Return the plan of each sample, if there is a planner, and the channels to decode."""
+        if self.plan_sample is None:
             return [], [tuple(range(len(each.sample.info.channels))) for each in read]
-        chosen = [self._choose(each.sample.info, each.origin) for each in read]
-        return chosen, [tuple(each.channels()) for each in chosen]
+        plans = [self.plan_sample(each.sample.info, each.origin) for each in read]
+        return plans, [tuple(plan.channels()) for plan in plans]
 
     def _read(self, position: int, tries: int, damaged: list[str]) -> "_Read":
         """Read the sample of a position, or, if it is damaged, that of one of the next positions."""
@@ -279,8 +268,6 @@ def stream(
     world_size: int = 1,
     shuffle: bool = True,
     block_shards: int = 16,
-    choose: Choose | None = None,
-    draw: Draw | None = None,
     cache: str | Path | None = None,
     cache_gb: int | float = _CACHE_GB,
 ) -> SampleStream:
@@ -301,11 +288,6 @@ def stream(
         ``stop=num_samples``.
     block_shards
         Shards that are mixed with one another at a time.
-    choose
-        Says what is wanted of a sample: ``Batch.chosen``. Channels that are not needed for it are not decoded. It
-        must be picklable for workers, as must be what it returns.
-    draw
-        Draws what a batch needs besides, in the workers: ``Batch.drawn``; picklable like ``choose``.
     cache, cache_gb
         For remote sets: a folder on this disk for copies of shards, and its bound.
 
@@ -339,12 +321,12 @@ def stream(
         stop=stop,
         rank=rank,
         world_size=world_size,
-        choose=choose,
-        draw=draw,
     )
 
 
-def loader(stream: SampleStream, *, workers: int, pin_memory: bool = False, prefetch: int = 2) -> DataLoader[Batch]:
+def loader(
+    stream: IterableDataset[Item], *, workers: int, pin_memory: bool = False, prefetch: int = 2
+) -> DataLoader[Item]:
     """Return a loader whose ``workers`` processes (0: none) decode ahead; batches come in the stream's order."""
     return DataLoader(
         stream,

@@ -69,7 +69,7 @@ class OnlineProbe:
                 labels_of([image.labels for image in each.images(0, 1)], label, each.name)
                 _check_whole(each, len(each))
             if neighbours > len(train):
-                raise DinocellError(f"watch.neighbours: {neighbours}, but {knn_train} has {len(train)} samples")
+                raise DinocellError(f"online_eval.neighbours: {neighbours}, but {knn_train} has {len(train)} samples")
             self._knn = (train, test, label)
 
     def __call__(self, teacher: VisionTransformer) -> Mapping[str, float]:
@@ -125,8 +125,8 @@ def _check_whole(images: ShardImages, limit: int) -> None:
     if next(_whole(images, limit), None) is None:
         names = ", ".join(images.channel_names)
         raise DinocellError(
-            f"{images.name}: none of the first {limit} tiles has all of the channels {names}: nothing to watch; set "
-            "watch.every=0, or another set first"
+            f"{images.name}: none of the first {limit} tiles has all of the channels {names}: nothing to evaluate; set "
+            "online_eval.every=0, or another set first"
         )
 
 
