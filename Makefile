@@ -1,6 +1,6 @@
 # Everything a fresh machine needs is Python 3.11 or newer, git and make:
-#   make demo    the whole road on generated data
-#   make test    the tests
+#   make demo    run the whole pipeline on generated data
+#   make test    run the tests
 # Both make .venv and install what they need into it, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,8 +9,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 RUN    := $(VENV)/.runtime-installed
 DEV    := $(VENV)/.dev-installed
-# One process per core, 8 at most: each holds about 1 GB. A file stays in one process, for its fixtures' sake; tests/conftest.py
-# puts the files in order, so that the longest come first.
+# One process per core, 8 at most: each holds about 1 GB. Tests of one file share a process and its fixtures; tests/conftest.py
+# sorts the files by duration, longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test quick check format lint types contract bench clean
@@ -19,7 +19,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 	@echo "  make quick   the tests that are not slow, for use while changing something"
 	@echo "  make check   format, lint, types, import contract, tests: what CI runs"
-	@echo "  make format  rewrite the sources in the house format"
+	@echo "  make format  rewrite the sources in the project format"
 	@echo "  make bench   every benchmark in its short form, and one table of ratios"
 
 demo: $(RUN)

@@ -10,11 +10,11 @@ import tifffile
 import torch
 from PIL import Image
 
-from dinocell.cli import main
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.export.writers import write_cells
 from dinocell.eval.segmentation.jobs import find_images
 from dinocell.images.read import read_image, write_tiff
+from helpers.commands import segment
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 
@@ -32,13 +32,6 @@ def images(tmp_path: Path) -> Path:
     write_tiff(folder / "a.ome.tif", make_field(1, SMALL).pixels, pixel_size_um=0.5)
     Image.fromarray((make_field(2, SMALL).pixels[0] >> 8).astype(np.uint8)).save(folder / "sub" / "zwei größen.png")
     return folder
-
-
-def segment(*words: object) -> int:
-    try:
-        return main(["segment", *map(str, words)])
-    except SystemExit as exit_:
-        return 1 if isinstance(exit_.code, str) else int(exit_.code or 0)
 
 
 def test_every_output_comes_from_one_call_and_fits_the_others(images: Path, model: str, tmp_path: Path) -> None:

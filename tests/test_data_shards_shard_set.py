@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from dinocell.data_shards.manifest import Shard
 from dinocell.data_shards.read import loader, stream
 from dinocell.data_shards.shard_set import ShardCache, check_room
 from dinocell.errors import ShardError
+from helpers.servers import serving
 
 
 class Server:
@@ -52,22 +52,17 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.running.server_port}"
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(cache_module, "_FIRST_WAIT_S", 0.01)
     (tmp_path / "web").mkdir()
-    running = Server(tmp_path / "web")
-    yield running
-    running.close()
+    server = Server(tmp_path / "web")
+    with serving(server.running):
+        yield server
 
 
 def put(server: Server, name: str, content: bytes) -> Shard:

@@ -11,31 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
-from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
+from dinocell.data_shards.sources.field import read_field
 from dinocell.data_shards.sources.table import labels_of, read_table
 from dinocell.errors import ImageError
 from dinocell.images.read import write_png, write_tiff
+from helpers.sources import error_of, fields, listed
 
 RNG = np.random.default_rng(0)
 HPA = ("microtubules", "protein", "nucleus", "er")
-
-
-def listed(source: Source) -> tuple[list[Field], list[Rejected]]:
-    items = list(source.fields())
-    return [item for item in items if isinstance(item, Field)], [item for item in items if isinstance(item, Rejected)]
-
-
-def fields(source: Source) -> list[Field]:
-    found, rejected = listed(source)
-    assert rejected == []
-    return found
-
-
-def error_of(source: Source) -> str:
-    with pytest.raises(ImageError) as caught:
-        list(source.fields())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def write_table(path: Path, columns: Sequence[str], *rows: Sequence[object]) -> None:

@@ -7,31 +7,14 @@ import pytest
 import tifffile
 from PIL import Image
 
-from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
+from dinocell.data_shards.sources.field import read_field
 from dinocell.data_shards.sources.files import ImagesSource, MultichannelSource
 from dinocell.errors import ImageError
 from dinocell.images.read import write_png, write_tiff
 from helpers.real_data import DATA, needs_data
+from helpers.sources import error_of, fields, listed
 
 RNG = np.random.default_rng(0)
-
-
-def listed(source: Source) -> tuple[list[Field], list[Rejected]]:
-    items = list(source.fields())
-    return [item for item in items if isinstance(item, Field)], [item for item in items if isinstance(item, Rejected)]
-
-
-def fields(source: Source) -> list[Field]:
-    found, rejected = listed(source)
-    assert rejected == []
-    return found
-
-
-def error_of(source: Source) -> str:
-    with pytest.raises(ImageError) as caught:
-        list(source.fields())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def stack(path: Path, num_frames: int) -> np.ndarray:

@@ -9,33 +9,15 @@ import pytest
 import tifffile
 
 from dinocell.data_shards.sources import load_data as sources_load_data
-from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
+from dinocell.data_shards.sources.field import Field, read_field
 from dinocell.data_shards.sources.load_data import LoadDataSource
-from dinocell.errors import ImageError
 from dinocell.images.read import write_tiff
 from helpers.real_data import DATA, needs_data
+from helpers.sources import error_of, fields, listed
 
 PLACES = ("Metadata_Plate", "Metadata_Well", "Metadata_Site")
 DNA = ("FileName_OrigDNA", "PathName_OrigDNA")
 ER = ("FileName_OrigER", "PathName_OrigER")
-
-
-def listed(source: Source) -> tuple[list[Field], list[Rejected]]:
-    items = list(source.fields())
-    return [item for item in items if isinstance(item, Field)], [item for item in items if isinstance(item, Rejected)]
-
-
-def fields(source: Source) -> list[Field]:
-    found, rejected = listed(source)
-    assert rejected == []
-    return found
-
-
-def error_of(source: Source) -> str:
-    with pytest.raises(ImageError) as caught:
-        list(source.fields())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def table(path: Path, columns: Sequence[str], *rows: Sequence[object]) -> str:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dinocell.data_shards.sources import phenix as harmony
-from dinocell.data_shards.sources.field import Field, Rejected, Source, common_order, read_field
+from dinocell.data_shards.sources.field import Field, common_order, read_field
 from dinocell.data_shards.sources.hpa import HpaSource
 from dinocell.data_shards.sources.pattern import NamePattern, PatternSource
 from dinocell.data_shards.sources.phenix import PhenixSource, well_name
@@ -24,19 +24,9 @@ from dinocell.errors import ImageError
 from dinocell.images.read import write_png, write_tiff
 from dinocell.images.storage import open_bytes
 from helpers.real_data import DATA, needs_data
+from helpers.sources import error_of, fields, listed
 
 RNG = np.random.default_rng(0)
-
-
-def listed(source: Source) -> tuple[list[Field], list[Rejected]]:
-    items = list(source.fields())
-    return [item for item in items if isinstance(item, Field)], [item for item in items if isinstance(item, Rejected)]
-
-
-def fields(source: Source) -> list[Field]:
-    found, rejected = listed(source)
-    assert rejected == []
-    return found
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -48,13 +38,6 @@ def touch(folder: Path, *names: str) -> None:
 
 def channels_of(field: Field) -> list[str]:
     return [name for file in field.files for name in file.channels]
-
-
-def error_of(source: Source) -> str:
-    with pytest.raises(ImageError) as caught:
-        list(source.fields())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def phenix_name(row: int, column: int, field: int, channel: int, plane: int = 1, time_point: int = 1) -> str:
@@ -305,15 +288,15 @@ def test_well_rows_count_as_spreadsheet_columns_do(row: int) -> None:
 
 MANY_NAMES = """
 import time
-from dinocell.data_shards import sources_names
+from dinocell.data_shards.sources import pattern, phenix
 from dinocell.images.storage import Listed
 names = [f"P{plate}/Images/r{row:02d}c{column:02d}f{field:02d}p01-ch{channel}sk1fk1fl1.tiff" for plate in range(6)
          for row in range(1, 17) for column in range(1, 25) for field in range(1, 10) for channel in range(1, 6)]
 files = sorted(Listed(name, f"/data/{name}") for name in names[:100_000])
-sources_names.list_files = lambda *_, **__: files
-pattern = "{plate}/Images/{place}p01-ch{channel}sk1fk1fl1.tiff"
-for make in (lambda: sources_names.PhenixSource(input="/data"),
-             lambda: sources_names.PatternSource(input="/data", pattern=pattern)):
+pattern.list_files = phenix.list_files = lambda *_, **__: files
+places = "{plate}/Images/{place}p01-ch{channel}sk1fk1fl1.tiff"
+for make in (lambda: phenix.PhenixSource(input="/data"),
+             lambda: pattern.PatternSource(input="/data", pattern=places)):
     times, bare_times = [], []
     for _ in range(2):
         start = time.process_time()
@@ -321,13 +304,14 @@ for make in (lambda: sources_names.PhenixSource(input="/data"),
         middle = time.process_time()
         bare = {}
         for file in files:
-            bare.setdefault(sources_names._PHENIX_NAME.search(file.name).groups()[:4], []).append(file)
+            bare.setdefault(phenix._PHENIX_NAME.search(file.name).groups()[:4], []).append(file)
         times.append(middle - start)
         bare_times.append(time.process_time() - middle)
     print(len(found), min(times), min(bare_times))
 """
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_names_are_parsed_within_two_seconds() -> None:
     # In a process of its own: here, every annotation is checked.
     done = subprocess.run([sys.executable, "-c", MANY_NAMES], capture_output=True, text=True, check=True)

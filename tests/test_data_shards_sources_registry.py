@@ -103,7 +103,7 @@ def test_every_attribute_of_every_source_has_its_option() -> None:
     known = {action.dest for action in parser._actions}
     used = set()
     for module, name in sources._SOURCES.values():
-        imported = __import__(f"dinocell.data_shards.{module}", fromlist=[name])
+        imported = __import__(f"dinocell.data_shards.sources.{module}", fromlist=[name])
         attributes = {field.name for field in dataclasses.fields(getattr(imported, name))}
         assert attributes <= known
         assert isinstance(parsed_default(name), Source)

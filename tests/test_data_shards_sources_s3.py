@@ -1,7 +1,5 @@
 """Sources in buckets and behind web addresses, from servers on this machine, as a client without an account."""
 
-import http.server
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,13 +9,15 @@ import numpy as np
 import pytest
 
 from dinocell.data_shards.sources.chammi_hpa_tables import HpaFovSource, HpaOneSource
-from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
+from dinocell.data_shards.sources.field import read_field
 from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.data_shards.sources.load_data import LoadDataSource
 from dinocell.data_shards.sources.phenix import PhenixSource
 from dinocell.errors import ImageError
 from dinocell.images.read import write_tiff
 from dinocell.images.storage import list_files, open_bytes
+from helpers.servers import serving_folder
+from helpers.sources import fields
 
 BUCKET = "cellpainting-gallery"
 PLATE = "cpg0016-jump/images/größe/BR1__2020-11-05T19_51_35-Measurement 1"
@@ -87,12 +87,6 @@ def forget_connections() -> None:
 
 def put(client: Any, key: str, content: bytes) -> None:
     client.put_object(Bucket=BUCKET, Key=key, Body=content, ACL="public-read")
-
-
-def fields(source: Source) -> list[Field]:
-    found = list(source.fields())
-    assert not [item for item in found if isinstance(item, Rejected)]
-    return [item for item in found if isinstance(item, Field)]
 
 
 def test_phenix_plates_in_a_public_bucket_are_listed_and_read(bucket: Any, tmp_path: Path) -> None:
@@ -213,17 +207,9 @@ def test_zarr_folders_in_a_bucket_are_one_input_each(bucket: Any) -> None:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None: ...  # noqa: A002
-
-    folder = tmp_path / "web"
-    folder.mkdir()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    (tmp_path / "web").mkdir()
+    with serving_folder(tmp_path / "web") as root:
+        yield root
 
 
 def test_load_data_behind_a_web_address(web: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dinocell.cli import main
-from dinocell.demo.data import FieldCounts, own_material
+from dinocell.demo.data import FieldCounts, prepare_own
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
 from dinocell.images.read import write_labels, write_tiff
@@ -102,19 +102,19 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_own_images_are_divided_and_the_unseen_ones_stay_out_of_the_shards(own: Path, tmp_path: Path) -> None:
-    material = own_material(own, tmp_path / "out", workers=1)
-    manifest = json.loads((material.shards[0] / "manifest.json").read_text())
+    data = prepare_own(own, tmp_path / "out", workers=1)
+    manifest = json.loads((data.shards[0] / "manifest.json").read_text())
     assert manifest["num_samples"] == 4
-    assert [path.name for path in material.unseen_images] == ["n0.ome.tif"]
-    assert material.channels == ("DNA", "ER")
-    assert material.class_shards is None
+    assert [path.name for path in data.unseen_images] == ["n0.ome.tif"]
+    assert data.channels == ("DNA", "ER")
+    assert data.class_shards is None
 
 
 def test_own_images_without_masks_still_make_shards(own: Path, tmp_path: Path) -> None:
     shutil.rmtree(own / "masks")
-    material = own_material(own, tmp_path / "out", workers=1)
-    assert material.train is None
-    assert json.loads((material.shards[0] / "manifest.json").read_text())["num_samples"] == 5
+    data = prepare_own(own, tmp_path / "out", workers=1)
+    assert data.train is None
+    assert json.loads((data.shards[0] / "manifest.json").read_text())["num_samples"] == 5
 
 
 def test_names_with_points_are_whole_names(own: Path, tmp_path: Path) -> None:
@@ -122,25 +122,25 @@ def test_names_with_points_are_whole_names(own: Path, tmp_path: Path) -> None:
         for path in list((own / kind).iterdir()):
             path.rename(path.with_name(f"cells_0.65um.{path.name}"))
         (own / kind / "._n0.tif").write_bytes(b"what macOS writes beside a picture on a foreign disk")
-    material = own_material(own, tmp_path / "out", workers=1)
-    assert json.loads((material.shards[0] / "manifest.json").read_text())["num_samples"] == 4
-    assert material.train is not None
-    assert material.unseen is not None
-    assert open_labelled(material.train).names == [f"cells_0.65um.n{number}" for number in range(1, 5)]
-    assert open_labelled(material.unseen).names == ["cells_0.65um.n0"]
+    data = prepare_own(own, tmp_path / "out", workers=1)
+    assert json.loads((data.shards[0] / "manifest.json").read_text())["num_samples"] == 4
+    assert data.train is not None
+    assert data.unseen is not None
+    assert open_labelled(data.train).names == [f"cells_0.65um.n{number}" for number in range(1, 5)]
+    assert open_labelled(data.unseen).names == ["cells_0.65um.n0"]
 
 
 def test_two_images_of_one_name_are_one_line(own: Path, tmp_path: Path) -> None:
     shutil.copy(own / "images" / "n0.ome.tif", own / "images" / "n0.tiff")
     with pytest.raises(DinocellError, match=r"n0.ome.tif and .*n0.tiff: two pictures of one name"):
-        own_material(own, tmp_path / "out", workers=1)
+        prepare_own(own, tmp_path / "out", workers=1)
 
 
 def test_too_few_images_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     write_tiff(tmp_path / "one" / "a.tif", np.zeros((1, 64, 64), np.uint8))
     with pytest.raises(DinocellError, match="at least 2 images"):
-        own_material(tmp_path / "one", tmp_path / "out", workers=1)
+        prepare_own(tmp_path / "one", tmp_path / "out", workers=1)
 
 
 @pytest.mark.parametrize("words", [["quick"], ["quick", "--data", "IMAGES"]])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.errors import DinocellError
@@ -14,8 +13,8 @@ from dinocell.eval.probes.feature_files import extract_to, read_features, weight
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import FieldImages, ShardImages
 from dinocell.images.read import write_tiff
-from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World
+from helpers.models import tiny
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,6 @@ class Listed:
 
     def fields(self) -> Iterator[Field]:
         yield from self.fields_
-
-
-def tiny(in_channels: int = 1, seed: int = 0) -> VisionTransformer:
-    torch.manual_seed(seed)
-    vit = VisionTransformer(variant_config("nano", patch_size=8, in_channels=in_channels)).eval()
-    vit.init_weights(layer_scale=1.0)
-    return vit
 
 
 def test_features_on_disk_equal_those_in_memory_on_any_number_of_ranks(shard_set: Path, tmp_path: Path) -> None:

@@ -21,16 +21,9 @@ from dinocell.eval.probes.features import FeatureSettings, extract, to_input, to
 from dinocell.eval.probes.image_sets import ClassFolders, FieldImages, ProbeImage, ShardImages, labels_of, to_unit
 from dinocell.eval.probes.online import OnlineProbe
 from dinocell.images.read import write_png, write_tiff
-from dinocell.models.vit import VisionTransformer, variant_config
+from helpers.models import tiny
 
 SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
-
-
-def tiny(in_channels: int = 1, seed: int = 0) -> VisionTransformer:
-    torch.manual_seed(seed)
-    vit = VisionTransformer(variant_config("nano", patch_size=8, in_channels=in_channels)).eval()
-    vit.init_weights(layer_scale=1.0)
-    return vit
 
 
 def an_image(*sizes: int, seed: int = 0) -> ProbeImage:

@@ -18,19 +18,12 @@ from dinocell.eval.probes.features import FeatureSettings
 from dinocell.eval.probes.image_sets import ShardImages
 from dinocell.eval.probes.knn import knn_scores
 from dinocell.images.read import write_png
-from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World, together
+from helpers.models import tiny
 
 RANKS = 2
 SETTINGS = FeatureSettings(channels="each", batch_size=7)
 PLACES = ("nucleoplasm", "cytosol")
-
-
-def tiny() -> VisionTransformer:
-    torch.manual_seed(0)
-    vit = VisionTransformer(variant_config("nano", patch_size=8, in_channels=1)).eval()
-    vit.init_weights(layer_scale=1.0)
-    return vit
 
 
 def votes(world: World, *, tied: bool, multilabel: bool, count: int) -> dict[int, torch.Tensor]:

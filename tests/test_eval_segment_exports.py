@@ -12,11 +12,11 @@ from pycocotools.coco import COCO
 from roifile import roiread
 from shapely.geometry import shape as geometry_of
 
-from dinocell.cli import main
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.metrics.ctc_files import score_sequence, write_reference
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.images.read import write_tiff
+from helpers.commands import segment
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 EXPORTS = ("--save-geojson", "--save-rois", "--save-coco", "--save-ctc", "--save-outlines")
@@ -32,13 +32,6 @@ def sequence(tmp_path: Path) -> Path:
     for number in range(2):
         write_tiff(folder / f"t{number:03d}.tif", make_field(number, SMALL).pixels[0])
     return folder
-
-
-def segment(*words: object) -> int:
-    try:
-        return main(["segment", *map(str, words)])
-    except SystemExit as exit_:
-        return 1 if isinstance(exit_.code, str) else int(exit_.code or 0)
 
 
 def test_every_export_holds_the_cells_of_the_label_image(

@@ -24,6 +24,7 @@ from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
 from dinocell.finetune.model import DINOCell
 from dinocell.images.read import read_image, write_tiff
 from dinocell.runtime import files as atomic
+from helpers.commands import segment
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 EVERYTHING = (
@@ -46,13 +47,6 @@ def images(tmp_path: Path) -> Path:
     for number in range(5):
         write_tiff(folder / f"t{number}.tif", make_field(number, SMALL).pixels[0])
     return folder
-
-
-def segment(*words: object) -> int:
-    try:
-        return main(["segment", *map(str, words)])
-    except SystemExit as exit_:
-        return 1 if isinstance(exit_.code, str) else int(exit_.code or 0)
 
 
 def at_image(number: int, act: Callable[[], object]) -> tuple[Callable[..., Any], list[int]]:

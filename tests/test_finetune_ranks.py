@@ -1,10 +1,6 @@
-"""Fine-tuning on two ranks gives the losses and the weights of one process. Real processes, started by torchrun."""
+"""Fine-tuning on two ranks gives the losses and the weights of one process. Real processes, on this machine."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +22,7 @@ from dinocell.finetune.train import finetune
 from dinocell.images.read import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import folder_pairs
+from helpers.ranks import run_ranks
 
 FIELD = SyntheticConfig(size=(48, 56), channels=("AGP",), num_cells=(4, 6), cell_radius_px=9.0)
 
@@ -59,26 +56,6 @@ def config_of(labelled: Path, output: Path, target: str, *, frozen: bool) -> Fin
     )
 
 
-def torchrun(config: FinetuneConfig, ranks: int) -> None:
-    recipe = config.output.with_suffix(".yaml")
-    recipe.write_text("# test\n" + to_yaml(config))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"),
-            *("--master-addr=127.0.0.1", f"--master-port={port}", "-m", "dinocell", "finetune", str(recipe)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def numbers(output: Path, name: str) -> list[float]:
     lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
     return [said[name] for said in lines if name in said]
@@ -89,7 +66,8 @@ def numbers(output: Path, name: str) -> list[float]:
 def test_two_ranks_give_the_losses_of_one_process(labelled: Path, tmp_path: Path, target: str, frozen: bool) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     finetune(config_of(labelled, alone, target, frozen=frozen))
-    torchrun(config_of(labelled, shared, target, frozen=frozen), 2)
+    (tmp_path / "shared.yaml").write_text("# test\n" + to_yaml(config_of(labelled, shared, target, frozen=frozen)))
+    run_ranks(["finetune", str(tmp_path / "shared.yaml")], 2)
     for name in ("loss/train", "loss/validation", "gradient_norm/decoder"):
         assert len(numbers(alone, name)) == (2 if name == "loss/validation" else 6)
         np.testing.assert_allclose(numbers(shared, name), numbers(alone, name), rtol=1e-4, err_msg=name)

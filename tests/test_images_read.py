@@ -1,10 +1,7 @@
 """Pictures in and out: exact values, and one clear line for everything that cannot be read whole."""
 
-import http.server
 import io
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +27,7 @@ from dinocell.images.read import (
     write_tiff,
 )
 from helpers.real_data import DATA, needs_data
+from helpers.servers import serving_folder
 
 RNG = np.random.default_rng(0)
 
@@ -447,15 +445,8 @@ def test_memory_addresses_are_read_through_fsspec() -> None:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None: ...  # noqa: A002
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving_folder(tmp_path) as root:
+        yield root
 
 
 def test_web_addresses_are_read(web: str, tmp_path: Path) -> None:

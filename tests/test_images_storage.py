@@ -4,7 +4,6 @@ import hashlib
 import http.server
 import io
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from dinocell.errors import ImageError
 from dinocell.images import storage as locations
 from dinocell.images.storage import bucket_options, download, open_bytes, web_file_exists
+from helpers.servers import serving
 
 
 @contextmanager
@@ -30,12 +30,8 @@ def server(answer: Callable[[http.server.BaseHTTPRequestHandler, int], None]) ->
 
         def log_message(self, format: str, *arguments: object) -> None: ...  # noqa: A002
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}", asked
-        running.shutdown()
-        thread.join()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as root:
+        yield root, asked
 
 
 def reply(request: http.server.BaseHTTPRequestHandler, status: int, content: bytes = b"", promised: int = -1) -> None:

@@ -1,11 +1,8 @@
 """Listing folders on disk and in a bucket; where files are found again."""
 
 import os
-import threading
 import unicodedata
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from dinocell.errors import ImageError
 from dinocell.images import storage as listing
 from dinocell.images import storage as locations
 from dinocell.images.storage import Listed, base_name, file_exists, folder_exists, join, list_files, open_bytes, parent
+from helpers.servers import serving_folder
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -186,18 +184,9 @@ def test_paths_and_addresses_are_joined_and_taken_apart(tmp_path: Path, monkeypa
 
 def test_web_files_are_looked_for_by_their_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locations.time, "sleep", lambda _: None)
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None: ...  # noqa: A002
-
     touch(tmp_path, "a b.tif")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        root = f"http://127.0.0.1:{server.server_port}"
+    with serving_folder(tmp_path) as root:
         found = [file_exists(join(root, name)) for name in ("a b.tif", "b.tif")]
-        server.shutdown()
-        thread.join()
     assert found == [True, False]
     with pytest.raises(ImageError, match="cannot be fetched"):
         file_exists(f"{root}/a.tif")

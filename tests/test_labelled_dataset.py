@@ -232,9 +232,9 @@ def test_the_same_pairs_give_the_same_bytes(tmp_path: Path) -> None:
 SLOW_BUILD = """
 import sys, time
 import numpy as np
-from dinocell.data_shards.images import Picture
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import Pair, PairContent
+from dinocell.images.image import Picture
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.layouts import Pair, PairContent
 
 def slow():
     time.sleep(0.05)

@@ -205,8 +205,8 @@ def test_before_its_time_limit_a_run_saves_and_comes_back(slow_run: TwoNodes) ->
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     slow_run.check_done(job, restarts=1)
     said = logs(slow_run.output)
-    assert "goes back into the queue (SIGUSR2)" in said
-    stopped = re.search(r"goes on after step (\d+)", said)
+    assert "is requeued (SIGUSR2)" in said
+    stopped = re.search(r"resuming after step (\d+)", said)
     assert stopped is not None
     assert f"step {int(stopped[1])}/{STEPS}" in said
     assert said.count(f"step {int(stopped[1])}/{STEPS} ") == 1  # not taken again
@@ -218,7 +218,7 @@ def test_a_job_that_is_requeued_goes_on(slow_run: TwoNodes) -> None:
     slow_run.wait_for_step(6)
     subprocess.run(["scontrol", "requeue", job], check=True)
     slow_run.check_done(job, restarts=1)
-    assert "goes on after step" in logs(slow_run.output)
+    assert "resuming after step" in logs(slow_run.output)
 
 
 def test_a_killed_process_takes_the_others_along_and_the_job_comes_back(slow_run: TwoNodes) -> None:
@@ -262,7 +262,7 @@ def test_what_two_nodes_saved_one_goes_on_with(slow_run: TwoNodes) -> None:
     done = len(losses(slow_run.output))
     assert 5 <= done < STEPS
     slow_run.check_done(slow_run.start(nodes=1))
-    assert f"goes on after step {done}" in logs(slow_run.output)
+    assert f"resuming after step {done}" in logs(slow_run.output)
 
 
 def test_an_array_builds_a_set_and_the_last_job_merges_it(
@@ -306,6 +306,6 @@ def test_a_request_that_slurm_refuses_is_one_line(
     cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["launch", "--partition", "nonesuch", "--folder", str(tmp_path), "--", "info", "x"]) == 2
-    assert "sbatch refuses: " in capsys.readouterr().err
+    assert "sbatch rejected the job: " in capsys.readouterr().err
     assert main(["launch", "status", str(tmp_path / "empty")]) == 2
     assert "nothing was launched" in capsys.readouterr().err

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from dinocell.errors import WeightsError
 from dinocell.models import locate as downloads
 from dinocell.models import locate as sources
 from dinocell.models.locate import RELEASES, locate, sha256_of
+from helpers.servers import serving
 
 BODY = b"not really a tensor" * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -67,13 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), _Handler) as server:
-        server.replies, server.asked = defaultdict(lambda: [Reply(404, b"")]), []
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    server = Server(("127.0.0.1", 0), _Handler)
+    server.replies, server.asked = defaultdict(lambda: [Reply(404, b"")]), []
+    with serving(server):
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """README and docs against the program: every line is parsed, what is cheap runs on small inputs of the same names.
 
-The README's blocks run in their order in a folder that holds what they name, with a backbone of four narrow blocks.
+The blocks of the README and then of the user guide run in their order in a folder with the files that they name, with a
+backbone of four narrow blocks.
 """
 
 import csv
@@ -38,9 +39,10 @@ from dinocell.ssl.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "guide.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 SCHEMAS = {"demo": DemoConfig, "pretrain": PretrainConfig, "finetune": FinetuneConfig}
-# Lines of the README that are parsed but not run, by how they begin, and why.
+# Lines of the README and the guide that are parsed but not run, by how they begin, and why.
 NOT_RUN = {
     "make": "the tests of the demo, and this suite, are what they run",
     "pip": "installs",
@@ -150,24 +152,17 @@ def test_a_line_that_cannot_be_typed_is_found(line: str, error: type[BaseExcepti
         check(shlex.split(line))
 
 
-def test_every_file_of_the_tree_and_every_link_exists() -> None:
-    (tree,) = [block.text for block in blocks(README) if block.text.startswith("dinocell/\n")]
-    folder, count, listed = ROOT, 0, set()
-    for line in tree.splitlines():
-        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
-        depth = (len(line) - len(line.lstrip())) // 2
-        base = {0: ROOT, 1: ROOT / "dinocell", 2: folder}[depth]
-        for name in names:
-            found = list(base.glob(name.rstrip("/")))
-            assert found, f"{name} is not in {base}"
-            listed |= set(found)
-            count += 1
-        if names[0].endswith("/") and depth == 1:
-            folder = base / names[0]
-    assert count > 100
-    in_parts = {path.parent for path in listed if path.suffix == ".py"}  # other folders have one line for all
-    modules = {path for part in in_parts for path in part.glob("*.py")} - listed
-    assert {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"} == set()
+def test_the_architecture_page_lists_every_module() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    listed = set()
+    for folder, modules in re.findall(r"^\| `([\w/]+)` \| (.*?) \|", text, flags=re.MULTILINE):
+        base = ROOT / "dinocell" if folder == "dinocell" else ROOT / "dinocell" / folder
+        listed |= {base / f"{module}.py" for module in re.findall(r"`(\w+)`", modules)}
+    modules = {path for path in (ROOT / "dinocell").rglob("*.py") if path.name != "__init__.py"}
+    assert {str(path) for path in modules ^ listed} == set()
+
+
+def test_every_link_of_the_documentation_exists() -> None:
     for path in (README, *DOCS, ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
@@ -311,26 +306,27 @@ def names_of_the_python_blocks() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_readme_runs_from_top_to_bottom(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_and_the_guide_run_from_top_to_bottom(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names, ran, shortened = names_of_the_python_blocks(), 0, set()
-    for block in blocks(README):
+    for block in (*blocks(README), *blocks(GUIDE)):
         if block.language == "python":
             text = block.text
             for long, short in SHORTER.items():
                 shortened |= {long} if long in text else set()
                 text = text.replace(long, short)
-            exec(compile(text, f"README.md:{block.line}", "exec"), names)  # noqa: S102
+            exec(compile(text, f"{block.path.name}:{block.line}", "exec"), names)  # noqa: S102
         elif block.language == "":
             for words in block.commands():
                 if not any(" ".join(words).startswith(start) for start in NOT_RUN):
                     assert run(words[1:]) == 0, (
-                        f"README.md:{block.line}: {shlex.join(words)}\n{capsys.readouterr().err}"
+                        f"{block.path.name}:{block.line}: {shlex.join(words)}\n{capsys.readouterr().err}"
                     )
                     ran += 1
     assert ran > 25
     assert shortened == set(SHORTER)
-    written = """results/n0_cells.csv results/n1_overlay.png mine/n0_cells.geojson mine/coco.json jump.png
-        views.png CTC/01_RES/mask000.tif evaluation/report.html datasets/BBBC039/dataset.json probes/knn probes/linear
+    written = """results/n0_cells.csv results/n1_overlay.png nuclei/n0_cells.geojson lists/coco.json jump.png
+        views.png CTC/01_RES/mask000.tif evaluation/report.html compared/report.html
+        datasets/BBBC039/dataset.json probes/knn probes/linear
         probes/profiles probes/consistency vits8_grey_hf/config.json thresholds.png"""
     for path in written.split():
         assert (inputs / path).exists(), path

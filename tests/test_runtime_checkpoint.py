@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +21,7 @@ from dinocell.errors import DinocellError
 from dinocell.runtime import checkpoint
 from dinocell.runtime.checkpoint import Checkpointer, random_states, set_random_states
 from dinocell.runtime.distributed import gather, max_over_ranks, start, stop, sum_over_ranks
+from helpers.ranks import fork_ranks
 
 
 def test_what_is_saved_is_what_there_was_when_save_was_called(tmp_path: Path) -> None:
@@ -223,7 +223,8 @@ def _train(rank: int, ranks: int, folder: str, meet: str, resumes: bool) -> None
 @pytest.mark.slow
 def test_a_state_of_two_ranks_goes_on_on_two_and_on_three(tmp_path: Path) -> None:
     for ranks, resumes in ((2, False), (2, True), (3, True)):
-        mp.spawn(_train, (ranks, str(tmp_path), str(tmp_path / f"meet_{ranks}_{resumes}"), resumes), nprocs=ranks)
+        arguments = (ranks, str(tmp_path), str(tmp_path / f"meet_{ranks}_{resumes}"), resumes)
+        fork_ranks(_train, arguments, ranks)
     whole = torch.load(tmp_path / "weight_2_False.pt")
     assert torch.equal(torch.load(tmp_path / "weight_2_True.pt"), whole)
     torch.testing.assert_close(torch.load(tmp_path / "weight_3_True.pt"), whole)

@@ -13,7 +13,7 @@ SCRIPT = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
 import numpy as np
-from dinocell.eval.watershed import distance_to_labels
+from dinocell.eval.segmentation.watershed import distance_to_labels
 print(int(distance_to_labels(np.eye(9, dtype=np.float32)).max()))
 """
 

@@ -1,13 +1,15 @@
 """Several ranks share a step: the same losses as one process, whatever their number and however the model lies on them.
 
-Real processes, started as a user would: torchrun, two of them for two machines.
+Real processes: of torchrun, as a user would start them, and forked ones with the variables that it sets.
 """
 
 import json
+import math
 import os
-import socket
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +32,11 @@ from dinocell.ssl.config import (
     ViewsConfig,
 )
 from dinocell.ssl.train import pretrain
+from helpers.ranks import run_ranks
 
 STEPS = 4
+# Processes on each machine, and machines.
+RANKS = {"ddp": (2, 1), "fsdp": (3, 1), "hsdp": (2, 2)}
 
 
 def config_of(shard_set: Path, output: Path, **compute: object) -> PretrainConfig:
@@ -52,30 +57,24 @@ def config_of(shard_set: Path, output: Path, **compute: object) -> PretrainConfi
     )
 
 
-def torchrun(config: PretrainConfig, ranks: int, *, machines: int = 1) -> None:
-    """Run the command in ``ranks`` processes on each of ``machines``, all here."""
-    recipe = config.output.with_suffix(".yaml")
-    recipe.write_text("# test\n" + to_yaml(config))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    started = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run"),
-                *(f"--nproc-per-node={ranks}", f"--nnodes={machines}", f"--node-rank={number}"),
-                *("--master-addr=127.0.0.1", f"--master-port={port}"),
-                *("-m", "dinocell", "pretrain", str(recipe)),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(machines)
-    ]
-    outputs = [each.communicate(timeout=250)[0] for each in started]
-    assert all(each.returncode == 0 for each in started), "\n".join(outputs)
+def torchrun(config: PretrainConfig, ranks: int) -> None:
+    """Run the command in ``ranks`` processes."""
+    line = ["--standalone", f"--nproc-per-node={ranks}", "-m", "dinocell", "pretrain", str(recipe(config))]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *line],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def recipe(config: PretrainConfig) -> Path:
+    path = config.output.with_suffix(".yaml")
+    path.write_text("# test\n" + to_yaml(config))
+    return path
 
 
 def numbers(output: Path, name: str) -> list[float]:
@@ -95,15 +94,29 @@ def alone(built_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def shared(built_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return what gives the run of several processes by the way that they share the model."""
+    folder = tmp_path_factory.mktemp("shared")
+
+    def run(parallel: str) -> Path:
+        output = folder / parallel
+        if not output.exists():
+            ranks, machines = RANKS[parallel]
+            config = config_of(built_once, output, parallel=parallel)
+            if parallel == "ddp":
+                torchrun(config, ranks)
+            else:
+                run_ranks(["pretrain", str(recipe(config))], ranks, machines=machines)
+        return output
+
+    return run
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "machines", "parallel"), [(2, 1, "ddp"), (3, 1, "fsdp"), (2, 2, "hsdp")], ids=["ddp", "fsdp", "hsdp"]
-)
-def test_ranks_give_the_losses_of_one_process(
-    shard_set: Path, tmp_path: Path, alone: Path, ranks: int, machines: int, parallel: str
-) -> None:
-    output = tmp_path / parallel
-    torchrun(config_of(shard_set, output, parallel=parallel), ranks, machines=machines)
+@pytest.mark.parametrize("parallel", RANKS)
+def test_ranks_give_the_losses_of_one_process(shared: Callable[[str], Path], alone: Path, parallel: str) -> None:
+    output = shared(parallel)
     for name in ("loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo", "gradient_norm/backbone"):
         np.testing.assert_allclose(numbers(output, name), numbers(alone, name), rtol=1e-4, err_msg=name)
     ours, wanted = teacher(output), teacher(alone)
@@ -111,7 +124,7 @@ def test_ranks_give_the_losses_of_one_process(
     for name, tensor in wanted.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
     said = (output / "log.txt").read_text()
-    assert f"{ranks * machines} processes, {parallel}" in said
+    assert f"{math.prod(RANKS[parallel])} processes, {parallel}" in said
 
 
 @pytest.mark.slow
@@ -128,22 +141,24 @@ def test_ranks_accumulate_and_renew_their_gram_teacher_as_one_process_does(shard
     }
     one, two = tmp_path / "one", tmp_path / "two"
     pretrain(replace(config_of(shard_set, one), **changes))
-    torchrun(replace(config_of(shard_set, two, parallel="ddp"), **changes), 2)
+    run_ranks(["pretrain", str(recipe(replace(config_of(shard_set, two, parallel="ddp"), **changes)))], 2)
     for name in ("loss/dino_global", "loss/ibot", "loss/koleo", "loss/gram"):
         np.testing.assert_allclose(numbers(two, name), numbers(one, name), rtol=1e-3, atol=1e-6, err_msg=name)
     assert numbers(two, "loss/gram")[-1] > 0
 
 
 @pytest.mark.slow
-def test_a_state_of_two_ranks_is_taken_up_by_one(shard_set: Path, tmp_path: Path, alone: Path) -> None:
-    output = tmp_path / "run"
-    torchrun(config_of(shard_set, output, parallel="fsdp"), 2)
+def test_a_state_of_three_ranks_is_taken_up_by_one(
+    built_once: Path, shared: Callable[[str], Path], tmp_path: Path, alone: Path
+) -> None:
+    output = Path(shutil.copytree(shared("fsdp"), tmp_path / "run"))
+    (output / "config.yaml").write_text(to_yaml(config_of(built_once, output, parallel="fsdp")))
     # As if it had died after the state of step 2.
     for path in (output / "checkpoints").glob(f"step_*{STEPS}"):
         path.rename(tmp_path / "gone")
     for path in (output / "eval").iterdir():
         path.rename(tmp_path / "gone_too")
-    pretrain(config_of(shard_set, output))
-    assert "goes on after step 2" in (output / "log.txt").read_text()
+    pretrain(config_of(built_once, output))
+    assert "resuming after step 2" in (output / "log.txt").read_text()
     assert numbers(output, "step") == [1, 2, 3, 4]
     np.testing.assert_allclose(numbers(output, "loss/total"), numbers(alone, "loss/total"), rtol=1e-4)

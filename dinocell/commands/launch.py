@@ -1,4 +1,4 @@
-"""``dinocell launch``: any command as a SLURM job, or in several processes here; and what became of it."""
+"""``dinocell launch``: run any command as a SLURM job or in several local processes, and report its status."""
 
 import argparse
 import re
@@ -24,24 +24,24 @@ _EXAMPLES = """examples:
 
 
 def register(subparsers: Any, *, main: Main, check: Check) -> None:
-    """Add ``launch`` to the commands; ``main`` runs a command line in the job, ``check`` looks at it before."""
+    """Add ``launch`` to the commands; ``main`` runs a command line in the job, ``check`` validates it before."""
     summary = "run any dinocell command as a SLURM job, or in several processes on this machine"
     parser = subparsers.add_parser(
         "launch",
         help=summary,
         usage="dinocell launch [settings] -- COMMAND ...\n       dinocell launch status RUN\n"
         "       dinocell launch logs RUN [--follow] [--rank N]",
-        description=f"{summary[0].upper()}{summary[1:]}. A run that hits its time limit, loses a node or a process "
-        "comes back by itself and goes on where it was.",
+        description=f"{summary[0].upper()}{summary[1:]}. A run that reaches its time limit or loses a node or a "
+        "process is requeued automatically and resumes.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cluster = parser.add_argument_group("what is asked of the cluster")
-    cluster.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (1)")
-    cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each, and processes on it")
-    cluster.add_argument("--tasks-per-node", type=int, metavar="N", help="processes on each, if not one a GPU")
-    cluster.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a process")
-    cluster.add_argument("--mem", metavar="SIZE", help="main memory of a node, such as 480G")
+    cluster = parser.add_argument_group("resources")
+    cluster.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (1)")
+    cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node; one process per GPU")
+    cluster.add_argument("--tasks-per-node", type=int, metavar="N", help="processes per node (one per GPU)")
+    cluster.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores per process")
+    cluster.add_argument("--mem", metavar="SIZE", help="memory per node, such as 480G")
     cluster.add_argument(
         "--time", type=_minutes, default=_DAY_MIN, metavar="LIMIT", help="[days-]h:mm[:ss] or minutes (a day)"
     )
@@ -50,34 +50,54 @@ def register(subparsers: Any, *, main: Main, check: Check) -> None:
         ("account", "account"),
         ("qos", "quality of service"),
         ("constraint", "features of the nodes"),
-        ("exclude", "nodes to leave out"),
-        ("dependency", "such as afterok:1234"),
-        ("comment", "kept with the job"),
+        ("exclude", "nodes to exclude"),
+        ("dependency", "job dependency, such as afterok:1234"),
+        ("comment", "comment stored with the job"),
     ):
         cluster.add_argument(f"--{name}", metavar="TEXT", help=meaning)
-    cluster.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch setting")
+    cluster.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
     job = parser.add_argument_group("the job")
-    job.add_argument("--name", default="dinocell", help="of the job (dinocell)")
-    job.add_argument("--setup", action="append", default=[], metavar="LINE", help="shell before it: 'module load cuda'")
+    job.add_argument("--name", default="dinocell", help="job name (dinocell)")
+    job.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line before the command, such as 'module load cuda'",
+    )
     job.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="environment variable")
     job.add_argument("--container-image", metavar="IMAGE", help="for srun --container-image (pyxis)")
-    job.add_argument("--signal-before", type=int, default=120, metavar="S", help="save so long before the limit (120)")
-    job.add_argument("--max-requeues", type=int, default=100, metavar="N", help="times that it may come back (100)")
     job.add_argument(
-        "--array", type=int, default=1, metavar="N", help="N jobs; {task} and {tasks} stand for their number"
+        "--signal-before",
+        type=int,
+        default=120,
+        metavar="S",
+        help="seconds before the time limit at which the run saves (120)",
     )
-    job.add_argument("--then", metavar="COMMAND", help="a dinocell command to run when all jobs have ended well")
+    job.add_argument("--max-requeues", type=int, default=100, metavar="N", help="maximum number of requeues (100)")
+    job.add_argument(
+        "--array",
+        type=int,
+        default=1,
+        metavar="N",
+        help="submit N jobs; {task} and {tasks} are replaced by index and number",
+    )
+    job.add_argument("--then", metavar="COMMAND", help="a dinocell command to run when all jobs have succeeded")
     job.add_argument(
         "--on-export",
         metavar="COMMAND",
-        help="a dinocell command to submit for each exported teacher, {checkpoint}: a probe",
+        help="a dinocell command to submit for each exported teacher ({checkpoint}), such as a probe",
     )
     job.add_argument(
-        "--folder", type=Path, help="for script, logs and record (launch/ in the run's output, or launches/)"
+        "--folder", type=Path, help="folder of script, logs and record (launch/ in the run's output, or launches/)"
     )
     job.add_argument("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
-    job.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: processes on this machine")
-    job.add_argument("--processes", type=int, metavar="N", help="with --cluster local (--gpus-per-node, or 1)")
+    job.add_argument(
+        "--cluster", choices=("slurm", "local"), default="slurm", help="local: start processes on this machine"
+    )
+    job.add_argument(
+        "--processes", type=int, metavar="N", help="number of processes with --cluster local (--gpus-per-node, or 1)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(run=partial(_run, main, check))
 
@@ -85,7 +105,7 @@ def register(subparsers: Any, *, main: Main, check: Check) -> None:
 def _run(main: Main, check: Check, options: argparse.Namespace) -> None:
     command = options.command
     if command[:1] in (["status"], ["logs"]):
-        _look(command)
+        _show(command)
         return
     arguments = command[1:] if command[:1] == ["--"] else command
     if not arguments:
@@ -98,8 +118,8 @@ def _run(main: Main, check: Check, options: argparse.Namespace) -> None:
     if probes and "{checkpoint}" not in options.on_export:
         raise ConfigError("--on-export: expected {checkpoint} somewhere in the command")
     then = shlex.split(options.then) if options.then else []
-    for each in filter(None, (arguments, probes, then)):
-        _check_before(check, each, options)
+    for words in filter(None, (arguments, probes, then)):
+        _validate(check, words, options)
     if options.cluster == "local":
         _run_local(options, arguments, folder)
         return
@@ -115,31 +135,31 @@ def _run(main: Main, check: Check, options: argparse.Namespace) -> None:
     jobs = submit(main, arguments, settings, folder, tasks=options.array, on_export=probes, export_settings=alone)
     print(f"submitted {', '.join(jobs)}; logs and record in {folder}")
     run = shlex.quote(str(_output_of(arguments) or folder))
-    print(f"state: dinocell launch status {run}   log: dinocell launch logs {run} --follow   end it: scancel JOB")
+    print(f"status: dinocell launch status {run}   log: dinocell launch logs {run} --follow   cancel: scancel JOB")
     if then:
         ids = ":".join(sorted({job.split("_")[0] for job in jobs}))
         after = _settings(options, **{**one_task, "dependency": f"afterok:{ids}"})
         following = submit(main, then, after, folder / "then")
-        print(f"submitted {following[0]}, which waits for them")
+        print(f"submitted {following[0]}, which starts after them")
 
 
-def _check_before(check: Check, arguments: Sequence[str], options: argparse.Namespace) -> None:
-    """Refuse here what would wait in the queue only to fail, as far as it can be seen from here.
+def _validate(check: Check, arguments: Sequence[str], options: argparse.Namespace) -> None:
+    """Reject here what would only fail in the queue, as far as it can be checked before.
 
-    A container has files of its own, and a setting may ask for a variable that only the job has.
+    Not checked are recipes for a container, which has other files, and settings from variables that only the job has.
     """
     from dinocell.launch.slurm import fill_in
 
-    texts = [*arguments, *(Path(each).read_text(errors="replace") for each in arguments if _is_recipe_file(each))]
-    waits_for_job = options.container_image is not None or any("${oc.env:" in text for text in texts)
-    check(fill_in(arguments, 1, options.array), not waits_for_job)
+    texts = [*arguments, *(Path(word).read_text(errors="replace") for word in arguments if _is_recipe_file(word))]
+    needs_job = options.container_image is not None or any("${oc.env:" in text for text in texts)
+    check(fill_in(arguments, 1, options.array), not needs_job)
 
 
 def _is_recipe_file(argument: str) -> bool:
     return argument.endswith((".yaml", ".yml")) and Path(argument).is_file()
 
 
-# What means nothing without SLURM, and what each is unless it was given.
+# Options that apply to SLURM only, with their defaults.
 _SLURM_ONLY: dict[str, Any] = {
     "nodes": 1,
     "time": _DAY_MIN,
@@ -157,9 +177,9 @@ def _run_local(options: argparse.Namespace, arguments: Sequence[str], folder: Pa
     from dinocell.launch.local import run_here
     from dinocell.launch.slurm import fill_in
 
-    for name, usual in _SLURM_ONLY.items():
-        if getattr(options, name) != usual:
-            raise ConfigError(f"--{name.replace('_', '-')}: is for SLURM, not for --cluster local")
+    for name, default in _SLURM_ONLY.items():
+        if getattr(options, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')}: applies to SLURM, not to --cluster local")
     if options.processes is not None and options.processes < 1:
         raise ConfigError(f"--processes: expected at least 1, got {options.processes}")
     processes = options.processes or options.gpus_per_node or 1
@@ -200,15 +220,15 @@ def _settings(options: argparse.Namespace, **changes: Any) -> Any:
     return SlurmSettings(**{**chosen, **changes})
 
 
-def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
-    for each in given:
-        if "=" not in each:
-            raise ConfigError(f"{option}: expected KEY=VALUE, got {each!r}")
-    return dict(each.split("=", 1) for each in given)
+def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ConfigError(f"{option}: expected KEY=VALUE, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _folder_of(arguments: Sequence[str]) -> Path:
-    """Return the launch's own folder: in the run folder, where the command names one, the same for all of an array."""
+    """Return the folder of the launch: in the run folder if the command names one, the same for a whole array."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     output = _output_of(arguments)
     if output is not None and "{task}" not in str(output) and "{tasks}" not in str(output):
@@ -217,7 +237,7 @@ def _folder_of(arguments: Sequence[str]) -> Path:
 
 
 def _output_of(arguments: Sequence[str]) -> Path | None:
-    return next((Path(each.split("=", 1)[1]) for each in arguments if each.startswith("output=")), None)
+    return next((Path(word.split("=", 1)[1]) for word in arguments if word.startswith("output=")), None)
 
 
 def _minutes(text: str) -> int:
@@ -231,21 +251,21 @@ def _minutes(text: str) -> int:
     return (days * 24 + hours) * 60 + minutes + (seconds > 0)
 
 
-def _look(command: Sequence[str]) -> None:
+def _show(command: Sequence[str]) -> None:
     action = command[0]
     parser = argparse.ArgumentParser(prog=f"dinocell launch {action}")
-    parser.add_argument("folder", metavar="RUN", type=Path, help="the run's output, or the launch's folder")
+    parser.add_argument("folder", metavar="RUN", type=Path, help="output folder of the run, or folder of the launch")
     if action == "logs":
-        parser.add_argument("--follow", action="store_true", help="go on until the run has ended")
-        parser.add_argument("--rank", type=int, default=0, metavar="N", help="of the process (0)")
+        parser.add_argument("--follow", action="store_true", help="continue until the run has ended")
+        parser.add_argument("--rank", type=int, default=0, metavar="N", help="rank of the process (0)")
     options = parser.parse_args(command[1:])
     from dinocell.launch.status import follow, last_step, log_of, states
 
     if action == "status":
         for state in states(options.folder):
             print(state)
-            if state.complaint:
-                print(f"    {state.complaint}")
+            if state.error:
+                print(f"    {state.error}")
         step = last_step(options.folder)
         if step:
             print(step)

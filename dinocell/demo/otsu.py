@@ -1,4 +1,4 @@
-"""The segmentation that needs no training, for the tables: Otsu's threshold, then a watershed of the distance map."""
+"""A baseline without training: Otsu's threshold, then a watershed of the distance transform."""
 
 import numpy as np
 from jaxtyping import Int32, Shaped
@@ -11,26 +11,26 @@ from skimage.segmentation import watershed
 def otsu_baseline(
     image: Shaped[np.ndarray, "h w"], *, smoothing_px: float = 1.0, min_distance_px: int = 7
 ) -> Int32[np.ndarray, "h w"]:
-    """Segment bright cells on a dark background by a threshold and the shape of what lies above it.
+    """Segment bright cells on a dark background by a global threshold and a watershed that separates touching cells.
 
     Parameters
     ----------
     image
         One channel, any range of finite values.
     smoothing_px
-        Deviation of the Gaussian blur of the image before the threshold, and of the distances before seeds are looked
-        for: without it noise and rough outlines break cells into pieces, and the baseline would be a straw man.
+        Standard deviation of the Gaussian blur of the image before the threshold, and of the distance transform before
+        seeds are detected: without it, noise and rough outlines would over-segment cells and weaken the baseline.
     min_distance_px
-        Two seeds of one object are at least this far apart, in pixels.
+        Minimum distance between two seeds of one object.
 
     Returns
     -------
-    Labels from 1, background 0. An image of one value has no cells.
+    Labels from 1, background 0. A constant image has no cells.
 
     Raises
     ------
     ValueError
-        Where a value is not finite.
+        If a value is not finite.
     """
     if not np.isfinite(image).all():
         raise ValueError("expected an image of finite values, got NaN or infinity: replace them first")

@@ -1,4 +1,4 @@
-"""The demo's page: one HTML file that holds everything, pictures included."""
+"""The report of the demo: one self-contained HTML file."""
 
 import base64
 import html
@@ -17,7 +17,7 @@ from PIL import Image
 from dinocell._version import __version__
 from dinocell.configs.load import read_mapping
 from dinocell.data_shards.inspect import preview
-from dinocell.demo.data import DemoConfig, Material
+from dinocell.demo.data import DemoConfig, DemoData
 from dinocell.eval.export.writers import overlay
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.runtime.files import write_atomically
@@ -31,17 +31,19 @@ td:not(:first-child),th:not(:first-child){text-align:right}
 figure{margin:0} figcaption{font-size:85%;color:#555}
 .row{display:grid;grid-template-columns:repeat(4,1fr);gap:8px;margin-bottom:14px} img{max-width:100%}
 """
-_PRETRAINING = """<p>At the dashed line the targets favour no prototype: a run that learns by the DINO losses ends below
-it, and one as short as this hardly does. The table asks what the features know: how much more alike two stains
-of one field are than two fields (the margin), and how often the nearest fields name the class of the cells through a
-stain alone. What pretraining gained is the distance to random weights.</p>"""
-_SCORES = """<p>SEG: overlap of the cells that are there with those found, DET: cells found, missed, split and invented,
-OP_CSB: the mean of both (the measures of the Cell Tracking Challenge); 0 to 1, 1 is perfect. Otsu + watershed is what
-needs no training. Outlines are yellow.</p>"""
+_PRETRAINING = """
+<p>At the dashed line (ln K) the targets are uniform over the prototypes: a run that learns from the DINO losses
+ends below it, and one as short as this hardly does. The margin is the similarity of two channels of one field
+minus that of two fields; the kNN accuracy is the share of fields whose cell class is predicted from a single
+channel. The gain from pretraining is the difference to random weights.</p>"""
+_SCORES = """
+<p>SEG: overlap of reference cells with predicted ones. DET: detected, missed, split and false cells.
+OP_CSB: the mean of both (measures of the Cell Tracking Challenge); 0 to 1, 1 is perfect.
+Otsu + watershed is a baseline without training. Outlines are yellow.</p>"""
 
 
 class Result(NamedTuple):
-    """An image that no training has seen, what is in it, and what was found."""
+    """A held-out image with its reference, the prediction and the baseline."""
 
     name: str
     image: Real[np.ndarray, "h w"]
@@ -55,29 +57,29 @@ def write_report(
     path: Path,
     folder: Path,
     config: DemoConfig,
-    material: Material,
+    data: DemoData,
     probes: Mapping[str, tuple[float | None, float | None]],
     results: Sequence[Result],
 ) -> Path:
-    """Write the page and return its path."""
+    """Write the report and return its path."""
     sheet = folder / "shards.png"
-    preview(material.shards[0], sheet, num_samples=3)
+    preview(data.shards[0], sheet, num_samples=3)
     parts = [
-        "<h1>DINOCell, the whole road</h1>",
-        f"<p>{html.escape(_source(config))}: {len(material.channels)} stains "
-        f"({html.escape(', '.join(material.channels))}). Pretrained without labels, fine-tuned on labelled images, "
-        "scored on images that neither has seen.</p>",
+        "<h1>DINOCell demo: the full pipeline</h1>",
+        f"<p>{html.escape(_source(config))}: {len(data.channels)} channels "
+        f"({html.escape(', '.join(data.channels))}). Pretrained without labels, fine-tuned on labelled images, "
+        "evaluated on held-out images.</p>",
         "<h2>Images</h2>",
-        _picture(
+        _figure(
             Image.open(sheet),
-            "a field a row, a stain a column; black and white are percentiles 0.1 and 99.9 of that stain in the set",
+            "one field per row, one channel per column; black and white are percentiles 0.1 and 99.9 of the channel",
         ),
         "<h2>Pretraining</h2>",
         _curves(
             folder / "pretrain",
             ("loss/total", "loss/dino_global", "loss/dino_local", "loss/ibot"),
             unit="loss (nats)",
-            no_opinion=_num_prototypes(folder / "pretrain"),
+            uniform=_num_prototypes(folder / "pretrain"),
         ),
         _PRETRAINING,
         _probe_table(probes),
@@ -101,7 +103,7 @@ def _source(config: DemoConfig) -> str:
     return f"Images of {config.data}" if config.data is not None else f"Generated fields, seed {config.seed}"
 
 
-def _picture(picture: Image.Image | UInt8[np.ndarray, "..."], caption: str) -> str:
+def _figure(picture: Image.Image | UInt8[np.ndarray, "..."], caption: str) -> str:
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -116,7 +118,7 @@ def _num_prototypes(run: Path) -> int | None:
     return int(read_mapping(recipe)["heads"]["num_prototypes"]) if recipe.exists() else None
 
 
-def _curves(run: Path, names: Sequence[str], *, unit: str, no_opinion: int | None = None) -> str:
+def _curves(run: Path, names: Sequence[str], *, unit: str, uniform: int | None = None) -> str:
     """Draw numbers of a run over its steps, and where so many prototypes are all the same to it."""
     path = run / "metrics.jsonl"
     if not path.exists():
@@ -130,15 +132,15 @@ def _curves(run: Path, names: Sequence[str], *, unit: str, no_opinion: int | Non
             axes.plot(
                 *zip(*points, strict=True), label=name.removeprefix("loss/"), marker="." if len(points) < 20 else ""
             )
-    if no_opinion is not None:
-        label = f"ln {no_opinion}: no prototype favoured"
-        axes.axhline(math.log(no_opinion), color="grey", linestyle="--", linewidth=1, label=label)
+    if uniform is not None:
+        label = f"ln {uniform}: no prototype favoured"
+        axes.axhline(math.log(uniform), color="grey", linestyle="--", linewidth=1, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     figure.legend(loc="outside right upper")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return _picture(Image.open(buffer), f"losses of {run.name}")
+    return _figure(Image.open(buffer), f"losses of {run.name}")
 
 
 def _probe_table(probes: Mapping[str, tuple[float | None, float | None]]) -> str:
@@ -149,29 +151,29 @@ def _probe_table(probes: Mapping[str, tuple[float | None, float | None]]) -> str
 
 
 def _score_table(results: Sequence[Result]) -> str:
-    truth = [result.reference for result in results]
+    references = [result.reference for result in results]
     rows = []
     for name, labels in (
         ("DINOCell", [r.labels for r in results]),
         ("Otsu + watershed", [r.baseline for r in results]),
     ):
-        score = ctc_score(truth, labels)
+        score = ctc_score(references, labels)
         rows.append((name, _number(score.seg), _number(score.det), _number(score.op_csb), str(score.num_predicted)))
-    rows.append(("truth", "", "", "", str(sum(len(np.unique(labels)) - 1 for labels in truth))))
+    rows.append(("reference", "", "", "", str(sum(len(np.unique(labels)) - 1 for labels in references))))
     return _table(("method", "SEG", "DET", "OP_CSB", "cells"), rows)
 
 
 def _row(result: Result) -> str:
-    pictures = [
-        _picture(np.moveaxis(overlay(result.image, labels), 0, 2), caption)
+    figures = [
+        _figure(np.moveaxis(overlay(result.image, labels), 0, 2), caption)
         for labels, caption in (
-            (result.reference, f"{result.name}: truth"),
+            (result.reference, f"{result.name}: reference"),
             (result.labels, "DINOCell"),
             (result.baseline, "Otsu + watershed"),
         )
     ]
     distance = (np.clip(result.distance, 0, 1) * 255).astype(np.uint8)
-    return f'<div class="row">{"".join(pictures)}{_picture(distance, "distance map: black 0, white 1")}</div>'
+    return f'<div class="row">{"".join(figures)}{_figure(distance, "distance map: black 0, white 1")}</div>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

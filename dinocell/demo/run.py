@@ -1,4 +1,4 @@
-"""The demo, stage by stage; each leaves its results on the disk, and a demo that was interrupted goes on from there."""
+"""The stages of the demo; an interrupted demo resumes after the last complete stage."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from rich.console import Console
 from dinocell.configs.load import find_recipe, load_config, read_mapping, text_override, to_dict, to_yaml
 from dinocell.configs.schema import diff_configs
 from dinocell.data_shards.manifest import read_manifest
-from dinocell.demo.data import DemoConfig, Material, generate, generated_material, own_material
+from dinocell.demo.data import DemoConfig, DemoData, generate, prepare_generated, prepare_own
 from dinocell.demo.otsu import otsu_baseline
 from dinocell.demo.report import Result, write_report
 from dinocell.errors import ConfigError
@@ -38,57 +38,56 @@ from dinocell.runtime.progress import start_progress
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.train import pretrain
 
-# Neighbours that vote on the class of a field.
-_NEIGHBOURS = 5
-# Side of the middle of a field that is looked at.
-_PROBED_PX = 128
+# Number of nearest neighbours for the class of a field.
+_NUM_NEIGHBOURS = 5
+# Side of the central crop of a field from which features are extracted.
+_CROP_PX = 128
 
 
 def run_demo(config: DemoConfig) -> str:
-    """Run the demo and return a summary that ends with the path of its page.
+    """Run the demo and return a summary that ends with the path of its report.
 
     Raises
     ------
     ConfigError
-        If the folder holds a demo with other settings, or something else, or there is no folder of images.
+        If the output folder contains a demo with other settings or other files, or the folder of images does not exist.
     """
     start, console = time.monotonic(), Console()
     size = None if config.weights is None else _size_of(config.weights)
     _claim(config)
     output = config.output
 
-    console.print("[1/5] images, shards and labelled sets", highlight=False)
-    material = _material(config, console)
+    console.print("[1/5] generating images, shards and labelled sets", highlight=False)
+    data = _prepare(config, console)
     console.print("[2/5] pretraining", highlight=False)
-    teacher = config.weights or str(_pretrain(config, material))
-    console.print("[3/5] what the features know, beside random weights: a minute or two", highlight=False)
+    teacher = config.weights or str(_pretrain(config, data))
+    console.print("[3/5] evaluating features against random weights (a minute or two)", highlight=False)
     backbone = load_backbone(teacher, patch_size=8, in_channels=1)
-    probes = {"pretrained": _probe(backbone, material), "random weights": _probe(_random(config, backbone), material)}
+    probes = {"pretrained": _probe(backbone, data), "random weights": _probe(_random(config, backbone), data)}
     console.print("[4/5] fine-tuning", highlight=False)
-    model = _finetune(config, material, teacher, size)
-    console.print("[5/5] segmenting images that no training has seen", highlight=False)
-    results = _segment(model, material) if model is not None else []
-    page = write_report(output / "report.html", output, config, material, probes, results)
+    model = _finetune(config, data, teacher, size)
+    console.print("[5/5] segmenting held-out images", highlight=False)
+    results = _segment(model, data) if model is not None else []
+    page = write_report(output / "report.html", output, config, data, probes, results)
 
-    lines = [f"{number} fields in {len(material.channels)} stains" for number in [_count(material)]]
+    lines = [f"{_count(data)} fields with {len(data.channels)} channels"]
     for name, (margin, accuracy) in probes.items():
-        known = "" if accuracy is None else f", class of cells by {_NEIGHBOURS} neighbours {accuracy:.2f}"
-        lines.append(
-            f"features, {name}: margin of channel consistency {margin:.3f}{known}" if margin is not None else ""
-        )
+        if margin is not None:
+            knn = "" if accuracy is None else f", {_NUM_NEIGHBOURS}-NN accuracy of the cell class {accuracy:.2f}"
+            lines.append(f"features, {name}: channel consistency margin {margin:.3f}{knn}")
     for name, scores in _scores(results).items():
         lines.append(
             f"{name}: SEG {scores[0]:.3f}, DET {scores[1]:.3f}, OP_CSB {scores[2]:.3f} on {len(results)} images"
         )
     minutes = (time.monotonic() - start) / 60
     lines.append(
-        f"segmenter: {output / 'finetune' / 'best.pt'}" if model is not None else "no masks: nothing to learn from"
+        f"segmenter: {output / 'finetune' / 'best.pt'}" if model is not None else "no masks: no segmenter was trained"
     )
-    return "\n".join([*filter(None, lines), f"{minutes:.1f} minutes", f"report: {page}"])
+    return "\n".join([*lines, f"{minutes:.1f} minutes", f"report: {page}"])
 
 
 def _claim(config: DemoConfig) -> None:
-    """Take a new folder, or go on in one of the same demo; in any other, what a demo replaces may be the user's."""
+    """Create the output folder, or resume in that of the same demo; never replace other files of the user."""
     path = config.output / "demo.yaml"
     if config.data is not None and not config.data.is_dir():
         raise ConfigError(f"data: {config.data}: no such folder")
@@ -96,28 +95,28 @@ def _claim(config: DemoConfig) -> None:
         differing = diff_configs(read_mapping(path), to_dict(config), ())
         if differing:
             raise ConfigError(
-                f"{config.output} holds a demo with other settings ({'; '.join(differing)}); "
+                f"{config.output} contains a demo with other settings ({'; '.join(differing)}); "
                 "remove it, or choose another output"
             )
     elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
-        raise ConfigError(f"output: {config.output} exists and holds no demo; choose a new folder")
+        raise ConfigError(f"output: {config.output} exists and contains no demo; choose a new folder")
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_yaml(config))
 
 
-def _material(config: DemoConfig, console: Console) -> Material:
+def _prepare(config: DemoConfig, console: Console) -> DemoData:
     workers = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if config.data is not None:
-        return own_material(config.data, config.output, workers=workers)
+        return prepare_own(config.data, config.output, workers=workers)
     done = config.output / "images" / "done"
     if not done.exists():
         _generate(config, console, workers)
         done.touch()
-    return generated_material(config.output, workers=workers)
+    return prepare_generated(config.output, workers=workers)
 
 
 def _generate(config: DemoConfig, console: Console, workers: int) -> None:
-    """Generate the images, with a bar on a terminal and ten lines elsewhere."""
+    """Generate the images; progress is a bar on a terminal and ten lines elsewhere."""
     total = sum(vars(config.counts).values())
     progress = start_progress(console, total_steps=total, batch_size=1)
 
@@ -133,22 +132,22 @@ def _generate(config: DemoConfig, console: Console, workers: int) -> None:
         progress.close()
 
 
-def _pretrain(config: DemoConfig, material: Material) -> Path:
+def _pretrain(config: DemoConfig, data: DemoData) -> Path:
     output = config.output / "pretrain"
     checkpoint = output / "eval" / f"training_{config.pretrain_steps}" / "teacher_checkpoint.pth"
     if checkpoint.exists():
         return checkpoint
-    shutil.rmtree(output, ignore_errors=True)  # a few steps: they are taken again
-    policy = "consistency" if len(material.channels) > 1 else "average"
-    overrides = [text_override("output", output), text_override("data.shards", material.shards)]
+    shutil.rmtree(output, ignore_errors=True)  # an interrupted pretraining takes seconds to repeat
+    policy = "consistency" if len(data.channels) > 1 else "average"
+    overrides = [text_override("output", output), text_override("data.shards", data.shards)]
     overrides += [f"steps={config.pretrain_steps}", f"seed={config.seed}", f"views.policy={policy}"]
     return pretrain(load_config(PretrainConfig, find_recipe("pretrain", "demo"), overrides))
 
 
-def _finetune(config: DemoConfig, material: Material, teacher: str, size: str | None) -> DINOCell | None:
-    if material.train is None:
+def _finetune(config: DemoConfig, data: DemoData, teacher: str, size: str | None) -> DINOCell | None:
+    if data.train is None:
         return None
-    overrides = [text_override("output", config.output / "finetune"), text_override("data.sets", [material.train])]
+    overrides = [text_override("output", config.output / "finetune"), text_override("data.sets", [data.train])]
     overrides += [text_override("model.weights", teacher)]
     overrides += [f"epochs={config.finetune_epochs}", f"seed={config.seed}"]
     if size is not None:
@@ -173,47 +172,49 @@ def _random(config: DemoConfig, like: VisionTransformer) -> VisionTransformer:
 
 
 class Probe(NamedTuple):
-    """Margin of channel consistency, and accuracy of the nearest neighbours; None where there is nothing to measure."""
+    """Margin of channel consistency and kNN accuracy; None where they cannot be measured."""
 
     margin: float | None
     accuracy: float | None
 
 
-def _probe(backbone: VisionTransformer, material: Material) -> Probe:
+def _probe(backbone: VisionTransformer, data: DemoData) -> Probe:
     margin = accuracy = None
-    if material.class_shards is not None:
-        train, train_classes = _features(backbone, material.class_shards[0])
-        test, test_classes = _features(backbone, material.class_shards[1])
+    if data.class_shards is not None:
+        train, train_classes = _features(backbone, data.class_shards[0])
+        test, test_classes = _features(backbone, data.class_shards[1])
         names = sorted(set(train_classes) | set(test_classes))
-        number = {name: index for index, name in enumerate(names)}
-        # A field is looked up through each single stain among the means of the others.
-        known = torch.tensor([number[name] for name in train_classes])
-        wanted = torch.tensor([number[name] for name in test_classes])
-        votes = [
-            knn_scores(train.mean(1), known, test[:, channel], ks=[_NEIGHBOURS], num_classes=len(names))[_NEIGHBOURS]
+        index = {name: position for position, name in enumerate(names)}
+        # Each single channel of a test field is a query among the channel means of the training fields.
+        train_targets = torch.tensor([index[name] for name in train_classes])
+        test_targets = torch.tensor([index[name] for name in test_classes])
+        scores = [
+            knn_scores(train.mean(1), train_targets, test[:, channel], ks=[_NUM_NEIGHBOURS], num_classes=len(names))[
+                _NUM_NEIGHBOURS
+            ]
             for channel in range(test.shape[1])
         ]
-        accuracy = float(torch.stack([(each.argmax(1) == wanted).float().mean() for each in votes]).mean())
+        accuracy = float(torch.stack([(score.argmax(1) == test_targets).float().mean() for score in scores]).mean())
         margin = channel_consistency(test).margin
-    elif len(material.channels) > 1:
-        features, _ = _features(backbone, material.shards[0])
+    elif len(data.channels) > 1:
+        features, _ = _features(backbone, data.shards[0])
         margin = channel_consistency(features).margin if len(features) > 1 else None
     return Probe(margin, accuracy)
 
 
 def _features(backbone: VisionTransformer, shards: Path) -> tuple[torch.Tensor, list[str]]:
-    """Return CLS and mean patch token of the middle of every field through each channel alone (b c d), its class."""
-    settings = FeatureSettings(channels="each", crop_size=_PROBED_PX, avgpool=True)
-    found = extract(backbone, ShardImages(shards), settings)
-    return found.tensor(), [str(labels.get("cell_class", "")) for labels in found.labels]
+    """Return CLS and mean patch token of the centre of each field, per channel (b c d), and the classes."""
+    settings = FeatureSettings(channels="each", crop_size=_CROP_PX, avgpool=True)
+    features = extract(backbone, ShardImages(shards), settings)
+    return features.tensor(), [str(labels.get("cell_class", "")) for labels in features.labels]
 
 
-def _segment(model: DINOCell, material: Material) -> list[Result]:
+def _segment(model: DINOCell, data: DemoData) -> list[Result]:
     pipeline = DINOCellPipeline(model)
     results = []
-    assert material.unseen is not None
-    opened = open_labelled(material.unseen)
-    for image in (opened[index] for index in range(len(opened))):
+    assert data.unseen is not None
+    unseen = open_labelled(data.unseen)
+    for image in (unseen[index] for index in range(len(unseen))):
         plane = picture_of(np.asarray(image.pixels)).plane()
         distance = pipeline.distance(plane)
         reference = np.ascontiguousarray(image.labels, dtype=np.int32)
@@ -224,13 +225,13 @@ def _segment(model: DINOCell, material: Material) -> list[Result]:
 def _scores(results: Sequence[Result]) -> dict[str, tuple[float, float, float]]:
     if not results:
         return {}
-    truth = [result.reference for result in results]
-    found = {
-        "DINOCell": ctc_score(truth, [result.labels for result in results]),
-        "Otsu + watershed": ctc_score(truth, [result.baseline for result in results]),
+    references = [result.reference for result in results]
+    scores = {
+        "DINOCell": ctc_score(references, [result.labels for result in results]),
+        "Otsu + watershed": ctc_score(references, [result.baseline for result in results]),
     }
-    return {name: (score.seg, score.det, score.op_csb) for name, score in found.items()}
+    return {name: (score.seg, score.det, score.op_csb) for name, score in scores.items()}
 
 
-def _count(material: Material) -> int:
-    return sum(read_manifest(shards).num_samples for shards in material.shards)
+def _count(data: DemoData) -> int:
+    return sum(read_manifest(shards).num_samples for shards in data.shards)

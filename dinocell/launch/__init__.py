@@ -1,1 +1,1 @@
-"""Any command as a SLURM job, or as several processes on this machine."""
+"""Run any command as a SLURM job, or in several processes on this machine."""

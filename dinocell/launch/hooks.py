@@ -1,24 +1,24 @@
-"""What a command is told by the job that it runs in; light, for the command line imports it always."""
+"""The hook by which a job learns of exported teachers; light, because the command line always imports it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 Main = Callable[[Sequence[str]], int]
-"""Takes the arguments of a command line and returns the exit code."""
+"""Run the arguments of a command line and return the exit code."""
 
 Check = Callable[[Sequence[str], bool], None]
-"""Refuses a command line that cannot be run, without running it: its words and, if so told, its recipe and settings."""
+"""Validate a command line without running it: its arguments and, if the flag is true, its recipe and settings."""
 
 _export_hook: Callable[[Path], None] | None = None
 
 
 def set_export_hook(hook: Callable[[Path], None] | None) -> None:
-    """Let ``hook`` be called with each exported teacher of this process; None takes it away."""
+    """Call ``hook`` with each teacher that this process exports; None removes the hook."""
     global _export_hook
     _export_hook = hook
 
 
 def exported(checkpoint: Path) -> None:
-    """Call the hook, if there is one: what the command hands to the pretraining."""
+    """Call the hook, if there is one; pretraining gets this function as its export callback."""
     if _export_hook is not None:
         _export_hook(checkpoint)

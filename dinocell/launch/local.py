@@ -1,4 +1,4 @@
-"""A command in several processes on this machine: the same as on a cluster, without one."""
+"""Run a command in several processes on this machine, as on a cluster."""
 
 import os
 import signal
@@ -13,37 +13,37 @@ from dinocell.runtime.distributed import RENDEZVOUS
 from dinocell.runtime.preemption import ignores_interrupt
 
 _POLL_S = 0.2
-# For the others to leave by themselves when one has died.
+# Time for the other processes to exit after one has failed.
 _GRACE_S = 10.0
 
 
 def run_here(arguments: Sequence[str], processes: int, folder: Path, *, env: Mapping[str, str] | None = None) -> int:
     """Run ``dinocell`` with these arguments in ``processes`` processes and return the worst exit code.
 
-    The main one writes here, and all into ``folder/rank_N.log``. If one dies, the others are ended. Ctrl-C and SIGTERM
-    reach all of them, so that they save together. If SIGINT is ignored here, as in the background of a script, they
-    inherit that; SIGTERM always reaches them.
+    Rank 0 writes to this terminal, the others to ``folder/rank_N.log``. If one fails, the others are ended. Ctrl-C and
+    SIGTERM are forwarded to all of them, so that they save together. If SIGINT is ignored here, as in the background of
+    a script, they inherit that; SIGTERM is always forwarded.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / "rendezvous" / f"local-{os.getpid()}"
-    # Of a start that was killed: in a container, process numbers come again.
-    place.unlink(missing_ok=True)
+    rendezvous = folder / "rendezvous" / f"local-{os.getpid()}"
+    # Left by a start that was killed: in a container, process IDs repeat.
+    rendezvous.unlink(missing_ok=True)
     shared = {**os.environ, **(env or {}), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS: str(place)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS: str(rendezvous)}
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logs: list[BufferedWriter] = []
     running: list[subprocess.Popen[bytes]] = []
     handled = [number for number in (signal.SIGINT, signal.SIGTERM) if not ignores_interrupt(number)]
     previous = {number: signal.getsignal(number) for number in handled}
 
-    def pass_on(number: int, _frame: object) -> None:
-        for each in running:
-            if each.poll() is None:
-                each.send_signal(number)
+    def forward(signal_number: int, _frame: object) -> None:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal_number)
 
     try:
         for number in previous:
-            signal.signal(number, pass_on)
+            signal.signal(number, forward)
         for rank in range(processes):
             log = (folder / f"rank_{rank}.log").open("ab")
             logs.append(log)
@@ -53,7 +53,7 @@ def run_here(arguments: Sequence[str], processes: int, folder: Path, *, env: Map
                     env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=None if rank == 0 else log,
                     stderr=None if rank == 0 else subprocess.STDOUT,
-                    start_new_session=True,  # the terminal's Ctrl-C comes through us, once
+                    start_new_session=True,  # the terminal's Ctrl-C is forwarded by this process, once
                 )
             )
         return _wait(running)
@@ -62,21 +62,21 @@ def run_here(arguments: Sequence[str], processes: int, folder: Path, *, env: Map
             signal.signal(number, handler)
         for log in logs:
             log.close()
-        place.unlink(missing_ok=True)
+        rendezvous.unlink(missing_ok=True)
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; when one ends badly give the others a little time, then end them."""
+    """Wait for all processes; if one fails, give the others some seconds, then kill them."""
     deadline: float | None = None
-    while any(each.poll() is None for each in running):
-        codes = [each.returncode for each in running if each.returncode is not None]
+    while any(process.poll() is None for process in running):
+        codes = [process.returncode for process in running if process.returncode is not None]
         if any(codes) and deadline is None:
             deadline = time.monotonic() + _GRACE_S
         if deadline is not None and time.monotonic() > deadline:
-            for each in running:
-                if each.poll() is None:
-                    each.kill()
+            for process in running:
+                if process.poll() is None:
+                    process.kill()
         time.sleep(_POLL_S)
-    codes = [each.returncode for each in running]
-    # What a signal ended counts as in a shell: 128 and its number.
+    codes = [process.returncode for process in running]
+    # As in a shell, the exit code of a process ended by a signal is 128 plus the signal number.
     return max(128 - code if code < 0 else code for code in codes)

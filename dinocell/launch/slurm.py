@@ -1,4 +1,4 @@
-"""SLURM jobs through submitit: the settings, the sbatch script, the submission, and its record."""
+"""SLURM jobs through submitit: settings, sbatch script, submission, record, and the job itself."""
 
 import json
 import logging
@@ -26,22 +26,22 @@ RECORD = "launch.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSettings:
-    """What is asked of the cluster; None leaves it to the cluster's own default.
+    """Resources and options of a job; None keeps the default of the cluster.
 
     Attributes
     ----------
     gpus_per_node, tasks_per_node
-        A task is a process of the run: as many as GPUs, unless said otherwise; 1 without GPUs.
+        A task is a process of the run: one per GPU by default; 1 without GPUs.
     time_min
-        Time limit of a start, in minutes; a run that needs more comes back.
+        Time limit of each start, in minutes; a run that needs more is requeued.
     signal_s
-        How long before the time limit the run is told to save.
+        Time before the limit at which the run receives the signal to save, in seconds.
     setup, env
-        Lines of shell, and variables, before the command.
+        Shell lines and environment variables before the command.
     container
         Image for ``srun --container-image`` (pyxis, enroot).
     extra
-        Further sbatch settings by name.
+        Further sbatch options by name.
     """
 
     name: str = "dinocell"
@@ -72,7 +72,7 @@ class SlurmSettings:
             if value is not None and value < 1:
                 raise ConfigError(f"--{name}: expected at least 1, got {value}")
         if not 0 < self.signal_s < 60 * self.time_min:
-            # SLURM would tell the run to save and come back as soon as it has begun, again and again.
+            # Otherwise SLURM would signal the run right after its start, and requeue it again and again.
             raise ConfigError(
                 f"--signal-before: expected at least 1 and less than the time limit of {60 * self.time_min} s, "
                 f"got {self.signal_s}"
@@ -82,11 +82,11 @@ class SlurmSettings:
 
     @property
     def num_tasks(self) -> int:
-        """Processes of the run."""
+        """Number of processes of the run."""
         return self.nodes * (self.tasks_per_node or self.gpus_per_node or 1)
 
     def parameters(self, folder: Path) -> dict[str, Any]:
-        """Return submitit's names of the settings, for a launch into ``folder``."""
+        """Return the settings under submitit's names, for a launch into ``folder``."""
         named = {
             "job_name": self.name,
             "nodes": self.nodes,
@@ -106,7 +106,7 @@ class SlurmSettings:
             "setup": [*(f"export {key}={shlex.quote(value)}" for key, value in self.env.items()), *self.setup],
             "teardown": _after(self.max_requeues, folder),
             "stderr_to_stdout": True,
-            # A process that dies takes the others along, instead of leaving them to wait for it.
+            # If one process fails, end the others instead of letting them wait for it.
             "srun_args": [
                 "--kill-on-bad-exit=1",
                 *([f"--container-image={self.container}"] if self.container else []),
@@ -117,11 +117,11 @@ class SlurmSettings:
 
 
 def _after(max_requeues: int, folder: Path) -> list[str]:
-    """Return the end of the batch script: a start of which a process was killed, or that asks for it, comes back.
+    """Return the end of the batch script, which requeues a job with a killed process or with a marker file.
 
-    An error does not, and neither does what was told to end (SIGINT is 130, SIGTERM 143).
+    Errors are not requeued, and neither are jobs ended by SIGINT (130) or SIGTERM (143).
     """
-    mark = f'{shlex.quote(str(comes_back_mark(folder.absolute(), "")))}"$SLURM_JOB_ID"'
+    mark = f'{shlex.quote(str(requeue_marker(folder.absolute(), "")))}"$SLURM_JOB_ID"'
     return [
         "code=$?",
         'why=""',
@@ -130,10 +130,10 @@ def _after(max_requeues: int, folder: Path) -> list[str]:
         "fi",
         f"if [ -e {mark} ]; then",
         f"  rm -f {mark}",
-        '  why="it was told to stop, has saved, and asks for it"',
+        '  why="it was interrupted, saved a checkpoint and requested it"',
         "fi",
         f'if [ -n "$why" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then',
-        '  echo "$why: the job goes back into the queue"',
+        '  echo "$why: the job is requeued"',
         '  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"',
         "  sleep 60",
         "fi",
@@ -142,7 +142,7 @@ def _after(max_requeues: int, folder: Path) -> list[str]:
 
 
 def script(arguments: Sequence[str], settings: SlurmSettings, folder: Path, *, tasks: int = 1) -> str:
-    """Return the sbatch script that `submit` would hand in."""
+    """Return the sbatch script that `submit` would submit."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     parameters = settings.parameters(folder)
@@ -163,26 +163,26 @@ def submit(
     on_export: Sequence[str] = (),
     export_settings: SlurmSettings | None = None,
 ) -> list[str]:
-    """Submit a command and return the numbers of its jobs, one for each of ``tasks``.
+    """Submit a command and return its job IDs, one per task.
 
     Parameters
     ----------
     main
-        Runs the arguments of a command line.
+        Function that runs the arguments of a command line.
     folder
-        For the record, the script and the logs; on a disk that all nodes see.
+        Folder of the record, the script and the logs, on a disk that all nodes can access.
     tasks
-        Jobs of an array.
+        Size of the job array.
     on_export, export_settings
         See `Job`.
 
     Raises
     ------
     DinocellError
-        If there is no SLURM here, or it refuses.
+        If SLURM is not installed here, or rejects the job.
     """
     if shutil.which("sbatch") is None:
-        raise DinocellError("sbatch: not found; submit from a machine of the cluster, or use --cluster local")
+        raise DinocellError("sbatch: not found; submit from a node of the cluster, or use --cluster local")
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -194,13 +194,13 @@ def submit(
             main=main,
             arguments=tuple(arguments),
             folder=folder,
-            task=number + 1,
+            task=task,
             tasks=tasks,
             max_requeues=settings.max_requeues,
             on_export=tuple(on_export),
             export_settings=export_settings,
         )
-        for number in range(tasks)
+        for task in range(1, tasks + 1)
     ]
     try:
         with _outside_of_jobs():
@@ -210,15 +210,15 @@ def submit(
                 with executor.batch():
                     submitted = [executor.submit(job) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise DinocellError(f"sbatch refuses: {_last_line(error)}") from error
-    numbers = [job.job_id for job in submitted]
-    _record(folder, arguments, settings, numbers)
-    return numbers
+        raise DinocellError(f"sbatch rejected the job: {_last_line(error)}") from error
+    job_ids = [job.job_id for job in submitted]
+    _record(folder, arguments, settings, job_ids)
+    return job_ids
 
 
 @contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Without the variables of the job that this process runs in, which would count as settings of the new one."""
+    """Hide the environment variables of the current job, which would become settings of the new one."""
     kept = {name: os.environ.pop(name) for name in list(os.environ) if _belongs_to_job(name)}
     try:
         yield
@@ -233,8 +233,8 @@ def _belongs_to_job(name: str) -> bool:
 
 
 def _record(folder: Path, arguments: Sequence[str], settings: SlurmSettings, jobs: Sequence[str]) -> None:
-    """Write what was submitted, so that it can be found, and submitted again."""
-    recipe = next((Path(each) for each in arguments if each.endswith((".yaml", ".yml")) and Path(each).is_file()), None)
+    """Record what was submitted, so that it can be found and submitted again."""
+    recipe = next((Path(word) for word in arguments if word.endswith((".yaml", ".yml")) and Path(word).is_file()), None)
     if recipe is not None:
         shutil.copyfile(recipe, folder / recipe.name)
     content = {
@@ -256,36 +256,35 @@ def _last_line(error: BaseException) -> str:
 
 # --- job -----------------------------------------------------------------------------------------------------------
 #
-# What a SLURM job runs: a DINOCell command, told who its other processes are, put back into the queue in time.
-#
-# submitit pickles a `Job` and calls it in every task. The job comes back by itself after a time limit, a lost node or a
-# killed process; it does not after its end, an error of its own, ``scancel`` or Ctrl-C.
+# submitit pickles a `Job` and calls it in every task. The job is requeued automatically after a time limit, a node
+# failure or a killed process, but not after completion, an error, ``scancel`` or Ctrl-C.
 
 _log = logging.getLogger(__name__)
 
-# After these the cluster would end the job for good; after a SIGTERM it requeues by itself, or means it.
+# After these signals SLURM would end the job for good; after SIGTERM it requeues by itself, or the end is intended.
 _REQUEUE_AFTER = (TIME_LIMIT, "SIGUSR1", "SIGUSR2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A command in a job.
+    """A DINOCell command as a job.
 
     Attributes
     ----------
     main
-        Takes the arguments of the command line and returns the exit code.
+        Function that runs the arguments of a command line and returns the exit code.
     arguments
-        Of the command; ``{task}`` and ``{tasks}`` stand for the number of this job in its array, from 1, and how many.
+        Arguments of the command; ``{task}`` and ``{tasks}`` are replaced by the index of this job in its array, from 1,
+        and the size of the array.
     folder
-        Of this launch, on a disk that all nodes see.
+        Folder of this launch, on a disk that all nodes can access.
     task, tasks
         See ``arguments``.
     max_requeues
-        How often the job may be put back.
+        Maximum number of requeues.
     on_export
-        Arguments of a command to be submitted, with ``{checkpoint}`` for each exported teacher, and the settings of
-        those jobs.
+        Arguments of a command that is submitted for each exported teacher (``{checkpoint}``), and the settings of
+        these jobs.
     """
 
     main: Main
@@ -303,7 +302,7 @@ class Job:
         Raises
         ------
         SystemExit
-            With the command's exit code, if it is another one.
+            With the command's exit code, if it is not 0.
         """
         self._join_tasks()
         on_stop(self._requeue)
@@ -311,18 +310,18 @@ class Job:
             set_export_hook(self._submit_probe)
         code = self.main(fill_in(self.arguments, self.task, self.tasks))
         if code:
-            # From 128 on a process was killed, and the batch script lets the job come back: this was told to stop.
+            # Codes from 128 would make the batch script requeue the job, but this one was interrupted on purpose.
             raise SystemExit(code if code < 128 else 3)
         return 0
 
     def checkpoint(self) -> Any:
-        """Return the same call for submitit, which hears the signal outside a training loop, to put into the queue."""
+        """Return the same call for submitit, which requeues it on a signal outside a training loop."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
     def _join_tasks(self) -> None:
-        """Say in torchrun's words what SLURM says in its own, and where to meet."""
+        """Set torchrun's environment variables from SLURM's, and the rendezvous file."""
         from submitit import JobEnvironment
 
         job = JobEnvironment()
@@ -340,17 +339,16 @@ class Job:
         if reason not in _REQUEUE_AFTER:
             return
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= self.max_requeues:
-            _log.warning("not put back into the queue: it has been %d times", self.max_requeues)
+            _log.warning("not requeued: the maximum of %d requeues is reached", self.max_requeues)
             return
         try:
             requeue(reason)
         except (OSError, subprocess.SubprocessError) as error:
-            # A container may have no scontrol; where the batch script runs there is one.
-            comes_back_mark(self.folder, os.environ["SLURM_JOB_ID"]).touch()
-            sys.stderr.write(f"the batch script will do that ({error})\n")
+            # A container may have no scontrol; the batch script runs outside the container.
+            requeue_marker(self.folder, os.environ["SLURM_JOB_ID"]).touch()
+            sys.stderr.write(f"the batch script will requeue it ({error})\n")
 
     def _submit_probe(self, checkpoint: Path) -> None:
-
         arguments = [argument.replace("{checkpoint}", str(checkpoint)) for argument in self.on_export]
         folder = self.folder / "probes" / checkpoint.parent.name
         try:
@@ -360,18 +358,18 @@ class Job:
 
 
 def requeue(reason: str) -> None:
-    """Put this SLURM job back into the queue; SLURM ends it for that."""
-    number = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{number}_{os.environ['SLURM_ARRAY_TASK_ID']}" if number else os.environ["SLURM_JOB_ID"]
-    sys.stderr.write(f"job {job} goes back into the queue ({reason})\n")
+    """Requeue this SLURM job; SLURM ends it in order to do so."""
+    array_job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array_job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array_job else os.environ["SLURM_JOB_ID"]
+    sys.stderr.write(f"job {job} is requeued ({reason})\n")
     subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
 
 
-def comes_back_mark(folder: Path, job: str) -> Path:
-    """Return the file by which a job asks its batch script to put it back into the queue."""
-    return folder / f"comes_back-{job}"
+def requeue_marker(folder: Path, job: str) -> Path:
+    """Return the marker file by which a job requests to be requeued by its batch script."""
+    return folder / f"requeue-{job}"
 
 
 def fill_in(arguments: Sequence[str], task: int, tasks: int) -> list[str]:
-    """Put the number of a job in its array for ``{task}`` and ``{tasks}``; other braces are the command's own."""
-    return [each.replace("{tasks}", str(tasks)).replace("{task}", str(task)) for each in arguments]
+    """Replace ``{task}`` and ``{tasks}`` by the index of a job in its array and the size of the array."""
+    return [word.replace("{tasks}", str(tasks)).replace("{task}", str(task)) for word in arguments]

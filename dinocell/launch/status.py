@@ -1,4 +1,4 @@
-"""What became of a launched run: the state of its jobs, how far it is, its logs."""
+"""The status of a launched run: the states of its jobs, its progress, its logs."""
 
 import json
 import re
@@ -13,16 +13,16 @@ from dinocell.errors import DinocellError
 from dinocell.launch.slurm import RECORD
 
 _POLL_S = 1.0
-# What a command says when it stops, or the end of Python's traceback.
-_COMPLAINT = re.compile(r"dinocell: |[\w.]+(Error|Exception|Interrupt)\b")
+# The error line of a command, or the last line of a traceback.
+_ERROR_LINE = re.compile(r"dinocell: |[\w.]+(Error|Exception|Interrupt)\b")
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """A job: its number, SLURM's word for its state (``UNKNOWN`` if SLURM has forgotten it), nodes, restarts.
+    """A job: its ID, SLURM's state (``UNKNOWN`` if SLURM no longer lists it), nodes and restarts.
 
-    ``reason`` is SLURM's word for why it waits.
+    ``reason`` is SLURM's reason why it is pending.
     """
 
     job: str
@@ -35,25 +35,25 @@ class JobState:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it will not run again."""
+        """Whether the job will not run again."""
         return self.state.startswith(_ENDED)
 
     @property
-    def complaint(self) -> str:
-        """The last thing that a job that failed said about it: the command's own line, or Python's; empty if none."""
+    def error(self) -> str:
+        """The last error line in the logs of a failed job; empty if there is none."""
         if not self.state.startswith("FAILED"):
             return ""
         logs = [
             path.read_text(encoding="utf-8", errors="replace") for path in self.folder.glob(f"{self.job}_*_log.out")
         ]
-        said = [line for log in sorted(logs) for line in log.splitlines() if _COMPLAINT.match(line)]
-        return said[-1] if said else ""
+        lines = [line for log in sorted(logs) for line in log.splitlines() if _ERROR_LINE.match(line)]
+        return lines[-1] if lines else ""
 
     def __str__(self) -> str:
         state = f"{self.state} ({self.reason})" if self.reason else self.state
         restarts = f"{self.restarts} restarts" if self.restarts not in ("", "0") else ""
-        where = ", ".join(filter(None, (self.nodes, restarts)))
-        return "  ".join(filter(None, (self.job, state, where, self.line)))
+        details = ", ".join(filter(None, (self.nodes, restarts)))
+        return "  ".join(filter(None, (self.job, state, details, self.line)))
 
 
 def launches(run: Path) -> list[Path]:
@@ -64,85 +64,85 @@ def launches(run: Path) -> list[Path]:
     DinocellError
         If there is none.
     """
-    found = sorted({*run.glob(RECORD), *run.rglob(f"launch/**/{RECORD}")}, key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise DinocellError(f"{run}: nothing was launched into this folder (no {RECORD} in it)")
-    return found
+    records = sorted({*run.glob(RECORD), *run.rglob(f"launch/**/{RECORD}")}, key=lambda path: path.stat().st_mtime)
+    if not records:
+        raise DinocellError(f"{run}: nothing was launched into this folder (it contains no {RECORD})")
+    return records
 
 
 def states(run: Path) -> list[JobState]:
     """Return the state of every job of a run."""
-    found = []
+    jobs: list[JobState] = []
     for record in launches(run):
         content = json.loads(record.read_text(encoding="utf-8"))
-        found += [_state(job, content["line"], record.parent) for job in content["jobs"]]
-    return found
+        jobs += [_state(job, content["line"], record.parent) for job in content["jobs"]]
+    return jobs
 
 
 def _state(job: str, line: str, folder: Path) -> JobState:
-    shown = _ask("scontrol", "show", "job", "-o", job)
-    if "JobState=" in shown:
-        known = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    description = _query("scontrol", "show", "job", "-o", job)
+    if "JobState=" in description:
+        fields = dict(word.split("=", 1) for word in description.split() if "=" in word)
         return JobState(
             job=job,
-            state=known["JobState"],
-            reason=known.get("Reason", "").replace("None", "") if known["JobState"] == "PENDING" else "",
-            nodes=known.get("NodeList", "").replace("(null)", ""),
-            restarts=known.get("Restarts", ""),
+            state=fields["JobState"],
+            reason=fields.get("Reason", "").replace("None", "") if fields["JobState"] == "PENDING" else "",
+            nodes=fields.get("NodeList", "").replace("(null)", ""),
+            restarts=fields.get("Restarts", ""),
             line=line,
             folder=folder,
         )
-    # SLURM forgets a job some minutes after its end; the accounting, where there is one, does not.
-    rows = _ask("sacct", "-j", job, "-X", "-n", "-P", "-o", "State,NodeList").splitlines()
+    # scontrol lists a job only for some minutes after its end; the accounting database, if there is one, keeps it.
+    rows = _query("sacct", "-j", job, "-X", "-n", "-P", "-o", "State,NodeList").splitlines()
     if rows and "|" in rows[0]:
         state, nodes = rows[0].split("|", 1)
         return JobState(job=job, state=state, nodes=nodes, line=line, folder=folder)
     return JobState(job=job, state="UNKNOWN", line=line, folder=folder)
 
 
-def _ask(*command: str) -> str:
+def _query(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    return done.stdout if done.returncode == 0 else ""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return result.stdout if result.returncode == 0 else ""
 
 
 def last_step(run: Path) -> str:
-    """Return the newest losses of the run in words; empty if there are none."""
+    """Return the latest step and losses of the run as text; empty if there are none."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return ""
     lines = path.read_text(encoding="utf-8").splitlines()
     for line in reversed(lines):
         try:
-            said = json.loads(line)
+            metrics = json.loads(line)
         except ValueError:
             continue
-        # Losses that are not finite are texts there, which float() reads.
-        losses = [f"{name} {float(value):.4g}" for name, value in said.items() if name.startswith("loss/")]
+        # Non-finite losses are stored as strings, which float() parses.
+        losses = [f"{name} {float(value):.4g}" for name, value in metrics.items() if name.startswith("loss/")]
         if losses:
-            return "  ".join([f"step {said.get('step', '?')}", *losses])
+            return "  ".join([f"step {metrics.get('step', '?')}", *losses])
     return ""
 
 
 def log_of(run: Path, rank: int = 0) -> Path:
-    """Return the newest log of a rank.
+    """Return the latest log of a rank.
 
     Raises
     ------
     DinocellError
-        If it has not written yet, or there is no such rank.
+        If there is no log of this rank yet.
     """
-    # Not those of the probes that the run itself has submitted.
+    # Exclude the probes that the run itself has submitted.
     own = [record.parent for record in launches(run) if "probes" not in record.relative_to(run).parts]
     logs = [path for folder in own for path in folder.glob(f"*_{rank}_log.out")]
     if not logs:
-        raise DinocellError(f"{run}: rank {rank} has written nothing yet")
+        raise DinocellError(f"{run}: there is no log of rank {rank} yet")
     return max(logs, key=lambda path: path.stat().st_mtime)
 
 
 def follow(run: Path, rank: int = 0) -> Iterator[str]:
-    """Yield a rank's log as it grows, until no job of the run is waiting or running any more."""
+    """Yield a rank's log as it grows, until no job of the run is pending or running."""
     path = log_of(run, rank)
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:

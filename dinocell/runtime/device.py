@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Literal, TypeVar
 
 import torch
@@ -34,6 +33,8 @@ def peak_bytes(device: torch.device) -> int:
     """Return the most that was taken: on CUDA by tensors since the last reset, else by this process in its life."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    from resource import RUSAGE_SELF, getrusage  # Unix only: segmenting must load without it
+
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -116,7 +116,7 @@ def _resampled(
     unit = tiles[tile[:, None, None], channel[:, None, None], from_row[:, :, None], from_column[:, None, :]]
     in_row, in_column = (row < rows[:, None]).float(), (column < columns[:, None]).float()
 
-    # Brightness, then contrast about the mean inside the box; intensities stay within 0 to 1.
+    # Brightness, then contrast about the mean of the crop; intensities stay within 0 to 1.
     torch.addcmul(offset, unit, factor, out=unit).clamp_(0, 1)
     sums = torch.bmm(unit, in_column[:, :, None])[:, :, 0]
     mean = ((sums * in_row).sum(1) / (rows * columns))[:, None, None]
