@@ -35,7 +35,7 @@ from dinocell.demo.synthetic.field import CELL_SHAPES, CELL_TYPES, SyntheticConf
 from dinocell.eval.probes.consistency import channel_consistency
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.knn import knn_scores
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.ssl.config import PretrainConfig
@@ -122,7 +122,7 @@ def make_shards(folder: Path, fields: int, look: SyntheticConfig) -> Path:
         images.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor() as pool:
             list(pool.map(partial(make_image, images, look), range(fields), chunksize=16))
-        settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_structure=0))
+        settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_contrast=0))
         build(MultichannelSource(input=str(images)), shards, settings=settings, samples_per_shard=128)
     return shards
 

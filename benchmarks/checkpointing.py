@@ -19,23 +19,13 @@ from _harness import write_result
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.distributed import World
-from dinocell.ssl.config import DataConfig, HeadsConfig, ModelConfig, PretrainConfig
+from dinocell.ssl.config import DataConfig, HeadsConfig, ModelConfig, PretrainConfig, ViewsConfig
+from dinocell.ssl.masking import draw_masks
 from dinocell.ssl.prepare import build_model
 from dinocell.ssl.trainer import Trainer
-from dinocell.ssl.view_plan import ViewsConfig
 from dinocell.ssl.views import Views
 
 EVERY = PretrainConfig(output=Path("x"), data=DataConfig(shards=("x",))).checkpoint_every
-
-
-class _Batch:
-    """As much of a batch as a step asks for."""
-
-    def __init__(self, size: int, end: int) -> None:
-        self.size, self.next_position = size, end
-
-    def __len__(self) -> int:
-        return self.size
 
 
 def main() -> None:
@@ -57,6 +47,7 @@ def main() -> None:
     model = build_model(config, World())
     trainer = Trainer(config, model, World())
     views = Views(torch.randn(2, 2, 1, 96, 96), torch.randn(4, 2, 1, 48, 48))
+    masks = draw_masks(range(2), config.mask_grid, config.masking, seed=0)
     number = 0
 
     def run(saving: Checkpointer | None) -> float:
@@ -65,7 +56,7 @@ def main() -> None:
         if saving is not None:
             trainer.save(saving, number)
         for _ in range(steps):
-            trainer.step(number, [(_Batch(2, 2 * number + 2), views)], watch=False)  # type: ignore[list-item]
+            trainer.step(number, [(views, masks)], measure=False)
             number += 1
         if saving is not None:
             saving.wait()

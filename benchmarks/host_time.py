@@ -325,12 +325,12 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
     """Return the step of the product's trainer, its phases marked."""
     from dinocell.models import config as models
     from dinocell.runtime.distributed import World
-    from dinocell.runtime.optim import BadSteps
+    from dinocell.runtime.optim import NonfiniteSteps
     from dinocell.ssl import trainer as module
-    from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
-    from dinocell.ssl.prepare import _spread, backbone_of, build_model
+    from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, ViewsConfig
+    from dinocell.ssl.masking import draw_masks
+    from dinocell.ssl.prepare import _distribute, backbone_of, build_model
     from dinocell.ssl.student_teacher import StudentTeacher
-    from dinocell.ssl.view_plan import ViewsConfig
     from dinocell.ssl.views import Views
 
     models.VARIANTS[case.variant] = replace(models.VARIANTS[case.variant], width=32, heads=2, mlp_hidden=64)
@@ -349,7 +349,7 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
     model = build_model(config, world)
     if case.way == "wrapped":
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        _spread(config, model, world)
+        _distribute(config, model, world)
     sides = {"teacher forward": model.teacher, "student forward": model.student}
     for name, side in sides.items():
         backbone_of(side).one_pass = True
@@ -362,47 +362,25 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
         (module, "clip_gradients", "clip"),
         (module, "set_rates", "optimizer"),
         (torch.optim.Optimizer, "zero_grad", "optimizer"),
-        (BadSteps, "step", "optimizer"),
+        (NonfiniteSteps, "step", "optimizer"),
         (module, "release", "moving average"),
         (module, "update_teacher", "moving average"),
-        (module.Trainer, "_masks", "masks"),
         (module.Trainer, "step", "the rest"),
     ):
         phases.wrap(owner, attribute, name)
     trainer = module.Trainer(config, model, world)
     crops = Views(torch.randn(2, tiles, 3, sizes[0], sizes[0]), torch.randn(8, tiles, 3, sizes[1], sizes[1]))
-    draw = _masks_of(config)
-    batches = [
-        _Batch(tiles * i, draw and draw(range(tiles * i - tiles, tiles * i), slice(tiles)), draw) for i in range(1, 9)
+    masks = [
+        draw_masks(range(tiles * i - tiles, tiles * i), config.mask_grid, config.masking, seed=0) for i in range(1, 9)
     ]
     number = 0
 
     def step() -> None:
         nonlocal number
         number += 1
-        batch: Any = batches[number % len(batches)]
-        trainer.step(number, [(batch, crops)], watch=False)
+        trainer.step(number, [(crops, masks[number % len(masks)])], measure=False)
 
     return step
-
-
-class _Batch(NamedTuple):
-    """What the trainer reads of a batch."""
-
-    next_position: int
-    drawn: object
-    drawn_by: object
-
-    def __len__(self) -> int:
-        return 2
-
-
-def _masks_of(config: Any) -> Any:
-    """Return what draws masks ahead, as the reader's workers do; None where a checkout draws them in the step."""
-    from dinocell.ssl import prepare
-
-    found = getattr(prepare, "masks_of", None)
-    return None if found is None else found(config)
 
 
 if __name__ == "__main__":

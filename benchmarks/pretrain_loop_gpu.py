@@ -12,7 +12,6 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,10 +20,18 @@ from reading import CHANNELS, TILE, Fields, synthetic_fields
 
 from dinocell.data_shards.build.shard import ShardSettings
 from dinocell.data_shards.build.write import build
-from dinocell.data_shards.read import stream
-from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, WatchConfig
+from dinocell.runtime.distributed import World
+from dinocell.ssl.config import (
+    ComputeConfig,
+    DataConfig,
+    HeadsConfig,
+    ModelConfig,
+    OnlineEvalConfig,
+    PretrainConfig,
+    ViewsConfig,
+)
+from dinocell.ssl.data import open_shards
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_plan import PlanViews, ViewsConfig, channel_levels
 from dinocell.ssl.views import make_views
 
 
@@ -79,7 +86,7 @@ def recipe(options: argparse.Namespace, variant: str, workers: int, shards: Path
         log_every=max(1, options.steps // 6),
         picture_every=10**9,
         export_every=10**9,
-        watch=WatchConfig(every=0),
+        online_eval=OnlineEvalConfig(every=0),
         compute=ComputeConfig(workers=workers, compile="nothing" if options.quick else "blocks"),
     )
 
@@ -104,17 +111,13 @@ def row(config: PretrainConfig, device: torch.device) -> str:
 
 def views_ms(config: PretrainConfig, device: torch.device) -> float:
     """Return what the views of a batch take by themselves."""
-    samples = stream(
-        config.data.shards, batch_size=config.batch_size, choose=PlanViews(config.views, 0), stop=config.batch_size
-    )
-    batch = next(iter(samples))
+    batch, seconds = next(iter(open_shards(config, World()))), []
     if device.type == "cuda":
-        batch = replace(batch, storage=batch.storage.pin_memory())
-    levels, seconds = channel_levels([samples.sets[0].manifest], config.views), []
+        batch = batch.pin_memory()
     for _ in range(8):
         synchronise()
         start = time.perf_counter()
-        make_views(batch, config.views, levels, seed=0, device=device)
+        make_views(batch.tiles, batch.plans, config.views, device=device)
         synchronise()
         seconds.append(time.perf_counter() - start)
     return 1000 * statistics.median(seconds[2:])

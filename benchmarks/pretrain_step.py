@@ -26,10 +26,10 @@ from _harness import alternate, ratio, write_result
 from torch import Tensor, nn
 
 from dinocell.models.vit import VisionTransformer, variant_config
-from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
-from dinocell.ssl.config import HeadsConfig, LossConfig
+from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_ema
+from dinocell.ssl.config import HeadsConfig, LossConfig, MaskingConfig
 from dinocell.ssl.losses import koleo_loss
-from dinocell.ssl.masking import MaskingConfig, PatchMasks, draw_masks
+from dinocell.ssl.masking import PatchMasks, draw_masks
 from dinocell.ssl.prepare import backbone_of, recompute
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.views import Views
@@ -123,7 +123,7 @@ def our_step(options: argparse.Namespace, *, straight: bool, again: Any) -> Call
         torch.randn(2, options.batch, 3, sizes[0], sizes[0]), torch.randn(8, options.batch, 3, sizes[1], sizes[1])
     )
     side = sizes[0] // 8
-    masks = draw_masks(range(options.batch), (side, side), MaskingConfig(), seed=0, epoch=0)
+    masks = draw_masks(range(options.batch), (side, side), MaskingConfig(), seed=0)
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -134,7 +134,7 @@ def our_step(options: argparse.Namespace, *, straight: bool, again: Any) -> Call
         loss.backward()
         clip_gradients(dict(model.student.items()), 3.0)
         optimizer.step()
-        update_teacher(model.teacher.parameters(), model.student.parameters(), 0.996)
+        update_ema(model.teacher.parameters(), model.student.parameters(), 0.996)
         return float(loss.detach())
 
     return step

@@ -29,12 +29,19 @@ from torch.profiler import ProfilerActivity, profile
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.device import peak_flop_per_s
 from dinocell.runtime.distributed import World
-from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
-from dinocell.ssl.config import Compile, ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
-from dinocell.ssl.masking import MaskingConfig, draw_masks
-from dinocell.ssl.memory import step_memory
+from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_ema
+from dinocell.ssl.config import (
+    Compile,
+    ComputeConfig,
+    DataConfig,
+    HeadsConfig,
+    ModelConfig,
+    PretrainConfig,
+    ViewsConfig,
+)
+from dinocell.ssl.masking import draw_masks
+from dinocell.ssl.memory import step_bytes
 from dinocell.ssl.prepare import build_model, flop_per_image
-from dinocell.ssl.view_plan import ViewsConfig
 from dinocell.ssl.views import Views
 
 _CASES = (
@@ -228,7 +235,7 @@ def work(options: argparse.Namespace, case: Case, device: str) -> None:
         )
     else:
         config = case.config(device, compiled=_COMPILED[options.worker], quick=options.quick)
-        facts["estimate"] = step_memory(config, World(device=torch.device(device))).total
+        facts["estimate"] = step_bytes(config, World(device=torch.device(device)))
         step = our_step(config, device)
     for _ in range(3):
         loss = step()
@@ -307,9 +314,7 @@ def our_step(config: PretrainConfig, device: str) -> Callable[[], torch.Tensor]:
         torch.randn(2, batch, 3, views.global_size, views.global_size, device=device),
         torch.randn(8, batch, 3, views.local_size, views.local_size, device=device),
     )
-    side = views.global_size // config.model.patch_size
-    masks = draw_masks(range(batch), (side, side), MaskingConfig(), seed=0, epoch=0)
-    masks = type(masks)(*(each.to(device) for each in masks))
+    masks = draw_masks(range(batch), config.mask_grid, config.masking, seed=0).to(torch.device(device))
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -318,7 +323,7 @@ def our_step(config: PretrainConfig, device: str) -> Callable[[], torch.Tensor]:
         loss.backward()
         clip_gradients(dict(model.student.items()), 3.0)
         optimizer.step()
-        update_teacher(model.teacher.parameters(), model.student.parameters(), 0.996)
+        update_ema(model.teacher.parameters(), model.student.parameters(), 0.996)
         result: torch.Tensor = loss.detach()
         return result
 

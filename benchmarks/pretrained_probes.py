@@ -33,7 +33,7 @@ from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import ShardImages
 from dinocell.eval.probes.knn import knn_scores
 from dinocell.eval.probes.linear import LinearSettings, choose, split_off, train_grid
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.ssl.config import PretrainConfig
@@ -107,14 +107,20 @@ class Generated:
 
 
 def make_set(folder: Path, first: int, count: int) -> Path:
-    settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_contrast=0))
     build(Generated(folder.with_suffix(".images"), first, count), folder, settings=settings, workers=1)
     return folder
 
 
 def config_of(folder: Path, shards: Path, policy: str, seed: int, steps: int) -> PretrainConfig:
     overrides = [f"output={folder / policy}-{seed}", f"data.shards=[{shards}]", f"views.policy={policy}"]
-    overrides += [f"seed={seed}", f"steps={steps}", f"export_every={steps}", "model.variant=nano", "watch.every=0"]
+    overrides += [
+        f"seed={seed}",
+        f"steps={steps}",
+        f"export_every={steps}",
+        "model.variant=nano",
+        "online_eval.every=0",
+    ]
     return load_config(PretrainConfig, find_recipe("pretrain", "tiny_cpu"), [*overrides, "compute.workers=0"])
 
 

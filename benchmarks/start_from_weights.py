@@ -30,7 +30,7 @@ from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import stream
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.eval.probes.knn import knn_scores
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import Weights, load_backbone, save_weights
 from dinocell.runtime.schedules import Freeze, Schedule
@@ -40,12 +40,12 @@ from dinocell.ssl.config import (
     HeadsConfig,
     LossConfig,
     ModelConfig,
+    OnlineEvalConfig,
     PretrainConfig,
     Schedules,
-    WatchConfig,
+    ViewsConfig,
 )
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_plan import ViewsConfig
 
 SIDE, NEIGHBOURS = 32, 5
 NUM_KINDS = 4
@@ -126,7 +126,7 @@ def make_sets(folder: Path, *, train: int, known: int, asked: int) -> dict[str, 
     for name, first, count in (("train", 0, train), ("known", 10**6, known), ("asked", 2 * 10**6, asked)):
         sets[name] = folder / f"{name}-set"
         (folder / name).mkdir(parents=True)
-        settings = ShardSettings(tiles=TileSettings(size=SIDE, min_size=SIDE, min_structure=0))
+        settings = ShardSettings(tiles=TileSettings(size=SIDE, min_size=SIDE, min_contrast=0))
         build(Textures(str(folder / name), first, count), sets[name], settings=settings, workers=1)
     return sets
 
@@ -147,7 +147,7 @@ def recipe(shards: Path, output: Path, *, steps: int, seed: int, start: Path) ->
         picture_every=10**9,
         export_every=10**9,
         checkpoint_every=10**9,
-        watch=WatchConfig(every=0),
+        online_eval=OnlineEvalConfig(every=0),
         compute=ComputeConfig(workers=0),
     )
 

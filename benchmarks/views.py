@@ -25,8 +25,9 @@ from reading import CHANNELS, TILE, Fields, synthetic_fields
 
 from dinocell.data_shards.build.shard import ShardSettings
 from dinocell.data_shards.build.write import build
-from dinocell.data_shards.read import Batch, stream
-from dinocell.ssl.view_plan import Levels, PlanViews, Policy, ViewsConfig, channel_levels, plan_views
+from dinocell.runtime.distributed import World
+from dinocell.ssl.config import DataConfig, Policy, PretrainConfig, ViewsConfig
+from dinocell.ssl.data import PlannedBatch, open_shards
 from dinocell.ssl.views import Views, make_views
 
 _BATCH, _NUM_BATCHES = 4, 6
@@ -60,13 +61,14 @@ def main() -> None:
         assert manifest is not None
         for policy in _POLICIES:
             config = ViewsConfig(policy=policy)
-            levels = channel_levels([manifest], config)
-            stream_of_tiles = stream(folder / "set", batch_size=_BATCH, choose=PlanViews(config, 0))
-            batches = list(islice(stream_of_tiles, _NUM_BATCHES))
-            check(batches[0], config, levels)
+            recipe = PretrainConfig(
+                output=folder, data=DataConfig(shards=(str(folder / "set"),)), batch_size=_BATCH, views=config
+            )
+            batches = list(islice(open_shards(recipe, World()), _NUM_BATCHES))
+            check(batches[0], config)
             sides = {
-                "plain": partial(all_batches, plain_views, batches, config, levels),
-                "dinocell": partial(all_batches, our_views, batches, config, levels),
+                "plain": partial(all_batches, plain_views, batches, config),
+                "dinocell": partial(all_batches, our_views, batches, config),
             }
             seconds = alternate(sides, rounds=options.rounds)
             each = {side: 1000 * statistics.median(found) / (_BATCH * _NUM_BATCHES) for side, found in seconds.items()}
@@ -90,39 +92,36 @@ def main() -> None:
         write_result("views", text, ["torch", "numpy"])
 
 
-def all_batches(make: object, batches: list[Batch], config: ViewsConfig, levels: Levels) -> None:
+def all_batches(make: object, batches: list[PlannedBatch], config: ViewsConfig) -> None:
     assert callable(make)
     for batch in batches:
-        make(batch, config, levels)
+        make(batch, config)
 
 
-def our_views(batch: Batch, config: ViewsConfig, levels: Levels) -> Views:
-    return make_views(batch, config, levels, seed=0, device=torch.device("cpu"))
+def our_views(batch: PlannedBatch, config: ViewsConfig) -> Views:
+    return make_views(batch.tiles, batch.plans, config, device=torch.device("cpu"))
 
 
-def check(batch: Batch, config: ViewsConfig, levels: Levels) -> None:
+def check(batch: PlannedBatch, config: ViewsConfig) -> None:
     """Assert that both ways give the same pixels."""
-    for ours, plain in zip(our_views(batch, config, levels), plain_views(batch, config, levels), strict=True):
+    for ours, plain in zip(our_views(batch, config), plain_views(batch, config), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
 
 
-def plain_views(batch: Batch, config: ViewsConfig, levels: Levels) -> Views:
+def plain_views(batch: PlannedBatch, config: ViewsConfig) -> Views:
     """Make every crop by itself, as one would write it down."""
     made: list[list[torch.Tensor]] = []
-    for number, (info, origin) in enumerate(zip(batch.infos, batch.origins, strict=True)):
-        plan = plan_views(info, origin, config, seed=0)
-        low, high = (torch.tensor(each) for each in zip(*(levels[0][name] for name in info.channels), strict=True))
-        tile, decoded, crops = batch.tile(number), list(batch.channels[number]), []
+    for number, plan in enumerate(batch.plans):
+        tile, decoded, crops = batch.tiles.tile(number), list(batch.tiles.channels[number]), []
         for view, (top, left, height, width) in enumerate(plan.boxes.tolist()):
             needed = np.flatnonzero(plan.mixing[view, 0])
             places = [decoded.index(channel) for channel in needed]
             crop = tile[places, top : top + height, left : left + width].float()
-            lowest, highest = (each[needed][:, None, None] for each in (low, high))
-            gain, contrast, mixing = (
+            factor, offset, contrast, mixing = (
                 torch.from_numpy(each[needed])[:, None, None]
-                for each in (plan.gain[view], plan.contrast[view], plan.mixing[view, 0])
+                for each in (plan.factor[view], plan.offset[view], plan.contrast[view], plan.mixing[view, 0])
             )
-            crop = ((crop - lowest) / (highest - lowest) * gain).clamp(0, 1)
+            crop = (crop * factor + offset).clamp(0, 1)
             mean = crop.mean((1, 2), keepdim=True)
             crop = ((crop - mean) * contrast + mean).clamp(0, 1)
             crop = (crop * mixing).sum(0, keepdim=True)

@@ -16,7 +16,7 @@ from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.sources.field import Field, FieldFile, Rejected
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
-from dinocell.images.read import write_labels, write_tiff
+from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import folder_pairs
 
@@ -93,7 +93,7 @@ def fields(tmp_path: Path) -> Callable[..., FolderOfFields]:
 
 
 CELLS = SyntheticConfig(size=(96, 112), channels=("AGP",), num_cells=(6, 10), cell_radius_px=12.0)
-SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
 
 
 @pytest.fixture(scope="session")

@@ -213,7 +213,7 @@ def test_other_errors_of_the_system_are_bugs(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("setting", ["output={}", "data.shards=[{}]"])
 def test_names_that_are_too_long_are_one_line(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "x" * 300
-    line = ["pretrain", "debug", f"output={tmp_path}", f"data.shards=[{tmp_path}]", "watch.every=0"]
+    line = ["pretrain", "debug", f"output={tmp_path}", f"data.shards=[{tmp_path}]", "online_eval.every=0"]
     assert main([*line, setting.format(name)]) == 2
     said = capsys.readouterr().err
     assert "xxx/" in said

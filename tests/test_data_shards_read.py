@@ -101,12 +101,12 @@ def _one_by_sample(info: SampleInfo, origin: Origin) -> _OneChannel:
     return _OneChannel(origin.sample % len(info.channels))
 
 
-def test_only_the_chosen_channels_come(shard_set: Path, draw: Callable[[int], np.ndarray]) -> None:
-    batches = take(loader(stream(shard_set, batch_size=8, choose=_one_by_sample), workers=1), 3)
-    for batch in batches:
+def test_only_the_channels_of_the_plans_are_decoded(shard_set: Path, draw: Callable[[int], np.ndarray]) -> None:
+    samples = stream(shard_set, batch_size=8)
+    samples.plan_sample = _one_by_sample
+    for batch in take(loader(samples, workers=1), 3):
         assert batch.storage.numel() == 8 * 32 * 32 * 2
-        assert batch.chosen_by is _one_by_sample
-        assert batch.chosen == tuple(_OneChannel(origin.sample % 3) for origin in batch.origins)
+        assert batch.plans == tuple(_OneChannel(origin.sample % 3) for origin in batch.origins)
         for number, info in enumerate(batch.infos):
             channel = batch.origins[number].sample % 3
             assert batch.channels[number] == (channel,)
@@ -127,7 +127,7 @@ def test_one_pass_ends_with_what_is_left(shard_set: Path) -> None:
 @pytest.fixture
 def two_sets(shard_set: Path, fields: Callable[..., Any], tmp_path: Path) -> list[Path]:
     """The set of 60 tiles, and one of 20 in another size and type."""
-    settings = ShardSettings(tiles=TileSettings(size=48, min_size=16, min_structure=0), depth=8)
+    settings = ShardSettings(tiles=TileSettings(size=48, min_size=16, min_contrast=0), bit_depth=8)
     build(fields(10), tmp_path / "other", settings=settings, workers=1)
     return [shard_set, tmp_path / "other"]
 
@@ -241,7 +241,7 @@ def test_webdataset_reads_the_shards_as_they_are(shard_set: Path) -> None:
 
 
 def test_reading_holds_few_files_open(fields: Callable[..., Any], tmp_path: Path) -> None:
-    settings = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
     build(fields(80), tmp_path / "many", settings=settings, samples_per_shard=1, workers=1)
     mine = stream(tmp_path / "many", batch_size=16, block_shards=80)
     take(mine, 30)

@@ -11,7 +11,7 @@ import tifffile
 from dinocell.data_shards.sources import load_data as sources_load_data
 from dinocell.data_shards.sources.field import Field, read_field
 from dinocell.data_shards.sources.load_data import LoadDataSource
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from helpers.real_data import DATA, needs_data
 from helpers.sources import error_of, fields, listed
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dinocell.data_shards.sources import phenix as harmony
-from dinocell.data_shards.sources.field import Field, common_order, read_field
+from dinocell.data_shards.sources.field import Field, merged_channel_order, read_field
 from dinocell.data_shards.sources.hpa import HpaSource
 from dinocell.data_shards.sources.pattern import NamePattern, PatternSource
 from dinocell.data_shards.sources.phenix import PhenixSource, well_name
 from dinocell.errors import ImageError
-from dinocell.images.read import write_png, write_tiff
 from dinocell.images.storage import open_bytes
+from dinocell.images.write import write_png, write_tiff
 from helpers.real_data import DATA, needs_data
 from helpers.sources import error_of, fields, listed
 
@@ -587,4 +587,4 @@ def test_a_star_may_stand_for_nothing_but_not_for_a_folder() -> None:
 )
 def test_channels_that_some_fields_lack_get_the_order_of_all(orders: list[tuple[str, ...]], expected: str) -> None:
     for shuffled in itertools.permutations(orders):
-        assert common_order(shuffled) == expected.split()
+        assert merged_channel_order(shuffled) == expected.split()

@@ -14,8 +14,8 @@ from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.data_shards.sources.load_data import LoadDataSource
 from dinocell.data_shards.sources.phenix import PhenixSource
 from dinocell.errors import ImageError
-from dinocell.images.read import write_tiff
 from dinocell.images.storage import list_files, open_bytes
+from dinocell.images.write import write_tiff
 from helpers.servers import serving_folder
 from helpers.sources import fields
 
@@ -233,7 +233,7 @@ def test_load_data_behind_a_web_address(web: str, tmp_path: Path) -> None:
 
 
 def test_hpa_tables_behind_a_web_address(web: str, tmp_path: Path) -> None:
-    from dinocell.images.read import write_png
+    from dinocell.images.write import write_png
 
     side_by_side = np.concatenate([np.full((4, 4), number, np.uint8) for number in range(4)], axis=1)
     for source, folder, name in (

@@ -16,7 +16,7 @@ from dinocell.eval.probes.feature_files import extract_to
 from dinocell.eval.probes.features import FeatureSettings
 from dinocell.eval.probes.image_sets import ProbeImage, to_unit
 from dinocell.eval.probes.tasks import make_task
-from dinocell.images.read import write_png
+from dinocell.images.write import write_png
 from dinocell.models.weights import load_backbone
 
 PLACES = ("nucleoplasm", "cytosol")
@@ -289,7 +289,7 @@ def test_scores_land_in_the_run_that_made_the_teacher(shard_set: Path, tmp_path:
         f"output={run}",
         "steps=2",
         "batch_size=2",
-        "watch.every=0",
+        "online_eval.every=0",
         "model.variant=nano",
     ]
     line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]

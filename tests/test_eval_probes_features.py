@@ -20,10 +20,10 @@ from dinocell.eval.probes.feature_files import extract_to
 from dinocell.eval.probes.features import FeatureSettings, extract, to_input, tokens_to_feature
 from dinocell.eval.probes.image_sets import ClassFolders, FieldImages, ProbeImage, ShardImages, labels_of, to_unit
 from dinocell.eval.probes.online import OnlineProbe
-from dinocell.images.read import write_png, write_tiff
+from dinocell.images.write import write_png, write_tiff
 from helpers.models import tiny
 
-SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
 
 
 def an_image(*sizes: int, seed: int = 0) -> ProbeImage:
@@ -211,7 +211,7 @@ def test_the_command_watches_and_draws_views(
 
     line = ["pretrain", "debug", f"data.shards=[{shard_set}]", f"output={tmp_path / 'run'}", "steps=2", "batch_size=2"]
     line += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
-    assert main([*line, "watch.every=1", "watch.tiles=4", "model.variant=nano"]) == 0
+    assert main([*line, "online_eval.every=1", "online_eval.tiles=4", "model.variant=nano"]) == 0
     said = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("probe/consistency_margin" in row for row in said) == 2
     views = ["--views", "debug", "views.global_size=32", "views.local_size=16"]

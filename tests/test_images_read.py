@@ -13,19 +13,10 @@ from PIL import Image
 
 from dinocell.errors import ImageError
 from dinocell.images import write as image_writers
-from dinocell.images.image import picture_of
-from dinocell.images.read import (
-    Picture,
-    count_frames,
-    open_bytes,
-    percentile_range,
-    read_image,
-    read_stack,
-    to_uint8,
-    write_labels,
-    write_png,
-    write_tiff,
-)
+from dinocell.images.image import Image, as_image, percentile_range, to_uint8
+from dinocell.images.read import count_frames, read_image, read_stack
+from dinocell.images.storage import open_bytes
+from dinocell.images.write import write_labels, write_png, write_tiff
 from helpers.real_data import DATA, needs_data
 from helpers.servers import serving_folder
 
@@ -221,17 +212,17 @@ def test_an_alpha_that_says_nothing_is_dropped_and_one_that_varies_is_kept(tmp_p
 
 def test_grey_stored_as_colour_becomes_one_channel_and_real_colour_stays() -> None:
     plane = noise(5, 6, dtype="uint8")
-    colour = Picture(pixels=np.stack([plane] * 3), channel_names=("red", "green", "blue"), pixel_size_um=0.5)
+    colour = Image(pixels=np.stack([plane] * 3), channel_names=("red", "green", "blue"), pixel_size_um=0.5)
     np.testing.assert_array_equal(colour.grey().pixels, plane[None])
     assert colour.grey().pixel_size_um == 0.5
-    real = Picture(pixels=noise(3, 5, 6), channel_names=("red", "green", "blue"))
+    real = Image(pixels=noise(3, 5, 6), channel_names=("red", "green", "blue"))
     assert real.grey() is real
-    stains = Picture(pixels=np.stack([plane] * 3))  # three equal channels of no known colour are three channels
+    stains = Image(pixels=np.stack([plane] * 3))  # three equal channels of no known colour are three channels
     assert stains.grey() is stains
 
 
 def test_channels_are_chosen_by_number_or_name() -> None:
-    picture = Picture(pixels=noise(2, 4, 4), channel_names=("DNA", "ER"))
+    picture = Image(pixels=noise(2, 4, 4), channel_names=("DNA", "ER"))
     np.testing.assert_array_equal(picture.select("ER").pixels, picture.pixels[1:])
     assert picture.select(0).channel_names == ("DNA",)
     for wrong in ("er", 2, -1):
@@ -648,7 +639,7 @@ def test_the_mean_of_channels_weighs_dim_and_bright_stains_alike() -> None:
     rng = np.random.default_rng(0)
     dim, bright = rng.random((2, 32, 48))
     pixels = np.stack([np.rint(dim * 100), np.rint(bright * 60_000)]).astype(np.uint16)
-    mean = Picture(pixels=pixels, channel_names=("DNA", "ER")).select("mean")
+    mean = Image(pixels=pixels, channel_names=("DNA", "ER")).select("mean")
     low, high = np.percentile(pixels, (0.1, 99.9), axis=(1, 2), keepdims=True)
     expected = np.clip((pixels - low) / (high - low), 0, 1).mean(0)
     np.testing.assert_allclose(mean.pixels[0], expected, atol=1e-6)
@@ -657,7 +648,7 @@ def test_the_mean_of_channels_weighs_dim_and_bright_stains_alike() -> None:
 
 def test_the_plane_is_the_chosen_channel_or_the_mean() -> None:
     pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
-    picture = Picture(pixels=pixels, channel_names=("DNA", "ER"))
+    picture = Image(pixels=pixels, channel_names=("DNA", "ER"))
     np.testing.assert_array_equal(picture.plane("ER"), pixels[1])
     np.testing.assert_array_equal(picture.plane(0), pixels[0])
     np.testing.assert_array_equal(picture.plane(), picture.mean().pixels[0])
@@ -674,7 +665,7 @@ def test_the_plane_is_the_chosen_channel_or_the_mean() -> None:
     ],
 )
 def test_an_array_becomes_a_picture(shape: tuple[int, ...], dtype: type, channels: int, names: tuple[str, ...]) -> None:
-    picture = picture_of(np.zeros(shape, dtype))
+    picture = as_image(np.zeros(shape, dtype))
     assert len(picture.pixels) == channels
     assert picture.channel_names == names
 
@@ -682,17 +673,17 @@ def test_an_array_becomes_a_picture(shape: tuple[int, ...], dtype: type, channel
 @pytest.mark.parametrize("shape", [(0, 4), (7,), (2, 3, 4, 5), (20, 40, 50)])
 def test_an_array_that_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match="expected"):
-        picture_of(np.zeros(shape))
+        as_image(np.zeros(shape))
 
 
 def test_a_channel_that_is_called_mean_is_that_channel() -> None:
     pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
-    picture = Picture(pixels=pixels, channel_names=("mean", "other"))
+    picture = Image(pixels=pixels, channel_names=("mean", "other"))
     np.testing.assert_array_equal(picture.select("mean").pixels[0], pixels[0])
 
 
 def test_the_mean_of_a_grey_picture_stored_as_rgb_with_alpha_is_that_picture() -> None:
     grey = np.arange(16, dtype=np.uint8).reshape(4, 4)
     pixels = np.stack([grey, grey, grey, grey[::-1]])
-    mean = Picture(pixels=pixels, channel_names=("red", "green", "blue", "alpha")).mean()
+    mean = Image(pixels=pixels, channel_names=("red", "green", "blue", "alpha")).mean()
     np.testing.assert_array_equal(mean.pixels, grey[None])

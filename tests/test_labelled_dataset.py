@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from dinocell.errors import ImageError
-from dinocell.images.image import percentile_range, to_uint8
-from dinocell.images.read import Picture
+from dinocell.images.image import Image, percentile_range, to_uint8
 from dinocell.labelled.build import PERCENTILES, build_labelled
 from dinocell.labelled.dataset import open_labelled
 from dinocell.labelled.distance import labels_to_distance
@@ -33,7 +32,7 @@ def cells(height: int, width: int, *, first_id: int = 1) -> np.ndarray:
 
 
 def pair(name: str, pixels: np.ndarray, labels: np.ndarray, **picture: object) -> Pair:
-    content = PairContent(picture=Picture(pixels=pixels, **picture), labels=labels)
+    content = PairContent(picture=Image(pixels=pixels, **picture), labels=labels)
     return Pair(name=name, read=lambda: content)
 
 
@@ -387,7 +386,7 @@ def test_a_set_travels_to_a_worker_by_its_name_not_by_its_pixels(tmp_path: Path)
 
 def test_notes_of_the_pairs_are_added_up(tmp_path: Path) -> None:
     def noted(name: str) -> Pair:
-        picture = Picture(pixels=np.zeros((1, 40, 60), np.uint8))
+        picture = Image(pixels=np.zeros((1, 40, 60), np.uint8))
         content = PairContent(
             picture=picture, labels=cells(40, 60), notes=Counter({"crowd regions left out": 2, "x": 0})
         )

@@ -189,7 +189,7 @@ def test_without_slurm_it_says_what_to_do(
 def test_two_processes_here_share_a_run(shard_set: Path, tmp_path: Path) -> None:
     command = ["pretrain", "debug", f"data.shards=[{shard_set}]", "steps=3", "batch_size=4", "log_every=1"]
     command += ["views.global_size=32", "views.local_size=16", "compute.workers=0", "heads.num_prototypes=64"]
-    command += ["watch.every=0", "model.variant=nano"]
+    command += ["online_eval.every=0", "model.variant=nano"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert main([*command, f"output={alone}"]) == 0
     line = [sys.executable, "-m", "dinocell", "launch", "--cluster", "local", "--processes", "2", "--"]

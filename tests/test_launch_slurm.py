@@ -26,11 +26,18 @@ from dinocell.data_shards.build.shard import ShardSettings
 from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.sources.files import MultichannelSource
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.runtime.schedules import Freeze, Schedule
-from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, Schedules
+from dinocell.ssl.config import (
+    ComputeConfig,
+    DataConfig,
+    HeadsConfig,
+    ModelConfig,
+    PretrainConfig,
+    Schedules,
+    ViewsConfig,
+)
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_plan import ViewsConfig
 
 
 def _load_cluster() -> ModuleType:
@@ -84,7 +91,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(20):
         pixels = np.random.default_rng(number).integers(0, 4000, (3, 32, 32)).astype(np.uint16)
         write_tiff(folder / "images" / f"f{number:02d}.ome.tif", pixels, channel_names=("a", "b", "c"))
-    settings = ShardSettings(tiles=TileSettings(size=0, min_size=16, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=0, min_size=16, min_contrast=0))
     build(MultichannelSource(input=str(folder / "images")), folder / "set", settings=settings, workers=1)
     return folder / "set"
 
@@ -199,7 +206,7 @@ def test_before_its_time_limit_a_run_saves_and_comes_back(slow_run: TwoNodes) ->
     slow_run.check_done(job, restarts=1)
     said = logs(slow_run.output)
     assert "is requeued (SIGUSR2)" in said
-    stopped = re.search(r"goes on after step (\d+)", said)
+    stopped = re.search(r"resuming after step (\d+)", said)
     assert stopped is not None
     assert f"step {int(stopped[1])}/{STEPS}" in said
     assert said.count(f"step {int(stopped[1])}/{STEPS} ") == 1  # not taken again
@@ -211,7 +218,7 @@ def test_a_job_that_is_requeued_goes_on(slow_run: TwoNodes) -> None:
     slow_run.wait_for_step(6)
     subprocess.run(["scontrol", "requeue", job], check=True)
     slow_run.check_done(job, restarts=1)
-    assert "goes on after step" in logs(slow_run.output)
+    assert "resuming after step" in logs(slow_run.output)
 
 
 def test_a_killed_process_takes_the_others_along_and_the_job_comes_back(slow_run: TwoNodes) -> None:
@@ -255,7 +262,7 @@ def test_what_two_nodes_saved_one_goes_on_with(slow_run: TwoNodes) -> None:
     done = len(losses(slow_run.output))
     assert 5 <= done < STEPS
     slow_run.check_done(slow_run.start(nodes=1))
-    assert f"goes on after step {done}" in logs(slow_run.output)
+    assert f"resuming after step {done}" in logs(slow_run.output)
 
 
 def test_an_array_builds_a_set_and_the_last_job_merges_it(

@@ -45,7 +45,7 @@ def gradients(loss: Tensor, projection: Projection) -> tuple[Tensor, ...]:
 @given(
     rows=st.integers(1, 9),
     prototypes=st.integers(1, 12),
-    piece_elements=st.one_of(st.none(), st.integers(1, 60)),
+    chunk_elements=st.one_of(st.none(), st.integers(1, 60)),
     dense=st.booleans(),
     keep=st.booleans(),
     temperature=st.floats(0.05, 2),
@@ -54,7 +54,7 @@ def gradients(loss: Tensor, projection: Projection) -> tuple[Tensor, ...]:
 def test_loss_and_gradients_equal_autograd(
     rows: int,
     prototypes: int,
-    piece_elements: int | None,
+    chunk_elements: int | None,
     dense: bool,
     keep: bool,
     temperature: float,
@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_autograd(
         probabilities if dense else targets,
         weights,
         temperature=temperature,
-        piece_elements=piece_elements,
+        chunk_elements=chunk_elements,
     )
     expected = plain(projection, probabilities, weights, temperature)
     torch.testing.assert_close(loss.total, expected, rtol=1e-10, atol=1e-12)
@@ -92,7 +92,7 @@ def test_rows_may_share_targets() -> None:
     order = torch.tensor([0, 1, 2, 2, 1, 0])
     for wanted in (targets, targets.probabilities()):
         expected = plain(projection, targets.probabilities()[order], weights)
-        loss = prototype_cross_entropy(projection, wanted, weights, target_of_row=order, piece_elements=14)
+        loss = prototype_cross_entropy(projection, wanted, weights, target_of_row=order, chunk_elements=14)
         torch.testing.assert_close(loss.total, expected)
         for ours, theirs in zip(gradients(loss.total, projection), gradients(expected, projection), strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -112,7 +112,7 @@ def test_gradients_reach_every_parameter_of_a_head(weight_norm: bool) -> None:
     head = ProjectionHead(10, 12, hidden=16, bottleneck=6, weight_norm=weight_norm).double()
     tokens, targets = torch.randn(5, 10, dtype=torch.float64), teacher(5, 12)
     weights = torch.rand(5, dtype=torch.float64)
-    loss = prototype_cross_entropy(head(tokens), targets, weights, piece_elements=24)
+    loss = prototype_cross_entropy(head(tokens), targets, weights, chunk_elements=24)
     expected = plain(head(tokens), targets.probabilities(), weights)
     parameters = list(head.parameters())
     theirs = torch.autograd.grad(expected, parameters)
@@ -184,7 +184,7 @@ def test_bfloat16_rows_agree_with_float32_to_their_precision(keep: bool) -> None
     rounded = Projection(exact.rows.detach().bfloat16().requires_grad_(), exact.prototypes)
     expected = plain(exact, targets.probabilities(), weights)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = prototype_cross_entropy(rounded, targets, weights, piece_elements=128 * 10)
+        loss = prototype_cross_entropy(rounded, targets, weights, chunk_elements=128 * 10)
     assert loss.total.dtype == torch.float32
     torch.testing.assert_close(loss.total, expected, rtol=1e-2, atol=0)
     ours = gradients(loss.total, rounded)
@@ -213,7 +213,7 @@ def test_compiled_targets_losses_and_gradients_are_the_plain_ones_for_any_number
             unit = normalize(torch.randn(rows, 8), dim=1).to(dtype).requires_grad_()
             prototypes = torch.randn(24, 8, requires_grad=True)
             teacher = Projection(normalize(torch.randn(rows, 8), dim=1).to(dtype), torch.randn(24, 8))
-            ways = {"piece_elements": 24 * 16, "compiled": compiled}
+            ways = {"chunk_elements": 24 * 16, "compiled": compiled}
             (targets,) = sinkhorn_targets([TeacherLogits(teacher, keep=True)], 0.1, **ways)
             loss = prototype_cross_entropy(Projection(unit, prototypes), targets, torch.rand(rows), **ways)
             loss.total.backward()
@@ -231,11 +231,8 @@ def test_compiled_targets_losses_and_gradients_are_the_plain_ones_for_any_number
     assert result.stdout == "6 graphs 0 breaks\n", result.stderr[-2000:]
 
 
-def test_misfits_are_refused() -> None:
-    projection, weights = student(5, 7), torch.ones(5, dtype=torch.float64)
-    with pytest.raises(ValueError, match="expected 7 prototypes as the student, got 8"):
-        prototype_cross_entropy(projection, teacher(5, 8), weights)
-    with pytest.raises(ValueError, match="expected 5 rows as the student, got 4"):
-        prototype_cross_entropy(projection, teacher(4, 7), weights)
-    with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
-        prototype_cross_entropy(projection, teacher(5, 7), weights, temperature=0.0)
+@pytest.mark.parametrize(("rows", "prototypes"), [(5, 8), (4, 7)])
+def test_targets_of_other_sizes_than_the_students_are_refused(rows: int, prototypes: int) -> None:
+    weights = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"5 rows and 7 prototypes .*, got {rows} and {prototypes}"):
+        prototype_cross_entropy(student(5, 7), teacher(rows, prototypes), weights)

@@ -1,12 +1,17 @@
-"""Collapse monitors at states whose numbers are known."""
+"""Collapse monitors at states with known values, and the help text of all metrics."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dinocell.cli import main
 from dinocell.ssl.heads import Projection
 from dinocell.ssl.monitors import feature_spread, target_use
 from dinocell.ssl.targets import Targets, TeacherLogits, sinkhorn_targets
@@ -19,11 +24,11 @@ def targets_of(logits: torch.Tensor) -> Targets:
     return Targets(TeacherLogits(projection), torch.ones((), dtype=logits.dtype), zero)
 
 
-@pytest.mark.parametrize("piece_elements", [None, 1, 24])
-def test_target_use_equals_scipys_entropy(piece_elements: int | None) -> None:
+@pytest.mark.parametrize("chunk_elements", [None, 1, 24])
+def test_target_use_equals_scipys_entropy(chunk_elements: int | None) -> None:
     logits = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     rows = logits.softmax(1).numpy()
-    use = target_use(targets_of(logits), piece_elements=piece_elements)
+    use = target_use(targets_of(logits), chunk_elements=chunk_elements)
     assert use.entropy.item() == pytest.approx(entropy(rows, axis=1).mean())
     assert use.mean_entropy.item() == pytest.approx(entropy(rows.mean(0)))
     assert use.used.item() == len(set(rows.argmax(1))) / 12
@@ -88,8 +93,23 @@ def test_zero_features_are_finite() -> None:
     assert feature_spread(torch.zeros(1, 3)).std == 0
 
 
-def test_no_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="features: expected at least one row"):
-        feature_spread(torch.zeros(0, 3))
-    with pytest.raises(ValueError, match="targets: expected at least one row"):
-        target_use(targets_of(torch.zeros(0, 3)))
+def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(shard_set: Path, tmp_path: Path) -> None:
+    """A new metric without an explanation fails here."""
+    small = ["model.variant=nano", "views.global_size=32", "views.local_size=16", "heads.num_prototypes=64"]
+    small += [
+        "steps=2",
+        "batch_size=4",
+        "compute.workers=0",
+        "log_every=1",
+        "online_eval.every=1",
+        "online_eval.tiles=4",
+    ]
+    assert main(["pretrain", "debug", f"data.shards={shard_set}", f"output={tmp_path / 'run'}", *small]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    (text,) = (event.tensor_proto.string_val[0].decode() for event in events.Tensors("monitoring_help/text_summary"))
+    explained = set(re.findall(r"`([\w/*]+)`", text))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = {name for line in lines for name in json.loads(line)} - {"step", "time"}
+    assert {name for name in logged if name not in explained and f"{name.split('/')[0]}/*" not in explained} == set()
+    assert set(events.Tags()["images"]) <= explained
+    assert "ln 64 = 4.16" in text

@@ -29,9 +29,9 @@ from dinocell.ssl.config import (
     OptimConfig,
     PretrainConfig,
     Schedules,
+    ViewsConfig,
 )
 from dinocell.ssl.train import pretrain
-from dinocell.ssl.view_plan import ViewsConfig
 from helpers.ranks import run_ranks
 
 STEPS = 4
@@ -159,6 +159,6 @@ def test_a_state_of_three_ranks_is_taken_up_by_one(
     for path in (output / "eval").iterdir():
         path.rename(tmp_path / "gone_too")
     pretrain(config_of(built_once, output))
-    assert "goes on after step 2" in (output / "log.txt").read_text()
+    assert "resuming after step 2" in (output / "log.txt").read_text()
     assert numbers(output, "step") == [1, 2, 3, 4]
     np.testing.assert_allclose(numbers(output, "loss/total"), numbers(alone, "loss/total"), rtol=1e-4)

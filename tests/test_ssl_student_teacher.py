@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinocell.models.vit import VisionTransformer, variant_config
-from dinocell.ssl.config import HeadsConfig, LossConfig
-from dinocell.ssl.masking import MaskingConfig, PatchMasks, draw_masks
+from dinocell.ssl.config import HeadsConfig, LossConfig, MaskingConfig
+from dinocell.ssl.masking import PatchMasks, draw_masks
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.views import Views
 
@@ -35,7 +35,7 @@ def inputs(batch: int = 3, num_local: int = 4) -> tuple[Views, PatchMasks]:
         torch.randn(2, batch, 1, 32, 32, generator=generator, dtype=torch.float64),
         torch.randn(num_local, batch, 1, 16, 16, generator=generator, dtype=torch.float64),
     )
-    masks = draw_masks(range(batch), (4, 4), MaskingConfig(), seed=0, epoch=0)
+    masks = draw_masks(range(batch), (4, 4), MaskingConfig(), seed=0)
     return views, masks
 
 

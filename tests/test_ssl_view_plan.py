@@ -1,36 +1,43 @@
-"""Plans of views: inside the tile, of the channels that the policy wants, the same whoever draws them."""
+"""Plans of views: reproducible, inside the tile, with the channels of the policy, and their intensity scaling."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dinocell.data_shards.read import Origin
+from dinocell.data_shards.manifest import read_manifest
+from dinocell.data_shards.read import Origin, stream
 from dinocell.data_shards.sample import SampleInfo
-from dinocell.ssl.view_plan import ViewsConfig, plan_views
+from dinocell.ssl.config import ViewsConfig
+from dinocell.ssl.view_plan import ViewPlan, intensity_ranges, plan_views
 
 INFO = SampleInfo(
     field="f", channels=("a", "b", "c", "d"), dtype="uint16", height=100, width=140, row=0, column=0, crc32=(0,) * 4
 )
 
 
-def plans(config: ViewsConfig, number: int, info: SampleInfo = INFO) -> list:
-    return [plan_views(info, Origin(0, 0, sample), config, seed=0) for sample in range(number)]
+# A scaling of raw intensities by 1: the factor of a plan is the brightness alone.
+UNIT_RANGES = [dict.fromkeys(INFO.channels, (0.0, 1.0))] * 2
+
+
+def plans(config: ViewsConfig, count: int, info: SampleInfo = INFO) -> list[ViewPlan]:
+    return [plan_views(info, Origin(0, 0, sample), config, UNIT_RANGES, seed=0) for sample in range(count)]
 
 
 def test_the_same_sample_has_the_same_views_and_any_other_has_others() -> None:
     config = ViewsConfig()
     origins = [Origin(0, 0, 5), Origin(1, 0, 5), Origin(0, 1, 5), Origin(0, 0, 6)]
-    first, second = ([plan_views(INFO, origin, config, seed=3) for origin in origins] for _ in range(2))
+    first, second = ([plan_views(INFO, origin, config, UNIT_RANGES, seed=3) for origin in origins] for _ in range(2))
     for one, same in zip(first, second, strict=True):
         np.testing.assert_array_equal(one.boxes, same.boxes)
-        np.testing.assert_array_equal(one.gain, same.gain)
+        np.testing.assert_array_equal(one.factor, same.factor)
     assert len({plan.boxes.tobytes() for plan in first}) == 4
-    assert plan_views(INFO, origins[0], config, seed=4).boxes.tobytes() != first[0].boxes.tobytes()
+    assert plan_views(INFO, origins[0], config, UNIT_RANGES, seed=4).boxes.tobytes() != first[0].boxes.tobytes()
 
 
 @pytest.mark.parametrize("size", [(100, 140), (512, 512), (30, 400), (1, 1), (8, 3)])
-def test_crops_lie_inside_and_have_the_area_asked_for(size: tuple[int, int]) -> None:
+def test_crops_are_inside_the_tile_and_have_the_configured_area(size: tuple[int, int]) -> None:
     config = ViewsConfig()
     height, width = size
     for plan in plans(config, 60, replace(INFO, height=height, width=width)):
@@ -48,7 +55,7 @@ def test_crops_lie_inside_and_have_the_area_asked_for(size: tuple[int, int]) -> 
             assert (share[2:] < 0.42).all()
 
 
-def kinds(plan: object) -> list[str]:
+def kinds(plan: ViewPlan) -> list[str]:
     return ["mean" if (mixing == 0.25).all() else "single" for mixing in plan.mixing[:, 0]]
 
 
@@ -83,17 +90,39 @@ def test_stack_orders_channels_by_name_and_drops_any_but_the_protein() -> None:
     assert all(plan.mixing[:, 2, 0].all() for plan in plans(whole, 10))
 
 
-def test_only_channels_that_a_view_needs_are_asked_for() -> None:
+def test_channels_are_those_that_a_view_needs() -> None:
     config = ViewsConfig(global_mean_probability=(0.0, 0.0), local_mean_probability=0.0, num_local=0)
     for plan in plans(config, 20):
         assert set(plan.channels()) == {int(mixing.argmax()) for mixing in plan.mixing[:, 0]}
 
 
-def test_photometry_follows_its_law() -> None:
-    gains = np.concatenate([plan.gain.ravel() for plan in plans(ViewsConfig(), 200)])
-    assert gains.min() >= 0.5
-    assert gains.mean() == pytest.approx(1, abs=0.02)
-    assert gains.std() == pytest.approx(0.2, abs=0.02)
+def test_brightness_has_the_configured_distribution() -> None:
+    factors = np.concatenate([plan.factor.ravel() for plan in plans(ViewsConfig(), 200)])
+    assert factors.min() >= 0.5
+    assert factors.mean() == pytest.approx(1, abs=0.02)
+    assert factors.std() == pytest.approx(0.2, abs=0.02)
+
+
+def test_percentiles_of_a_data_set_become_0_and_the_brightness_of_a_view(shard_set: Path) -> None:
+    manifest, batch = read_manifest(shard_set), next(iter(stream(shard_set, batch_size=1)))
+    ranges = intensity_ranges([manifest])
+    unscaled = [dict.fromkeys(ranges[0], (0.0, 1.0))]
+    plan, same = (
+        plan_views(batch.infos[0], batch.origins[0], ViewsConfig(), each, seed=0) for each in (ranges, unscaled)
+    )
+    for channel, name in enumerate(batch.infos[0].channels):
+        percentiles = manifest.channels[name].percentiles
+        assert ranges[0][name] == (percentiles["0.1"], percentiles["99.9"])
+        for percentile, expected in (("0.1", np.zeros(10)), ("99.9", same.factor[:, channel])):
+            scaled = percentiles[percentile] * plan.factor[:, channel] + plan.offset[:, channel]
+            np.testing.assert_allclose(scaled, expected, atol=1e-4)
+
+
+def test_a_constant_channel_has_a_range_above_0(shard_set: Path) -> None:
+    manifest = read_manifest(shard_set)
+    flat = replace(manifest.channels["DNA"], percentiles={"0.1": 7.0, "99.9": 7.0}, minimum=7.0, maximum=7.0)
+    (ranges,) = intensity_ranges([replace(manifest, channels={"DNA": flat})])
+    assert ranges == {"DNA": (7.0, 8.0)}
 
 
 @pytest.mark.parametrize(
@@ -112,8 +141,6 @@ def test_photometry_follows_its_law() -> None:
         {"contrast": float("inf")},
         {"blur_sigma_px": (2.0, 0.1)},
         {"noise_sigma": (-0.2, -0.1)},
-        {"black": "99.9", "white": "0.1"},
-        {"black": "low"},
         {"channels": ("DNA", "DNA"), "policy": "stack"},
     ],
 )

@@ -1,7 +1,8 @@
-"""All tiles at once: the crops that come out one by one, resampled as interpolation does."""
+"""All tiles at once: the same crops as one by one, resampled as by torch's interpolation."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,31 @@ from dinocell.data_shards.build.shard import ShardSettings
 from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.manifest import read_manifest
-from dinocell.data_shards.read import Batch, stream
-from dinocell.images.read import write_tiff
-from dinocell.ssl.view_plan import PlanViews, ViewsConfig, channel_levels, plan_views, scales_of
+from dinocell.data_shards.read import Batch, SampleStream, stream
+from dinocell.images.write import write_tiff
+from dinocell.ssl.config import ViewsConfig
+from dinocell.ssl.view_plan import intensity_ranges, plan_views
 from dinocell.ssl.views import crop_by_crop
 from dinocell.ssl.views_gpu import all_tiles_at_once, resampling_matrix
 
 SMALL = ViewsConfig(global_size=24, local_size=16, num_local=3)
 STACK = replace(SMALL, policy="stack", channels=("ER", "DNA", "x"), protein_channel="ER", protein_contrast=0.5)
 
-TILES = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+TILES = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
 
 
 def both_ways(batch: Batch, config: ViewsConfig, folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    levels = channel_levels([read_manifest(folder)], config)
-    plans = [plan_views(i, o, config, seed=1) for i, o in zip(batch.infos, batch.origins, strict=True)]
-    scales = [scales_of(info, levels[0], plan) for info, plan in zip(batch.infos, plans, strict=True)]
-    return crop_by_crop(batch, plans, scales, config), all_tiles_at_once(batch, plans, scales, config)
+    ranges = intensity_ranges([read_manifest(folder)])
+    plans = [plan_views(i, o, config, ranges, seed=1) for i, o in zip(batch.infos, batch.origins, strict=True)]
+    return crop_by_crop(batch, plans, config), all_tiles_at_once(batch, plans, config)
+
+
+def planned_stream(folder: Path, config: ViewsConfig, batch_size: int) -> SampleStream:
+    """Return a stream that decodes only the channels that the views need."""
+    samples = stream(folder, batch_size=batch_size)
+    ranges = intensity_ranges([read_manifest(folder)])
+    samples.plan_sample = partial(plan_views, config=config, ranges=ranges, seed=1)
+    return samples
 
 
 @pytest.mark.parametrize(
@@ -43,7 +52,7 @@ def both_ways(batch: Batch, config: ViewsConfig, folder: Path) -> tuple[list[tor
         STACK,
     ],
 )
-def test_both_ways_give_the_same_crops(shard_set: Path, config: ViewsConfig) -> None:
+def test_both_implementations_give_the_same_crops(shard_set: Path, config: ViewsConfig) -> None:
     ours, theirs = both_ways(next(iter(stream(shard_set, batch_size=6))), config, shard_set)
     assert [len(each) for each in ours] == [len(each) for each in theirs] == [2, 3]
     for one, other in zip(ours, theirs, strict=True):
@@ -52,7 +61,7 @@ def test_both_ways_give_the_same_crops(shard_set: Path, config: ViewsConfig) -> 
 
 def test_tiles_with_only_the_channels_needed_give_the_same_crops(shard_set: Path) -> None:
     config = replace(SMALL, policy="bag")
-    few = next(iter(stream(shard_set, batch_size=5, choose=PlanViews(config, 1))))
+    few = next(iter(planned_stream(shard_set, config, 5)))
     assert all(len(channels) == 1 for channels in few.channels)
     wanted, _ = both_ways(next(iter(stream(shard_set, batch_size=5))), config, shard_set)
     for crops in both_ways(few, config, shard_set):
@@ -69,7 +78,7 @@ def test_tiles_with_a_missing_channel_are_viewed_through_the_others(fields: Call
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     bag = replace(SMALL, policy="bag")
-    few = next(iter(stream(tmp_path / "set", batch_size=24, choose=PlanViews(bag, 1))))
+    few = next(iter(planned_stream(tmp_path / "set", bag, 24)))
     assert {(len(info.channels), chosen) for info, chosen in zip(few.infos, few.channels, strict=True)} >= {
         (2, (0,)),
         (3, (0,)),
@@ -78,7 +87,7 @@ def test_tiles_with_a_missing_channel_are_viewed_through_the_others(fields: Call
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_tiles_of_two_types_lie_in_one_batch(
+def test_a_batch_may_have_tiles_of_two_types(
     fields: Callable[..., Any], draw: Callable[[int], np.ndarray], tmp_path: Path
 ) -> None:
     source = fields(2)
@@ -89,12 +98,9 @@ def test_tiles_of_two_types_lie_in_one_batch(
     build(source, tmp_path / "b", settings=TILES, workers=1)
     batch = next(iter(stream([tmp_path / "a", tmp_path / "b"], batch_size=12)))
     assert {info.dtype for info in batch.infos} == {"uint8", "uint16"}
-    levels = channel_levels([read_manifest(tmp_path / name) for name in "ab"], SMALL)
-    plans = [plan_views(i, o, SMALL, seed=1) for i, o in zip(batch.infos, batch.origins, strict=True)]
-    scales = [
-        scales_of(i, levels[o.data_set], plan) for i, o, plan in zip(batch.infos, batch.origins, plans, strict=True)
-    ]
-    ours, theirs = (make(batch, plans, scales, SMALL) for make in (crop_by_crop, all_tiles_at_once))
+    ranges = intensity_ranges([read_manifest(tmp_path / name) for name in "ab"])
+    plans = [plan_views(i, o, SMALL, ranges, seed=1) for i, o in zip(batch.infos, batch.origins, strict=True)]
+    ours, theirs = (make(batch, plans, SMALL) for make in (crop_by_crop, all_tiles_at_once))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -103,6 +109,9 @@ def test_tiles_of_two_types_lie_in_one_batch(
 def test_resampling_is_that_of_interpolate(length: int, size: int) -> None:
     line = torch.randn(1, 1, 1, 120, dtype=torch.float32)
     start = 11
-    matrix = resampling_matrix(np.array([start]), np.array([length]), 120, size, torch.device("cpu"))
+    forwards = np.array([False])
+    matrix = resampling_matrix(
+        np.array([start]), np.array([length]), 120, size, torch.device("cpu"), backwards=forwards
+    )
     want = F.interpolate(line[..., start : start + length], (1, size), mode="bilinear", antialias=True)
     torch.testing.assert_close(matrix[0] @ line[0, 0, 0], want[0, 0, 0], rtol=1e-4, atol=1e-5)

@@ -1,8 +1,10 @@
-"""``dinocell pretrain``: shards become teacher checkpoints."""
+"""``dinocell pretrain``: train a teacher on shards."""
 
 import argparse
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from dinocell.commands._parser import add_command
 
 if TYPE_CHECKING:
     from dinocell.ssl.config import PretrainConfig
@@ -10,19 +12,17 @@ if TYPE_CHECKING:
 
 def register(subparsers: Any) -> None:
     """Add ``pretrain`` to the commands."""
-    summary = "pretrain a backbone on shards by self-supervision (DINO, iBOT, channel consistency)"
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "pretrain",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog="example:\n  dinocell pretrain debug data.shards='[shards/jump]' output=runs/first\n"
+        "pretrain a backbone on shards by self-supervision (DINO, iBOT, channel consistency)",
+        "dinocell pretrain debug data.shards='[shards/jump]' output=runs/first\n"
         "  dinocell pretrain debug data.shards='[shards/jump]' --dry-run",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="a shipped recipe or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe")
     parser.add_argument(
-        "--dry-run", action="store_true", help="time two steps, say how long the run takes, and write nothing"
+        "--dry-run", action="store_true", help="measure time and memory of two steps, and write nothing"
     )
     parser.set_defaults(run=_run, configure=_config)
 
@@ -42,25 +42,25 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(dry_run(config))
     else:
-        print(f"teacher: {pretrain(config, on_export=exported, watch=_online_probe(config))}")
+        print(f"teacher: {pretrain(config, on_export=exported, online_eval=_online_probe(config))}")
 
 
 def _online_probe(config: "PretrainConfig") -> Callable[[Any], Mapping[str, float]] | None:
-    """Return what measures the teacher of a pretraining run, which itself knows no evaluation; None: nothing is to."""
+    """Return the evaluation of the teacher during training; None if it is switched off."""
     from dinocell.eval.probes.online import OnlineProbe
 
-    if not config.watch.every:
+    settings = config.online_eval
+    if not settings.every:
         return None
-    watch = config.watch
     return OnlineProbe(
         config.data.shards[0],
-        tiles=watch.tiles,
+        tiles=settings.tiles,
         crop_size=config.views.global_size,
         in_channels=config.views.in_channels,
-        knn_train=watch.knn_train,
-        knn_test=watch.knn_test,
-        label=watch.label,
-        neighbours=watch.neighbours,
+        knn_train=settings.knn_train,
+        knn_test=settings.knn_test,
+        label=settings.label,
+        neighbours=settings.neighbours,
         cache=config.data.cache,
         cache_gb=config.data.cache_gb,
     )

@@ -13,7 +13,7 @@ from dinocell.errors import DinocellError, ImageError
 if TYPE_CHECKING:
     from dinocell.eval.segmentation.jobs import Request
     from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-    from dinocell.images.image import Picture
+    from dinocell.images.image import Image
 
 # For --dry-run: the side of the piece that is tried, and memory by benchmarks/results/segment.md.
 _TRIED_PX = 512

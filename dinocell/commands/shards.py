@@ -126,11 +126,11 @@ def _run_build(options: argparse.Namespace) -> None:
                 overlap=options.overlap,
                 cover=options.cover,
                 min_size=options.min_size,
-                min_structure=options.min_structure,
+                min_contrast=options.min_contrast,
                 max_saturated=options.max_saturated,
             ),
             codec=options.codec,
-            depth=8 if options.depth == "8" else None,
+            bit_depth=8 if options.bit_depth == "8" else None,
             percentiles=tuple(options.percentiles),
             levels_of=options.levels_of,
             max_unreadable=options.max_unreadable,
@@ -225,7 +225,7 @@ def _run_info(options: argparse.Namespace) -> None:
             *(known.percentiles[p] for p in ("1", "50", "99")),
             known.maximum,
             known.mean,
-            known.deviation,
+            known.std,
         )
         table.add_row(name, f"{known.num_tiles:,}", *(f"{level:.5g}" for level in levels))
     Console().print(table, highlight=False, markup=False)

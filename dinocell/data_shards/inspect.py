@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from dinocell.data_shards.build.workers import run_tasks
-from dinocell.data_shards.manifest import INDEX, Manifest, Shard, beside, read_index, read_manifest
+from dinocell.data_shards.manifest import INDEX, Manifest, Shard, file_address, read_index, read_manifest
 from dinocell.data_shards.read import stream
 from dinocell.data_shards.sample import SampleInfo, decode_sample, parse_sample, raw_sample
 from dinocell.errors import ImageError, ShardError
 from dinocell.images.image import to_uint8
-from dinocell.images.read import write_png
-from dinocell.images.storage import download, local_path
+from dinocell.images.storage import copy_remote, local_path
+from dinocell.images.write import write_png
 
 _SHOWN_A_SHARD = 5
 
@@ -87,13 +87,13 @@ def verify(
 
 def _verify_shard(task: _Task) -> list[Problem]:
     with tempfile.TemporaryDirectory(dir=task.temporary) as folder:
-        address = beside(task.location, task.shard.file)
+        address = file_address(task.location, task.shard.file)
         path = local_path(address)
         try:
             if path is None:
                 path = Path(folder) / task.shard.file
                 with path.open("wb") as file:
-                    download(address, file, num_bytes=task.shard.num_bytes)
+                    copy_remote(address, file, num_bytes=task.shard.num_bytes)
             found = list(_problems(path, task))
         except FileNotFoundError:
             found = ["missing"]

@@ -1,17 +1,17 @@
-"""Read shard sets as an endless stream of batches, to be left and entered again at any batch, by any number of ranks.
+"""Read shard sets as an endless stream of batches that resumes at any batch, with any number of ranks.
 
-The stream is a sequence of samples, the same for everybody (``order.py``). A step of the training takes the next
-``batch_size x world_size`` of them, rank by rank; within a rank, loader workers take steps in turns. Where to go on is
-one number, ``Batch.next_position``, and stays right when the number of ranks changes.
+The stream is one sequence of samples (``order.py``). A training step consumes the next ``batch_size x world_size`` of
+them, rank by rank; within a rank, loader workers take turns by step. To resume, one number is enough:
+``Batch.next_position``. It stays valid if the number of ranks changes.
 
-Batches run across the end of an epoch, so every rank always has as many, all of the same size.
+Batches cross the end of an epoch, so every rank has the same number of batches, all of the same size.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,15 +25,15 @@ from dinocell.images.storage import local_path
 
 # --- batch ---------------------------------------------------------------------------------------------------------
 #
-# A batch of tiles in one block of memory, whatever their sizes and types.
+# A batch of tiles of any sizes and types, in one block of memory.
 
-# Tiles begin at multiples of a cache line.
+# Tiles start at multiples of a cache line.
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a sample comes from; what is drawn for it at random derives from these numbers and the seed alone."""
+    """The identity of a sample; random numbers for it derive from these numbers and the seed alone."""
 
     epoch: int
     data_set: int
@@ -41,11 +41,11 @@ class Origin:
 
 
 @runtime_checkable
-class Drawn(Protocol):
-    """What is drawn at random for a whole batch; it travels with the batch."""
+class SamplePlan(Protocol):
+    """How to process a sample."""
 
-    def pin_memory(self) -> "Drawn":
-        """Return the same in page-locked memory."""
+    def channels(self) -> Sequence[int]:
+        """Return the indices of the channels that are needed."""
         ...
 
 
@@ -56,44 +56,42 @@ class Batch:
     Attributes
     ----------
     infos, origins, channels
-        What each sample is, where it comes from, and which of its channels are here.
+        Metadata and identity of each sample, and which of its channels were decoded.
+    step_positions, own
+        Positions in the stream of this step's samples on all ranks, and which of them are in this batch.
     next_position
-        The stream's position after this step of all ranks: what a checkpoint has to keep.
+        The stream's position after this step of all ranks; a checkpoint stores it.
     damaged
-        One line a sample that could not be read and was replaced by another.
-    chosen, chosen_by
-        What the reader's ``choose`` returned for each sample, and that function; empty and None without one.
-    drawn, drawn_by
-        What the reader's ``draw`` returned for the batch, and that function; None without one.
+        One line per sample that could not be read and was replaced by another.
+    plans
+        Of each sample, see `SampleStream`; empty without a planner.
     """
 
     infos: tuple[SampleInfo, ...]
     origins: tuple[Origin, ...]
     channels: tuple[tuple[int, ...], ...]
+    step_positions: range
+    own: slice
     next_position: int
     damaged: tuple[str, ...]
     storage: torch.Tensor
     starts: tuple[int, ...]
-    chosen: tuple[object, ...] = ()
-    chosen_by: object = None
-    drawn: Drawn | None = None
-    drawn_by: object = None
+    plans: tuple[SamplePlan, ...] = ()
 
     def __len__(self) -> int:
         return len(self.infos)
 
-    def tile(self, number: int) -> torch.Tensor:
-        """Return the tile of a sample, (c h w), a view of the batch's one block of memory."""
-        info, start = self.infos[number], self.starts[number]
-        shape = (len(self.channels[number]), info.height, info.width)
+    def tile(self, index: int) -> torch.Tensor:
+        """Return the tile of a sample, (c h w), a view of the batch's memory."""
+        info, start = self.infos[index], self.starts[index]
+        shape = (len(self.channels[index]), info.height, info.width)
         dtype = _TORCH_TYPES[info.dtype]
         end = start + int(np.prod(shape)) * dtype.itemsize
         return self.storage[start:end].view(dtype).view(shape)
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; PyTorch's loader calls this."""
-        drawn = None if self.drawn is None else self.drawn.pin_memory()
-        return replace(self, storage=self.storage.pin_memory(), drawn=drawn)
+        return replace(self, storage=self.storage.pin_memory())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tiles on a device, in one copy."""
@@ -101,7 +99,7 @@ class Batch:
 
 
 def layout(infos: Sequence[SampleInfo], channels: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
-    """Return where each tile begins in the batch's memory, and how many bytes that has."""
+    """Return the first byte of each tile in the batch's memory, and its total size in bytes."""
     starts, end = [], 0
     for info, chosen in zip(infos, channels, strict=True):
         starts.append(end)
@@ -128,34 +126,29 @@ _TORCH_TYPES = {
 }
 
 
-__all__ = ["Batch", "Choose", "Draw", "Drawn", "Origin", "SampleStream", "ShardSet", "Wanted", "loader", "stream"]
+__all__ = ["Batch", "Origin", "PlanSample", "SamplePlan", "SampleStream", "ShardSet", "loader", "stream"]
 
 _log = logging.getLogger(__name__)
 
-# A damaged sample is replaced by one of the next positions, which mostly lie in other shards.
+# A damaged sample is replaced by one of the next positions, which are mostly in other shards.
 _REPLACEMENTS = 8
 _CACHE_GB = 50.0
 
 
-@runtime_checkable
-class Wanted(Protocol):
-    """What is to be done with a sample; it travels with the batch."""
+PlanSample = Callable[[SampleInfo, Origin], SamplePlan]
 
-    def channels(self) -> Sequence[int]:
-        """Return the channels that it needs."""
-        ...
-
-
-# From what is known about a sample, and the numbers that its randomness comes from: what will be done with it.
-Choose = Callable[[SampleInfo, Origin], Wanted]
-
-# From the positions in the stream of a step's samples, those of all ranks, and which of them are this rank's: what is
-# drawn for the batch besides.
-Draw = Callable[[range, slice], Drawn]
+Item = TypeVar("Item")
 
 
 class SampleStream(IterableDataset[Batch]):
-    """The stream of one rank; see ``stream``. Iterating it in a loader's workers shares its steps out among them."""
+    """The stream of one rank; see ``stream``. In a loader's workers, each iterates over its share of the steps.
+
+    Attributes
+    ----------
+    plan_sample
+        Decides how to process a sample before it is decoded: ``Batch.plans``. Only the channels needed for that are
+        decoded. It must be picklable for workers, and so must its results. None: all channels, no plans.
+    """
 
     def __init__(
         self,
@@ -167,18 +160,16 @@ class SampleStream(IterableDataset[Batch]):
         stop: int | None,
         rank: int,
         world_size: int,
-        choose: Choose | None,
-        draw: Draw | None,
     ) -> None:
         self.sets, self.mixture = tuple(sets), mixture
         self.batch_size, self.position, self.stop = batch_size, position, stop
         self.rank, self.world_size = rank, world_size
-        self._choose, self._draw = choose, draw
+        self.plan_sample: PlanSample | None = None
 
     @property
     def num_samples(self) -> int:
-        """Samples of all sets: an epoch, if there is one set."""
-        return sum(each.manifest.num_samples for each in self.sets)
+        """Number of samples of all sets: an epoch, if there is one set."""
+        return sum(shard_set.manifest.num_samples for shard_set in self.sets)
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -188,67 +179,64 @@ class SampleStream(IterableDataset[Batch]):
             start = self.position + step * step_size
             if self.stop is not None and start >= self.stop:
                 return
-            everyone = range(start, start + step_size if self.stop is None else min(start + step_size, self.stop))
+            positions = range(start, start + step_size if self.stop is None else min(start + step_size, self.stop))
             own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-            if everyone[own]:
-                yield self._batch(everyone, own, next_position=start + step_size)
+            if positions[own]:
+                yield self._batch(positions, own, next_position=start + step_size)
             step += stride
 
-    def _batch(self, everyone: range, own: slice, *, next_position: int) -> Batch:
-        positions = everyone[own]
+    def _batch(self, positions: range, own: slice, *, next_position: int) -> Batch:
         damaged: list[str] = []
-        read = [self._read(position, 0, damaged) for position in positions]
-        drawn = None if self._draw is None else self._draw(everyone, own)
+        reads = [self._read(position, 0, damaged) for position in positions[own]]
         while True:
-            samples = [each.sample for each in read]
-            chosen, channels = self._chosen(read)
+            samples = [read.sample for read in reads]
+            plans, channels = self._planned(reads)
             starts, size = layout([sample.info for sample in samples], channels)
             storage = torch.empty(size, dtype=torch.uint8)
             batch = Batch(
                 infos=tuple(sample.info for sample in samples),
-                origins=tuple(each.origin for each in read),
+                origins=tuple(read.origin for read in reads),
                 channels=tuple(channels),
+                step_positions=positions,
+                own=own,
                 next_position=next_position,
                 damaged=tuple(damaged),
                 storage=storage,
                 starts=starts,
-                chosen=tuple(chosen),
-                chosen_by=self._choose,
-                drawn=drawn,
-                drawn_by=self._draw,
+                plans=tuple(plans),
             )
             failed = self._decode(batch, samples, damaged)
             if failed is None:
                 return batch
-            # A replacement may have another size, so the batch is laid out anew.
-            read[failed] = self._read(positions[failed], read[failed].tries, damaged)
+            # The replacement may have another size, so the layout of the batch is computed again.
+            reads[failed] = self._read(positions[own][failed], reads[failed].tries, damaged)
 
     def _decode(self, batch: Batch, samples: Sequence[RawSample], damaged: list[str]) -> int | None:
-        """Decode into the batch's memory; return the number of the first sample that cannot be, or None."""
-        for number, sample in enumerate(samples):
+        """Decode into the batch's memory; return the index of the first sample that fails, or None."""
+        for index, sample in enumerate(samples):
             try:
-                decode_sample(sample, batch.channels[number], out=batch.tile(number).numpy())
+                decode_sample(sample, batch.channels[index], out=batch.tile(index).numpy())
             except SampleError as error:
-                self._report(damaged, batch.origins[number], error)
-                return number
+                self._report(damaged, batch.origins[index], error)
+                return index
         return None
 
-    def _chosen(self, read: Sequence["_Read"]) -> tuple[list[Wanted], list[tuple[int, ...]]]:
-        """Return what is to be done with each sample, if somebody says so, and the channels to decode."""
-        if self._choose is None:
-            return [], [tuple(range(len(each.sample.info.channels))) for each in read]
-        chosen = [self._choose(each.sample.info, each.origin) for each in read]
-        return chosen, [tuple(each.channels()) for each in chosen]
+    def _planned(self, reads: Sequence["_Read"]) -> tuple[list[SamplePlan], list[tuple[int, ...]]]:
+        """Return the plan of each sample, if there is a planner, and the channels to decode."""
+        if self.plan_sample is None:
+            return [], [tuple(range(len(read.sample.info.channels))) for read in reads]
+        plans = [self.plan_sample(read.sample.info, read.origin) for read in reads]
+        return plans, [tuple(plan.channels()) for plan in plans]
 
     def _read(self, position: int, tries: int, damaged: list[str]) -> "_Read":
-        """Read the sample of a position, or, if it is damaged, that of one of the next positions."""
+        """Read the sample of a position, or of one of the next positions if it is damaged."""
         while tries < _REPLACEMENTS:
-            number, within = self.mixture(position + tries)
-            place = self.sets[number].order(within)
-            origin = Origin(place.epoch, number, place.sample)
+            set_index, set_position = self.mixture(position + tries)
+            place = self.sets[set_index].order(set_position)
+            origin = Origin(place.epoch, set_index, place.sample)
             tries += 1
             try:
-                return _Read(self.sets[number].read(within, place), origin, tries)
+                return _Read(self.sets[set_index].read(set_position, place), origin, tries)
             except SampleError as error:
                 self._report(damaged, origin, error)
         raise ShardError(f"{_REPLACEMENTS} samples in a row cannot be read; the last: {damaged[-1]}")
@@ -260,7 +248,7 @@ class SampleStream(IterableDataset[Batch]):
 
 
 class _Read(NamedTuple):
-    """A sample as read, where it comes from, and how many positions were tried for it."""
+    """An encoded sample, its identity, and the number of positions tried for it."""
 
     sample: RawSample
     origin: Origin
@@ -279,8 +267,6 @@ def stream(
     world_size: int = 1,
     shuffle: bool = True,
     block_shards: int = 16,
-    choose: Choose | None = None,
-    draw: Draw | None = None,
     cache: str | Path | None = None,
     cache_gb: int | float = _CACHE_GB,
 ) -> SampleStream:
@@ -291,23 +277,18 @@ def stream(
     sets
         Folders or addresses of shard sets.
     batch_size
-        Samples a batch, of this rank.
+        Samples per batch of this rank.
     weights
-        How often each set is to come; None: as often as it has samples.
+        Relative frequency of each set; None: its number of samples.
     seed, position
-        With the same seed, going on at ``Batch.next_position`` gives what would have come, on any number of ranks.
+        With the same seed, a stream from ``Batch.next_position`` continues the previous one, on any number of ranks.
     stop
-        End at this position, with a smaller last batch if need be; None goes on for ever. One pass over one set is
-        ``stop=num_samples``.
+        End at this position, with a smaller last batch if needed; None never ends. ``stop=num_samples`` is one pass
+        over one set.
     block_shards
-        Shards that are mixed with one another at a time.
-    choose
-        Says what is wanted of a sample: ``Batch.chosen``. Channels that are not needed for it are not decoded. It
-        must be picklable for workers, as must be what it returns.
-    draw
-        Draws what a batch needs besides, in the workers: ``Batch.drawn``; picklable like ``choose``.
+        Number of shards whose samples are shuffled together.
     cache, cache_gb
-        For remote sets: a folder on this disk for copies of shards, and its bound.
+        For remote sets: a local folder for copies of shards, and its maximum size.
 
     Raises
     ------
@@ -315,22 +296,23 @@ def stream(
         If a set is missing or damaged, or the cache is too small.
     """
     locations = [sets] if isinstance(sets, str | Path) else list(sets)
-    if not locations:
-        raise ShardError("no shard set given")
     if not 0 <= rank < world_size or batch_size < 1 or position < 0:
         raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, position {position}: out of range")
     remote = [location for location in locations if local_path(location) is None]
-    if remote and cache is None:
-        raise ShardError(f"{remote[0]}: a remote set needs a cache: a folder on this machine's disk")
+    for is_wrong, problem in (
+        (not locations, "no shard set given"),
+        (remote and cache is None, f"{', '.join(map(str, remote))}: a remote set needs a cache, a local folder"),
+        (weights and len(weights) != len(locations), f"expected {len(locations)} weights, one per set, got {weights}"),
+    ):
+        if is_wrong:
+            raise ShardError(problem)
     copies = None if cache is None else ShardCache(cache, max_bytes=int(cache_gb * 1e9))
     opened = [
-        ShardSet(location, seed=seed + number, shuffle=shuffle, block_shards=block_shards, cache=copies)
-        for number, location in enumerate(locations)
+        ShardSet(location, seed=seed + index, shuffle=shuffle, block_shards=block_shards, cache=copies)
+        for index, location in enumerate(locations)
     ]
     if weights is None:
-        weights = [each.manifest.num_samples for each in opened]
-    if len(weights) != len(opened):
-        raise ShardError(f"expected {len(opened)} weights, one a set, got {len(weights)}")
+        weights = [shard_set.manifest.num_samples for shard_set in opened]
     return SampleStream(
         opened,
         Mixture(weights, seed=seed),
@@ -339,13 +321,13 @@ def stream(
         stop=stop,
         rank=rank,
         world_size=world_size,
-        choose=choose,
-        draw=draw,
     )
 
 
-def loader(stream: SampleStream, *, workers: int, pin_memory: bool = False, prefetch: int = 2) -> DataLoader[Batch]:
-    """Return a loader whose ``workers`` processes (0: none) decode ahead; batches come in the stream's order."""
+def loader(
+    stream: IterableDataset[Item], *, workers: int, pin_memory: bool = False, prefetch: int = 2
+) -> DataLoader[Item]:
+    """Return a loader with ``workers`` decoding processes (0: none); batches are in the stream's order."""
     return DataLoader(
         stream,
         batch_size=None,

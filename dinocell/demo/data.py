@@ -20,7 +20,8 @@ from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.data_shards.sources.table import LabelledSource
 from dinocell.demo.synthetic.field import CELL_TYPES, SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, write_labels, write_tiff
+from dinocell.images.read import IMAGE_SUFFIXES, has_image_name
+from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import Pair, folder_pairs, read_pair
 
@@ -227,7 +228,7 @@ def _link(folder: Path, files: list[Path]) -> None:
 
 def _build_shards(source: Source, output: Path, workers: int) -> Manifest:
     """Build a shard set of whole fields, or read the existing one."""
-    settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_contrast=0))
     manifest = build(source, output, settings=settings, samples_per_shard=32, workers=workers)
     assert manifest is not None  # None is returned only for one slice of a distributed build
     return manifest

@@ -15,15 +15,15 @@ import numpy as np
 from jaxtyping import Float32, Integer
 
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.error_images import Mistakes, WorstImages
+from dinocell.eval.error_images import ErrorImage, WorstImages
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet, find_predictions
 from dinocell.eval.metrics.ctc_files import OfficialScores, check_programs, official_scores_of
-from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
 from dinocell.eval.metrics.summary import ImageScores, PooledScores, pool, score_tables
 from dinocell.eval.scoring import FOUND, OURS, PLAIN, FoundThresholds, rules_of
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.refine import Mending
-from dinocell.eval.threshold_search import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, keep_maps, search, search_flows
+from dinocell.eval.segmentation.refine import Refinement
+from dinocell.eval.threshold_search import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search, search_flows, store_maps
 from dinocell.labelled.dataset import LabelledImage
 from dinocell.labelled.masks import read_labels
 
@@ -51,7 +51,7 @@ class Evaluation:
     methods: dict[str, str]
     images: tuple[ImageScores, ...]
     pooled: tuple[PooledScores, ...]
-    worst: tuple[Mistakes, ...]
+    worst: tuple[ErrorImage, ...]
     threshold_search: FoundThresholds | None
 
 
@@ -125,14 +125,14 @@ def evaluate_sets(
     found: FoundThresholds | None = None
     maps = _maps(sets, pipeline, progress) if pipeline is not None else None
     if grid is not None and maps is not None and pipeline is not None and scratch is not None:
-        kept = keep_maps(scratch, maps)
+        kept = store_maps(scratch, maps)
         found = _search(sets, kept, pipeline, grid, progress)
         maps = iter(kept)
     rules = rules_of(pipeline, found) if pipeline is not None else {}
     methods = {name: rule.description for name, rule in rules.items()}
     methods |= {tool: f"label images in {folder}" for tool, folder in predictions.items()}
 
-    tables: dict[tuple[str, str], list[Overlaps]] = {(name, method): [] for name in sets for method in methods}
+    tables: dict[tuple[str, str], list[ContingencyTable]] = {(name, method): [] for name in sets for method in methods}
     images: list[ImageScores] = []
     worst = WorstImages(num_worst)
     total = sum(map(len, sets.values()))
@@ -144,7 +144,7 @@ def evaluate_sets(
                 labels = rules[method].labels(predicted)
             else:
                 labels = _read(files[method][dataset][index], reference.shape)
-            table = find_overlaps(reference, labels)
+            table = contingency_table(reference, labels)
             tables[dataset, method].append(table)
             if store is not None:
                 store.add(dataset, method, labels)
@@ -257,7 +257,7 @@ def _search(
         cell_fill_range=grid.cell_fill_range,
         steps=grid.steps,
         restore_border=(True, False),
-        mending=Mending(min_area_px=settings.min_area_px, merge_px=settings.merge_px),
+        refinement=Refinement(min_area_px=settings.min_area_px, merge_px=settings.merge_px),
         progress=lambda done, total: progress("searched", done, total),
     )
 

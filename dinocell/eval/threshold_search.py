@@ -20,11 +20,11 @@ from jaxtyping import Float, Float64, Integer
 from dinocell.errors import DinocellError
 from dinocell.eval.metrics.ctc import MISSED_COST, SPLIT_COST, SPURIOUS_COST, ctc_score_from, seg_and_det
 from dinocell.eval.metrics.matching import find_matches
-from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
 from dinocell.eval.segmentation.flows import find_masks, keep
-from dinocell.eval.segmentation.refine import Mending, mend
+from dinocell.eval.segmentation.refine import Refinement, refine_labels
 from dinocell.eval.segmentation.watershed import cut, flood
-from dinocell.images.read import write_png
+from dinocell.images.write import write_png
 from dinocell.runtime.files import replacing
 
 # --- grid_search ---------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def search_grid(
     return GridSearch(point=point, axes=axes, metric=metric, scores=_pooled_scores(sums), num_images=len(maps))
 
 
-def keep_maps(folder: str | Path, maps: Iterable[Float[np.ndarray, "*_"]]) -> list[np.memmap]:
+def store_maps(folder: str | Path, maps: Iterable[Float[np.ndarray, "*_"]]) -> list[np.memmap]:
     """Write maps to ``folder`` as they come, one file each, and return them memory-mapped, for a search."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ class Sums(NamedTuple):
     num_matched_50: int
 
 
-def sums_of(table: Overlaps) -> Sums:
+def sums_of(table: ContingencyTable) -> Sums:
     """Return what one image adds."""
     score = ctc_score_from([table])
     return Sums(
@@ -257,7 +257,7 @@ def search(
     steps: int = STEPS,
     merge_px: Sequence[int | float | None] | None = None,
     restore_border: Sequence[bool] | None = None,
-    mending: Mending | None = None,
+    refinement: Refinement | None = None,
     metric: Metric = "op_csb",
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -268,11 +268,11 @@ def search(
     ----------
     distances, references
         Predicted maps (0 to 1) and label images, as many, of equal sizes. Memory maps are read one at a time, so
-        they need not fit into memory; see `dinocell.eval.threshold_search.keep_maps`.
+        they need not fit into memory; see `dinocell.eval.threshold_search.store_maps`.
     cells_max_range, cell_fill_range, steps
         Least and largest value of each threshold, and how many of each, evenly spaced.
     merge_px, restore_border
-        Values of these to try with each pair; None tries that of ``mending``.
+        Values of these to try with each pair; None tries that of ``refinement``.
     mending
         What else is done after the flood, the same for all points; ``mending.PLAIN`` for the plain watershed.
     metric
@@ -287,16 +287,18 @@ def search(
     DinocellError
         If a range or a map is impossible, or maps and references do not fit together.
     """
-    mending = mending or Mending()
+    refinement = refinement or Refinement()
     peaks = _grid("cells_max", *cells_max_range, steps)
     fills = _grid("cell_fill", *cell_fill_range, steps)
-    tried = (mending.merge_px,) if merge_px is None else merge_px
+    tried = (refinement.merge_px,) if merge_px is None else merge_px
     merges = tuple(None if value is None else float(value) for value in tried)
-    borders = (mending.restore_border,) if restore_border is None else tuple(restore_border)
-    mendings = [[replace(mending, merge_px=value, restore_border=restored) for restored in borders] for value in merges]
+    borders = (refinement.restore_border,) if restore_border is None else tuple(restore_border)
+    refinements = [
+        [replace(refinement, merge_px=value, restore_border=restored) for restored in borders] for value in merges
+    ]
 
     def evaluate(distance: np.ndarray, reference: np.ndarray, cells_max: float) -> np.ndarray:
-        return _scored(distance, reference, cells_max, fills, mendings)
+        return _scored(distance, reference, cells_max, fills, refinements)
 
     return search_grid(
         distances,
@@ -315,19 +317,21 @@ def _scored(
     reference: np.ndarray,
     cells_max: float,
     fills: Sequence[float],
-    mendings: Sequence[Sequence[Mending]],
+    refinements: Sequence[Sequence[Refinement]],
 ) -> np.ndarray:
     """Flood once, then cut, mend and score at every fill threshold, none above the peaks'; (f g r sums)."""
-    found = np.full((len(fills), len(mendings), len(mendings[0]), len(Sums._fields)), np.nan)
+    found = np.full((len(fills), len(refinements), len(refinements[0]), len(Sums._fields)), np.nan)
     possible = [(number, fill) for number, fill in enumerate(fills) if fill <= cells_max]
     if not possible:
         return found
     flooded = flood(distance, cells_max=cells_max, lowest_fill=possible[0][1])
     for number, fill in possible:
         plain = cut(flooded, fill)
-        for which, ways in enumerate(mendings):
-            for way, mending in enumerate(ways):
-                table = find_overlaps(reference, mend(plain, flooded.distance, cell_fill=fill, mending=mending))
+        for which, ways in enumerate(refinements):
+            for way, refinement in enumerate(ways):
+                table = contingency_table(
+                    reference, refine_labels(plain, flooded.distance, cell_fill=fill, refinement=refinement)
+                )
                 found[number, which, way] = sums_of(table)
     return found
 
@@ -396,7 +400,7 @@ def search_flows(
     def evaluate(maps: np.ndarray, reference: np.ndarray, probability: float) -> np.ndarray:
         masks = find_masks(maps, probability=probability)
         chosen = (keep(masks, flow_error=error, min_area_px=min_area_px) for error in flow_errors)
-        return np.array([sums_of(find_overlaps(reference, labels)) for labels in chosen], float)
+        return np.array([sums_of(contingency_table(reference, labels)) for labels in chosen], float)
 
     return search_grid(
         flows,

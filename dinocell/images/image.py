@@ -17,7 +17,7 @@ MEAN_PERCENTILES = (0.1, 99.9)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
+class Image:
     """One frame of an image file, with the values and the type that the file holds.
 
     Attributes
@@ -120,7 +120,7 @@ def square_pixel(across: float | None, down: float | None) -> float | None:
     return float(across)
 
 
-def picture_of(image: Shaped[np.ndarray, "..."]) -> Picture:
+def as_image(image: Shaped[np.ndarray, "..."]) -> Image:
     """Return an array as a picture: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
 
     Raises
@@ -131,7 +131,7 @@ def picture_of(image: Shaped[np.ndarray, "..."]) -> Picture:
     if image.size == 0 or image.ndim not in (2, 3):
         raise ImageError(f"expected an image (h w), (c h w) or (h w c), got an array of shape {image.shape}")
     if image.ndim == 2:
-        return Picture(pixels=image[None])
+        return Image(pixels=image[None])
     rows, _, last = image.shape
     # A colour picture may be as low as others have channels; none with so many channels is 3 or 4 pixels wide.
     if last <= MOST_CHANNELS < rows or (last in (3, 4) and rows > 4):
@@ -140,7 +140,7 @@ def picture_of(image: Shaped[np.ndarray, "..."]) -> Picture:
         raise ImageError(f"expected at most {MOST_CHANNELS} channels, got an array of shape {image.shape}")
     is_rgba = len(image) == 4 and image.dtype == np.uint8
     names = (*COLOURS, "alpha") if is_rgba else COLOURS if len(image) == 3 else ()
-    return Picture(pixels=image, channel_names=names)
+    return Image(pixels=image, channel_names=names)
 
 
 @runtime_checkable
@@ -149,7 +149,7 @@ class Frames(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Picture: ...
+    def __getitem__(self, index: int) -> Image: ...
 
     def close(self) -> None:
         """Close the file."""

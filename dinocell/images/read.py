@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from dinocell.errors import ImageError, StackError
-from dinocell.images.image import COLOURS, MOST_CHANNELS, Frames, Picture, percentile_range, to_uint8
+from dinocell.images.image import COLOURS, MOST_CHANNELS, Frames, Image, percentile_range, to_uint8
 from dinocell.images.storage import local_path, open_bytes
 from dinocell.images.write import write_labels, write_png, write_tiff
 
@@ -85,7 +85,7 @@ def image_stem(name: str) -> str:
 
 def read_image(
     path: str | Path, *, frame: int | None = None, frames_as_channels: bool = False, palette_as_colour: bool = True
-) -> Picture:
+) -> Image:
     """Read one picture.
 
     Parameters
@@ -117,7 +117,7 @@ def read_image(
         return frames[frame or 0]
 
 
-def read_stack(path: str | Path) -> Iterator[Picture]:
+def read_stack(path: str | Path) -> Iterator[Image]:
     """Yield the frames of a file one by one, in its order; a single picture is a stack of one.
 
     Raises
@@ -164,13 +164,13 @@ def _errors_named(path: str | Path) -> Iterator[None]:
 class _OneFrame:
     """A file that holds one picture."""
 
-    def __init__(self, picture: Picture) -> None:
+    def __init__(self, picture: Image) -> None:
         self._picture = picture
 
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Image:
         return self._picture
 
     def close(self) -> None:
@@ -229,7 +229,7 @@ def _check_known(head: bytes, name: str) -> None:
     )
 
 
-def _decode(content: bytes, palette_as_colour: bool) -> Picture:
+def _decode(content: bytes, palette_as_colour: bool) -> Image:
     if content.startswith(_PNG):
         return _decode_png(content, palette_as_colour)
     if content.startswith(_NPY):
@@ -249,13 +249,13 @@ def _decode(content: bytes, palette_as_colour: bool) -> Picture:
         return _coloured(np.asarray(image))
 
 
-def _decode_png(content: bytes, palette_as_colour: bool) -> Picture:
+def _decode_png(content: bytes, palette_as_colour: bool) -> Image:
     bit_depth, colour_type = content[24], content[25]
     if colour_type == 3 and not palette_as_colour:
         from PIL.PngImagePlugin import PngImageFile
 
         with PngImageFile(io.BytesIO(content)) as image:
-            return Picture(pixels=np.asarray(image)[None].copy())
+            return Image(pixels=np.asarray(image)[None].copy())
     import imagecodecs
 
     # imagecodecs, not Pillow: Pillow halves the bits of 16-bit colour.
@@ -263,17 +263,17 @@ def _decode_png(content: bytes, palette_as_colour: bool) -> Picture:
     return _coloured(pixels > 0 if bit_depth == 1 and pixels.ndim == 2 and colour_type == 0 else pixels)
 
 
-def _coloured(pixels: np.ndarray) -> Picture:
+def _coloured(pixels: np.ndarray) -> Image:
     """Return (h w) or (h w 1|2|3|4) as a picture: grey, grey + alpha, RGB, RGB + alpha."""
     pixels = np.atleast_3d(pixels)
     names: tuple[str, ...] = {1: (), 2: ("grey", "alpha"), 3: COLOURS, 4: (*COLOURS, "alpha")}[pixels.shape[-1]]
     if names[-1:] == ("alpha",) and (pixels[..., -1] == pixels[0, 0, -1]).all():
         pixels = pixels[..., :-1]
         names = names[:-1] if len(names) == 4 else ()
-    return Picture(pixels=np.ascontiguousarray(pixels.transpose(2, 0, 1)), channel_names=names)
+    return Image(pixels=np.ascontiguousarray(pixels.transpose(2, 0, 1)), channel_names=names)
 
 
-def _decode_npy(content: bytes) -> Picture:
+def _decode_npy(content: bytes) -> Image:
     file = io.BytesIO(content)
     pixels = np.load(file, allow_pickle=False)
     if pixels.dtype.kind not in "buif":
@@ -289,10 +289,10 @@ def _decode_npy(content: bytes) -> Picture:
             f"an array of shape {pixels.shape}; expected (h w), (h w 3), (h w 4) or (c h w) with at most "
             f"{MOST_CHANNELS} channels; save stacks as TIFF with named axes"
         )
-    return Picture(pixels=np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("=")))
+    return Image(pixels=np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("=")))
 
 
-def _as_channels(frames: list[Picture]) -> Picture:
+def _as_channels(frames: list[Image]) -> Image:
     kinds = {(frame.pixels.shape[1:], frame.pixels.dtype) for frame in frames}
     if len(kinds) > 1:
         raise ImageError(f"{len(frames)} frames of {len(kinds)} sizes or types cannot be the channels of one picture")

@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 
 from dinocell.errors import ImageError
-from dinocell.images.image import COLOURS, Picture, square_pixel
+from dinocell.images.image import COLOURS, Image, square_pixel
 
 _UM_PER_UNIT = {"um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0}
 _UM_PER_UNIT |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4}
@@ -53,7 +53,7 @@ class TiffFrames:
     def __len__(self) -> int:
         return sum(series.num_frames for series in self._series)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Image:
         for series in self._series:
             if index < series.num_frames:
                 return series.read(index, self._size)
@@ -84,7 +84,7 @@ class _Series:
         self._alpha = bool(page.extrasamples) and int(page.extrasamples[-1]) in (1, 2)
         self._pixel_size_um, self._channel_names = _described(tiff, page, number)
 
-    def read(self, index: int, num_bytes: int) -> Picture:
+    def read(self, index: int, num_bytes: int) -> Image:
         position = np.unravel_index(index, self._frame_shape) if self._frame_axes else ()
         selection: list[Any] = [slice(None)] * len(self._shape)
         for axis, at in zip(self._frame_axes, position, strict=True):
@@ -133,7 +133,7 @@ class _Series:
             if max(ends) > page.parent.filehandle.size:  # an OME-TIFF may lie in several files
                 raise ImageError("the file is cut short: its pixels end beyond it; copy it again")
 
-    def _picture(self, pixels: np.ndarray) -> Picture:
+    def _picture(self, pixels: np.ndarray) -> Image:
         pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
         if self._photometric == "MINISWHITE" and pixels.dtype.kind == "u":
             # Stored with 0 as white: turned, so that more is brighter everywhere. One-bit masks stay: tifffile marks
@@ -146,7 +146,7 @@ class _Series:
             pixels, names = pixels[:-1], names[: len(pixels) - 1] if len(names) >= len(pixels) - 1 else ()
         if len(names) != len(pixels):
             names = ()
-        return Picture(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
+        return Image(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
 
 
 def _read_page(page: Any) -> np.ndarray:

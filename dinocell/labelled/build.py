@@ -21,7 +21,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from dinocell._version import __version__
 from dinocell.errors import ImageError
-from dinocell.images.image import Picture, percentile_range, to_uint8
+from dinocell.images.image import Image, percentile_range, to_uint8
 from dinocell.labelled.dataset import FORMAT_NAME, FORMAT_VERSION
 from dinocell.labelled.distance import labels_to_distance
 from dinocell.labelled.layouts import Pair, PairContent
@@ -230,7 +230,7 @@ def _prepared(
     return _Example(pixels, labels, distance, notes, record)
 
 
-def _to_bgr(picture: Picture) -> tuple[np.ndarray, list[float] | None]:
+def _to_bgr(picture: Image) -> tuple[np.ndarray, list[float] | None]:
     """Return (h w 3) uint8, blue green red, and the grey levels that became 0 and 255 (None: it was 8 bit already)."""
     picture = picture.grey()
     pixels = picture.pixels[:-1] if picture.channel_names[-1:] == ("alpha",) else picture.pixels

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from dinocell.errors import DinocellError
-from dinocell.images.read import IMAGE_SUFFIXES, Picture, read_image
+from dinocell.images.image import Image
+from dinocell.images.read import IMAGE_SUFFIXES, read_image
 from dinocell.images.storage import Listed, list_files
 from dinocell.labelled.masks import ENCODINGS, PairError, draw, read_coco, read_instances, read_labels, read_regions
 
@@ -27,7 +28,7 @@ from dinocell.labelled.masks import ENCODINGS, PairError, draw, read_coco, read_
 class PairContent:
     """An image, its labels, and what was counted on the way (overlapping pixels, crowd regions...)."""
 
-    picture: Picture
+    picture: Image
     labels: Integer[np.ndarray, "h w"]
     notes: Counter[str] = field(default_factory=Counter)
 

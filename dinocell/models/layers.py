@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinocell.errors import DinocellError
 from dinocell.models.positions import split_rotated
-from dinocell.models.token_rows import Segment, Subset, WantedRows
+from dinocell.models.token_rows import NeededRows, Segment, Subset
 
 # --- attention -----------------------------------------------------------------------------------------------------
 #
@@ -285,7 +285,7 @@ class Block(nn.Module):
         rows: Float[Tensor, "n d"],
         segments: Sequence[Segment],
         kept: tuple[Subset, Subset] | None = None,
-        wanted: WantedRows | None = None,
+        wanted: NeededRows | None = None,
     ) -> Float[Tensor, "m d"]:
         """Transform the residual stream.
 

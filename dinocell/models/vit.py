@@ -26,8 +26,8 @@ from dinocell.models.token_rows import (
     Segment,
     Subset,
     draw_kept_sequences,
+    find_needed_rows,
     find_subsets,
-    find_wanted_rows,
     num_output_rows,
 )
 
@@ -365,7 +365,7 @@ class VisionTransformer(nn.Module):
         for index, block in enumerate(self.blocks[:stop]):
             wanted = None
             if prune and index == last:
-                segments, wanted = find_wanted_rows(segments, select, self.config.num_prefix, rows.device)
+                segments, wanted = find_needed_rows(segments, select, self.config.num_prefix, rows.device)
             rows = block(rows, segments, None if kept is None else kept[index], wanted)
             yield rows
 

@@ -1,4 +1,4 @@
-"""The matrix of (rows, prototypes), the largest of a training step, in pieces of rows: how large, where, compiled."""
+"""The (rows, prototypes) matrix, the largest one of a training step, in chunks of rows; and compiled functions."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -10,30 +10,36 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# Elements of a chunk by default, and maximum rows on the CPU: smaller chunks give slow matrix products, larger ones
+# exceed the processor's cache (benchmarks/ssl_heads.py).
+_CPU_ELEMENTS, _CPU_ROWS = 2**23, 256
+_GPU_ELEMENTS = 2**27
 
-def pieces(num_rows: int, num_prototypes: int, device: torch.device, elements: int | None = None) -> Iterator[slice]:
-    """Cut rows into pieces whose logits have at most ``elements`` elements, but at least one row.
 
-    By default 128 M elements, and on the CPU 8 M elements or 256 rows, whichever is less: smaller pieces make poor
-    matrix products, larger ones leave the cache (benchmarks/ssl_heads.py).
-    """
+def row_chunks(
+    num_rows: int, num_prototypes: int, device: torch.device, elements: int | None = None
+) -> Iterator[slice]:
+    """Yield slices of rows whose logits have at most ``elements`` elements, but at least one row."""
     on_cpu = device.type == "cpu"
-    size = max(1, (elements or (2**23 if on_cpu else 2**27)) // max(num_prototypes, 1))
+    size = max(1, (elements or (_CPU_ELEMENTS if on_cpu else _GPU_ELEMENTS)) // max(num_prototypes, 1))
     if on_cpu and elements is None:
-        size = min(size, 256)
+        size = min(size, _CPU_ROWS)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
 
-def with_scratch(
+def chunks_with_scratch(
     count: int, num_rows: int, like: Float[Tensor, " k"], elements: int | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "count m k"]]]:
-    """Yield `pieces`, each with the same memory for ``count`` of them: on the CPU new pages cost more than numbers."""
+    """Yield `row_chunks` with memory for ``count`` matrices each.
+
+    The memory is reused: on the CPU new pages cost more than the arithmetic.
+    """
     scratch: Tensor | None = None
-    for which in pieces(num_rows, len(like), like.device, elements):
-        if scratch is None:
-            scratch = like.new_empty(count, which.stop, len(like))
-        yield which, scratch[:, : which.stop - which.start]
+    for rows in row_chunks(num_rows, len(like), like.device, elements):
+        if scratch is None:  # the first chunk is the largest
+            scratch = like.new_empty(count, rows.stop, len(like))
+        yield rows, scratch[:, : rows.stop - rows.start]
 
 
 def full_precision(like: Tensor) -> torch.autocast:
@@ -43,5 +49,5 @@ def full_precision(like: Tensor) -> torch.autocast:
 
 @cache
 def compiled_once(function: Function) -> Function:
-    """Return the function compiled, the same one in every step."""
+    """Return the compiled function; the same object at every call."""
     return cast("Function", torch.compile(function))

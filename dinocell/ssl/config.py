@@ -1,6 +1,7 @@
-"""What a pretraining recipe holds."""
+"""The schema of a pretraining recipe."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,23 +11,55 @@ from dinocell.models.layers import AttentionKernel
 from dinocell.runtime.device import Precision
 from dinocell.runtime.schedules import Freeze, Schedule, check_range
 from dinocell.runtime.sharding import Parallel
-from dinocell.ssl.masking import MaskingConfig
-from dinocell.ssl.view_plan import ViewsConfig
 
-# --- schedules -----------------------------------------------------------------------------------------------------
-#
-# The schedules of a pretraining run.
+Policy = Literal["consistency", "average", "bag", "stack"]
+Compile = Literal["nothing", "blocks", "all"]
+Recompute = Literal["nothing", "activations", "blocks"]
 
-FREEZE_FROM_WEIGHTS = Freeze(hold=0.02, warmup=0.03)
+# The seed of each step and rank is a multiple of the run's seed and must fit into 64 bits.
+_LARGEST_SEED = 2**32 - 1
+
+# Former keys of `PretrainConfig`: present name, and for deleted ones the only value that is still accepted.
+RENAMED_KEYS = {"watch": "online_eval"}
+REMOVED_KEYS = {"gram.negatives": "keep", "views.black": "0.1", "views.white": "99.9"}
+
+
+def _check(section: Any, expected: str, accepts: Callable[[float], bool], *names: str) -> None:
+    """Refuse fields, numbers or tuples of numbers, with a value that is not accepted."""
+    for name in names:
+        value = getattr(section, name)
+        if not all(accepts(number) for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def _check_at_least(section: Any, low: int, *names: str) -> None:
+    _check(section, f"at least {low}", lambda number: low <= number < math.inf, *names)
+
+
+def _check_positive(section: Any, *names: str) -> None:
+    _check(section, "more than 0", lambda number: 0 < number < math.inf, *names)
+
+
+def _check_share(section: Any, *names: str) -> None:
+    _check(section, "0 to 1", lambda number: 0 <= number <= 1, *names)
+
+
+def _check_ascending(section: Any, *names: str) -> None:
+    """Refuse pairs that are not a range."""
+    for name in names:
+        low, high = getattr(section, name)
+        if low > high:
+            raise ValueError(f"{name}: expected a minimum and a maximum, got {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedules:
-    """Everything of a pretraining run that changes with the step; DINOv2's defaults, the cell recipes' learning rate.
+    """All quantities that change during a run. Defaults: DINOv2's, with the learning rate of its cell recipes.
 
-    ``learning_rate`` is that of a batch of 1,024 before `dinocell.runtime.optim.scaled_learning_rate`. ``last_layer``
-    and ``backbone`` are what rests at first. ``backbone`` null: random weights do not rest; those of ``model.weights``
-    do for 0.02 of the run and come in over 0.03 of it, as the heads are always new, and new heads damage good features.
+    ``learning_rate`` is for a batch of 1,024, see `dinocell.runtime.optim.scaled_learning_rate`. ``last_layer`` and
+    ``backbone`` freeze these parts at the start. With ``backbone`` null, random weights are not frozen; weights from
+    ``model.weights`` are frozen for 0.02 of the run and then warmed up over 0.03, because the heads are always new
+    and their first gradients damage good features.
     """
 
     learning_rate: Schedule = field(default_factory=lambda: Schedule(peak=5e-4, end=1e-6, warmup=0.1))
@@ -39,8 +72,8 @@ class Schedules:
     backbone: Freeze | None = None
 
     def backbone_freeze(self, *, from_weights: bool) -> Freeze:
-        """Return how the backbone rests, from released or earlier weights or from random ones."""
-        return self.backbone or (FREEZE_FROM_WEIGHTS if from_weights else Freeze())
+        """Return how the backbone is frozen at the start, from pretrained weights or from random ones."""
+        return self.backbone or (Freeze(hold=0.02, warmup=0.03) if from_weights else Freeze())
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay", "local_weight", "gram_weight"):
@@ -49,43 +82,20 @@ class Schedules:
         check_range("teacher_temperature", self.teacher_temperature, 1e-4, math.inf)
 
 
-Compile = Literal["nothing", "blocks", "all"]
-Recompute = Literal["nothing", "activations", "blocks"]
-
-# Of the run's, seeds of each step, rank and part are made, which must fit into 64 bits.
-_LARGEST_SEED = 2**32 - 1
-
-
-def _check(section: Any, low: int, *names: str, high: int | None = None) -> None:
-    """Refuse fields of a section that are below ``low``, above ``high``, infinite or no number."""
-    for name in names:
-        value = getattr(section, name)
-        if not (low <= value and (high is None or value <= high) and math.isfinite(value)):
-            expected = f"at least {low}" if high is None else f"{low} to {high}"
-            raise ValueError(f"{name}: expected {expected}, got {value}")
-
-
-def _check_positive(section: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: expected more than 0, got {value}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the tiles come from.
+    """The training tiles.
 
     Attributes
     ----------
     shards
         Folders or addresses of shard sets.
     weights
-        How often each set is to come; null: as often as it has samples.
+        Relative sampling frequency of each set; null: proportional to its number of samples.
     block_shards
-        Shards that are mixed with one another at a time.
+        Number of shards whose samples are shuffled together.
     cache, cache_gb
-        For remote sets: a folder for copies of shards, and its bound.
+        For remote sets: a local folder for copies of shards, and its maximum size.
     """
 
     shards: tuple[str, ...]
@@ -97,20 +107,150 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.shards:
             raise ValueError("shards: expected the folder or address of at least one shard set, got none")
-        if self.weights is not None and not all(weight > 0 and math.isfinite(weight) for weight in self.weights):
-            raise ValueError(f"weights: expected numbers above 0, got {list(self.weights)}; leave out a set instead")
-        _check(self, 1, "block_shards")
-        _check_positive(self, "cache_gb")
+        _check_positive(self, "cache_gb", *(["weights"] if self.weights is not None else []))
+        _check_at_least(self, 1, "block_shards")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """How tiles become views (crops and photometry of Cell-DINO; the channel policies are DINOCell's).
+
+    Attributes
+    ----------
+    policy
+        ``consistency``: some views are the mean of all channels, the others one random channel, so that features
+        become independent of the stain. ``average``: the mean in all views. ``bag``: one random channel for all views
+        of a sample (channel-adaptive DINO). ``stack``: all channels, as in Cell-DINO.
+    global_mean_probability, local_mean_probability
+        For ``consistency``: probability that a view is the mean; one number per global view, one for all local views.
+    channels
+        For ``stack``: names of the input channels, in order. Other channels of a tile are ignored, missing ones are 0.
+    global_size, global_area, local_size, local_area
+        Side of a crop in pixels, and minimum and maximum share of the tile's area that it covers.
+    aspect
+        Minimum and maximum ratio of a crop's sides on the tile.
+    right_angles
+        Rotate by a random multiple of 90 degrees.
+    brightness, contrast
+        Standard deviation of the factors, one per channel and view; always applied, before channels are averaged.
+    drop_channel, protein_contrast, protein_channel
+        For ``stack``: probability to blank one channel (never the protein), and to scale the protein by 0 to 2 over
+        its maximum.
+    blur, blur_sigma_px, noise, noise_sigma
+        Probabilities of a Gaussian blur and of Gaussian noise, and the ranges of their standard deviations (noise:
+        relative to intensities of 0 to 1).
+    """
+
+    policy: Policy = "consistency"
+    global_mean_probability: tuple[float, ...] = (1.0, 0.0)
+    local_mean_probability: float = 0.3
+    channels: tuple[str, ...] = ()
+    num_local: int = 8
+    global_size: int = 224
+    local_size: int = 96
+    global_area: tuple[float, float] = (0.4, 1.0)
+    local_area: tuple[float, float] = (0.05, 0.4)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flips: bool = True
+    right_angles: bool = True
+    brightness: float = 0.2
+    contrast: float = 0.2
+    drop_channel: float = 0.2
+    protein_contrast: float = 0.2
+    protein_channel: str = "protein"
+    blur: float = 0.0
+    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
+    noise: float = 0.0
+    noise_sigma: tuple[float, float] = (0.01, 0.05)
+
+    def __post_init__(self) -> None:
+        _check_share(self, "global_mean_probability", "local_mean_probability", "drop_channel", "protein_contrast")
+        _check_share(self, "blur", "noise", "global_area", "local_area")
+        _check_positive(self, "global_area", "local_area", "aspect")
+        _check_at_least(self, 1, "global_size", "local_size")
+        _check_at_least(self, 0, "num_local", "brightness", "contrast", "blur_sigma_px", "noise_sigma")
+        _check_ascending(self, "global_area", "local_area", "aspect", "blur_sigma_px", "noise_sigma")
+        if self.num_global < 2:
+            raise ValueError("global_mean_probability: expected a number for each of at least 2 global views")
+        if len(set(self.channels)) < len(self.channels) or (self.policy == "stack" and not self.channels):
+            raise ValueError(
+                "channels: expected names of input channels, each once, for policy stack at least one; got "
+                f"{list(self.channels)}"
+            )
+
+    @property
+    def num_global(self) -> int:
+        """Number of global views of a tile."""
+        return len(self.global_mean_probability)
+
+    @property
+    def num_views(self) -> int:
+        """Number of all views of a tile; the global ones come first."""
+        return self.num_global + self.num_local
+
+    @property
+    def kinds(self) -> tuple[tuple[range, int], tuple[range, int]]:
+        """Indices of the global views and their side in pixels, then those of the local views."""
+        return (
+            (range(self.num_global), self.global_size),
+            (range(self.num_global, self.num_views), self.local_size),
+        )
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of the model."""
+        return len(self.channels) if self.policy == "stack" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """How many patches are masked, and in which shapes.
+
+    Attributes
+    ----------
+    image_share
+        Share of the global crops that get a mask.
+    min_patch_share, max_patch_share
+        Range of the masked share of such a crop's patches; the shares are spread evenly over this range.
+    samples_per_group
+        Number of samples (each with all of its global crops) within which the shares are spread; null: the batch.
+    min_block
+        Minimum number of patches of a block.
+    max_block_share
+        Maximum share of the crop that a block covers.
+    min_aspect
+        Minimum ratio of height and width of a block; the maximum is its inverse.
+    shift
+        Roll each mask around by a random offset, so that patches at the border are masked as often as central ones.
+    """
+
+    image_share: float = 0.5
+    min_patch_share: float = 0.1
+    max_patch_share: float = 0.5
+    samples_per_group: int | None = None
+    min_block: int = 4
+    max_block_share: float = 0.5
+    min_aspect: float = 0.3
+    shift: bool = False
+
+    def __post_init__(self) -> None:
+        _check_share(self, "image_share", "min_patch_share", "max_patch_share", "max_block_share", "min_aspect")
+        _check_positive(self, "max_block_share", "min_aspect")
+        _check_at_least(self, 1, "min_block", *(["samples_per_group"] if self.samples_per_group is not None else []))
+        if self.min_patch_share > self.max_patch_share:
+            raise ValueError(
+                f"min_patch_share: expected at most max_patch_share {self.max_patch_share}, got {self.min_patch_share}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The backbone: ``variant`` with random weights, or ``weights``, any source of `load_backbone`.
+    """The backbone: ``variant`` with random weights, or ``weights``, any source that `load_backbone` accepts.
 
     Attributes
     ----------
     layer_scale
-        First value of LayerScale, with random weights.
+        Initial value of LayerScale, with random weights.
     drop_path
         Share of the student's samples that skip each branch of each block.
     """
@@ -124,10 +264,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant}")
-        _check(self, 1, "patch_size")
-        _check(self, 0, "layer_scale")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path: expected a share from 0 to less than 1, got {self.drop_path}")
+        _check_at_least(self, 1, "patch_size")
+        _check_at_least(self, 0, "layer_scale")
+        _check(self, "0 to less than 1", lambda share: 0 <= share < 1, "drop_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +281,12 @@ class HeadsConfig:
     weight_norm: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, 1, "num_prototypes", "hidden", "bottleneck", "layers")
+        _check_at_least(self, 1, "num_prototypes", "hidden", "bottleneck", "layers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """How the losses add up (DINOv2's weights) and how targets are balanced."""
+    """Weights of the losses (DINOv2's), and how the teacher's targets are balanced."""
 
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
@@ -157,51 +296,45 @@ class LossConfig:
     centre_momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        _check(self, 0, "ibot_weight", "koleo_weight")
+        _check_at_least(self, 0, "ibot_weight", "koleo_weight")
         _check_positive(self, "student_temperature")
-        _check(self, 1, "sinkhorn_iterations")
-        _check(self, 0, "centre_momentum", high=1)
+        _check_at_least(self, 1, "sinkhorn_iterations")
+        _check_share(self, "centre_momentum")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GramConfig:
-    """The Gram teacher, an earlier state of the teacher's backbone; it is there while ``schedules.gram_weight`` is.
+    """The Gram teacher, an earlier state of the teacher's backbone; used while ``schedules.gram_weight`` is above 0.
 
-    It is taken when the weight first is above 0, and again ``refresh_every`` steps later, at most ``max_refreshes``
-    times (DINOv3). It sees the teacher's global crops, unmasked; DINOv3 shows it larger ones.
-
-    Attributes
-    ----------
-    negatives
-        What negative cosines count for, see `dinocell.ssl.losses.gram_loss`.
+    It is copied from the teacher when the weight first is above 0, and again every ``refresh_every`` steps, at most
+    ``max_refreshes`` times (DINOv3). It sees the teacher's global crops, unmasked; DINOv3 uses larger ones.
     """
 
     refresh_every: int = 10_000
     max_refreshes: int = 3
-    negatives: Literal["keep", "drop", "drop_in_teacher"] = "keep"
 
     def __post_init__(self) -> None:
-        if self.refresh_every < 1 or self.max_refreshes < 0:
-            raise ValueError("refresh_every: expected at least 1, and max_refreshes at least 0")
+        _check_at_least(self, 1, "refresh_every")
+        _check_at_least(self, 0, "max_refreshes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and what is around it.
+    """AdamW and its settings.
 
     Attributes
     ----------
     accumulate
-        Parts in which a rank takes its share of a step, one after the other: less memory, the same gradient. Targets
-        are balanced, masks dealt, and KoLeo's neighbours looked for within a part.
+        Number of parts into which a rank splits its share of a step: less memory, the same gradient. Targets are
+        balanced, masks distributed and KoLeo's neighbours searched within a part.
     head_weight_decay_factor
-        On the heads' weight decay.
+        Factor on the heads' weight decay.
     rule
-        How the learning rate of the schedule, which is for a batch of 1,024, follows the batch.
+        How the learning rate of the schedule, which is for a batch of 1,024, scales with the batch size.
     clip
-        Largest gradient norm of each sub-module.
+        Maximum gradient norm of each sub-module.
     max_bad_steps
-        So many steps in a row without a finite loss and gradient end the run. Such steps change no weight.
+        Number of consecutive steps with a non-finite loss or gradient that ends the run. Such steps change no weight.
     """
 
     rule: Literal["sqrt", "linear", "constant"] = "sqrt"
@@ -211,44 +344,42 @@ class OptimConfig:
     head_weight_decay_factor: float = 1.0
     clip: float = 3.0
     accumulate: int = 1
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: expected two numbers from 0 to less than 1, got {list(self.betas)}")
-        _check(self, 0, "layer_decay", "patch_embedding_factor", "head_weight_decay_factor")
-        if not self.clip > 0:  # infinite: no clipping
-            raise ValueError(f"clip: expected more than 0, got {self.clip}")
-        _check(self, 1, "max_bad_steps")
+        _check(self, "0 to less than 1", lambda beta: 0 <= beta < 1, "betas")
+        _check_at_least(self, 0, "layer_decay", "patch_embedding_factor", "head_weight_decay_factor")
+        _check(self, "more than 0", lambda norm: norm > 0, "clip")  # infinite: no clipping
+        _check_at_least(self, 1, "max_bad_steps", "accumulate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """What must not change the result, but for rounding.
+    """Settings that change the results by rounding errors only.
 
     Attributes
     ----------
     device
-        ``auto``: CUDA if there is one.
+        ``auto``: CUDA if available.
     dtype
-        Of matrix products; ``auto``: bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere.
+        Of matrix products; ``auto``: bfloat16 on GPUs that support it (Ampere and later), float32 elsewhere.
     workers
-        Processes of each rank that read and decode ahead.
+        Number of processes per rank that read and decode ahead.
     parallel
-        How the model lies on several ranks, see `dinocell.runtime.sharding`.
+        How the model is distributed over several ranks, see `dinocell.runtime.sharding`.
     attention
-        How attention is computed, see `dinocell.models.layers`; other than ``sdpa``: CUDA.
+        How attention is computed, see `dinocell.models.layers`; all but ``sdpa`` and ``dense`` need CUDA.
     compile
-        ``blocks``: each block; 1.5x on an H200 (benchmarks/results/pretrain_step_gpu.md), nothing on the CPU. ``all``:
+        ``blocks``: each block; 1.5x on an H200 (benchmarks/results/pretrain_step_gpu.md), no gain on the CPU. ``all``:
         whole passes of the backbones (on several ranks, or with ``recompute=blocks``, each block), targets and losses;
         less work for the host (benchmarks/results/host_time.md), another 1.08x for S/8 and 1.02x for L/16, and two to
-        three times the time of the first step (benchmarks/results/pretrain_step_gpu_large.md).
+        three times the duration of the first step (benchmarks/results/pretrain_step_gpu_large.md).
     recompute
-        What the backward pass computes again instead of keeping it. ``activations``: the outputs of norms and
-        activations, no matrix product; ``blocks``: all of each block, and the teacher's logits. Figures:
+        What the backward pass recomputes instead of storing it. ``activations``: the outputs of norms and activations,
+        no matrix product; ``blocks``: everything inside each block, and the teacher's logits. Figures:
         benchmarks/results/pretrain_step_cpu.md.
     timeout_s
-        How long ranks wait for one another before all stop with an error.
+        Time that ranks wait for each other before all of them stop with an error.
     """
 
     device: str = "auto"
@@ -261,24 +392,24 @@ class ComputeConfig:
     timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        _check(self, 0, "workers")
+        _check_at_least(self, 0, "workers")
         _check_positive(self, "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchConfig:
-    """What is measured of the teacher while it is trained, besides losses.
+class OnlineEvalConfig:
+    """Evaluation of the teacher during training.
 
     Attributes
     ----------
     every
-        Steps between measurements; 0: never.
+        Steps between evaluations; 0: never.
     tiles
-        Of the training shards, for channel consistency: each through every channel.
+        Number of training tiles for channel consistency; each is seen through every channel.
     knn_train, knn_test, label
-        Shard sets whose samples have the label ``label``: neighbours of the first name the samples of the second.
+        Shard sets of a kNN classification: reference and test samples, and the label to predict.
     neighbours
-        That vote.
+        Number of neighbours, k.
     """
 
     every: int = 1000
@@ -290,10 +421,11 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         given = [name for name in ("knn_train", "knn_test", "label") if getattr(self, name) is not None]
-        if given and len(given) < 3:
+        if len(given) not in (0, 3):
             raise ValueError(f"knn_train, knn_test, label: expected all three or none, got {', '.join(given)}")
-        if self.every < 0 or self.tiles < 2 or self.neighbours < 1:
-            raise ValueError("every: expected at least 0, tiles at least 2, neighbours at least 1")
+        _check_at_least(self, 0, "every")
+        _check_at_least(self, 1, "neighbours")
+        _check_at_least(self, 2, "tiles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,12 +435,12 @@ class PretrainConfig:
     Attributes
     ----------
     steps, batch_size
-        Length of the run; tiles a step, over all ranks.
+        Length of the run; tiles per step, over all ranks.
     log_every, picture_every, export_every
-        Steps between numbers, pictures and teacher checkpoints; the last step always exports.
+        Steps between metrics, images and teacher checkpoints; the last step always exports.
     checkpoint_every, keep_checkpoints, keep_checkpoint_every
-        Steps between training states, from which a run goes on; how many of the newest stay, and those whose step the
-        last number divides (0: no others).
+        Steps between checkpoints, from which a run resumes; how many of the latest are kept, and those whose step is a
+        multiple of the last number (0: no others).
     """
 
     output: Path
@@ -324,7 +456,7 @@ class PretrainConfig:
     gram: GramConfig = field(default_factory=GramConfig)
     schedules: Schedules = field(default_factory=Schedules)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    online_eval: OnlineEvalConfig = field(default_factory=OnlineEvalConfig)
     log_every: int = 10
     picture_every: int = 1000
     export_every: int = 9000
@@ -334,11 +466,11 @@ class PretrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        _check(self, 1, "steps", "batch_size", "log_every", "picture_every", "export_every")
-        _check(self, 1, "checkpoint_every", "keep_checkpoints")
-        _check(self, 0, "keep_checkpoint_every")
-        _check(self, 0, "seed", high=_LARGEST_SEED)
-        if self.optim.accumulate < 1 or self.batch_size % self.optim.accumulate:
+        _check_at_least(self, 1, "steps", "batch_size", "log_every", "picture_every", "export_every")
+        _check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
+        _check_at_least(self, 0, "keep_checkpoint_every")
+        _check(self, f"0 to {_LARGEST_SEED}", lambda seed: 0 <= seed <= _LARGEST_SEED, "seed")
+        if self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"optim.accumulate: expected a divisor of batch_size {self.batch_size}, got {self.optim.accumulate}"
             )
@@ -348,6 +480,19 @@ class PretrainConfig:
                 raise ValueError(f"views.{name}: expected a multiple of patch_size {self.model.patch_size}, got {size}")
 
     @property
+    def mask_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a global crop."""
+        side = self.views.global_size // self.model.patch_size
+        return side, side
+
+    @property
+    def mean_masked(self) -> float:
+        """Expected number of masked patches per sample, over all of its global crops."""
+        masking = self.masking
+        share = masking.image_share * (masking.min_patch_share + masking.max_patch_share) / 2
+        return share * self.views.num_global * math.prod(self.mask_grid)
+
+    @property
     def uses_gram(self) -> bool:
-        """Whether the Gram loss counts at any time."""
+        """Whether the Gram loss has a weight at any step."""
         return self.schedules.gram_weight != Schedule(peak=0.0)

@@ -1,7 +1,7 @@
-"""The projection head of DINO and iBOT: an MLP onto the unit sphere, and the prototypes it is compared with.
+"""The projection head of DINO and iBOT: an MLP onto the unit sphere, and the prototypes.
 
-The head stops before the logits. A matrix of (tokens, prototypes) is the largest tensor of a training step; the losses
-and targets take the two factors and make it a piece at a time.
+The head does not compute logits. The (tokens, prototypes) matrix is the largest tensor of a training step; losses and
+targets take its two factors and compute it in chunks.
 """
 
 from itertools import pairwise
@@ -20,14 +20,14 @@ class Projection(NamedTuple):
     prototypes: Float[Tensor, "k d"]
 
     def logits(self) -> Float[Tensor, "n k"]:
-        """Return every row's product with every prototype, whole: for tests and small counts."""
+        """Return the full matrix of logits, for tests and small sizes."""
         return self.rows @ self.prototypes.T
 
 
 class Prototypes(nn.Module):
-    """The last layer: one vector a prototype, free (DINOv3) or as length times direction (DINOv2).
+    """The last layer: one vector per prototype, free (DINOv3) or as length times direction (DINOv2).
 
-    The parameters bear the names of Meta's checkpoints: ``weight``, or ``weight_g`` (k 1) and ``weight_v`` (k d).
+    The parameters have the names of Meta's checkpoints: ``weight``, or ``weight_g`` (k 1) and ``weight_v`` (k d).
     """
 
     def __init__(self, num_prototypes: int, bottleneck: int, *, weight_norm: bool) -> None:
@@ -52,18 +52,13 @@ class ProjectionHead(nn.Module):
     Parameters
     ----------
     width
-        Width of the tokens that come in.
+        Width of the input tokens.
     num_prototypes
-        Prototypes; 65,536 in DINOv2's ViT-L recipe, 8,192 is plenty for cells.
+        65,536 in DINOv2's ViT-L recipe; 8,192 is enough for cells.
     hidden, bottleneck, layers
-        Widths inside and before the prototypes (2,048 and 256), and the number of linear layers (3).
+        Width of the hidden layers (2,048) and of the output (256), and the number of linear layers (3).
     weight_norm
-        Keep length and direction of each prototype as parameters of their own, as DINOv2 does; DINOv3 does not.
-
-    Raises
-    ------
-    ValueError
-        For a size below one.
+        Separate parameters for length and direction of each prototype, as in DINOv2; not in DINOv3.
     """
 
     def __init__(
@@ -77,13 +72,9 @@ class ProjectionHead(nn.Module):
         weight_norm: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"width": width, "num_prototypes": num_prototypes, "hidden": hidden, "bottleneck": bottleneck}
-        for name, size in (*sizes.items(), ("layers", layers)):
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
         widths = [width, *[hidden] * (layers - 1), bottleneck]
         linear = [nn.Linear(before, after) for before, after in pairwise(widths)]
-        # Indices 0, 2, 4 and, for a single layer, none: the keys of Meta's heads.
+        # Module names as in Meta's heads: mlp.0, mlp.2, mlp.4, and plain mlp for a single layer.
         between = [module for layer in linear for module in (layer, nn.GELU())][:-1]
         self.mlp: nn.Module = linear[0] if layers == 1 else nn.Sequential(*between)
         self.last_layer = Prototypes(num_prototypes, bottleneck, weight_norm=weight_norm)
@@ -92,7 +83,7 @@ class ProjectionHead(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, *, generator: torch.Generator | None = None) -> None:
-        """Set every parameter to its initial value (that of DINOv2 and DINOv3).
+        """Set every parameter to its initial value (as in DINOv2 and DINOv3).
 
         ========================  ========================================
         linear weights            truncated normal, std 0.02, cut at +-2
@@ -113,8 +104,7 @@ class ProjectionHead(nn.Module):
     def forward(self, tokens: Float[Tensor, "n d"]) -> Projection:
         """Project normalised tokens (CLS, or masked patches) onto the unit sphere.
 
-        The prototypes are handed out by ``forward`` and nowhere else, so that a wrapper that gathers parameters around
-        a forward pass (FSDP2) has gathered them.
+        Prototypes must be taken from the returned projection: FSDP2 gathers parameters around a forward pass.
         """
         rows = self.mlp(tokens)
         # 1e-12 is zero in fp16, and the gradient of a zero row would be infinite. Autocast normalises in float32; the

@@ -6,21 +6,21 @@ Formulas and weights: Caron et al. 2021 (DINO), Zhou et al. 2022 (iBOT), Sablayr
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinocell.ssl.chunks import compiled_once, full_precision, pieces, with_scratch
+from dinocell.ssl.chunks import chunks_with_scratch, compiled_once, full_precision, row_chunks
 from dinocell.ssl.heads import Projection
-from dinocell.ssl.targets import Targets, with_any_rows
+from dinocell.ssl.targets import Targets, mark_dynamic_rows
 
 
 class DinoLoss(NamedTuple):
-    """The total, to be differentiated; the means over pairs of either kind, to be looked at (no gradient)."""
+    """The total, with gradient; the means over pairs with global and with local crops, for logging (no gradient)."""
 
     total: Float[Tensor, ""]
     global_crops: Float[Tensor, ""]
@@ -35,66 +35,61 @@ def dino_loss(
     num_locals: int,
     temperature: float = 0.1,
     local_weight: float = 1.0,
-    piece_elements: int | None = None,
+    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> DinoLoss:
     """Compare the CLS token of every student crop with the teacher's of every *other* global crop of the same image.
 
-    Every pair counts alike, so 2 global and 8 local crops give their means the weights 2/18 and 16/18. The loss is
-    linear in the targets: each crop is compared once, with the mean of its targets.
+    All pairs have the same weight, so for 2 global and 8 local crops their means have the weights 2/18 and 16/18.
 
     Parameters
     ----------
     student
-        Projected CLS tokens, (v b) rows: crop after crop, global ones first, the images in the same order in each.
+        Projected CLS tokens, (v b) rows: crop by crop, global ones first, the images in the same order in each.
     targets
         Of the global crops, (num_globals b) rows in the same order.
     num_globals, num_locals
-        Crops an image.
+        Crops per image.
     temperature
         Of the student.
     local_weight
         Factor on the local pairs (DINOv3 lowers it late in training); the global ones keep their weight.
-    piece_elements, compiled
+    chunk_elements, compiled
         See `prototype_cross_entropy`.
 
     Raises
     ------
     ValueError
-        If there is no pair of crops, or the rows do not fit the numbers of crops.
+        If there is no pair of crops, or the rows do not match the numbers of crops.
     """
     num_crops, batch = num_globals + num_locals, targets.num_rows // max(num_globals, 1)
-    num_global_pairs, num_local_pairs = num_globals * (num_globals - 1), num_globals * num_locals
-    num_pairs = num_global_pairs + num_local_pairs
-    if num_pairs == 0:
-        raise ValueError(f"expected at least two crops, one global: got {num_globals} global, {num_locals} local")
-    if targets.num_rows != num_globals * batch or len(student.rows) != num_crops * batch:
+    num_pairs = num_globals * (num_crops - 1)
+    if num_pairs <= 0 or targets.num_rows != num_globals * batch or len(student.rows) != num_crops * batch:
         raise ValueError(
-            f"expected as many rows of each of {num_crops} student and {num_globals} teacher crops, "
-            f"got {len(student.rows)} and {targets.num_rows} rows"
+            f"expected a pair of crops with equal numbers of rows; got {len(student.rows)} student rows of "
+            f"{num_globals} global and {num_locals} local crops, {targets.num_rows} teacher rows"
         )
+    # The loss is linear in the targets: each student crop is compared once, with the mean of its targets. For local
+    # crops that is the mean over all global crops, for a global crop the mean over the others.
     probabilities = targets.probabilities().unflatten(0, (num_globals, batch))
     mean = probabilities.mean(0)
-    # With two views the mean of the others is the other; with more, the mean without one's own share.
     others = probabilities.flip(0)
     if num_globals > 2:
         others = (mean * num_globals - probabilities).div_(num_globals - 1)
-    of_global_row = (num_globals - 1) / (num_pairs * batch)
-    of_local_row = local_weight * num_globals / (num_pairs * batch)
-    weights = torch.cat(
-        (mean.new_full((num_globals * batch,), of_global_row), mean.new_full((num_locals * batch,), of_local_row))
-    )
+    # Each row stands for as many pairs as it has targets.
+    global_weights = mean.new_full((num_globals * batch,), (num_globals - 1) / (num_pairs * batch))
+    local_weights = mean.new_full((num_locals * batch,), local_weight * num_globals / (num_pairs * batch))
     loss = prototype_cross_entropy(
         student,
         torch.cat((others.flatten(0, 1), mean)),
-        weights,
+        torch.cat((global_weights, local_weights)),
         temperature=temperature,
         target_of_row=_target_of_row(num_globals, num_locals, batch, mean.device),
-        piece_elements=piece_elements,
+        chunk_elements=chunk_elements,
         compiled=compiled,
     )
     of_global, of_local = loss.rows.split((num_globals * batch, num_locals * batch))
-    return DinoLoss(loss.total, _mean(of_global if num_global_pairs else of_global[:0]), _mean(of_local))
+    return DinoLoss(loss.total, _mean(of_global if num_globals > 1 else of_global[:0]), _mean(of_local))
 
 
 def ibot_loss(
@@ -104,27 +99,31 @@ def ibot_loss(
     *,
     num_images: int,
     temperature: float = 0.1,
-    piece_elements: int | None = None,
+    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> Float[Tensor, ""]:
-    """Compare the student's masked patches with the teacher's view of the same, unmasked patches.
+    """Compare the student's masked patches with the teacher's, which sees the same patches unmasked.
 
     Parameters
     ----------
     student, targets
-        Projected patches where the mask is, in the same order.
+        Projected masked patches, in the same order.
     weights
         One over the number of masked patches of the patch's image, see `dinocell.ssl.masking`.
     num_images
-        Global crops of the batch, masked or not: the mean is over these.
+        Global crops of the batch, masked or not: the loss is the mean over these.
     temperature
         Of the student.
-    piece_elements, compiled
+    chunk_elements, compiled
         See `prototype_cross_entropy`.
     """
-    share = weights / num_images
     return prototype_cross_entropy(
-        student, targets, share, temperature=temperature, piece_elements=piece_elements, compiled=compiled
+        student,
+        targets,
+        weights / num_images,
+        temperature=temperature,
+        chunk_elements=chunk_elements,
+        compiled=compiled,
     ).total
 
 
@@ -137,20 +136,20 @@ def koleo_loss(
 ) -> Float[Tensor, ""]:
     """Push every CLS token away from its nearest neighbour: the mean of ``-log(distance)`` on the unit sphere.
 
-    For one global crop at a time, never across the views of an image. In float32 whatever comes in. A token whose
-    nearest neighbour is a duplicate contributes nothing, as does a batch of one: blank crops are common in microscopy,
-    nothing can part them, and the logarithm of their distance is rounding noise.
+    For one global crop at a time, never across the views of an image; always at least in float32. A token whose nearest
+    neighbour is a duplicate contributes 0, as does a batch of one: blank crops are common in microscopy, cannot be
+    separated, and the logarithm of their distance is rounding noise.
 
     Parameters
     ----------
     cls
         CLS tokens of this rank, before the head.
     everyone
-        Those of all ranks, gathered with gradient, among which neighbours are looked for; by default ``cls``.
+        Those of all ranks, gathered with gradient, among which neighbours are searched; by default ``cls``.
     first
         Row of ``everyone`` where ``cls`` starts.
     duplicate_distance
-        At most this far apart, two tokens count as duplicates.
+        Maximum distance of duplicates.
     """
     with full_precision(cls):
         own = F.normalize(cls.to(torch.promote_types(cls.dtype, torch.float32)), dim=-1)
@@ -165,47 +164,26 @@ def koleo_loss(
             similarity.diagonal(first).fill_(-torch.inf)
             nearest = similarity.argmax(1)
         squared = (own - others[nearest]).square().sum(1)
-        apart = squared > duplicate_distance**2
+        is_apart = squared > duplicate_distance**2
         # The inner `where` keeps the gradient of log(0) out of the unused branch.
-        return torch.where(apart, -0.5 * torch.where(apart, squared, 1).log(), 0).sum() / len(own)
+        return torch.where(is_apart, -0.5 * torch.where(is_apart, squared, 1).log(), 0).sum() / len(own)
 
 
-def gram_loss(
-    student: Float[Tensor, "b p d"],
-    teacher: Float[Tensor, "b p d"],
-    *,
-    use: Bool[Tensor, "b p"] | None = None,
-    negatives: Literal["keep", "drop", "drop_in_teacher"] = "keep",
-) -> Float[Tensor, ""]:
-    """Hold the cosines between the patches of an image where an earlier teacher had them: mean squared difference.
+def gram_loss(student: Float[Tensor, "b p d"], teacher: Float[Tensor, "b p d"]) -> Float[Tensor, ""]:
+    """Return the mean squared difference of the cosines between all patches of an image, student and Gram teacher.
 
-    Parameters
-    ----------
-    student, teacher
-        Patch tokens of the global crops; the Gram teacher's, if seen at a higher resolution, resized to the same grid.
-    use
-        Patches that take part; all by default. The mean is over the pairs that do.
-    negatives
-        Set negative cosines to zero: nowhere, on both sides, or in the teacher's only.
+    ``student`` and ``teacher`` are the patch tokens of the global crops.
     """
     with full_precision(student):
         dtype = torch.promote_types(student.dtype, torch.float32)
-        own, wanted = (F.normalize(patches.to(dtype), dim=-1) for patches in (student, teacher.detach()))
-        own, wanted = own @ own.transpose(1, 2), wanted @ wanted.transpose(1, 2)
-        if negatives != "keep":
-            wanted = wanted.relu()
-        if negatives == "drop":
-            own = own.relu()
-        squared = (own - wanted).square()
-        if use is None:
-            return squared.mean()
-        pairs = use[:, :, None] & use[:, None, :]
-        return (squared * pairs).sum() / pairs.sum().clamp(min=1)
+        own, reference = (F.normalize(patches.to(dtype), dim=-1) for patches in (student, teacher.detach()))
+        own, reference = own @ own.transpose(1, 2), reference @ reference.transpose(1, 2)
+        return (own - reference).square().mean()
 
 
 @lru_cache(maxsize=8)
 def _target_of_row(num_globals: int, num_locals: int, batch: int, device: torch.device) -> Int[Tensor, " n"]:
-    """Return the row of (others of each global crop, then means) for each student row; the same in every step."""
+    """Return the row of (others of each global crop, then means) for each student row; cached, as it never changes."""
     of_globals = torch.arange(num_globals * batch, device=device)
     of_locals = torch.arange(num_globals * batch, (num_globals + 1) * batch, device=device).repeat(num_locals)
     return torch.cat((of_globals, of_locals))
@@ -216,17 +194,16 @@ def _mean(values: Tensor) -> Tensor:
     return values.mean() if len(values) else values.new_zeros(())
 
 
-# --- cross_entropy -------------------------------------------------------------------------------------------------
+# --- cross-entropy -------------------------------------------------------------------------------------------------
 #
-# Cross-entropy of student rows against targets over prototypes, without the matrix of logits.
+# Cross-entropy of student rows and targets over prototypes, without the full matrix of logits.
 #
-# Logits, log-softmax, loss and both gradients are made for a piece of rows at a time, in one go in the forward pass;
-# the
-# backward pass only scales. At 1,096 rows and 65,536 prototypes the plain way holds five matrices of 287 MB.
+# Logits, log-softmax, loss and both gradients are computed for a chunk of rows at a time, in the forward pass; the
+# backward pass only scales. At 1,096 rows and 65,536 prototypes the plain implementation holds five matrices of 287 MB.
 
 
 class CrossEntropy(NamedTuple):
-    """The weighted sum, to be differentiated, and every row's own value, to be looked at (no gradient)."""
+    """The weighted sum, with gradient, and the value of every row, for logging (no gradient)."""
 
     total: Float[Tensor, ""]
     rows: Float[Tensor, " n"]
@@ -239,7 +216,7 @@ def prototype_cross_entropy(
     *,
     temperature: float = 0.1,
     target_of_row: Int[Tensor, " n"] | None = None,
-    piece_elements: int | None = None,
+    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> CrossEntropy:
     """Return ``sum over b of weights[b] * -sum over k of q[b, k] log softmax(student logits[b] / temperature)[k]``.
@@ -254,38 +231,37 @@ def prototype_cross_entropy(
     targets
         The teacher's, or plain probabilities; each row must sum to one.
     weights
-        Share of each row in the total.
+        Of each row in the total.
     temperature
         Of the student; 0.1 in DINO.
     target_of_row
-        Row of ``targets`` that each student row is compared with; by default they go side by side.
-    piece_elements
-        Elements of a piece of logits, see `dinocell.ssl.chunks`; changes memory and time, not the result.
+        Row of ``targets`` for each student row; by default the row of the same index.
+    chunk_elements
+        Elements of a chunk of logits, see `dinocell.ssl.chunks`; changes memory and time, not the result.
     compiled
-        Let the compiler join the passes over a piece of logits: the result but for rounding.
+        Compile the passes over a chunk of logits; the same result up to rounding.
 
     Raises
     ------
     ValueError
-        If targets and student disagree in the number of rows or prototypes, or the temperature is not positive.
+        If targets and student differ in the number of rows or prototypes.
     """
     num_rows, num_targets = len(student.rows), targets.num_rows if isinstance(targets, Targets) else len(targets)
     num_prototypes = targets.logits.num_prototypes if isinstance(targets, Targets) else targets.shape[1]
-    if num_prototypes != len(student.prototypes):
-        raise ValueError(f"targets: expected {len(student.prototypes)} prototypes as the student, got {num_prototypes}")
-    if target_of_row is None and num_targets != num_rows:
-        raise ValueError(f"targets: expected {num_rows} rows as the student, got {num_targets}; or give target_of_row")
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if num_prototypes != len(student.prototypes) or (target_of_row is None and num_targets != num_rows):
+        raise ValueError(
+            f"targets: expected {num_rows} rows and {len(student.prototypes)} prototypes as the student, got "
+            f"{num_targets} and {num_prototypes}"
+        )
     if isinstance(targets, Tensor):
         targets = targets.detach()
-    arguments = (targets, weights.detach(), temperature, target_of_row, piece_elements, compiled)
+    arguments = (targets, weights.detach(), temperature, target_of_row, chunk_elements, compiled)
     total, rows = _FusedCrossEntropy.apply(student.rows, student.prototypes, *arguments)  # type: ignore[no-untyped-call]
     return CrossEntropy(total, rows)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
-    """Forward: the loss, and the gradient for an upstream gradient of one. Backward: times the upstream gradient."""
+    """Forward: the loss, and its gradients. Backward: these times the gradient of the loss."""
 
     @staticmethod
     def forward(
@@ -296,7 +272,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         temperature: float,
         target_of_row: Tensor | None,
-        piece_elements: int | None,
+        chunk_elements: int | None,
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         weights = weights.to(torch.promote_types(rows.dtype, torch.float32))
@@ -304,19 +280,23 @@ class _FusedCrossEntropy(torch.autograd.Function):
         rows_gradient = torch.empty_like(rows, dtype=weights.dtype) if ctx.needs_input_grad[0] else None
         prototypes_gradient = None
         with full_precision(rows):
-            for which, scratch in _pieces(weights, plain, piece_elements, compiled):
-                some, share = rows[which], weights[which, None] / temperature
-                target_rows = which if target_of_row is None else target_of_row[which]
-                wanted = targets[target_rows] if isinstance(targets, Tensor) else targets.part(target_rows)
+            for chunk, scratch in _chunks(weights, plain, chunk_elements, compiled):
+                student, share = rows[chunk], weights[chunk, None] / temperature
+                target_rows = chunk if target_of_row is None else target_of_row[chunk]
+                target = targets[target_rows] if isinstance(targets, Tensor) else targets.part(target_rows)
+                # The gradient of the loss to the logits is (softmax(logits) - targets) * weight / temperature; the
+                # chain rule through logits = rows @ prototypes.T gives those to rows and prototypes.
                 if scratch is None:
                     compare = compiled_once(_compare)
-                    losses[which], difference = compare(with_any_rows(some), plain, with_any_rows(wanted), temperature)
+                    losses[chunk], difference = compare(
+                        mark_dynamic_rows(student), plain, mark_dynamic_rows(target), temperature
+                    )
                 else:
-                    losses[which], difference = _compare_in(scratch, some, plain, wanted, temperature)
+                    losses[chunk], difference = _compare_in(scratch, student, plain, target, temperature)
                 if rows_gradient is not None:
-                    rows_gradient[which] = (difference @ plain) * share
+                    rows_gradient[chunk] = (difference @ plain) * share
                 if ctx.needs_input_grad[1]:
-                    weighted = some * share.to(rows.dtype)
+                    weighted = student * share.to(rows.dtype)
                     prototypes_gradient = _add_product(prototypes_gradient, difference.T, weighted, weights.dtype)
             if ctx.needs_input_grad[1] and prototypes_gradient is None:
                 prototypes_gradient = torch.zeros_like(prototypes, dtype=weights.dtype)
@@ -336,51 +316,46 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return rows_gradient, prototypes_gradient, None, None, None, None, None, None
 
 
-def _pieces(
+def _chunks(
     weights: Tensor, prototypes: Tensor, elements: int | None, compiled: bool
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Yield pieces of the rows, and memory for the three matrices of each; compiled code takes its own."""
+    """Yield chunks of the rows, and memory for the three matrices of each; compiled code allocates its own."""
     num_rows, count = len(weights), len(prototypes)
     if compiled:
-        yield from ((which, None) for which in pieces(num_rows, count, weights.device, elements))
+        yield from ((chunk, None) for chunk in row_chunks(num_rows, count, weights.device, elements))
     else:
-        yield from with_scratch(3, num_rows, weights.new_empty(()).expand(count), elements)
+        yield from chunks_with_scratch(3, num_rows, weights.new_empty(()).expand(count), elements)
 
 
 def _compare(
     rows: Tensor, prototypes: Tensor, targets: Targets | Tensor, temperature: float
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, "m k"]]:
-    """Return each row's loss, and the student's probabilities without the targets', in the type of the rows."""
-    wanted = targets if isinstance(targets, Tensor) else targets.probabilities()
-    wanted = wanted.to(torch.promote_types(rows.dtype, torch.float32))
-    log_student = torch.log_softmax((rows @ prototypes.T).to(wanted.dtype) / temperature, dim=1)
-    return -(wanted * log_student).sum(1), (log_student.exp() - wanted).to(rows.dtype)
+    """Return each row's loss, and the student's probabilities minus the targets, in the type of the rows."""
+    target = targets if isinstance(targets, Tensor) else targets.probabilities()
+    target = target.to(torch.promote_types(rows.dtype, torch.float32))
+    log_student = torch.log_softmax((rows @ prototypes.T).to(target.dtype) / temperature, dim=1)
+    return -(target * log_student).sum(1), (log_student.exp() - target).to(rows.dtype)
 
 
 def _compare_in(
     scratch: Float[Tensor, "3 m k"], rows: Tensor, prototypes: Tensor, targets: Targets | Tensor, temperature: float
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, "m k"]]:
-    """Return the same as `_compare`; the matrices lie in ``scratch``."""
+    """Return the same as `_compare`, with the matrices in ``scratch``."""
     if isinstance(targets, Tensor):
-        wanted = targets.to(scratch.dtype)
+        target = targets.to(scratch.dtype)
     elif targets.offsets.dtype == scratch.dtype:
-        wanted = targets.piece(slice(None), scratch=scratch[:2])
+        target = targets.chunk(slice(None), scratch=scratch[:2])
     else:
-        wanted = targets.probabilities().to(scratch.dtype)
-    log_student = _log_softmax(rows, prototypes, temperature, scratch[0], scratch[2])
-    # Over the logits, which are done with. A dot product would save the memory traffic, but adds 65,536 numbers one by
-    # one: an error of 1e-4 in float32.
-    losses = -torch.mul(wanted, log_student, out=scratch[0]).sum(1)
-    return losses, log_student.exp_().sub_(wanted).to(rows.dtype)
-
-
-def _log_softmax(rows: Tensor, prototypes: Tensor, temperature: float, scratch: Tensor, out: Tensor) -> Tensor:
-    """Return the log-softmax of the rows' logits over the temperature, in ``out``."""
+        target = targets.probabilities().to(scratch.dtype)
     if rows.dtype == scratch.dtype:
-        torch.mm(rows / temperature, prototypes.T, out=scratch)
+        torch.mm(rows / temperature, prototypes.T, out=scratch[0])
     else:
-        torch.div(rows @ prototypes.T, temperature, out=scratch)
-    return torch.log_softmax(scratch, dim=1, out=out)
+        torch.div(rows @ prototypes.T, temperature, out=scratch[0])
+    log_student = torch.log_softmax(scratch[0], dim=1, out=scratch[2])
+    # Overwrites the logits, which are no longer needed. A dot product would save the memory traffic, but adds 65,536
+    # numbers one by one: an error of 1e-4 in float32.
+    losses = -torch.mul(target, log_student, out=scratch[0]).sum(1)
+    return losses, log_student.exp_().sub_(target).to(rows.dtype)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,62 +1,24 @@
-"""Which patches of the global crops the student does not see: block masks (BEiT) with fixed counts (DINOv3).
+"""Which patches of the global crops are masked for the student: block masks (BEiT) with fixed counts (DINOv3).
 
-The counts are dealt over groups of samples, a group seeded by its samples, and every mask is drawn from (seed, epoch,
-sample index, view). So masks depend neither on the number of ranks nor on workers, and each group hides the same number
-of patches: with groups that no rank divides, every shape of a step is static.
+The numbers of masked patches are distributed over groups of samples, seeded by the group's samples, and each mask is
+drawn from (seed, sample, view). So masks do not depend on the number of ranks or workers, and every group has the same
+total: if no group is split between ranks, all shapes of a step are static.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Integer
+from jaxtyping import Bool, Float, Float32, Int, Int64, Integer
 from torch import Tensor
 
-from dinocell.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskingConfig:
-    """How much is hidden, and in what shapes.
-
-    Of every ``samples_per_group`` samples (each with as many global crops as there are; null: of the whole batch) the
-    share ``image_share`` of the crops is masked; the masked shares of their patches are the upper edges of equal bins
-    between ``min_patch_share`` and ``max_patch_share``, dealt at random. Blocks have at least ``min_block`` patches, at
-    most the share ``max_block_share`` of the image, and a height over width between ``min_aspect`` and its inverse.
-    """
-
-    image_share: float = 0.5
-    min_patch_share: float = 0.1
-    max_patch_share: float = 0.5
-    samples_per_group: int | None = None
-    min_block: int = 4
-    max_block_share: float = 0.5
-    min_aspect: float = 0.3
-    shift: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.image_share <= 1:
-            raise ConfigError(f"image_share: expected a share in [0, 1], got {self.image_share}")
-        if not 0 <= self.min_patch_share <= self.max_patch_share <= 1:
-            raise ConfigError(
-                "expected 0 <= min_patch_share <= max_patch_share <= 1, "
-                f"got {self.min_patch_share} and {self.max_patch_share}"
-            )
-        if self.samples_per_group is not None and self.samples_per_group < 1:
-            raise ConfigError(f"samples_per_group: expected at least 1, or null, got {self.samples_per_group}")
-        if self.min_block < 1:
-            raise ConfigError(f"min_block: expected at least 1 patch, got {self.min_block}")
-        if not 0 < self.max_block_share <= 1:
-            raise ConfigError(f"max_block_share: expected a share in (0, 1], got {self.max_block_share}")
-        if not 0 < self.min_aspect <= 1:
-            raise ConfigError(f"min_aspect: expected a ratio in (0, 1], got {self.min_aspect}")
+from dinocell.ssl.config import MaskingConfig
 
 
 class PatchMasks(NamedTuple):
-    """Hidden patches of the global crops, crop after crop (all samples' first views, then all second ones).
+    """Masked patches of the global crops, ordered by view, then sample.
 
     ``indices`` are those of ``masks.flatten()``, ascending: the ``select`` of the vision transformer. ``weights`` are
     one over the number of masked patches of the same crop, for `dinocell.ssl.losses.ibot_loss`.
@@ -68,25 +30,11 @@ class PatchMasks(NamedTuple):
 
     def pin_memory(self) -> "PatchMasks":
         """Return the same in page-locked memory."""
-        return PatchMasks(*(each.pin_memory() for each in self))
+        return PatchMasks(*(tensor.pin_memory() for tensor in self))
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> "PatchMasks":
-        """Return the same on a device."""
-        return PatchMasks(*(each.to(device, non_blocking=non_blocking) for each in self))
-
-
-@dataclass(frozen=True)
-class DrawMasks:
-    """Draws the masks of each step in the reader, by the samples' positions in the stream: no other step has them."""
-
-    config: MaskingConfig
-    grid: tuple[int, int]
-    views: int
-    seed: int
-
-    def __call__(self, everyone: range, own: slice) -> PatchMasks:
-        """Return this rank's masks; they are dealt over the positions of all ranks."""
-        return draw_masks(everyone, self.grid, self.config, seed=self.seed, epoch=0, views=self.views, own=own)
+    def to(self, device: torch.device) -> "PatchMasks":
+        """Return the same on a device, without waiting for the device."""
+        return PatchMasks(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def draw_masks(
@@ -95,7 +43,6 @@ def draw_masks(
     config: MaskingConfig,
     *,
     seed: int,
-    epoch: int,
     views: int = 2,
     own: slice = slice(None),
 ) -> PatchMasks:
@@ -104,56 +51,47 @@ def draw_masks(
     Parameters
     ----------
     samples
-        Indices of the samples of the whole batch, over all ranks, in the data set.
+        Positions in the stream of the samples of the whole batch, over all ranks.
     grid
         Rows and columns of patches of a global crop.
-    seed, epoch
-        Of the run; with the sample index they decide everything.
+    seed
+        Of the run; together with the position it determines a mask.
     views
-        Global crops a sample.
+        Global crops per sample.
     own
         The samples of this rank; only their masks are drawn.
-
-    Raises
-    ------
-    ValueError
-        If a seed, epoch or sample index is negative, or the grid is empty.
     """
-    indices = np.asarray(samples, dtype=np.int64)
-    if grid[0] < 1 or grid[1] < 1:
-        raise ValueError(f"grid: expected at least 1 x 1 patches, got {grid[0]} x {grid[1]}")
-    if seed < 0 or epoch < 0 or (indices.size and indices.min() < 0):
-        raise ValueError(f"expected seed, epoch and sample indices of at least 0, got seed {seed}, epoch {epoch}")
-    size = config.samples_per_group or max(len(indices), 1)
-    groups = [indices[start : start + size] for start in range(0, len(indices), size)]
-    dealt = [_deal(group, views, grid[0] * grid[1], config, (seed, epoch)) for group in groups]
-    counts = np.concatenate(dealt)[own] if dealt else np.zeros((0, views), np.int64)
-    # View after view, as the crops of a batch lie.
-    counts = counts.T.ravel()
-    keys = [(seed, epoch, int(sample), view) for view in range(views) for sample in indices[own]]
+    positions = np.asarray(samples, dtype=np.int64)
+    size = config.samples_per_group or max(len(positions), 1)
+    groups = [positions[start : start + size] for start in range(0, len(positions), size)]
+    counts = [_distribute(group, views, grid[0] * grid[1], config, seed) for group in groups]
+    # (samples, views) to the order of the crops in a batch: view by view.
+    own_counts = (np.concatenate(counts)[own] if counts else np.zeros((0, views), np.int64)).T.ravel()
+    # The 0 held an epoch, which positions in the stream do not need; it keeps the masks of earlier runs.
+    keys = [(seed, 0, int(position), view) for view in range(views) for position in positions[own]]
     masks = np.zeros((len(keys), *grid), bool)
-    hidden = np.flatnonzero(counts)
-    masks[hidden] = draw_blocks(counts[hidden], grid, config, [np.random.SeedSequence(keys[i]) for i in hidden])
-    flat = torch.from_numpy(np.flatnonzero(masks))
-    weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
-    return PatchMasks(torch.from_numpy(masks), flat, torch.from_numpy(weights))
+    masked = np.flatnonzero(own_counts)
+    masks[masked] = draw_blocks(own_counts[masked], grid, config, [np.random.SeedSequence(keys[i]) for i in masked])
+    indices = torch.from_numpy(np.flatnonzero(masks))
+    weights = np.repeat(1 / np.maximum(own_counts, 1), own_counts).astype(np.float32)
+    return PatchMasks(torch.from_numpy(masks), indices, torch.from_numpy(weights))
 
 
 def mask_counts(num_crops: int, num_patches: int, config: MaskingConfig) -> Int[np.ndarray, " n"]:
     """Return the numbers of masked patches of the crops that get a mask, ascending; the others have none.
 
-    ``floor(image_share * num_crops)`` crops; a crop's share of masked patches is the upper edge of its bin (DINOv3).
+    ``floor(image_share * num_crops)`` crops get one. The range of shares is divided into as many equal bins, and each
+    crop takes the upper edge of a bin (DINOv3).
     """
     num_masked = math.floor(config.image_share * num_crops + _ROUNDING)
     edges = np.linspace(config.min_patch_share, config.max_patch_share, num_masked + 1)[1:]
-    counts: np.ndarray = np.floor(edges * num_patches + _ROUNDING).astype(np.int64)
-    return counts
+    return np.floor(edges * num_patches + _ROUNDING).astype(np.int64)
 
 
-# 0.29 * 100 is 28.999999999999996: a share that means a whole number must give it.
+# 0.29 * 100 is 28.999999999999996: a share that stands for a whole number must give it.
 _ROUNDING = 1e-9
 
-# Blocks that a crop may try before the rest is filled patch by patch, and failures in a row after which it gives up
+# Blocks that are tried before the rest of a mask is filled patch by patch, and consecutive failures that end the tries
 # (10 in BEiT). Of 4,000 masks of half of 28 x 28 patches none took more than 35 tries.
 _MAX_TRIES = 100
 _MAX_FAILURES = 10
@@ -167,19 +105,20 @@ def draw_blocks(
 ) -> Bool[np.ndarray, "n h w"]:
     """Draw masks of exactly ``counts`` patches: overlapping blocks (Bao et al. 2022, BEiT), then single patches.
 
-    All masks advance together, one try at a time, each from its own generator: a mask does not depend on its
-    neighbours. A block's area is uniform between ``min_block`` and what is left to hide (or the largest block), its
-    aspect log-uniform, its place uniform; it is taken if it hides anything new and not too much.
+    A block's area is uniform between ``min_block`` and the number of patches still to mask (or the largest block), its
+    aspect log-uniform, its position uniform. It is accepted if it masks any new patch and not too many.
     """
     height, width = grid
-    number, num_patches = len(counts), height * width
-    uniform = np.empty((number, _MAX_TRIES * 4 + num_patches + 2), np.float32)
-    for row, each in zip(uniform, seeds, strict=True):
-        np.random.default_rng(each).random(out=row, dtype=np.float32)
-    tries = uniform[:, : _MAX_TRIES * 4].reshape(number, _MAX_TRIES, 4)
-    masks = np.zeros((number, height, width), bool)
-    left, failures = np.array(counts, np.int64), np.zeros(number, np.int64)
+    num_masks, num_patches = len(counts), height * width
+    # All random numbers in advance, each row from the mask's own generator: four per try, one per patch, two shifts.
+    uniform = np.empty((num_masks, _MAX_TRIES * 4 + num_patches + 2), np.float32)
+    for row, seed in zip(uniform, seeds, strict=True):
+        np.random.default_rng(seed).random(out=row, dtype=np.float32)
+    tries = uniform[:, : _MAX_TRIES * 4].reshape(num_masks, _MAX_TRIES, 4)
+    masks = np.zeros((num_masks, height, width), bool)
+    left, failures = np.array(counts, np.int64), np.zeros(num_masks, np.int64)
     largest = max(1, int(config.max_block_share * num_patches))
+    # All masks advance together, one try per iteration; finished ones drop out of `active`.
     for attempt in range(_MAX_TRIES):
         active = np.flatnonzero((left > 0) & (failures < _MAX_FAILURES))
         if not active.size:
@@ -188,35 +127,35 @@ def draw_blocks(
         blocks, fits = _blocks(tries[active, attempt], limit, grid, config)
         new = blocks & ~masks[active]
         gained = new.sum((1, 2))
-        taken = fits & (gained > 0) & (gained <= limit)
-        masks[active[taken]] |= new[taken]
-        left[active] -= np.where(taken, gained, 0)
-        failures[active] = np.where(taken, 0, failures[active] + 1)
+        accepted = fits & (gained > 0) & (gained <= limit)
+        masks[active[accepted]] |= new[accepted]
+        left[active] -= np.where(accepted, gained, 0)
+        failures[active] = np.where(accepted, 0, failures[active] + 1)
     _fill(masks, left, uniform[:, _MAX_TRIES * 4 : -2])
     if config.shift:
         shifts = (uniform[:, -2:] * grid).astype(np.int64)
         rows = (np.arange(height) - shifts[:, :1]) % height
         columns = (np.arange(width) - shifts[:, 1:]) % width
-        masks = masks[np.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        masks = masks[np.arange(num_masks)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return masks
 
 
-def _deal(
-    group: np.ndarray, views: int, num_patches: int, config: MaskingConfig, seed: tuple[int, int]
-) -> Int[np.ndarray, "s v"]:
+def _distribute(
+    group: Int64[np.ndarray, " s"], views: int, num_patches: int, config: MaskingConfig, seed: int
+) -> Int64[np.ndarray, "s v"]:
     """Return the number of masked patches of every crop of a group of samples, in random order."""
     counts = np.zeros(len(group) * views, np.int64)
-    dealt = mask_counts(len(counts), num_patches, config)
-    counts[: len(dealt)] = dealt
-    # One number more than a mask's seed has, so that no group shares the numbers of one of its masks.
-    generator = np.random.default_rng(np.random.SeedSequence([*seed, len(group), 0, *group.tolist()]))
+    nonzero = mask_counts(len(counts), num_patches, config)
+    counts[: len(nonzero)] = nonzero
+    # One element more than the seed of a mask, so that no group shares its random numbers with one of its masks.
+    generator = np.random.default_rng(np.random.SeedSequence([seed, 0, len(group), 0, *group.tolist()]))
     return generator.permutation(counts).reshape(len(group), views)
 
 
 def _blocks(
-    uniform: Float32[np.ndarray, "n 4"], limit: np.ndarray, grid: tuple[int, int], config: MaskingConfig
+    uniform: Float32[np.ndarray, "n 4"], limit: Int64[np.ndarray, " n"], grid: tuple[int, int], config: MaskingConfig
 ) -> tuple[Bool[np.ndarray, "n h w"], Bool[np.ndarray, " n"]]:
-    """Return one block a row of random numbers, and whether it lies inside the image."""
+    """Return one block per row of random numbers (area, aspect, row, column), and whether it fits into the grid."""
     area = np.minimum(config.min_block, limit) + uniform[:, 0] * np.maximum(limit - config.min_block, 0)
     aspect = np.exp((2 * uniform[:, 1] - 1) * -math.log(config.min_aspect))
     height = np.maximum(np.rint(np.sqrt(area * aspect)), 1)
@@ -229,14 +168,15 @@ def _blocks(
     return rows[:, :, None] & columns[:, None, :], (height <= grid[0]) & (width <= grid[1])
 
 
-def _fill(masks: Bool[np.ndarray, "n h w"], left: np.ndarray, uniform: Float32[np.ndarray, "n p"]) -> None:
-    """Hide ``left`` further patches of each mask, at random."""
+def _fill(masks: Bool[np.ndarray, "n h w"], left: Int64[np.ndarray, " n"], uniform: Float32[np.ndarray, "n p"]) -> None:
+    """Mask ``left`` further patches of each mask, at random."""
     short = np.flatnonzero(left)
     if not short.size:
         return
     flat = masks[short].reshape(len(short), -1)
+    # Sort free patches by their random number, masked ones (2) last; the first `left` of this order are masked.
     order = np.argsort(np.where(flat, 2, uniform[short]), axis=1)
-    chosen = np.arange(flat.shape[1]) < left[short, None]
+    is_chosen = np.arange(flat.shape[1]) < left[short, None]
     filled = flat.copy()
-    np.put_along_axis(filled, order, np.take_along_axis(flat, order, axis=1) | chosen, axis=1)
+    np.put_along_axis(filled, order, np.take_along_axis(flat, order, axis=1) | is_chosen, axis=1)
     masks[short] = filled.reshape(len(short), *masks.shape[1:])

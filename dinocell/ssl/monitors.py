@@ -1,6 +1,6 @@
-"""Is the model collapsing? Numbers to look at every few steps, each cheap and without gradient.
+"""Indicators of collapse, computed every few steps, cheap and without gradient; and the help text of all metrics.
 
-They stay on the device: reading them back is the caller's decision.
+The values stay on the device: reading them back is the caller's decision.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dinocell.ssl.chunks import full_precision, with_scratch
+from dinocell.ssl.chunks import chunks_with_scratch, full_precision
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.targets import Targets
 
@@ -18,9 +18,9 @@ from dinocell.ssl.targets import Targets
 class TargetUse(NamedTuple):
     """How the teacher's targets use the prototypes.
 
-    ``entropy`` is the mean entropy of a row, in nats: 0 is one prototype each, ln K is no opinion. ``mean_entropy`` is
-    the entropy of the mean row: near ``entropy``, all rows say the same. ``used`` is the share of the prototypes that
-    are the favourite of at least one row; it cannot exceed rows / K.
+    ``entropy`` is the mean entropy of a row, in nats: 0 for one prototype per row, ln K for uniform rows.
+    ``mean_entropy`` is the entropy of the mean row; if it is close to ``entropy``, all rows are alike. ``used`` is the
+    share of the prototypes that have the highest probability in at least one row; it cannot exceed rows / K.
     """
 
     entropy: Float[Tensor, ""]
@@ -42,21 +42,13 @@ class FeatureSpread(NamedTuple):
 
 
 @torch.no_grad()
-def target_use(targets: Targets, *, piece_elements: int | None = None) -> TargetUse:
-    """Measure the targets of this rank.
-
-    Raises
-    ------
-    ValueError
-        If there is no row.
-    """
-    if targets.num_rows == 0:
-        raise ValueError("targets: expected at least one row, got none")
+def target_use(targets: Targets, *, chunk_elements: int | None = None) -> TargetUse:
+    """Measure the targets of this rank, at least one row."""
     mean = torch.zeros_like(targets.offsets)
     used = torch.zeros_like(targets.offsets, dtype=torch.bool)
     entropy = mean.new_zeros(())
-    for which, scratch in with_scratch(2, targets.num_rows, mean, piece_elements):
-        rows = targets.piece(which, scratch=scratch)
+    for chunk, scratch in chunks_with_scratch(2, targets.num_rows, mean, chunk_elements):
+        rows = targets.chunk(chunk, scratch=scratch)
         mean += rows.sum(0)
         used[rows.argmax(1)] = True
         entropy += torch.special.entr(rows).sum()
@@ -66,15 +58,7 @@ def target_use(targets: Targets, *, piece_elements: int | None = None) -> Target
 
 @torch.no_grad()
 def feature_spread(features: Float[Tensor, "b d"]) -> FeatureSpread:
-    """Measure CLS tokens, or any features, one a row.
-
-    Raises
-    ------
-    ValueError
-        If there is no row.
-    """
-    if len(features) == 0:
-        raise ValueError("features: expected at least one row, got none")
+    """Measure CLS tokens, or any features, at least one row."""
     with full_precision(features):
         rows = features.to(torch.promote_types(features.dtype, torch.float32))
         unit = torch.nn.functional.normalize(rows, dim=1)
@@ -84,56 +68,46 @@ def feature_spread(features: Float[Tensor, "b d"]) -> FeatureSpread:
         return FeatureSpread(std, torch.special.entr(share).sum().exp())
 
 
-# --- guide ---------------------------------------------------------------------------------------------------------
-#
-# What the numbers and pictures of a pretraining run mean: a text beside them in TensorBoard.
-
-
-def guide(config: PretrainConfig) -> str:
-    """Return it as Markdown; every name that a run logs is in it (``/*``: and all others of its group)."""
+def monitoring_help(config: PretrainConfig) -> str:
+    """Return Markdown that explains every metric and image that a run logs (``/*``: all others of a group)."""
     prototypes = config.heads.num_prototypes
-    undecided = f"ln {prototypes} = {math.log(prototypes):.2f}"
+    uniform = f"ln {prototypes} = {math.log(prototypes):.2f}"
     rows = (
-        ("`loss/dino_global`, `loss/dino_local`", f"nats; {undecided} is no opinion, a fall below it is learning"),
-        (
-            "`loss/ibot`",
-            f"nats; no opinion is {math.log(prototypes):.2f} times the share of samples with hidden patches",
-        ),
-        ("`loss/koleo`", "spread of the features over the sphere; falls by itself, so a falling total proves nothing"),
-        ("`loss/gram`", "distance to the Gram teacher's patch similarities"),
-        ("`loss/total`", "the weighted sum, that which is minimised"),
-        ("`targets/entropy`", f"nats, of one target; {undecided}: the teacher has no opinion; should fall"),
-        ("`targets/mean_entropy`", "nats, of the mean target; near `targets/entropy`: all tiles get the same"),
-        ("`targets/used`", "share of the prototypes that are some row's favourite, 0 to 1; a handful only: collapse"),
+        ("`loss/dino_global`, `loss/dino_local`", f"nats; {uniform} for uniform predictions, learning starts below it"),
+        ("`loss/ibot`", f"nats; {math.log(prototypes):.2f} times the share of masked crops for uniform predictions"),
+        ("`loss/koleo`", "spread of the features over the sphere; it falls by itself: a falling total proves nothing"),
+        ("`loss/gram`", "difference to the Gram teacher's patch similarities"),
+        ("`loss/total`", "the weighted sum, which is minimised"),
+        ("`targets/entropy`", f"nats, mean over the targets; {uniform} for uniform targets; should fall"),
+        ("`targets/mean_entropy`", "nats, of the mean target; near `targets/entropy`: all tiles get the same target"),
+        ("`targets/used`", "share of the prototypes that are the most likely of a row, 0 to 1; few only: collapse"),
         ("`cls/std`", "1: features spread evenly; toward 0: all are the same"),
         ("`cls/effective_rank`", f"directions in use, 1 to {config.batch_size} at most; toward 1: collapse"),
         ("`gradient_norm/*`", f"before clipping at {config.optim.clip:g}; should be steady"),
-        ("`schedule/*`", "what the recipe asks for at this step: rates, weights, momentum, temperature"),
-        ("`health/skipped_steps`", "steps left out because something was not finite; should stay 0"),
-        ("`speed/images_per_s`, `speed/steps_per_s`", "tiles and steps a second over all processes"),
+        ("`schedule/*`", "values of the recipe's schedules at this step: rates, weights, momentum, temperature"),
+        ("`health/skipped_steps`", "steps skipped because a loss or gradient was not finite; should stay 0"),
+        ("`speed/images_per_s`, `speed/steps_per_s`", "tiles and steps per second over all processes"),
         ("`speed/data_wait_share`", "share of the time in which the step waits for data, 0 to 1"),
-        ("`speed/tflops`, `speed/mfu`", "10^12 operations a second of a device; their share of its peak, 0 to 1"),
+        ("`speed/tflops`, `speed/mfu`", "10^12 operations per second and device; their share of its peak, 0 to 1"),
         ("`memory/gb`, `memory/peak_gb`", "10^9 bytes; of the device, or of the process on a CPU"),
-        (
-            "`probe/*`",
-            "of the teacher: margin of channel consistency, retrieval, neighbours; above random weights, rising",
-        ),
+        ("`probe/*`", "of the teacher: channel consistency margin, retrieval, kNN accuracy; should rise above random"),
     )
-    pictures = (
-        ("views", "a tile a row (of `stack`, a row a channel): global crops, then local ones; -2.5 to 2.5 deviations"),
+    images = (
+        ("views", "one row per tile (of `stack`, per channel): global crops, then local ones; -2.5 to 2.5 std"),
         (
             "patch_pca",
-            "a tile a column: a global view and below it its patches' three main components as red, green, blue, then "
-            "the second view in the same way; one basis for all, so what is alike has one colour",
+            "one column per tile: a global view and below it its patch features' first three principal components as "
+            "red, green, blue, then the same for the second view; one basis for all, so equal colours mean similar "
+            "features",
         ),
-        ("cls_attention", "a tile a column: a global view, and where the CLS token looks, black (not) to white (most)"),
+        ("cls_attention", "one column per tile: a global view, and the attention of the CLS token, black 0, white max"),
     )
     return "\n".join(
         [
-            "| number | unit, and what to look for |\n|---|---|",
+            "| metric | unit and interpretation |\n|---|---|",
             *(f"| {names} | {meaning} |" for names, meaning in rows),
-            "\n| picture | what it shows |\n|---|---|",
-            *(f"| `{name}` | {meaning} |" for name, meaning in pictures),
-            "\nMore: docs/training.md, what to watch.",
+            "\n| image | content |\n|---|---|",
+            *(f"| `{name}` | {meaning} |" for name, meaning in images),
+            "\nMore in docs/training.md.",
         ]
     )

@@ -1,7 +1,7 @@
 """One step of DINO and iBOT as a module: the teacher's targets, the student's predictions, the losses.
 
-Student and teacher are a backbone and two heads each; the teacher is a moving average of the student and never learns
-by gradient.
+Student and teacher are a backbone and two heads each; the teacher is a moving average of the student and gets no
+gradient.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import gather, is_alone, rank, sum_over_ranks
 from dinocell.ssl.chunks import compiled_once
-from dinocell.ssl.config import GramConfig, HeadsConfig, LossConfig
+from dinocell.ssl.config import HeadsConfig, LossConfig
 from dinocell.ssl.heads import Projection, ProjectionHead
 from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
 from dinocell.ssl.masking import PatchMasks
@@ -23,7 +23,7 @@ from dinocell.ssl.views import Views
 
 
 class Losses(NamedTuple):
-    """The total, to be differentiated, and its parts before their weights."""
+    """The total, with gradient, and its parts before their weights."""
 
     total: Float[Tensor, ""]
     dino_global: Float[Tensor, ""]
@@ -34,7 +34,7 @@ class Losses(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """The losses of a step, and what its monitors look at."""
+    """The losses of a step, and the inputs of its monitors."""
 
     losses: Losses
     targets: Targets
@@ -49,13 +49,13 @@ class StudentTeacher(nn.Module):
     backbone
         The student's, with its training noise; the teacher starts as a copy of it.
     heads, losses
-        Of the recipe.
-    gram
-        Of the recipe, if the Gram loss is to count at some time.
+        Sections of the recipe.
+    with_gram
+        Whether there is a Gram teacher; needed if the Gram loss has a weight at any step.
     keep_logits
-        Hold the teacher's logits for the time of a step, see `TeacherLogits`: faster, and more memory.
+        Store the teacher's logits during a step, see `TeacherLogits`: faster, but more memory.
     compiled
-        Let the compiler join the passes over logits, in targets and losses.
+        Compile the passes over logits, in targets and losses.
 
     On several ranks each takes its part of the batch: targets are balanced over all of them, and the mean of their
     losses is the loss of one process with the whole batch.
@@ -66,13 +66,13 @@ class StudentTeacher(nn.Module):
         backbone: VisionTransformer,
         heads: HeadsConfig,
         losses: LossConfig,
-        gram: GramConfig | None = None,
         *,
+        with_gram: bool = False,
         keep_logits: bool = True,
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self._losses, self._gram, self._keep_logits, self._compiled = losses, gram, keep_logits, compiled
+        self._losses, self._keep_logits, self._compiled = losses, keep_logits, compiled
         names = ("dino_head",) if heads.shared else ("dino_head", "ibot_head")
         self.student = nn.ModuleDict({"backbone": backbone})
         for name in names:
@@ -85,8 +85,7 @@ class StudentTeacher(nn.Module):
                 weight_norm=heads.weight_norm,
             )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        # Like the teacher's backbone at first; `take_gram_teacher` renews it.
-        self.gram = nn.ModuleDict({"backbone": copy.deepcopy(self.teacher["backbone"])} if gram is not None else {})
+        self.gram = nn.ModuleDict({"backbone": copy.deepcopy(self.teacher["backbone"])} if with_gram else {})
         self.centres: nn.ModuleList | None = None
         if losses.centring == "softmax":
             self.centres = nn.ModuleList(
@@ -101,8 +100,8 @@ class StudentTeacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def take_gram_teacher(self) -> None:
-        """Let the Gram teacher be the teacher as it is now."""
+    def update_gram_teacher(self) -> None:
+        """Copy the current teacher into the Gram teacher."""
         for ours, theirs in zip(self.gram.parameters(), self.teacher["backbone"].parameters(), strict=True):
             ours.copy_(theirs)
 
@@ -173,15 +172,13 @@ class StudentTeacher(nn.Module):
         return StepOutput(losses, cls_targets, outputs[0].cls)
 
     def _gram_loss(self, images: Tensor, patches: Tensor) -> Tensor:
-        if self._gram is None:
-            raise ValueError("gram_weight: expected 0, for the model was built without a Gram teacher")
         with torch.no_grad():
-            wanted = self.gram["backbone"](images).patches
+            reference = self.gram["backbone"](images).patches
         loss = compiled_once(gram_loss) if self._compiled else gram_loss
-        return loss(patches, wanted, negatives=self._gram.negatives)
+        return loss(patches, reference)
 
     def _koleo(self, cls: Tensor) -> Tensor:
-        """Look for neighbours among the tokens of all ranks."""
+        """Return KoLeo with neighbours among the tokens of all ranks."""
         loss = compiled_once(koleo_loss) if self._compiled else koleo_loss
         if is_alone():
             return loss(cls)
@@ -205,9 +202,9 @@ class StudentTeacher(nn.Module):
             )
             return cls, patches
         centres = [cast("Centre", centre) for centre in self.centres]
-        cls, patches = (centre(each, temperature) for centre, each in zip(centres, logits, strict=True))
-        for centre, each in zip(centres, logits, strict=True):
-            centre.update(each, sum_over_ranks=sum_over_ranks)
+        cls, patches = (centre(matrix, temperature) for centre, matrix in zip(centres, logits, strict=True))
+        for centre, matrix in zip(centres, logits, strict=True):
+            centre.update(matrix, sum_over_ranks=sum_over_ranks)
         return cls, patches
 
     @staticmethod

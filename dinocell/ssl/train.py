@@ -1,4 +1,4 @@
-"""The pretraining run: shards in, teacher checkpoints out, on one process or on many."""
+"""The pretraining run: from shards to teacher checkpoints, in one process or several."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dinocell.configs.load import to_yaml
-from dinocell.data_shards.read import Batch, loader
+from dinocell.data_shards.read import loader
 from dinocell.errors import DinocellError
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import Weights, save_weights
@@ -22,26 +22,27 @@ from dinocell.runtime.distributed import World, from_main, together
 from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.ssl.config import PretrainConfig
-from dinocell.ssl.memory import check_memory
-from dinocell.ssl.monitors import guide
-from dinocell.ssl.prepare import backbone_of, build_model, describe_run, flop_per_image, open_shards
+from dinocell.ssl.data import PlannedBatch, open_shards
+from dinocell.ssl.masking import PatchMasks
+from dinocell.ssl.memory import check_memory, what_would_fit
+from dinocell.ssl.monitors import monitoring_help
+from dinocell.ssl.prepare import backbone_of, build_model, describe_run, flop_per_image
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.trainer import Trainer, eval_folder
-from dinocell.ssl.view_plan import Levels, channel_levels
 from dinocell.ssl.views import Views, make_views
 from dinocell.ssl.visualise import draw_features, draw_views
 
-Watch = Callable[[VisionTransformer], Mapping[str, float]]
-"""Measures a teacher while it is trained: channel consistency, neighbours. The command gives one."""
+OnlineEval = Callable[[VisionTransformer], Mapping[str, float]]
+"""Evaluates a teacher during training and returns metrics; the command provides one."""
 
 _TEACHER = "teacher_checkpoint.pth"
 
-# What may be other when a run goes on: where and how it is computed, where copies of shards lie, what is looked at.
-_MAY_DIFFER = ("compute", "data.cache", "data.cache_gb", "watch")
+# What may change when a run is resumed: how it is computed, where shards are cached, and the evaluation.
+_MAY_DIFFER = ("compute", "data.cache", "data.cache_gb", "online_eval")
 
 
 def dry_run(config: PretrainConfig) -> str:
-    """Open the shards, build the model, take two steps, and say what a run would be; nothing is written.
+    """Open the shards, build the model, take two steps, and return a summary of the run; nothing is written.
 
     Raises
     ------
@@ -49,24 +50,22 @@ def dry_run(config: PretrainConfig) -> str:
         As ``pretrain``, before its first step.
     """
     with together(config.compute.device, timeout_s=config.compute.timeout_s) as world:
-        samples = open_shards(config, world)
+        stream = open_shards(config, world)
         check_memory(config, world)
         model = build_model(config, world)
         trainer = Trainer(config, model, world)
-        levels = channel_levels([each.manifest for each in samples.sets], config.views)
-        seconds, batches = 0.0, iter(samples)
-        for number in range(min(2, config.steps)):
+        seconds, batches = 0.0, iter(stream)
+        for step in range(min(2, config.steps)):
             start = time.perf_counter()
-            feed = _Feed(config, batches, levels, world)
-            trainer.step(number, feed.parts(), watch=False)
+            trainer.step(step, _Feed(config, batches, world).parts(), measure=False)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - start  # of the last, which is warm
-        used = peak_bytes(world.device) / 1e9
+            seconds = time.perf_counter() - start  # of the last step, after the warm-up
         return "\n".join(
             [
-                *describe_run(config, samples, model, world),
-                f"a step takes {seconds:.2f} s on {world.device}, reading included; {used:.1f} GB at the peak",
+                *describe_run(config, stream.samples, model, world),
+                f"measured memory: {peak_bytes(world.device) / 1e9:.1f} GB at the peak",
+                f"measured time: {seconds:.2f} s per step on {world.device}, including reading",
                 f"the run would take {timedelta(seconds=round(seconds * config.steps))}; nothing was written",
             ]
         )
@@ -76,37 +75,36 @@ def pretrain(
     config: PretrainConfig,
     *,
     on_export: Callable[[Path], None] = lambda _: None,
-    watch: Watch | None = None,
+    online_eval: OnlineEval | None = None,
 ) -> Path:
-    """Train a teacher and return its last checkpoint.
+    """Train a teacher and return the path of its last checkpoint.
 
-    A run that was interrupted goes on from its last training state, and computes what it would have computed; one that
-    has finished is not touched. Started in several processes (torchrun, ``dinocell launch``) they share the work.
+    An interrupted run resumes from its latest checkpoint with the same results as an uninterrupted one; a finished run
+    is not touched. Several processes (torchrun, ``dinocell launch``) share the work.
 
     Parameters
     ----------
     on_export
         Called with the path of each teacher checkpoint, by the main process.
-    watch
-        Called with the teacher every ``watch.every`` steps, by the main process; its numbers are logged.
+    online_eval
+        Called with the teacher every ``online_eval.every`` steps, by the main process; its metrics are logged.
 
     Raises
     ------
     DinocellError
         If shards, weights and settings do not fit together, or the training diverges.
     RunStopped
-        If it was told to stop; it has saved and can be continued.
+        If it was interrupted; it has saved a checkpoint and can be resumed.
     """
     with together(config.compute.device, timeout_s=config.compute.timeout_s) as world:
         Run.check(config.output, config, ignore=_MAY_DIFFER)
         last = eval_folder(config.output, config.steps) / _TEACHER
         if from_main(last.exists()):
             return last
-        samples = open_shards(config, world)
+        stream = open_shards(config, world)
         check_memory(config, world)
         model = build_model(config, world)
         trainer = Trainer(config, model, world)
-        levels = channel_levels([each.manifest for each in samples.sets], config.views)
         checkpointer = Checkpointer(
             config.output / "checkpoints",
             keep_last=config.keep_checkpoints,
@@ -115,8 +113,8 @@ def pretrain(
         )
         first = trainer.restore(checkpointer)
         if first:
-            # A step takes its samples from its place in the stream, so the position is no more than this.
-            samples = open_shards(config, world, position=first * config.batch_size)
+            # The samples of a step depend on its position in the stream alone.
+            stream = open_shards(config, world, position=first * config.batch_size)
         with (
             closing(checkpointer),
             StopRequest() as stop,
@@ -132,29 +130,33 @@ def pretrain(
             ) as run,
         ):
             run.text(0, "config", f"```yaml\n{to_yaml(config)}\n```")
-            run.text(0, "guide", guide(config))
-            facts = describe_run(config, samples, model, world)
-            for line in [*facts, *([f"goes on after step {first}"] if first else [])]:
+            run.text(0, "monitoring_help", monitoring_help(config))
+            for line in describe_run(config, stream.samples, model, world):
                 run.note(line)
+            if first:
+                run.note(f"resuming after step {first}")
             flop = flop_per_image(config, model) * config.batch_size / world.size
             throughput = Throughput(world.device, flop)
             batches = throughput.waiting(
-                loader(samples, workers=config.compute.workers, pin_memory=world.device.type == "cuda")
+                loader(stream, workers=config.compute.workers, pin_memory=world.device.type == "cuda")
             )
-            if first == config.steps:  # its teacher has been removed, its state has not
+            if first == config.steps:  # finished, but its teacher was deleted
                 _export(run, config, model, first, on_export)
             for step in range(first + 1, config.steps + 1):
-                feed = _Feed(config, batches, levels, world)
+                feed = _Feed(config, batches, world)
                 is_log_step = run.is_log_step(step)
                 try:
-                    metrics = trainer.step(step - 1, feed.parts(), watch=is_log_step)
+                    metrics = trainer.step(step - 1, feed.parts(), measure=is_log_step)
                 except torch.OutOfMemoryError as error:
-                    raise DinocellError(_what_would_fit(config, world, error)) from error
+                    reason = str(error).splitlines()[0][:120]
+                    raise DinocellError(
+                        f"not enough memory on {world.device} ({reason}): {what_would_fit(config)}"
+                    ) from error
                 throughput.step()
                 for line in feed.damaged:
                     run.note(f"replaced a damaged sample: {line}")
                 run.log(step, metrics | throughput.metrics() if is_log_step else {})
-                _look(run, step, config, model, feed.views, watch)
+                _evaluate(run, step, config, model, feed.views, online_eval)
                 if step % config.export_every == 0 or step == config.steps:
                     _export(run, config, model, step, on_export)
                 stops = step < config.steps and stop.agreed()
@@ -163,64 +165,55 @@ def pretrain(
                 if stops:
                     checkpointer.wait()
                     stop.finish()
-                    raise RunStopped(f"stopped after step {step} ({stop.reason}); the same command goes on from there")
+                    raise RunStopped(f"stopped after step {step} ({stop.reason}); run the same command to resume")
         return last
 
 
-def _what_would_fit(config: PretrainConfig, world: World, error: Exception) -> str:
-    part = config.batch_size // (world.size * config.optim.accumulate)
-    return (
-        f"the device's memory is too small for {part} tiles at a time ({str(error).splitlines()[0][:120]}): raise "
-        f"optim.accumulate from {config.optim.accumulate}, set compute.recompute=activations (or =blocks), "
-        f"or lower batch_size from {config.batch_size} or heads.num_prototypes from {config.heads.num_prototypes}"
-    )
-
-
 class _Feed:
-    """What a rank trains on in a step: its parts, made when they are asked for."""
+    """Views and masks of this rank's share of a step, made part by part."""
 
-    def __init__(self, config: PretrainConfig, batches: Iterator[Batch], levels: Levels, world: World) -> None:
-        self._config, self._batches, self._levels, self._world = config, batches, levels, world
+    def __init__(self, config: PretrainConfig, batches: Iterator[PlannedBatch], world: World) -> None:
+        self._config, self._batches, self._device = config, batches, world.device
         self.damaged: list[str] = []
         self.views: Views | None = None
 
-    def parts(self) -> Iterator[tuple[Batch, Views]]:
+    def parts(self) -> Iterator[tuple[Views, PatchMasks]]:
         for _ in range(self._config.optim.accumulate):
             batch = next(self._batches)
-            self.damaged += batch.damaged
-            config, device = self._config, self._world.device
-            self.views = make_views(batch, config.views, self._levels, seed=config.seed, device=device)
-            yield batch, self.views
+            self.damaged += batch.tiles.damaged
+            self.views = make_views(batch.tiles, batch.plans, self._config.views, device=self._device)
+            yield self.views, batch.masks.to(self._device)
 
 
-def _look(
+def _evaluate(
     run: Run,
     step: int,
     config: PretrainConfig,
     model: StudentTeacher,
     views: Views | None,
-    watch: Watch | None,
+    online_eval: OnlineEval | None,
 ) -> None:
-    """Draw pictures and measure the teacher, if it is time to; every rank comes along, the main one looks."""
+    """Draw images and evaluate the teacher, if due; all ranks gather the teacher, the main one evaluates."""
     draws = step == 1 or step % config.picture_every == 0
-    measures = watch is not None and config.watch.every and (step % config.watch.every == 0 or step == config.steps)
-    if not (draws or measures):
+    every = config.online_eval.every if online_eval is not None else 0
+    evaluates = every > 0 and (step % every == 0 or step == config.steps)
+    if not (draws or evaluates):
         return
     teacher = _whole_teacher(model, keep=run.is_main)
     if teacher is None or views is None:
         return
-    with _for_a_look(teacher):
+    with _eager(teacher):
         if draws:
             run.image(step, "views", draw_views(views))
-            for name, picture in draw_features(teacher, views).items():
-                run.image(step, name, picture)
-        if measures and watch is not None:
-            run.log(step, watch(teacher), always=True)
+            for name, image in draw_features(teacher, views).items():
+                run.image(step, name, image)
+        if evaluates and online_eval is not None:
+            run.log(step, online_eval(teacher), always=True)
 
 
 @contextmanager
-def _for_a_look(teacher: VisionTransformer) -> Iterator[None]:
-    """Compile nothing for the shapes of a look, and attend in a way that takes float32 as well."""
+def _eager(teacher: VisionTransformer) -> Iterator[None]:
+    """Compile nothing for the shapes of an evaluation, and use an attention kernel that accepts float32."""
     kernel = teacher.kernel
     teacher.set_kernel("sdpa")
     try:
@@ -231,7 +224,7 @@ def _for_a_look(teacher: VisionTransformer) -> Iterator[None]:
 
 
 def _whole_teacher(model: StudentTeacher, *, keep: bool) -> VisionTransformer | None:
-    """Return the teacher's backbone in one piece, where it is to be kept; all ranks together."""
+    """Return the teacher's backbone gathered from all ranks, on those that ``keep`` it; called by all ranks."""
     backbone = backbone_of(model.teacher)
     if not any(hasattr(parameter, "device_mesh") for parameter in backbone.parameters()):
         return backbone
@@ -245,27 +238,28 @@ def _whole_teacher(model: StudentTeacher, *, keep: bool) -> VisionTransformer | 
 
 
 def _gathered(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Return whole tensors in main memory, on the main rank; the others get nothing, but must ask."""
-    found = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    """Return full tensors in main memory on the main rank, nothing on the others; called by all ranks."""
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _export(
     run: Run, config: PretrainConfig, model: StudentTeacher, step: int, on_export: Callable[[Path], None]
 ) -> None:
-    """Write the teacher of a step; all ranks together."""
+    """Write the teacher of a step; called by all ranks."""
     path = eval_folder(config.output, step) / _TEACHER
     whole = _whole_teacher(model, keep=run.is_main)
     heads = {name: _gathered(module) for name, module in model.teacher.items() if name != "backbone"}
-    if whole is not None and run.is_main:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DinocellError(f"{path}: cannot be written ({error.strerror or error})") from error
-        whole.card = backbone_of(model.teacher).card
-        weights = Weights.of(whole, heads)
-        line = f"DINOCell pretraining, {config.views.policy}, {step} steps of {config.batch_size}"
-        card = replace(weights.card, derived_from=(*weights.card.derived_from, line))
-        save_weights(path, replace(weights, card=card))
-        run.note(f"teacher: {path}")
-        on_export(path)
+    if whole is None or not run.is_main:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DinocellError(f"{path}: cannot be written ({error.strerror or error})") from error
+    whole.card = backbone_of(model.teacher).card
+    weights = Weights.of(whole, heads)
+    line = f"DINOCell pretraining, {config.views.policy}, {step} steps of {config.batch_size}"
+    card = replace(weights.card, derived_from=(*weights.card.derived_from, line))
+    save_weights(path, replace(weights, card=card))
+    run.note(f"teacher: {path}")
+    on_export(path)

@@ -1,4 +1,4 @@
-"""One step of pretraining around the model: schedules, masks, backward, clipping, AdamW, the moving average."""
+"""One training step around the model: schedules, backward pass, clipping, AdamW, the moving average."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -10,31 +10,30 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from dinocell.data_shards.read import Batch
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.device import uses_bfloat16
 from dinocell.runtime.distributed import World, sum_over_ranks
 from dinocell.runtime.optim import (
-    BadSteps,
+    NonfiniteSteps,
     adamw,
     clip_gradients,
     parameter_groups,
     scaled_learning_rate,
     set_rates,
-    update_teacher,
+    update_ema,
 )
 from dinocell.runtime.schedules import value_at
 from dinocell.runtime.sharding import release, sharded_parts
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.monitors import feature_spread, target_use
-from dinocell.ssl.prepare import backbone_of, masks_of
+from dinocell.ssl.prepare import backbone_of
 from dinocell.ssl.student_teacher import Losses, StepOutput, StudentTeacher
 from dinocell.ssl.views import Views
 
 
 class _Values(NamedTuple):
-    """What the schedules say of a step."""
+    """Values of the schedules at a step."""
 
     learning_rate: float
     weight_decay: float
@@ -47,7 +46,7 @@ class _Values(NamedTuple):
 
 
 class Trainer:
-    """Optimizer, schedules and randomness around the model, on one rank of several or alone."""
+    """Optimizer, schedules and random seeds around the model, on one rank."""
 
     def __init__(self, config: PretrainConfig, model: StudentTeacher, world: World) -> None:
         self._config, self._model, self._world = config, model, world
@@ -59,40 +58,40 @@ class Trainer:
             head_weight_decay_factor=config.optim.head_weight_decay_factor,
         )
         self._optimizer = adamw(groups, betas=config.optim.betas)
-        # Found once: a walk through the modules of a deep model takes longer than most of what is done with them.
+        # Listed once: iterating over the modules of a deep model in every step takes the host too long.
         self._parameters: dict[str, list[Tensor]] = {
             name: list(module.parameters()) for name, module in model.student.items()
         }
+        self._student_parameters = [parameter for part in self._parameters.values() for parameter in part]
         self._teacher_parameters = list(model.teacher.parameters())
         self._sharded = sharded_parts([model.student, model.teacher, model.gram])
-        self._draw_masks = masks_of(config)
-        self._bad_steps = BadSteps(
+        self._nonfinite_steps = NonfiniteSteps(
             world.device,
-            most=config.optim.max_bad_steps,
+            most=config.optim.max_nonfinite_steps,
             advice="Lower schedules.learning_rate.peak or raise schedules.learning_rate.warmup, and start from the "
             f"last teacher in {config.output / 'eval'}",
         )
         self._gram_steps = _gram_steps(config)
 
-    def step(self, number: int, parts: Iterable[tuple[Batch, Views]], *, watch: bool) -> dict[str, Any]:
-        """Train on this rank's share of a step, and return the numbers to log, tensors among them; {} unless watched.
+    def step(self, step: int, parts: Iterable[tuple[Views, PatchMasks]], *, measure: bool) -> dict[str, Any]:
+        """Train on this rank's share of a step, and return the metrics to log, partly tensors; {} unless measured.
 
         Parameters
         ----------
-        number
-            Of the step, from 0.
+        step
+            From 0.
         parts
-            As many as the recipe accumulates.
-        watch
-            Measure; the same on every rank.
+            Views and masks, as many as the recipe accumulates.
+        measure
+            Compute metrics; the same on every rank.
 
         Raises
         ------
         DinocellError
-            If too many steps in a row were not finite; this is looked at when the step is watched.
+            If too many consecutive steps were not finite; this is checked in measured steps only.
         """
         config, model = self._config, self._model
-        now = self._values(number)
+        now = self._values(step)
         set_rates(
             self._optimizer,
             learning_rate=now.learning_rate,
@@ -100,22 +99,25 @@ class Trainer:
             backbone_factor=now.backbone_factor,
             last_layer_factor=now.last_layer_factor,
         )
-        if number in self._gram_steps:
-            model.take_gram_teacher()
+        if step in self._gram_steps:
+            model.update_gram_teacher()
         self._optimizer.zero_grad(set_to_none=True)
-        output, losses = self._backward(number, parts, now)
-        for parameter in self._student_parameters():
-            if parameter.grad is None:  # what a recipe leaves out still has its place in the optimizer's state
+        output, losses = self._backward(step, parts, now)
+        for parameter in self._student_parameters:
+            if parameter.grad is None:  # parameters that a recipe does not use still have optimizer states
                 parameter.grad = torch.zeros_like(parameter)
-        # Before the update: the targets are made of the teacher's prototypes when they are looked at.
-        measured = _measure(output) if watch else {}
+        # Before the update, because the targets refer to the teacher's prototypes.
+        measured = _measure(output) if measure else {}
         norms = clip_gradients(self._parameters, config.optim.clip)
-        self._update(losses, norms, now.teacher_momentum)
-        return measured | self._numbers(losses, norms, now) if watch else {}
+        # AdamW, unless the loss or a gradient is not finite; then the teacher follows the student.
+        self._nonfinite_steps.step(self._optimizer, [losses.total, *norms.values()])
+        release(self._sharded)
+        update_ema(self._teacher_parameters, self._student_parameters, now.teacher_momentum)
+        return measured | self._metrics(losses, norms, now) if measure else {}
 
-    def _values(self, number: int) -> _Values:
+    def _values(self, step: int) -> _Values:
         config, schedules = self._config, self._config.schedules
-        value = partial(value_at, step=number, num_steps=config.steps)
+        value = partial(value_at, step=step, num_steps=config.steps)
         freeze = schedules.backbone_freeze(from_weights=config.model.weights is not None)
         peak = value(schedules.learning_rate)
         return _Values(
@@ -129,22 +131,25 @@ class Trainer:
             last_layer_factor=value(schedules.last_layer.factor()),
         )
 
-    def _backward(self, number: int, parts: Iterable[tuple[Batch, Views]], now: _Values) -> tuple[StepOutput, Losses]:
+    def _backward(
+        self, step: int, parts: Iterable[tuple[Views, PatchMasks]], now: _Values
+    ) -> tuple[StepOutput, Losses]:
         """Accumulate the gradient of all parts; return the last part's output and the mean losses."""
         config, world = self._config, self._world
         count = config.optim.accumulate
         total: Tensor | None = None
         output: StepOutput | None = None
-        for index, (batch, views) in enumerate(parts):
-            seed = (config.seed * 1_000_003 + number) * 4099 + world.rank * count + index
+        for index, (views, masks) in enumerate(parts):
+            # Training noise (drop path) differs between steps, ranks and parts.
+            seed = (config.seed * 1_000_003 + step) * 4099 + world.rank * count + index
             if world.size * count == 1:
-                seed = config.seed * 1_000_003 + number
-            self._exchange_gradients(index == count - 1)
+                seed = config.seed * 1_000_003 + step
+            self._set_gradient_sync(index == count - 1)
             use_bfloat16 = uses_bfloat16(config.compute.dtype, world.device)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=use_bfloat16):
                 output = self._model(
                     views,
-                    self._masks(batch),
+                    masks,
                     teacher_temperature=now.teacher_temperature,
                     local_weight=now.local_weight,
                     gram_weight=now.gram_weight,
@@ -157,49 +162,30 @@ class Trainer:
         assert total is not None
         return output, Losses(*(total / count).unbind())
 
-    def _exchange_gradients(self, now: bool) -> None:
-        """Average gradients over the ranks after this part, or keep them until the last one."""
+    def _set_gradient_sync(self, enabled: bool) -> None:
+        """Average gradients over the ranks after this part, or keep them local until the last one."""
         for module in self._model.student.values():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(now)
+                module.set_requires_gradient_sync(enabled)
 
-    def _update(self, losses: Losses, norms: dict[str, Tensor], momentum: float) -> None:
-        """Take the step, unless it is a bad one, and let the teacher follow."""
-        self._bad_steps.step(self._optimizer, [losses.total, *norms.values()])
-        release(self._sharded)
-        update_teacher(self._teacher_parameters, self._student_parameters(), momentum)
-
-    def _student_parameters(self) -> list[Tensor]:
-        return [parameter for part in self._parameters.values() for parameter in part]
-
-    def _numbers(self, losses: Losses, norms: dict[str, Tensor], now: _Values) -> dict[str, Any]:
-        """Losses are means over all ranks."""
-        self._bad_steps.check()
+    def _metrics(self, losses: Losses, norms: dict[str, Tensor], now: _Values) -> dict[str, Any]:
+        """Return losses (means over all ranks), gradient norms, schedules and the count of skipped steps."""
+        self._nonfinite_steps.check()
         mean = sum_over_ranks(torch.stack(losses)) / self._world.size
         metrics: dict[str, Any] = {f"loss/{name}": loss for name, loss in zip(Losses._fields, mean, strict=True)}
         if not self._config.uses_gram:
             del metrics["loss/gram"]
         metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-        metrics |= {f"schedule/{name}": number for name, number in now._asdict().items()}
-        metrics["health/skipped_steps"] = self._bad_steps.total
+        metrics |= {f"schedule/{name}": value for name, value in now._asdict().items()}
+        metrics["health/skipped_steps"] = self._nonfinite_steps.total
         return metrics
 
-    def _masks(self, batch: Batch) -> PatchMasks:
-        """Return the masks that the reader drew in its workers, or draw them here."""
-        size, draw = len(batch), self._draw_masks
-        if batch.drawn_by == draw and isinstance(batch.drawn, PatchMasks):
-            masks = batch.drawn
-        else:
-            everyone = range(batch.next_position - size * self._world.size, batch.next_position)
-            masks = draw(everyone, slice(self._world.rank * size, (self._world.rank + 1) * size))
-        return masks.to(self._world.device, non_blocking=True)
-
     def save(self, checkpointer: Checkpointer, step: int) -> None:
-        """Save everything that the next step depends on, besides the recipe and the data."""
+        """Save everything that the next step depends on, except recipe and data."""
         checkpointer.save(step, self._state(), {})
 
     def restore(self, checkpointer: Checkpointer) -> int:
-        """Go back to the newest checkpoint, and return its step; 0 if there is none."""
+        """Restore the latest checkpoint, and return its step; 0 if there is none."""
         if not checkpointer.steps():
             return 0
         state = self._state()
@@ -208,34 +194,32 @@ class Trainer:
         set_state_dict(
             self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-        self._bad_steps.restore(state["bad"])
+        self._nonfinite_steps.restore(state["bad"])
         return restored.step
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer, "bad": self._bad_steps.state()}
+        return {"model": model, "optimizer": optimizer, "bad": self._nonfinite_steps.state()}
 
 
 def _measure(output: StepOutput) -> dict[str, Any]:
-    """Look for collapse, in this rank's targets and features; there is nothing to see where they are not finite."""
+    """Return the indicators of collapse for this rank's targets and features; {} if the loss is not finite."""
     if not output.losses.total.isfinite():
         return {}
     use, spread = target_use(output.targets), feature_spread(output.student_cls.detach())
-    metrics: dict[str, Any] = {f"targets/{name}": number for name, number in use._asdict().items()}
-    return metrics | {f"cls/{name}": number for name, number in spread._asdict().items()}
+    metrics: dict[str, Any] = {f"targets/{name}": value for name, value in use._asdict().items()}
+    return metrics | {f"cls/{name}": value for name, value in spread._asdict().items()}
 
 
 def _gram_steps(config: PretrainConfig) -> frozenset[int]:
-    """Return the steps before which the Gram teacher is taken."""
+    """Return the steps that start with a copy of the teacher into the Gram teacher."""
     if not config.uses_gram:
         return frozenset()
     weights = (value_at(config.schedules.gram_weight, step, config.steps) for step in range(config.steps))
-    first = next((step for step, weight in enumerate(weights) if weight > 0), None)
-    if first is None:
-        return frozenset()
+    first = next((step for step, weight in enumerate(weights) if weight > 0), config.steps)
     return frozenset(first + index * config.gram.refresh_every for index in range(config.gram.max_refreshes + 1))
 
 
 def eval_folder(output: Path, step: int) -> Path:
-    """Return where the teacher of a step goes: where Meta's evaluators look."""
+    """Return the folder for the teacher of a step, as Meta's evaluators expect it."""
     return output / "eval" / f"training_{step}"

@@ -1,7 +1,7 @@
-"""The views of a batch of tiles: crops of their channels with photometry, scaled to one size, standardised.
+"""The views of a batch of tiles: crops of their channels with photometry, resized, standardised.
 
-Two ways lead to the same crops, `dinocell.ssl.views` on a CPU and `dinocell.ssl.views_gpu` on a GPU: each tests
-the other.
+There are two implementations of the crops: `crop_by_crop` here is faster on a CPU, `dinocell.ssl.views_gpu` on a GPU.
+The tests compare them with each other.
 """
 
 import math
@@ -15,64 +15,51 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinocell.data_shards.read import Batch
-from dinocell.ssl.view_plan import LEAST_DIFFERENCE, Levels, PlanViews, Scales, ViewPlan, ViewsConfig, scales_of
+from dinocell.ssl.config import ViewsConfig
+from dinocell.ssl.view_plan import MIN_DIFFERENCE, ViewPlan
 from dinocell.ssl.views_gpu import all_tiles_at_once
 
 
 class Views(NamedTuple):
-    """Views of ``b`` tiles, one channel or those of the policy ``stack``; standardised by crop and channel."""
+    """Views of ``b`` tiles with the model's input channels; zero mean and unit variance per crop and channel."""
 
     global_views: Float[Tensor, "v b c s s"]
     local_views: Float[Tensor, "w b c t t"]
 
 
-def make_views(batch: Batch, config: ViewsConfig, levels: Levels, *, seed: int, device: torch.device) -> Views:
+def make_views(batch: Batch, plans: Sequence[ViewPlan], config: ViewsConfig, *, device: torch.device) -> Views:
     """Turn decoded tiles into standardised views on ``device``.
 
     Parameters
     ----------
     batch
-        From the reader; it may lack channels that no view of a sample needs, and bring its plans (`PlanViews`).
-    levels
-        From ``channel_levels``.
-    seed
-        Of the whole run; the rest of the randomness follows from where each sample comes from.
+        Tiles with at least the channels that their views need.
+    plans
+        Of each tile.
     """
-    plans = _plans(batch, PlanViews(config, seed))
-    scales = [
-        scales_of(info, levels[origin.data_set], plan)
-        for info, origin, plan in zip(batch.infos, batch.origins, plans, strict=True)
-    ]
     make = all_tiles_at_once if device.type == "cuda" else crop_by_crop
-    crops = make(batch.to(device, non_blocking=True), plans, scales, config)
+    crops = make(batch.to(device, non_blocking=True), plans, config)
     return Views(*(_finish(some, plans, views) for some, (views, _) in zip(crops, config.kinds, strict=True)))
 
 
-def _plans(batch: Batch, plan: PlanViews) -> list[ViewPlan]:
-    """Return the plans that the reader made in its workers, or make them here."""
-    if batch.chosen_by == plan:
-        return [each for each in batch.chosen if isinstance(each, ViewPlan)]
-    return [plan(info, origin) for info, origin in zip(batch.infos, batch.origins, strict=True)]
-
-
 def _finish(crops: Float[Tensor, "v b k s s"], plans: Sequence[ViewPlan], views: range) -> Float[Tensor, "v b k s s"]:
-    """Blur and add noise where it was drawn, then standardise each crop and channel."""
-    for number, plan in enumerate(plans):
-        for place, view in enumerate(views):
+    """Add blur and noise where planned, then standardise each crop and channel."""
+    for tile, plan in enumerate(plans):
+        for index, view in enumerate(views):
             if plan.blur_sigma_px[view] > 0:
-                crops[place, number] = _blurred(crops[place, number], float(plan.blur_sigma_px[view]))
+                crops[index, tile] = _blurred(crops[index, tile], float(plan.blur_sigma_px[view]))
             if plan.noise_sigma[view] > 0:
+                # Drawn on the CPU, so that the noise is the same on every device.
                 generator = torch.Generator().manual_seed(plan.noise_seed + view)
                 noise = torch.randn(crops.shape[2:], generator=generator).to(crops.device, non_blocking=True)
-                crops[place, number] += float(plan.noise_sigma[view]) * noise
-    mean = crops.mean((3, 4), keepdim=True)
-    centred = crops - mean
-    deviation = centred.square().mean((3, 4), keepdim=True).sqrt()
-    return centred / (deviation + LEAST_DIFFERENCE)
+                crops[index, tile] += float(plan.noise_sigma[view]) * noise
+    centred = crops - crops.mean((3, 4), keepdim=True)
+    std = centred.square().mean((3, 4), keepdim=True).sqrt()
+    return centred / (std + MIN_DIFFERENCE)
 
 
 def _blurred(crop: Float[Tensor, "k s s"], sigma: float) -> Float[Tensor, "k s s"]:
-    """Blur by a Gaussian cut off at three deviations, mirrored at the borders."""
+    """Blur by a separable Gaussian, truncated at three standard deviations, with mirrored borders."""
     radius = min(max(1, math.ceil(3 * sigma)), crop.shape[-1] - 1)
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=crop.device) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).to(crop.dtype)
@@ -81,57 +68,44 @@ def _blurred(crop: Float[Tensor, "k s s"], sigma: float) -> Float[Tensor, "k s s
     return blurred[:, 0]
 
 
-# --- view_crops ----------------------------------------------------------------------------------------------------
-#
-# Views crop by crop: each region is cut out of its tile before it is worked on, which is fastest on a CPU.
-
-
-def crop_by_crop(
-    batch: Batch, plans: Sequence[ViewPlan], scales: Sequence[Scales], config: ViewsConfig
-) -> list[Float[Tensor, "v b k s s"]]:
-    """Return the crops of all tiles, the global and the local views, turned but not yet standardised."""
+def crop_by_crop(batch: Batch, plans: Sequence[ViewPlan], config: ViewsConfig) -> list[Float[Tensor, "v b k s s"]]:
+    """Return the crops of all tiles, global and local views, rotated but not standardised; one crop at a time."""
     shape = (len(batch), config.in_channels)
-    made = [torch.empty(len(views), *shape, size, size) for views, size in config.kinds]
-    views = [view for kind in made for view in kind]
-    for number, (plan, scale) in enumerate(zip(plans, scales, strict=True)):
-        tile = batch.tile(number)
-        # Where in the decoded tile a channel of the sample lies.
-        place = {channel: index for index, channel in enumerate(batch.channels[number])}
+    kinds = [torch.empty(len(views), *shape, size, size) for views, size in config.kinds]
+    views = [view for kind in kinds for view in kind]
+    for index, plan in enumerate(plans):
+        tile = batch.tile(index)
+        # The decoded tile may lack channels; this is the row of each channel that it has.
+        row_of_channel = {channel: row for row, channel in enumerate(batch.channels[index])}
         for view, out in enumerate(views):
-            size = out.shape[-1]
+            # Cut the region out of the channels that this view needs, before anything is computed on it.
             top, left, height, width = plan.boxes[view].tolist()
             needed = np.flatnonzero((plan.mixing[view] != 0).any(axis=0))
-            region = tile[[place[c] for c in needed.tolist()], top : top + height, left : left + width]
-            unit = _unit(region.float(), scale.factor[view, needed], scale.offset[view, needed])
-            mean = unit.mean((1, 2), keepdim=True)
-            unit = _contrasted(unit, mean, plan.contrast[view, needed])
+            rows = [row_of_channel[channel] for channel in needed.tolist()]
+            region = tile[rows, top : top + height, left : left + width].float()
+            factor, offset, contrast = (
+                torch.from_numpy(values[view, needed])[:, None, None]
+                for values in (plan.factor, plan.offset, plan.contrast)
+            )
+            # Brightness, then contrast about the region's mean; intensities stay within 0 to 1.
+            region.mul_(factor).add_(offset).clamp_(0, 1)
+            mean = region.mean((1, 2), keepdim=True)
+            region.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
+            # Mix channels, then resize and rotate.
             mixing = torch.from_numpy(plan.mixing[view][:, needed])
-            mixed = unit if mixing.shape == (1, 1) else torch.einsum("kc,chw->khw", mixing, unit)
+            mixed = region if mixing.shape == (1, 1) else torch.einsum("kc,chw->khw", mixing, region)
             mixed = _protein_contrast(mixed, float(plan.protein[view]), config)
-            crop = F.interpolate(mixed[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
-            out[number] = _turned(crop, bool(plan.mirrored[view]), int(plan.turned[view]))
-    return made
-
-
-def _unit(region: Tensor, factor: np.ndarray, offset: np.ndarray) -> Tensor:
-    scale, shift = (torch.from_numpy(values)[:, None, None] for values in (factor, offset))
-    return region.mul_(scale).add_(shift).clamp_(0, 1)
-
-
-def _contrasted(unit: Tensor, mean: Tensor, contrast: np.ndarray) -> Tensor:
-    factor = torch.from_numpy(contrast)[:, None, None]
-    return unit.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+            size = (out.shape[-1],) * 2
+            crop = F.interpolate(mixed[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+            crop = crop.flip(-2) if plan.mirrored[view] else crop
+            out[index] = torch.rot90(crop, int(plan.turned[view]), (-2, -1))
+    return kinds
 
 
 def _protein_contrast(mixed: Tensor, factor: float, config: ViewsConfig) -> Tensor:
+    """Scale the protein channel so that its maximum is ``factor``, and clip at 1."""
     if config.policy != "stack" or factor < 0 or config.protein_channel not in config.channels:
         return mixed
     protein = mixed[config.channels.index(config.protein_channel)]
-    protein.mul_(factor / protein.max().clamp_min(LEAST_DIFFERENCE)).clamp_(0, 1)
+    protein.mul_(factor / protein.max().clamp_min(MIN_DIFFERENCE)).clamp_(0, 1)
     return mixed
-
-
-def _turned(crop: Float[Tensor, "k s s"], mirrored: bool, quarter_turns: int) -> Float[Tensor, "k s s"]:
-    if mirrored:
-        crop = crop.flip(-2)
-    return torch.rot90(crop, quarter_turns, (-2, -1)) if quarter_turns else crop

@@ -1,5 +1,6 @@
-"""Pictures of what the training sees, and of what the teacher makes of it."""
+"""Images of the training views, and of the teacher's features."""
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from dinocell.data_shards.inspect import caption, side_by_side
 from dinocell.data_shards.sample import SampleInfo
-from dinocell.images.read import write_png
+from dinocell.images.write import write_png
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import World
-from dinocell.ssl.config import PretrainConfig
-from dinocell.ssl.prepare import open_shards
-from dinocell.ssl.view_plan import ViewPlan, ViewsConfig, channel_levels, plan_views
+from dinocell.ssl.config import PretrainConfig, ViewsConfig
+from dinocell.ssl.data import open_shards
+from dinocell.ssl.view_plan import ViewPlan
 from dinocell.ssl.views import Views, make_views
 
 _SHOWN_TILES = 4
@@ -23,15 +24,15 @@ _GAP_PX = 2
 
 
 def draw_views(views: Views, tiles: int = _SHOWN_TILES) -> UInt8[np.ndarray, "h w"]:
-    """Draw the views of the first tiles, a row each: global crops, then local ones; a channel below the other.
+    """Draw the views of the first tiles, one row each: global crops, then local ones; channels below each other.
 
-    Values from -2.5 to 2.5 deviations go from black to white.
+    Values from -2.5 to 2.5 standard deviations are drawn from black to white.
     """
     rows = []
     for tile in range(min(tiles, views.global_views.shape[1])):
         crops = [view[tile] for kind in views for view in kind]
         for channel in range(crops[0].shape[0]):
-            planes = [grey(crop[channel]) for crop in crops]
+            planes = [to_grey(crop[channel]) for crop in crops]
             height = max(len(plane) for plane in planes)
             padded = [np.pad(plane, ((0, height + _GAP_PX - len(plane)), (0, _GAP_PX))) for plane in planes]
             rows.append(np.concatenate(padded, axis=1))
@@ -40,11 +41,12 @@ def draw_views(views: Views, tiles: int = _SHOWN_TILES) -> UInt8[np.ndarray, "h 
 
 @torch.no_grad()
 def draw_features(teacher: VisionTransformer, views: Views) -> dict[str, UInt8[np.ndarray, "h w *rgb"]]:
-    """Draw what a teacher makes of the first tiles, a column each.
+    """Draw the teacher's features of the first tiles, one column each.
 
-    ``patch_pca``: the first two global views of each tile, and below each its patch features' three main components as
-    colours, one basis for all, so that what is alike has one colour, in every view and tile. ``cls_attention``: the
-    first view, and where the CLS token of the last block looks, mean over heads, from none (black) to most (white).
+    ``patch_pca``: the first two global views of each tile, and below each the first three principal components of its
+    patch features as colours; one basis for all, so equal colours mean similar features in every view and tile.
+    ``cls_attention``: the first view, and the attention of the CLS token in the last block, mean over heads, from 0
+    (black) to the maximum (white).
     """
     shown = [view[:_SHOWN_TILES] for view in views.global_views[:2]]
     patches = torch.stack([teacher(view).patches.float() for view in shown])
@@ -52,18 +54,18 @@ def draw_features(teacher: VisionTransformer, views: Views) -> dict[str, UInt8[n
     colours = principal_colours(patches.flatten(0, 2)).unflatten(0, patches.shape[:3])
     size = shown[0].shape[-1]
     rows = []
-    for view, of_view in zip(shown, colours, strict=True):
-        rows.append(_row([np.repeat(grey(image[0])[..., None], 3, axis=2) for image in view]))
-        rows.append(_row([_enlarged((each.unflatten(0, grid) * 255).byte(), size) for each in of_view]))
+    for view, view_colours in zip(shown, colours, strict=True):
+        rows.append(_row([np.repeat(to_grey(image[0])[..., None], 3, axis=2) for image in view]))
+        rows.append(_row([_enlarged((tile.unflatten(0, grid) * 255).byte(), size) for tile in view_colours]))
     attention = teacher.cls_attention(shown[0]).float().mean(1)
     attention = attention / attention.amax((1, 2), keepdim=True).clamp_min(1e-12)
-    seen = _row([grey(image[0]) for image in shown[0]])
-    looked = _row([_enlarged((each * 255).byte(), size) for each in attention])
-    return {"patch_pca": np.concatenate(rows), "cls_attention": np.concatenate((seen, looked))}
+    images = _row([to_grey(image[0]) for image in shown[0]])
+    attended = _row([_enlarged((tile * 255).byte(), size) for tile in attention])
+    return {"patch_pca": np.concatenate(rows), "cls_attention": np.concatenate((images, attended))}
 
 
 def principal_colours(features: Float[Tensor, "n d"]) -> Float[Tensor, "n 3"]:
-    """Return the three main components of features, each stretched from its 1st to its 99th percentile to [0, 1]."""
+    """Return the first three principal components, each scaled from its 1st to its 99th percentile to [0, 1]."""
     centred = features.float() - features.float().mean(0)
     _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
     components = centred @ vectors[:, -3:].flip(1)
@@ -71,48 +73,43 @@ def principal_colours(features: Float[Tensor, "n d"]) -> Float[Tensor, "n 3"]:
     return torch.clamp((components - low) / (high - low).clamp_min(1e-12), 0, 1)
 
 
-def _row(pictures: list[np.ndarray]) -> np.ndarray:
+def _row(images: Sequence[UInt8[np.ndarray, "s s *rgb"]]) -> UInt8[np.ndarray, "h w *rgb"]:
     padding = ((0, _GAP_PX), (0, _GAP_PX))
-    return np.concatenate([np.pad(each, (*padding, (0, 0))[: each.ndim]) for each in pictures], axis=1)
+    return np.concatenate([np.pad(image, (*padding, (0, 0))[: image.ndim]) for image in images], axis=1)
 
 
-def _enlarged(small: Tensor, size: int) -> np.ndarray:
+def _enlarged(small: UInt8[Tensor, "h w *rgb"], size: int) -> UInt8[np.ndarray, "s s *rgb"]:
     factor = size // small.shape[0]
-    enlarged: np.ndarray = small.cpu().numpy().repeat(factor, axis=0).repeat(factor, axis=1)
-    return enlarged
+    return small.cpu().numpy().repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def grey(plane: Tensor) -> np.ndarray:
-    """Draw a standardised channel, from -2.5 deviations (0) to 2.5 (255)."""
-    drawn: np.ndarray = (np.clip(plane.float().cpu().numpy() / 5 + 0.5, 0, 1) * 255).astype(np.uint8)
-    return drawn
+def to_grey(plane: Float[Tensor, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    """Draw a standardised channel, from -2.5 standard deviations (0) to 2.5 (255)."""
+    return (np.clip(plane.float().cpu().numpy() / 5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
 # --- preview -------------------------------------------------------------------------------------------------------
-#
-# A picture of the views that a recipe makes: every crop with its channel, before anything is trained on them.
 
 
 def preview_views(config: PretrainConfig, output: Path, *, num_samples: int = 8) -> None:
-    """Write a PNG with the views of the first samples of the run, a row each.
+    """Write a PNG with the views of the first samples of a run, one row each, before anything is trained on them.
 
-    Above each crop stands its channel, or ``mean``; for the policy ``stack`` the channels lie below one another. From
-    -2.5 deviations (black) to 2.5 (white).
+    The caption of each crop is its channel, or ``mean``; for the policy ``stack`` channels are below each other. From
+    -2.5 standard deviations (black) to 2.5 (white).
 
     Raises
     ------
     DinocellError
-        If the shards do not fit the recipe, or the picture cannot be written.
+        If the shards do not fit the recipe, or the image cannot be written.
     """
-    samples = open_shards(config, World())
-    levels = channel_levels([each.manifest for each in samples.sets], config.views)
-    rows: list[np.ndarray] = []
-    for batch in islice(samples, -(-num_samples // samples.batch_size)):
-        views = make_views(batch, config.views, levels, seed=config.seed, device=torch.device("cpu"))
-        for number in range(min(len(batch), num_samples - len(rows) // 2)):
-            info = batch.infos[number]
-            plan = plan_views(info, batch.origins[number], config.views, seed=config.seed)
-            crops = [view[number] for kind in views for view in kind]
+    stream = open_shards(config, World())
+    rows: list[UInt8[np.ndarray, "h w"]] = []
+    for batch in islice(stream, -(-num_samples // stream.samples.batch_size)):
+        views = make_views(batch.tiles, batch.plans, config.views, device=torch.device("cpu"))
+        for index, (info, plan) in enumerate(zip(batch.tiles.infos, batch.plans, strict=True)):
+            if len(rows) == 2 * num_samples:
+                break
+            crops = [view[index] for kind in views for view in kind]
             names = [_channel(plan, view, info, config.views) for view in range(len(crops))]
             columns = [_column(name, crop) for name, crop in zip(names, crops, strict=True)]
             height = max(len(column) for column in columns)
@@ -122,8 +119,8 @@ def preview_views(config: PretrainConfig, output: Path, *, num_samples: int = 8)
     write_png(output, np.concatenate([np.pad(row, ((0, 4), (0, width - row.shape[1]))) for row in rows]))
 
 
-def _column(name: str, crop: torch.Tensor) -> np.ndarray:
-    planes = [grey(channel) for channel in crop]
+def _column(name: str, crop: Float[Tensor, "c s s"]) -> UInt8[np.ndarray, "h w"]:
+    planes = [to_grey(channel) for channel in crop]
     return np.concatenate([caption(name, planes[:1])[:, : planes[0].shape[1]], *planes])
 
 

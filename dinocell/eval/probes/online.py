@@ -69,7 +69,7 @@ class OnlineProbe:
                 labels_of([image.labels for image in images.images(0, 1)], label, images.name)
                 _check_complete(images, len(images))
             if neighbours > len(train):
-                raise DinocellError(f"watch.neighbours: {neighbours}, but {knn_train} has {len(train)} samples")
+                raise DinocellError(f"online_eval.neighbours: {neighbours}, but {knn_train} has {len(train)} samples")
             self._knn = (train, test, label)
 
     def __call__(self, teacher: VisionTransformer) -> Mapping[str, float]:
@@ -127,5 +127,5 @@ def _check_complete(images: ShardImages, limit: int) -> None:
         names = ", ".join(images.channel_names)
         raise DinocellError(
             f"{images.name}: none of the first {limit} tiles has all of the channels {names}; set "
-            "watch.every=0, or put another set first"
+            "online_eval.every=0, or put another set first"
         )
