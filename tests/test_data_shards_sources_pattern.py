@@ -1,24 +1,20 @@
 """Opera Phenix, Human Protein Atlas and a user's pattern: what names say, and pixels as other readers see them."""
 
 import itertools
-import re
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from dinocell.data_shards.sources import phenix as harmony
 from dinocell.data_shards.sources.field import Field, Rejected, Source, common_order, read_field
 from dinocell.data_shards.sources.hpa import HpaSource
-from dinocell.data_shards.sources.pattern import NamePattern, PatternSource
+from dinocell.data_shards.sources.pattern import PatternSource
 from dinocell.data_shards.sources.phenix import PhenixSource, well_name
 from dinocell.errors import ImageError
 from dinocell.images.read import write_png, write_tiff
@@ -532,63 +528,6 @@ def test_pattern_that_nothing_fits_is_an_error(tmp_path: Path) -> None:
     assert str(tmp_path) in message
     assert "'{well}.tif'" in message
     assert "such as sub/A01.tif" in message
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("", "no field"),
-        ("image*.tif", "no field"),
-        ("{well.tif", "brace"),
-        ("well}.tif", "brace"),
-        ("{{well}}.tif", "brace"),
-        ("{}.tif", "is no field"),
-        ("{1st}.tif", "is no field"),
-        ("{a-b}.tif", "is no field"),
-        ("{a b}.tif", "is no field"),
-        ("{well}/**/{site}.tif", "at the start"),
-        ("/data/{well}.tif", "relative"),
-        ("s3://bucket/{well}.tif", "relative"),
-    ],
-)
-def test_patterns_with_mistakes_are_refused(pattern: str, message: str) -> None:
-    with pytest.raises(ImageError, match=message) as caught:
-        NamePattern.parse(pattern)
-    assert repr(pattern) in str(caught.value)
-
-
-NAME_PARTS = st.text(
-    st.characters(blacklist_characters="/{}*", blacklist_categories=("Cs", "Cc")), min_size=1, max_size=6
-)
-
-
-@given(values=st.lists(NAME_PARTS, min_size=1, max_size=4), literals=st.lists(NAME_PARTS, min_size=5, max_size=5))
-def test_patterns_fit_what_is_made_from_them_and_give_it_back(values: Sequence[str], literals: Sequence[str]) -> None:
-    values = [unicodedata.normalize("NFC", value) for value in values]
-    pattern = "/".join(f"{literal}{{f{number}}}" for number, literal in zip(range(len(values)), literals, strict=False))
-    name = "/".join(literal + value for literal, value in zip(literals, values, strict=False))
-    found = NamePattern.parse(pattern).match(unicodedata.normalize("NFC", name))
-    if (
-        unicodedata.is_normalized("NFC", name)
-        and unicodedata.is_normalized("NFC", pattern)
-        and not pattern.startswith("./")
-    ):
-        assert found == {f"f{number}": value for number, value in enumerate(values)}
-    assert NamePattern.parse(pattern).match(name + "/x") is None
-
-
-def test_a_field_given_twice_must_be_the_same_text() -> None:
-    pattern = NamePattern.parse("{plate}/{plate}_{well}.tif")
-    assert pattern.match("P1/P1_A01.tif") == {"plate": "P1", "well": "A01"}
-    assert pattern.match("P1/P2_A01.tif") is None
-    assert re.fullmatch(pattern.regex, "P1/P1_A01.tif")
-
-
-def test_a_star_may_stand_for_nothing_but_not_for_a_folder() -> None:
-    pattern = NamePattern.parse("{well}_*.tif")
-    assert pattern.match("A01_.tif") == {"well": "A01"}
-    assert pattern.match("A01_x_y.tif") == {"well": "A01"}
-    assert pattern.match("A01_x/y.tif") is None
 
 
 @pytest.mark.parametrize(
