@@ -122,7 +122,7 @@ def make_shards(folder: Path, fields: int, look: SyntheticConfig) -> Path:
         images.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor() as pool:
             list(pool.map(partial(make_image, images, look), range(fields), chunksize=16))
-        settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_structure=0))
+        settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_contrast=0))
         build(MultichannelSource(input=str(images)), shards, settings=settings, samples_per_shard=128)
     return shards
 

@@ -107,7 +107,7 @@ class Generated:
 
 
 def make_set(folder: Path, first: int, count: int) -> Path:
-    settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_contrast=0))
     build(Generated(folder.with_suffix(".images"), first, count), folder, settings=settings, workers=1)
     return folder
 

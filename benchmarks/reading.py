@@ -132,7 +132,7 @@ def opening(folder: Path) -> list[str]:
     build(
         fields,
         folder / "many",
-        settings=ShardSettings(tiles=TileSettings(size=64, min_structure=0)),
+        settings=ShardSettings(tiles=TileSettings(size=64, min_contrast=0)),
         samples_per_shard=1,
     )
     start = time.perf_counter()

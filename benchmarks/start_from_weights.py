@@ -126,7 +126,7 @@ def make_sets(folder: Path, *, train: int, known: int, asked: int) -> dict[str, 
     for name, first, count in (("train", 0, train), ("known", 10**6, known), ("asked", 2 * 10**6, asked)):
         sets[name] = folder / f"{name}-set"
         (folder / name).mkdir(parents=True)
-        settings = ShardSettings(tiles=TileSettings(size=SIDE, min_size=SIDE, min_structure=0))
+        settings = ShardSettings(tiles=TileSettings(size=SIDE, min_size=SIDE, min_contrast=0))
         build(Textures(str(folder / name), first, count), sets[name], settings=settings, workers=1)
     return sets
 

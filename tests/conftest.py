@@ -93,7 +93,7 @@ def fields(tmp_path: Path) -> Callable[..., FolderOfFields]:
 
 
 CELLS = SyntheticConfig(size=(96, 112), channels=("AGP",), num_cells=(6, 10), cell_radius_px=12.0)
-SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_fewer_channels_than_the_policy_needs(
     refused: Callable[..., str], tmp_path: Path, draw: Callable[[int], Any], policy: str
 ) -> None:
     write_tiff(tmp_path / "f.tif", draw(0)[0], pixel_size_um=0.65)
-    settings = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
     build(OneChannel(tmp_path / "f.tif"), tmp_path / "grey", settings=settings, workers=1)
     said = refused(f"views.policy={policy}", shards=tmp_path / "grey")
     assert f"views.policy: {policy} needs at least two channels, {tmp_path / 'grey'} has DNA" in said

@@ -117,7 +117,7 @@ def test_every_option_reaches_the_set(folder: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "set")
     assert manifest.shapes == {"3 x 32 x 32 uint8": 10 * 3 * 4}  # 64 x 96 px, at least 4 px shared
     settings = manifest.settings
-    tiles = {"size": 32, "overlap": 4, "cover": True, "min_size": 60, "min_structure": 0.0, "max_saturated": 0.9}
+    tiles = {"size": 32, "overlap": 4, "cover": True, "min_size": 60, "min_contrast": 0.0, "max_saturated": 0.9}
     assert settings["tiles"] == tiles
     assert (settings["codec"], settings["depth"], settings["percentiles"]) == ("png", 8, [1.0, 99.0])
     assert (settings["levels_of"], settings["samples_per_shard"], settings["max_unreadable"]) == ("field", 18, 0.25)

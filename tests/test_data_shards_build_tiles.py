@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinocell.data_shards.build.tiles import TileSettings, structure, tiles, unusable
+from dinocell.data_shards.build.tiles import TileSettings, contrast_score, rejection_reason, tiles
 
 RNG = np.random.default_rng(0)
 
@@ -41,24 +41,24 @@ def test_real_field_sizes() -> None:
 
 def test_structure_is_one_for_noise_and_high_for_cells() -> None:
     for noise in (RNG.normal(1000, 50, (256, 256)), RNG.poisson(30, (256, 300)).astype(np.uint16)):
-        assert 0.8 < structure(noise) < 1.3
+        assert 0.8 < contrast_score(noise) < 1.3
     rows, columns = np.mgrid[:256, :256]
     uneven = RNG.normal(1000, 50, (256, 256)) + 100 * rows / 256
-    assert structure(uneven) < 3
+    assert contrast_score(uneven) < 3
     cells = RNG.normal(1000, 50, (256, 256)) + 400 * ((rows // 16 + columns // 16) % 5 == 0)
-    assert structure(cells) > 8
+    assert contrast_score(cells) > 8
 
 
 def test_structure_of_planes_without_noise() -> None:
-    assert structure(np.full((64, 64), 7, np.uint8)) == 0
+    assert contrast_score(np.full((64, 64), 7, np.uint8)) == 0
     step = np.zeros((64, 64), np.uint8)
     step[20:30, 20:30] = 255
-    assert structure(step) == float("inf")
-    assert structure(np.array([[5]], np.uint8)) == 0
+    assert contrast_score(step) == float("inf")
+    assert contrast_score(np.array([[5]], np.uint8)) == 0
 
 
 def kind(pixels: np.ndarray, **settings: float) -> str | None:
-    found = unusable(pixels, pixels.max(axis=(1, 2)), TileSettings(**settings))
+    found = rejection_reason(pixels, pixels.max(axis=(1, 2)), TileSettings(**settings))
     return None if found is None else found[0]
 
 
@@ -70,8 +70,8 @@ def test_blank_tiles_are_found_where_no_channel_shows_anything() -> None:
     assert kind(noise) == "blank"
     assert kind(constant) == "blank"
     assert kind(cells) is None
-    assert kind(noise, min_structure=0) is None
-    assert kind(constant, min_structure=0) == "blank"
+    assert kind(noise, min_contrast=0) is None
+    assert kind(constant, min_contrast=0) == "blank"
 
 
 def test_overexposed_tiles_are_found_by_the_fields_highest_value() -> None:
@@ -82,7 +82,7 @@ def test_overexposed_tiles_are_found_by_the_fields_highest_value() -> None:
     assert kind(cells) == "saturated"
     assert kind(cells, max_saturated=1.0) is None
     # The same tile of a field whose values go higher is bright, not overexposed.
-    assert unusable(cells, np.array([65535]), TileSettings()) is None
+    assert rejection_reason(cells, np.array([65535]), TileSettings()) is None
 
 
 def test_a_dark_channel_beside_a_good_one_is_no_reason() -> None:
@@ -93,7 +93,7 @@ def test_a_dark_channel_beside_a_good_one_is_no_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": -1}, {"size": 8, "overlap": 8}, {"min_size": 0}, {"min_structure": -1.0}, {"max_saturated": 0.0}]
+    "wrong", [{"size": -1}, {"size": 8, "overlap": 8}, {"min_size": 0}, {"min_contrast": -1.0}, {"max_saturated": 0.0}]
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):

@@ -32,7 +32,7 @@ from dinocell.data_shards.sources.files import ImagesSource
 from dinocell.errors import ShardError
 from dinocell.images.read import write_tiff
 
-SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_manifest_says_what_is_there(shard_set: Path, draw: Callable[[int], 
         values = everything[:, channel]
         assert (known.minimum, known.maximum) == (values.min(), values.max())
         assert known.mean == pytest.approx(values.mean())
-        assert known.deviation == pytest.approx(values.std())
+        assert known.std == pytest.approx(values.std())
         assert known.percentiles["50"] == pytest.approx(np.median(values), rel=0.02)
     for shard in manifest.shards:
         data = (shard_set / shard.file).read_bytes()
@@ -349,7 +349,7 @@ def test_two_fields_of_one_id_are_an_error(fields: Callable[..., Any], tmp_path:
 def test_eight_bits_map_a_plate_by_one_range_a_channel(
     fields: Callable[..., Any], draw: Callable[[int], np.ndarray], tmp_path: Path
 ) -> None:
-    settings = replace(SMALL, depth=8)
+    settings = replace(SMALL, bit_depth=8)
     manifest = build(fields(10), tmp_path / "plate", settings=settings, workers=1)
     assert manifest is not None
     assert manifest.shapes == {"3 x 32 x 32 uint8": 60}
@@ -374,7 +374,7 @@ def test_fields_that_cannot_be_used_do_not_stop_the_search_for_a_plates_levels(
             write_tiff(Path(source.folder) / f"f{number:03d}_{name}.tif", np.full((64, 96), np.nan, np.float32))
     for number in (7, 9):
         (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
-    settings = replace(SMALL, depth=8)
+    settings = replace(SMALL, bit_depth=8)
     manifest = build(source, tmp_path / "set", settings=settings, workers=1)
     assert manifest is not None
     assert manifest.rejected == {"not finite": 4, "unreadable": 2}

@@ -31,7 +31,7 @@ def test_statistics_are_those_of_numpy(name: str) -> None:
     values = plane.astype(np.float64)
     assert (known.minimum, known.maximum) == (values.min(), values.max())
     assert known.mean == pytest.approx(values.mean(), rel=1e-9)
-    assert known.deviation == pytest.approx(values.std(), rel=1e-6)
+    assert known.std == pytest.approx(values.std(), rel=1e-6)
     assert (known.num_tiles, known.num_pixels) == (2, 2 * plane.size)
     for percent in PERCENTILES:
         low, high = (np.percentile(values, max(0.0, min(100.0, percent + step))) for step in (-0.1, 0.1))

@@ -127,7 +127,7 @@ def test_one_pass_ends_with_what_is_left(shard_set: Path) -> None:
 @pytest.fixture
 def two_sets(shard_set: Path, fields: Callable[..., Any], tmp_path: Path) -> list[Path]:
     """The set of 60 tiles, and one of 20 in another size and type."""
-    settings = ShardSettings(tiles=TileSettings(size=48, min_size=16, min_structure=0), depth=8)
+    settings = ShardSettings(tiles=TileSettings(size=48, min_size=16, min_contrast=0), bit_depth=8)
     build(fields(10), tmp_path / "other", settings=settings, workers=1)
     return [shard_set, tmp_path / "other"]
 
@@ -241,7 +241,7 @@ def test_webdataset_reads_the_shards_as_they_are(shard_set: Path) -> None:
 
 
 def test_reading_holds_few_files_open(fields: Callable[..., Any], tmp_path: Path) -> None:
-    settings = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
     build(fields(80), tmp_path / "many", settings=settings, samples_per_shard=1, workers=1)
     mine = stream(tmp_path / "many", batch_size=16, block_shards=80)
     take(mine, 30)

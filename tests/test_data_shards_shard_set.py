@@ -19,7 +19,7 @@ from dinocell.data_shards import shard_set as cache_module
 from dinocell.data_shards.inspect import verify
 from dinocell.data_shards.manifest import Shard
 from dinocell.data_shards.read import loader, stream
-from dinocell.data_shards.shard_set import ShardCache, check_room
+from dinocell.data_shards.shard_set import ShardCache, check_cache_size
 from dinocell.errors import ShardError
 
 
@@ -178,16 +178,16 @@ def test_downloads_at_the_same_time_stay_within_the_bound(server: Server, tmp_pa
 def test_a_cache_too_small_for_three_blocks_is_refused(tmp_path: Path) -> None:
     shards = tuple(Shard(file=f"{n}.tar", num_samples=1, num_bytes=10**9, sha256="0" * 64) for n in range(100))
     with pytest.raises(ShardError, match=r"a cache of 50.0 GB is less than three blocks of shards \(60.0 GB\)"):
-        check_room(ShardCache(tmp_path, max_bytes=50 * 10**9), shards, 20)
+        check_cache_size(ShardCache(tmp_path, max_bytes=50 * 10**9), shards, 20)
     with pytest.raises(ShardError, match="GB free"):
-        check_room(ShardCache(tmp_path / "a" / "b", max_bytes=10**18), (replace(shards[0], num_bytes=10**17),), 1)
-    check_room(ShardCache(tmp_path, max_bytes=50 * 10**9), shards[:3], 1)
+        check_cache_size(ShardCache(tmp_path / "a" / "b", max_bytes=10**18), (replace(shards[0], num_bytes=10**17),), 1)
+    check_cache_size(ShardCache(tmp_path, max_bytes=50 * 10**9), shards[:3], 1)
 
 
 def test_copies_that_another_process_removes_meanwhile_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "gone.tar").symlink_to(tmp_path / "removed")  # listed, and not there when it is looked at
     shard = Shard(file="a.tar", num_samples=1, num_bytes=100, sha256="0" * 64)
-    check_room(ShardCache(tmp_path, max_bytes=10**6), (shard,), block_shards=1)
+    check_cache_size(ShardCache(tmp_path, max_bytes=10**6), (shard,), block_shards=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

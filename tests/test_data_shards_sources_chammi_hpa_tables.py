@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
 from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
-from dinocell.data_shards.sources.table import labels_of, read_table
+from dinocell.data_shards.sources.table import read_table, row_labels
 from dinocell.errors import ImageError
 from dinocell.images.read import write_png, write_tiff
 
@@ -281,7 +281,7 @@ def test_damaged_tables_are_one_clear_line(tmp_path: Path, content: bytes, messa
 def test_cells_become_labels_without_losing_what_they_say() -> None:
     row = {"a": "True", "b": "False", "c": "7", "d": "007", "e": "0.50", "f": "12E3", "g": " ", "h": "1" * 25, "": "3"}
     row |= {"i": "-3", "Unnamed: 0": "9", "j": "true", "k": "nan", "l": "1.5e-3", "m": "1.5e999"}
-    assert labels_of(row, without={"j"}) == {
+    assert row_labels(row, without={"j"}) == {
         "a": True,
         "b": False,
         "c": 7,
@@ -294,13 +294,13 @@ def test_cells_become_labels_without_losing_what_they_say() -> None:
         "l": 0.0015,
         "m": "1.5e999",
     }
-    assert labels_of({"Metadata_Dose": "1", "Other": "2"}, prefix="Metadata_") == {"Dose": 1}
+    assert row_labels({"Metadata_Dose": "1", "Other": "2"}, prefix="Metadata_") == {"Dose": 1}
 
 
 @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.text())
 def test_every_label_reads_back_as_its_cell(value: int | float | bool | str) -> None:
     cell = str(value)
-    label = labels_of({"a": cell}).get("a")
+    label = row_labels({"a": cell}).get("a")
     if not cell.strip():
         assert label is None
     elif isinstance(label, float):

@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 from dinocell.data_shards.sources import phenix as harmony
-from dinocell.data_shards.sources.field import Field, Rejected, Source, common_order, read_field
+from dinocell.data_shards.sources.field import Field, Rejected, Source, merged_channel_order, read_field
 from dinocell.data_shards.sources.hpa import HpaSource
 from dinocell.data_shards.sources.pattern import PatternSource
 from dinocell.data_shards.sources.phenix import PhenixSource, well_name
@@ -542,4 +542,4 @@ def test_pattern_that_nothing_fits_is_an_error(tmp_path: Path) -> None:
 )
 def test_channels_that_some_fields_lack_get_the_order_of_all(orders: list[tuple[str, ...]], expected: str) -> None:
     for shuffled in itertools.permutations(orders):
-        assert common_order(shuffled) == expected.split()
+        assert merged_channel_order(shuffled) == expected.split()

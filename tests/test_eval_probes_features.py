@@ -23,7 +23,7 @@ from dinocell.eval.probes.online import OnlineProbe
 from dinocell.images.read import write_png, write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 
-SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
 
 
 def tiny(in_channels: int = 1, seed: int = 0) -> VisionTransformer:

@@ -84,7 +84,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(20):
         pixels = np.random.default_rng(number).integers(0, 4000, (3, 32, 32)).astype(np.uint16)
         write_tiff(folder / "images" / f"f{number:02d}.ome.tif", pixels, channel_names=("a", "b", "c"))
-    settings = ShardSettings(tiles=TileSettings(size=0, min_size=16, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=0, min_size=16, min_contrast=0))
     build(MultichannelSource(input=str(folder / "images")), folder / "set", settings=settings, workers=1)
     return folder / "set"
 

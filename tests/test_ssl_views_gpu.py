@@ -23,7 +23,7 @@ from dinocell.ssl.views_gpu import all_tiles_at_once, resampling_matrix
 SMALL = ViewsConfig(global_size=24, local_size=16, num_local=3)
 STACK = replace(SMALL, policy="stack", channels=("ER", "DNA", "x"), protein_channel="ER", protein_contrast=0.5)
 
-TILES = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
+TILES = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
 
 
 def both_ways(batch: Batch, config: ViewsConfig, folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

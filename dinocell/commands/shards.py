@@ -56,6 +56,7 @@ def _add_build(actions: Any) -> None:
     )
     tiles.add_argument("--min-size", type=int, default=64, metavar="PX", help="leave out smaller fields (64)")
     tiles.add_argument(
+        "--min-contrast",
         "--min-structure",
         type=float,
         default=5.0,
@@ -71,7 +72,11 @@ def _add_build(actions: Any) -> None:
     )
     values = parser.add_argument_group("values")
     values.add_argument(
-        "--depth", choices=("keep", "8"), default="keep", help="keep the source's bits, or map to 8 (default: keep)"
+        "--bit-depth",
+        "--depth",
+        choices=("keep", "8"),
+        default="keep",
+        help="keep the source's bits, or map to 8 (default: keep)",
     )
     values.add_argument(
         "--percentiles",
@@ -126,11 +131,11 @@ def _run_build(options: argparse.Namespace) -> None:
                 overlap=options.overlap,
                 cover=options.cover,
                 min_size=options.min_size,
-                min_structure=options.min_structure,
+                min_contrast=options.min_contrast,
                 max_saturated=options.max_saturated,
             ),
             codec=options.codec,
-            depth=8 if options.depth == "8" else None,
+            bit_depth=8 if options.bit_depth == "8" else None,
             percentiles=tuple(options.percentiles),
             levels_of=options.levels_of,
             max_unreadable=options.max_unreadable,
@@ -225,7 +230,7 @@ def _run_info(options: argparse.Namespace) -> None:
             *(known.percentiles[p] for p in ("1", "50", "99")),
             known.maximum,
             known.mean,
-            known.deviation,
+            known.std,
         )
         table.add_row(name, f"{known.num_tiles:,}", *(f"{level:.5g}" for level in levels))
     Console().print(table, highlight=False, markup=False)

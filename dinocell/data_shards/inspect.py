@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dinocell.data_shards.build.workers import run_tasks
-from dinocell.data_shards.manifest import INDEX, Manifest, Shard, beside, read_index, read_manifest
+from dinocell.data_shards.manifest import INDEX, Manifest, Shard, file_address, read_index, read_manifest
 from dinocell.data_shards.read import stream
 from dinocell.data_shards.sample import SampleInfo, decode_sample, parse_sample, raw_sample
 from dinocell.errors import ImageError, ShardError
@@ -87,7 +87,7 @@ def verify(
 
 def _verify_shard(task: _Task) -> list[Problem]:
     with tempfile.TemporaryDirectory(dir=task.temporary) as folder:
-        address = beside(task.location, task.shard.file)
+        address = file_address(task.location, task.shard.file)
         path = local_path(address)
         try:
             if path is None:

@@ -48,7 +48,7 @@ class ChannelStatistics:
     minimum: float
     maximum: float
     mean: float
-    deviation: float
+    std: float
     percentiles: dict[str, float]
 
 
@@ -124,7 +124,7 @@ class Histogram:
             minimum=self.minimum,
             maximum=self.maximum,
             mean=mean,
-            deviation=variance**0.5,
+            std=variance**0.5,
             percentiles={f"{percent:g}": self._percentile(percent) for percent in PERCENTILES},
         )
 
@@ -214,7 +214,7 @@ def read_manifest(location: str | Path) -> Manifest:
     ShardError
         If there is none, or it is damaged or of another version.
     """
-    path = beside(location, MANIFEST)
+    path = file_address(location, MANIFEST)
     folder = local_path(location)
     if folder is not None and not (folder / MANIFEST).exists():
         unfinished = (folder / ".build").exists()
@@ -232,7 +232,7 @@ def read_manifest(location: str | Path) -> Manifest:
         raise ShardError(f"{path}: version {version}, this DINOCell reads {FORMAT_VERSION}; build the set again")
     try:
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
-        content["channels"] = {name: ChannelStatistics(**known) for name, known in content["channels"].items()}
+        content["channels"] = {name: _statistics_from(known) for name, known in content["channels"].items()}
         manifest = Manifest(**content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ShardError(f"{path}: damaged ({type(error).__name__}: {error}); build the set again") from error
@@ -241,6 +241,10 @@ def read_manifest(location: str | Path) -> Manifest:
     if manifest.num_samples != sum(shard.num_samples for shard in manifest.shards) or manifest.num_samples < 1:
         raise ShardError(f"{path}: damaged (the shards do not add up to {manifest.num_samples} samples)")
     return manifest
+
+
+def _statistics_from(content: dict[str, Any]) -> ChannelStatistics:
+    return ChannelStatistics(**{"std" if key == "deviation" else key: value for key, value in content.items()})
 
 
 def check_files(location: str | Path, manifest: Manifest) -> None:
@@ -253,7 +257,7 @@ def check_files(location: str | Path, manifest: Manifest) -> None:
     """
     wrong = []
     for shard in manifest.shards:
-        path = local_path(beside(location, shard.file))
+        path = local_path(file_address(location, shard.file))
         assert path is not None
         try:
             size = path.stat().st_size
@@ -277,7 +281,7 @@ def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "
     """
     import io
 
-    path = beside(location, INDEX)
+    path = file_address(location, INDEX)
     local = local_path(path)
     try:
         if local is not None:
@@ -294,7 +298,7 @@ def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "
     return index
 
 
-def beside(location: str | Path, name: str) -> str:
+def file_address(location: str | Path, name: str) -> str:
     """Return the path or address of a file of the set; what a web address has after ``?`` goes to its end."""
     text = str(location)
     folder, mark, query = text.partition("?") if text.startswith(("http://", "https://")) else (text, "", "")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dinocell.data_shards.manifest import Shard, beside, check_files, read_index, read_manifest
+from dinocell.data_shards.manifest import Shard, check_files, file_address, read_index, read_manifest
 from dinocell.data_shards.order import EpochOrder, Place
 from dinocell.data_shards.sample import RawSample, SampleError, parse_sample
 from dinocell.errors import ImageError, ShardError
@@ -133,7 +133,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def check_room(cache: ShardCache, shards: tuple[Shard, ...], block_shards: int) -> None:
+def check_cache_size(cache: ShardCache, shards: tuple[Shard, ...], block_shards: int) -> None:
     """Check that the cache holds the block that is being read, the next one, and one that slower processes still read.
 
     Raises
@@ -170,7 +170,7 @@ class ShardSet:
         sizes = [shard.num_samples for shard in self.manifest.shards]
         self.order = EpochOrder(sizes, seed=seed, shuffle=shuffle, block_shards=block_shards)
         if self._cache is not None:
-            check_room(self._cache, self.manifest.shards, block_shards)
+            check_cache_size(self._cache, self.manifest.shards, block_shards)
         else:
             check_files(location, self.manifest)
         self._again = {"seed": seed, "shuffle": shuffle, "block_shards": block_shards, "cache": cache}
@@ -222,7 +222,7 @@ class ShardSet:
         return self._files[number]
 
     def _open_anew(self, shard: Shard) -> int:
-        address = beside(self.location, shard.file)
+        address = file_address(self.location, shard.file)
         if self._cache is None:
             return os.open(str(local_path(address)), os.O_RDONLY | os.O_CLOEXEC)
         while True:
@@ -248,7 +248,7 @@ class ShardSet:
         for number in numbers:
             shard = self.manifest.shards[number]
             try:
-                self._cache.fetch(beside(self.location, shard.file), shard)
+                self._cache.fetch(file_address(self.location, shard.file), shard)
             except ShardError as error:  # the reader itself will try again, and fail where it is needed
                 _log.warning("%s", error)
                 return

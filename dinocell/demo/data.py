@@ -225,7 +225,7 @@ def _link(folder: Path, files: list[Path]) -> None:
 
 def _build_shards(source: Source, output: Path, workers: int) -> Manifest:
     """Build a set of whole fields; one that stands is read, not built again."""
-    settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_structure=0))
+    settings = ShardSettings(tiles=TileSettings(size=0, min_size=64, min_contrast=0))
     manifest = build(source, output, settings=settings, samples_per_shard=32, workers=workers)
     assert manifest is not None  # only a part of a build has none
     return manifest

@@ -15,11 +15,11 @@ from dinocell.data_shards.sources.field import Field, Rejected, read_field
 from dinocell.images.image import Picture, percentile_range, to_uint8
 from dinocell.data_shards.sample import encode_sample, sample_key
 from dinocell.data_shards.manifest import Histogram
-from dinocell.data_shards.build.tiles import TileSettings, tiles, unusable
+from dinocell.data_shards.build.tiles import TileSettings, tiles, rejection_reason
 from dinocell.errors import ImageError, ShardError
 
 # By plate and channel: the source's levels that become 0 and 255.
-Levels = Mapping[str, Mapping[str, tuple[float, float]]]
+IntensityRanges = Mapping[str, Mapping[str, tuple[float, float]]]
 
 # An outage of the storage must not end as a set without most of its fields.
 _FEW = 3
@@ -45,7 +45,7 @@ class ShardSettings:
 
     tiles: TileSettings = field(default_factory=TileSettings)
     codec: str = "pco"
-    depth: int | None = None
+    bit_depth: int | None = None
     percentiles: tuple[int | float, int | float] = (0.1, 99.9)
     levels_of: str = "plate"
     max_unreadable: int | float = 0.5
@@ -53,9 +53,9 @@ class ShardSettings:
     def __post_init__(self) -> None:
         codec(self.codec, np.dtype(np.uint8))
         low, high = self.percentiles
-        if self.depth not in (None, 8) or self.levels_of not in ("plate", "field"):
+        if self.bit_depth not in (None, 8) or self.levels_of not in ("plate", "field"):
             raise ShardError(
-                f"depth: expected None or 8, levels_of: plate or field, got {self.depth}, {self.levels_of}"
+                f"depth: expected None or 8, levels_of: plate or field, got {self.bit_depth}, {self.levels_of}"
             )
         if not 0 <= low < high <= 100:
             raise ShardError(f"percentiles: expected 0 <= low < high <= 100, got {low:g} and {high:g}")
@@ -91,7 +91,7 @@ class BuiltShard:
 
 
 def build_shard(
-    fields: Sequence[Field], file: IO[bytes], settings: ShardSettings, levels: Levels, *, strict: bool
+    fields: Sequence[Field], file: IO[bytes], settings: ShardSettings, levels: IntensityRanges, *, strict: bool
 ) -> BuiltShard:
     """Write the tiles of fields to a tar file.
 
@@ -154,7 +154,7 @@ def usable(picture: Picture, settings: ShardSettings) -> Picture:
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         bad = pixels.size - int(np.isfinite(pixels).sum())
         raise UnusableFieldError("not finite", f"{bad} of {pixels.size} values are NaN or infinite")
-    if settings.depth is None:
+    if settings.bit_depth is None:
         try:
             codec(settings.codec, pixels.dtype)
         except ShardError as error:
@@ -182,7 +182,7 @@ class _HashingFile:
 class _ShardWriter:
     """An open shard, and what is to be told about it."""
 
-    def __init__(self, file: IO[bytes], settings: ShardSettings, levels: Levels) -> None:
+    def __init__(self, file: IO[bytes], settings: ShardSettings, levels: IntensityRanges) -> None:
         self._file = _HashingFile(file)
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
         self._settings, self._levels = settings, levels
@@ -204,7 +204,7 @@ class _ShardWriter:
                 slice(start, start + size) for start, size in ((tile.row, tile.height), (tile.column, tile.width))
             )
             pixels = picture.pixels[:, rows, columns]
-            useless = unusable(pixels, highest, self._settings.tiles)
+            useless = rejection_reason(pixels, highest, self._settings.tiles)
             if useless is not None:
                 where = f"{field.id} (row {tile.row}, column {tile.column})"
                 self.rejected.append(Rejected(input=where, kind=useless[0], reason=useless[1]))
@@ -230,7 +230,7 @@ class _ShardWriter:
 
     def _ranges(self, field: Field, picture: Picture) -> tuple[tuple[float, float], ...]:
         settings = self._settings
-        if settings.depth is None or picture.pixels.dtype == np.uint8:
+        if settings.bit_depth is None or picture.pixels.dtype == np.uint8:
             return ()
         known = self._levels.get(field.plate or "", {}) if settings.levels_of == "plate" else {}
         ranges = []

@@ -34,7 +34,7 @@ class TileSettings:
     min_size
         Fields whose shorter side has fewer pixels are left out.
     min_structure
-        Tiles in which no channel has at least this much structure (``structure``) are left out as blank; 0 keeps all
+        Tiles in which no channel has at least this much structure (``contrast_score``) are left out as blank; 0 keeps all
         but those of one value.
     max_saturated
         Tiles in which a channel has a larger share of pixels at the field's highest value are left out.
@@ -44,7 +44,7 @@ class TileSettings:
     overlap: int = 0
     cover: bool = False
     min_size: int = 64
-    min_structure: int | float = 5.0
+    min_contrast: int | float = 5.0
     max_saturated: int | float = 0.5
 
     def __post_init__(self) -> None:
@@ -52,10 +52,10 @@ class TileSettings:
             raise ValueError(f"size: expected 0 (whole fields) or more, got {self.size}; min_size {self.min_size}")
         if not 0 <= self.overlap <= max(0, self.size - 1):
             raise ValueError(f"overlap: expected 0 to {max(0, self.size - 1)}, got {self.overlap}")
-        if self.min_structure < 0 or not 0 < self.max_saturated <= 1:
+        if self.min_contrast < 0 or not 0 < self.max_saturated <= 1:
             raise ValueError(
                 "min_structure: expected 0 or more, max_saturated: more than 0 up to 1, "
-                f"got {self.min_structure} and {self.max_saturated}"
+                f"got {self.min_contrast} and {self.max_saturated}"
             )
 
 
@@ -83,7 +83,7 @@ def _starts(length: int, settings: TileSettings) -> list[int]:
     return [round(index * (length - size) / (number - 1)) for index in range(number)]
 
 
-def structure(plane: Shaped[np.ndarray, "h w"]) -> float:
+def contrast_score(plane: Shaped[np.ndarray, "h w"]) -> float:
     """Say how much more a plane varies at the scale of cells (about 16 to 128 px) than noise alone would.
 
     Means of 8 x 8 px blocks of independent noise of deviation s vary by s / 8; s is estimated from second differences
@@ -109,7 +109,7 @@ def structure(plane: Shaped[np.ndarray, "h w"]) -> float:
     return signal / (noise / 8) if noise else float("inf")
 
 
-def unusable(
+def rejection_reason(
     pixels: Shaped[np.ndarray, "c h w"], highest: Shaped[np.ndarray, " c"], settings: TileSettings
 ) -> tuple[str, str] | None:
     """Return which kind of useless tile this is and why, or None if it is a good one.
@@ -122,14 +122,14 @@ def unusable(
     lowest, top = pixels.min(axis=(1, 2)), pixels.max(axis=(1, 2))
     if (lowest == top).all():
         return "blank", "every channel has one value"
-    if settings.min_structure:
+    if settings.min_contrast:
         found = 0.0
         for plane in pixels:
-            found = max(found, structure(plane))
-            if found >= settings.min_structure:
+            found = max(found, contrast_score(plane))
+            if found >= settings.min_contrast:
                 break
         else:
-            return "blank", f"structure {found:.2f}, at least {settings.min_structure:g} needed (--min-structure)"
+            return "blank", f"structure {found:.2f}, at least {settings.min_contrast:g} needed (--min-structure)"
     for number, plane in enumerate(pixels):
         share = float(np.count_nonzero(plane == highest[number]) / plane.size) if top[number] > 0 else 0.0
         if share > settings.max_saturated:

@@ -16,7 +16,7 @@ from typing import Any
 from dinocell.data_shards.sources.field import Source
 from dinocell.data_shards.manifest import MANIFEST, Manifest, check_files, read_index, read_manifest
 from dinocell.data_shards.build.plan import Plan, make_plan, open_plan
-from dinocell.data_shards.build.shard import Levels, ShardSettings, build_shard
+from dinocell.data_shards.build.shard import IntensityRanges, ShardSettings, build_shard
 from dinocell.data_shards.build.workers import run_tasks
 from dinocell.errors import ShardError
 from dinocell.runtime.files import replacing
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from dinocell._version import __version__
-from dinocell.data_shards.sources.field import common_order
+from dinocell.data_shards.sources.field import merged_channel_order
 from dinocell.data_shards.manifest import INDEX, MANIFEST, REJECTED, Manifest, Shard, read_manifest
 from dinocell.data_shards.build.plan import BUILD_FOLDER, Plan, open_plan
 from dinocell.data_shards.manifest import Histogram
@@ -50,7 +50,7 @@ import numpy as np
 from dinocell.data_shards.sources.field import Field, read_field
 from dinocell.images.image import percentile_range
 from dinocell.data_shards.build.plan import Plan
-from dinocell.data_shards.build.shard import Levels, ShardSettings, UnusableFieldError, check_in_reach, usable
+from dinocell.data_shards.build.shard import IntensityRanges, ShardSettings, UnusableFieldError, check_in_reach, usable
 from dinocell.data_shards.build.workers import run_tasks
 from dinocell.errors import ImageError
 from dinocell.runtime.files import write_atomically
@@ -145,7 +145,11 @@ def build(
             )
         _check_same(output, plan.settings, described)
         workers = workers or os.cpu_count() or 1
-        levels = plate_levels(plan, settings, workers) if settings.depth == 8 and settings.levels_of == "plate" else {}
+        levels = (
+            plate_intensity_ranges(plan, settings, workers)
+            if settings.bit_depth == 8 and settings.levels_of == "plate"
+            else {}
+        )
         numbers = [number for number in range(plan.num_shards) if number % part[1] == part[0] - 1]
         _build_shards(plan, output, numbers, settings, levels, workers=workers, strict=strict, progress=progress)
         return merge(output) if part[1] == 1 else None
@@ -164,7 +168,7 @@ class _Task:
     number: int
     output: Path
     settings: ShardSettings
-    levels: Levels
+    levels: IntensityRanges
     strict: bool
 
 
@@ -173,7 +177,7 @@ def _build_shards(
     output: Path,
     numbers: Sequence[int],
     settings: ShardSettings,
-    levels: Levels,
+    levels: IntensityRanges,
     *,
     workers: int,
     strict: bool,
@@ -259,6 +263,7 @@ def _check_free(output: Path) -> None:
 # --- merge ---------------------------------------------------------------------------------------------------------
 #
 # The last step of a build: the records of all shards become index, list of rejected inputs, and manifest.
+
 
 def merge(output: str | Path) -> Manifest:
     """Write the manifest of a set whose shards are all built; where it is there already, return it.
@@ -357,7 +362,7 @@ def _merged(plan: Plan, output: Path) -> Manifest:
         num_samples=sum(shard.num_samples for shard in shards),
         num_fields=num_fields,
         shards=tuple(shards),
-        channels={name: histograms[name].statistics() for name in common_order(orders)},
+        channels={name: histograms[name].statistics() for name in merged_channel_order(orders)},
         shapes=dict(sorted(shapes.items())),
         rejected=dict(sorted(kinds.items())),
         settings=plan.settings,
@@ -386,7 +391,7 @@ _FIELDS_A_PLATE = 24
 _GRID = 256
 
 
-def plate_levels(plan: Plan, settings: ShardSettings, workers: int) -> Levels:
+def plate_intensity_ranges(plan: Plan, settings: ShardSettings, workers: int) -> IntensityRanges:
     """Return the levels of every plate and channel, from at most 24 fields a plate, chosen by their ids' hashes.
 
     They are kept beside the plan, so that an interrupted build, or another part of it, does not compute them again.

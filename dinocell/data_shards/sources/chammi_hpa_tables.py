@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from dinocell.data_shards.sources.field import Field, FieldFile, LabelValue, Rejected, check_plain_names
-from dinocell.data_shards.sources.hpa import hpa_place
-from dinocell.data_shards.sources.table import Row, Table, is_table, labels_of, root_and_tables
+from dinocell.data_shards.sources.hpa import parse_hpa_id
+from dinocell.data_shards.sources.table import Row, Table, is_table, open_tables, row_labels
 from dinocell.errors import ImageError
 from dinocell.images.storage import base_name, join, list_files
 
@@ -75,7 +75,7 @@ class HpaOneSource:
         """List the rows of the table as fields, in its order."""
         check_plain_names(self.channels)
         name, column, folder = _of_split(_HPA_ONE_SPLITS, self.split)
-        root, tables = root_and_tables(self.input, self.table, (name,))
+        root, tables = open_tables(self.input, self.table, (name,))
         seen: set[str] = set()
         for table in tables:
             used = self.path_column or column
@@ -112,7 +112,7 @@ class HpaFovSource:
         """List the rows of the table as fields, in its order."""
         check_plain_names(self.channels)
         name, column, folder = _of_split(_HPA_FOV_SPLITS, self.split)
-        root, tables = root_and_tables(self.input, self.table, (name,))
+        root, tables = open_tables(self.input, self.table, (name,))
         present = None
         if not root.startswith(("http://", "https://")):
             present = {file.name for file in list_files(join(root, folder))}
@@ -187,12 +187,12 @@ class ChammiSource:
 
     def _tables(self, chosen: Sequence[str]) -> tuple[str, list[Table]]:
         try:
-            return root_and_tables(self.input, self.table, (_CHAMMI_TABLE,))
+            return open_tables(self.input, self.table, (_CHAMMI_TABLE,))
         except ImageError as error:
             if self.table or is_table(self.input) or "no such file" not in str(error):
                 raise
         names = tuple(f"{subset}/{_CHAMMI_SUBSET_TABLE}" for subset in chosen)
-        return root_and_tables(self.input, (), names)
+        return open_tables(self.input, (), names)
 
 
 def _of_split(splits: Mapping[str, tuple[str, str, str]], split: str) -> tuple[str, str, str]:
@@ -233,13 +233,13 @@ class _Rows:
             return Rejected(input=where, kind="listed twice", reason=f"{name} is in an earlier row")
         self._seen.add(name)
         places = {place: row[column] for place, column in self._places.items() if row[column]}
-        places = {**hpa_place(posixpath.splitext(name)[0]), **places}
+        places = {**parse_hpa_id(posixpath.splitext(name)[0]), **places}
         return Field(
             id=name,
             files=(FieldFile(path=join(self._root, *name.split("/")), channels=channels, layout="side_by_side"),),
             plate=places.get("plate"),
             well=places.get("well"),
             site=places.get("site"),
-            labels={**labels_of(row, without={self._column, *self._places.values()}), **(labels or {})},
+            labels={**row_labels(row, without={self._column, *self._places.values()}), **(labels or {})},
             pixel_size_um=self._pixel_size_um,
         )

@@ -218,7 +218,7 @@ class ChannelFile(NamedTuple):
     pixel_size_um: float | None = None
 
 
-def fields_of(
+def group_fields(
     files: Iterable[ChannelFile],
     *,
     channels: Sequence[str] = (),
@@ -250,7 +250,7 @@ def fields_of(
                 "move one of them out of the input"
             )
     found = {channel for in_field in by_field.values() for channel in in_field}
-    names = chosen_channels(channels, found)
+    names = select_channels(channels, found)
     if not channels:
         names = dict.fromkeys(names, "")  # each file by its own name
     common = _common_names(by_field.values(), names)
@@ -270,7 +270,7 @@ def fields_of(
             yield _field(here, names, lacking, pixel_size_um)
 
 
-def chosen_channels(wanted: Sequence[str], found: Collection[str]) -> dict[str, str]:
+def select_channels(wanted: Sequence[str], found: Collection[str]) -> dict[str, str]:
     """Return the channels to take, in order, with their names.
 
     Raises
@@ -312,7 +312,7 @@ def unmatched(names: Sequence[str], reason: str) -> Iterator[Rejected]:
     return (Rejected(input=name, kind="unmatched", reason=reason) for name in names)
 
 
-def common_order(orders: Iterable[tuple[str, ...]]) -> list[str]:
+def merged_channel_order(orders: Iterable[tuple[str, ...]]) -> list[str]:
     """Return all names in one order that keeps each of the given ones; where they contradict, the longest ones count.
 
     So channels of which many fields lack some get the order of a whole field, wherever that comes.

@@ -10,7 +10,7 @@ from dinocell.data_shards.sources.field import (
     Layout,
     Missing,
     Rejected,
-    fields_of,
+    group_fields,
     nothing_found,
     unmatched,
 )
@@ -56,7 +56,7 @@ class HpaSource:
             raise nothing_found(self.input, "files named <id>_red.jpg, _green, _blue, _yellow (also PNG, TIFF)", others)
         yield from unmatched(others, "not named <id>_red, _green, _blue or _yellow")
         found = {file.channel for file in matched}
-        yield from fields_of(
+        yield from group_fields(
             matched,
             channels=self.channels or tuple(name for name in _HPA_CHANNELS.values() if name in found),
             missing=self.missing,
@@ -66,7 +66,7 @@ class HpaSource:
 
 def _hpa_file(file: Listed, match: re.Match[str]) -> ChannelFile:
     colour = match["colour"].lower()
-    place = hpa_place(match["id"])
+    place = parse_hpa_id(match["id"])
     return ChannelFile(
         field_id=match["id"],
         channel=_HPA_CHANNELS[colour],
@@ -78,7 +78,7 @@ def _hpa_file(file: Listed, match: re.Match[str]) -> ChannelFile:
     )
 
 
-def hpa_place(field_id: str) -> dict[str, str]:
+def parse_hpa_id(field_id: str) -> dict[str, str]:
     """Return plate, well and site where an id ends as the atlas writes them (``800_A6_1``); else nothing."""
     match = _HPA_ID.fullmatch(field_id)
     return match.groupdict() if match else {}

@@ -5,8 +5,8 @@ import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dinocell.data_shards.sources.field import ChannelFile, Field, Missing, Rejected, fields_of
-from dinocell.data_shards.sources.table import Row, Table, labels_of, root_and_tables
+from dinocell.data_shards.sources.field import ChannelFile, Field, Missing, Rejected, group_fields
+from dinocell.data_shards.sources.table import Row, Table, open_tables, row_labels
 from dinocell.errors import ImageError
 from dinocell.images.storage import base_name, file_exists, folder_exists, join
 
@@ -46,7 +46,7 @@ class LoadDataSource:
 
     def fields(self) -> Iterator[Field | Rejected]:
         """List the fields, sorted by id, and before them the rows without files."""
-        root, tables = root_and_tables(self.input, self.table, _USUAL_NAMES)
+        root, tables = open_tables(self.input, self.table, _USUAL_NAMES)
         folders: dict[str, str | None] = {}
         files: list[ChannelFile] = []
         names: dict[str, None] = {}
@@ -70,7 +70,7 @@ class LoadDataSource:
             raise ImageError(f"{', '.join(table.address for table in tables)}: no row has its files{looked}")
         _check_own_files(files)
         found = {file.channel for file in files}
-        yield from fields_of(
+        yield from group_fields(
             files,
             channels=self.channels or tuple(name for name in names if name in found),
             missing=self.missing,
@@ -152,7 +152,7 @@ class _RowReader:
 
     def __call__(self, row: Row, folders: Mapping[str, str | None]) -> list[ChannelFile]:
         places = {place: row[column] for place, column in self._places.items() if row[column]}
-        labels = labels_of(row, without=self._places.values(), prefix="Metadata_")
+        labels = row_labels(row, without=self._places.values(), prefix="Metadata_")
         id_parts = [row[column] for column in self._id_columns]
         field_id = "/".join(id_parts) if any(id_parts) else ""
         files: list[ChannelFile] = []

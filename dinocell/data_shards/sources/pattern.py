@@ -9,7 +9,7 @@ from dinocell.data_shards.sources.field import (
     Missing,
     Rejected,
     check_plain_names,
-    fields_of,
+    group_fields,
     nothing_found,
     unmatched,
 )
@@ -61,7 +61,7 @@ class PatternSource:
                 "makes a field of every file; write * in its place"
             )
         yield from unmatched(others, f"does not fit {self.pattern!r}")
-        listed = fields_of(
+        listed = group_fields(
             matched,
             channels=self.channels if by_channel else (),
             missing=self.missing,

@@ -13,7 +13,7 @@ from dinocell.data_shards.sources.field import (
     Field,
     Missing,
     Rejected,
-    fields_of,
+    group_fields,
     nothing_found,
     unmatched,
 )
@@ -45,7 +45,7 @@ class HarmonyChannel:
     pixel_size_um: float | None
 
 
-def read_harmony_index(path: str, channels: Collection[int]) -> dict[int, HarmonyChannel]:
+def read_harmony_channels(path: str, channels: Collection[int]) -> dict[int, HarmonyChannel]:
     """Return what the index says about these channel numbers; ones that it does not name are not in the result.
 
     Reading stops when all are known.
@@ -152,7 +152,7 @@ class PhenixSource:
             raise nothing_found(self.input, f"files named like {_PHENIX_EXAMPLE}", others)
         yield from unmatched(others, f"not named like {_PHENIX_EXAMPLE}")
         known = {} if self.channels and self.pixel_size_um is not None else _known_channels(matched, indexes)
-        yield from fields_of(
+        yield from group_fields(
             _phenix_files(self.input, matched, known),
             channels=_by_number(self.channels, {file.channel for file in matched}),
             missing=self.missing,
@@ -180,7 +180,7 @@ def _known_channels(files: Sequence[_PhenixFile], indexes: dict[str, str]) -> di
         numbers.setdefault(file.folder, set()).add(file.channel)
     known: dict[tuple[str, int], HarmonyChannel] = {}
     for folder in sorted(numbers.keys() & indexes.keys()):
-        said = read_harmony_index(indexes[folder], numbers[folder])
+        said = read_harmony_channels(indexes[folder], numbers[folder])
         names = [channel.name for channel in said.values()]
         for number, channel in said.items():
             name = channel.name if names.count(channel.name) == 1 else f"{channel.name} (ch{number})"

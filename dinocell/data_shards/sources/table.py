@@ -108,7 +108,7 @@ def is_table(address: str) -> bool:
     return address.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".txt"))
 
 
-def root_and_tables(address: str, given: Sequence[str], usual: Sequence[str]) -> tuple[str, list[Table]]:
+def open_tables(address: str, given: Sequence[str], usual: Sequence[str]) -> tuple[str, list[Table]]:
     """Return the folder of the images and the tables: those given, the input itself, or those of the usual names.
 
     Raises
@@ -130,7 +130,7 @@ def root_and_tables(address: str, given: Sequence[str], usual: Sequence[str]) ->
         raise ImageError(f"{error}; say where the table is with --table") from error
 
 
-def labels_of(row: Row, *, without: Collection[str] = (), prefix: str = "") -> dict[str, LabelValue]:
+def row_labels(row: Row, *, without: Collection[str] = (), prefix: str = "") -> dict[str, LabelValue]:
     """Return the cells of a row as labels: ``True`` and ``False``, whole numbers, fractions, else text.
 
     Empty cells, columns without a name (row numbers, as pandas writes them) and those of ``without`` are left out.
@@ -235,7 +235,7 @@ class LabelledSource:
             key = tuple(_comparable(name, row[column].strip()) for name, column in columns.items())
             if not any(key):
                 continue
-            labels = labels_of(row, without=columns.values())
+            labels = row_labels(row, without=columns.values())
             if rows.setdefault(key, labels) != labels:
                 raise ImageError(f"{self.labels}, line {line}: another row says otherwise for {', '.join(key)}")
         return list(columns), rows
