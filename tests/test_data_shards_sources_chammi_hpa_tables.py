@@ -139,7 +139,7 @@ def test_rows_that_give_no_field_are_rejected_one_by_one(tmp_path: Path) -> None
         ("t.csv:4", "unmatched"),
         ("t.csv:5", "listed twice"),
     ]
-    assert "leads out" in rejected[0].reason
+    assert "../../secret.png" in rejected[0].reason
     assert "no file name in img_path" in rejected[1].reason
 
 
@@ -262,12 +262,12 @@ def test_tables_are_utf8_with_or_without_a_mark_and_may_have_tabs(tmp_path: Path
         (b"\xff\xfea\x00", "UTF-8"),
         (b"a,b\n1,2\n3\n", "line 3: 1 cells, but the header has 2"),
         (b"a,b\n1,2,3\n", "line 2: 3 cells"),
-        (b"a,b,a\n1,2,3\n", "two columns are named a"),
+        (b"a,b,a\n1,2,3\n", "duplicate column names: a"),
         (gzip.compress(b"a,b\n1,2\n" * 100, mtime=0)[:-20], "gzip"),
         (b'a,b\n1,2\n3,"4\n5,6\n', "line 4: unexpected end of data; the table is cut short, or a quote"),
         (b'a,b\n1,"2\n' + b"3,4\n" * 40_000, "field larger than field limit"),
-        (b"\xef\xbb\xbfFileName_DNA;Well\r\na.tif;A1\r\n", "separated by semicolons; save it as CSV, with commas"),
-        (b"a\tb\n1\t2\n", "separated by tabs"),
+        (b"\xef\xbb\xbfFileName_DNA;Well\r\na.tif;A1\r\n", "save it as CSV, with commas"),
+        (b"a\tb\n1\t2\n", "separated by"),
     ],
 )
 def test_damaged_tables_are_one_clear_line(tmp_path: Path, content: bytes, message: str) -> None:

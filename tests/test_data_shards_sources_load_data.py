@@ -112,7 +112,7 @@ def test_ends_that_would_lead_upwards_are_not_tried(tmp_path: Path) -> None:
     (tmp_path / "secret").mkdir()
     path = table(tmp_path / "in" / "load_data.csv", (*PLACES, *DNA), ("P", "A01", 1, "a.tif", "x/../../secret"))
     message = error_of(LoadDataSource(input=path))
-    assert "no row has its files" in message
+    assert "no row has existing files" in message
 
 
 def test_folders_are_looked_for_once_not_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_rows_whose_folder_is_nowhere_are_rejected(tmp_path: Path) -> None:
     assert "/x/P2" in rejected[0].reason
     (tmp_path / "P1").rmdir()
     message = error_of(LoadDataSource(input=path))
-    assert "/x/P1 is not below" in message
+    assert "/x/P1 is not in" in message
 
 
 def test_one_missing_file_beside_its_table_costs_no_other_row(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_several_tables_make_one_source(tmp_path: Path) -> None:
 
 def test_without_a_table_the_error_names_it(tmp_path: Path) -> None:
     message = error_of(LoadDataSource(input=str(tmp_path)))
-    assert f"{tmp_path}/load_data.csv: no such file; say where the table is with --table" in message
+    assert f"{tmp_path}/load_data.csv: no such file; use --table if it is elsewhere" in message
     (tmp_path / "load_data.csv").write_text("")
     assert "--table" not in error_of(LoadDataSource(input=str(tmp_path)))
 
