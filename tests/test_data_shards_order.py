@@ -71,7 +71,7 @@ def test_a_far_position_costs_no_more_than_the_first() -> None:
 @pytest.mark.parametrize("weights", [[1], [1, 1], [3, 1], [0.5, 0.3, 0.2], [1, 1e-3], [7, 5, 1e6]])
 def test_a_mixture_keeps_its_shares_and_leaves_no_gap(weights: list[float]) -> None:
     if weights == [7, 5, 1e6]:
-        with pytest.raises(ShardError, match=r"less than 1/10000 of all, got \[7, 5, .*; give weights"):
+        with pytest.raises(ShardError, match=r"less than 1/10000 of all, got \[7, 5, "):
             Mixture(weights)
         return
     mixture = Mixture(weights, seed=3)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dinocell.data_shards.sample import CODECS, codec
+from dinocell.data_shards.sample import CODECS, get_codec
 from dinocell.errors import ShardError
 
 RNG = np.random.default_rng(0)
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 def test_values_come_back_exactly(name: str, dtype: str, shape: tuple[int, int]) -> None:
     plane = (RNG.normal(100, 50, shape) * (1 if np.dtype(dtype).itemsize == 1 else 20)).clip(0, 127 * 20)
     plane = plane.clip(0, 127).astype(dtype) if np.dtype(dtype).itemsize == 1 else plane.astype(dtype)
-    chosen = codec(name, plane.dtype)
+    chosen = get_codec(name, plane.dtype)
     out = np.zeros_like(plane)
     chosen.decode(memoryview(chosen.encode(plane)), out)
     np.testing.assert_array_equal(out, plane)
@@ -38,6 +38,6 @@ def test_bytes_of_another_size_are_refused(name: str) -> None:
 
 def test_unknown_codecs_and_types_are_refused() -> None:
     with pytest.raises(ShardError, match="expected one of pco, png, npy"):
-        codec("jpg", np.dtype(np.uint8))
+        get_codec("jpg", np.dtype(np.uint8))
     with pytest.raises(ShardError, match="codec png: expected uint8, uint16, got float32"):
-        codec("png", np.dtype(np.float32))
+        get_codec("png", np.dtype(np.float32))

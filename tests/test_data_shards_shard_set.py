@@ -98,7 +98,7 @@ def test_what_stays_wrong_is_an_error_and_leaves_nothing(server: Server, tmp_pat
     shard = put(server, "a.tar", b"good")
     (server.folder / "a.tar").write_bytes(b"evil")
     cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
-    with pytest.raises(ShardError, match=r"a.tar: not downloaded in 8 tries; the last: its content differs"):
+    with pytest.raises(ShardError, match=r"a.tar: .*its content differs"):
         cache.fetch(f"{server.address}/a.tar", shard)
     with pytest.raises(ShardError, match="404"):
         cache.fetch(f"{server.address}/b.tar", shard)
@@ -177,9 +177,9 @@ def test_downloads_at_the_same_time_stay_within_the_bound(server: Server, tmp_pa
 
 def test_a_cache_too_small_for_three_blocks_is_refused(tmp_path: Path) -> None:
     shards = tuple(Shard(file=f"{n}.tar", num_samples=1, num_bytes=10**9, sha256="0" * 64) for n in range(100))
-    with pytest.raises(ShardError, match=r"a cache of 50.0 GB is less than three blocks of shards \(60.0 GB\)"):
+    with pytest.raises(ShardError, match=r"cache size 50.0 GB.*60.0 GB"):
         check_cache_size(ShardCache(tmp_path, max_bytes=50 * 10**9), shards, 20)
-    with pytest.raises(ShardError, match="GB free"):
+    with pytest.raises(ShardError, match="free disk space"):
         check_cache_size(ShardCache(tmp_path / "a" / "b", max_bytes=10**18), (replace(shards[0], num_bytes=10**17),), 1)
     check_cache_size(ShardCache(tmp_path, max_bytes=50 * 10**9), shards[:3], 1)
 
@@ -232,7 +232,7 @@ def test_a_remote_set_needs_a_cache(server: Server, shard_set: Path) -> None:
 
 
 def test_a_web_address_without_a_set_says_so(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"manifest.json: cannot be read .*404"):
+    with pytest.raises(ShardError, match=r"manifest.json: .*404"):
         stream(server.address, batch_size=1, cache=tmp_path / "cache")
 
 

@@ -181,7 +181,7 @@ def test_several_columns_may_identify_the_field(tmp_path: Path) -> None:
     ],
 )
 def test_channels_of_multichannel_files_cannot_be_renamed(source: Source) -> None:
-    with pytest.raises(ImageError, match="=.*without ="):
+    with pytest.raises(ImageError, match=r"=.*without ="):
         list(source.fields())
 
 

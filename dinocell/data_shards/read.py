@@ -1,10 +1,10 @@
-"""Read shard sets as an endless stream of batches, to be left and entered again at any batch, by any number of ranks.
+"""Read shard sets as an endless stream of batches that resumes at any batch, with any number of ranks.
 
-The stream is a sequence of samples, the same for everybody (``order.py``). A step of the training takes the next
-``batch_size x world_size`` of them, rank by rank; within a rank, loader workers take steps in turns. Where to go on is
-one number, ``Batch.next_position``, and stays right when the number of ranks changes.
+The stream is one sequence of samples (``order.py``). A training step consumes the next ``batch_size x world_size`` of
+them, rank by rank; within a rank, loader workers take turns by step. To resume, one number is enough:
+``Batch.next_position``. It stays valid if the number of ranks changes.
 
-Batches run across the end of an epoch, so every rank always has as many, all of the same size.
+Batches cross the end of an epoch, so every rank has the same number of batches, all of the same size.
 """
 
 import logging
@@ -18,22 +18,22 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dinocell.data_shards.order import Mixture
-from dinocell.data_shards.sample import RawSample, SampleError, SampleInfo, decode_sample
+from dinocell.data_shards.sample import NUMBER_TYPES, RawSample, SampleError, SampleInfo, decode_sample
 from dinocell.data_shards.shard_set import ShardCache, ShardSet
 from dinocell.errors import ShardError
 from dinocell.images.storage import local_path
 
 # --- batch ---------------------------------------------------------------------------------------------------------
 #
-# A batch of tiles in one block of memory, whatever their sizes and types.
+# A batch of tiles of any sizes and types, in one block of memory.
 
-# Tiles begin at multiples of a cache line.
+# Tiles start at multiples of a cache line.
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a sample comes from; what is drawn for it at random derives from these numbers and the seed alone."""
+    """The identity of a sample; random numbers for it derive from these numbers and the seed alone."""
 
     epoch: int
     data_set: int
@@ -42,10 +42,10 @@ class Origin:
 
 @runtime_checkable
 class Drawn(Protocol):
-    """What is drawn at random for a whole batch; it travels with the batch."""
+    """Random choices for a whole batch, stored in the batch."""
 
     def pin_memory(self) -> "Drawn":
-        """Return the same in page-locked memory."""
+        """Return them in page-locked memory."""
         ...
 
 
@@ -56,11 +56,11 @@ class Batch:
     Attributes
     ----------
     infos, origins, channels
-        What each sample is, where it comes from, and which of its channels are here.
+        Metadata and identity of each sample, and which of its channels were decoded.
     next_position
-        The stream's position after this step of all ranks: what a checkpoint has to keep.
+        The stream's position after this step of all ranks; a checkpoint stores it.
     damaged
-        One line a sample that could not be read and was replaced by another.
+        One line per sample that could not be read and was replaced by another.
     chosen, chosen_by
         What the reader's ``choose`` returned for each sample, and that function; empty and None without one.
     drawn, drawn_by
@@ -82,10 +82,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.infos)
 
-    def tile(self, number: int) -> torch.Tensor:
-        """Return the tile of a sample, (c h w), a view of the batch's one block of memory."""
-        info, start = self.infos[number], self.starts[number]
-        shape = (len(self.channels[number]), info.height, info.width)
+    def tile(self, index: int) -> torch.Tensor:
+        """Return the tile of a sample, (c h w), a view of the batch's memory."""
+        info, start = self.infos[index], self.starts[index]
+        shape = (len(self.channels[index]), info.height, info.width)
         dtype = _TORCH_TYPES[info.dtype]
         end = start + int(np.prod(shape)) * dtype.itemsize
         return self.storage[start:end].view(dtype).view(shape)
@@ -101,7 +101,7 @@ class Batch:
 
 
 def layout(infos: Sequence[SampleInfo], channels: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
-    """Return where each tile begins in the batch's memory, and how many bytes that has."""
+    """Return the first byte of each tile in the batch's memory, and its total size in bytes."""
     starts, end = [], 0
     for info, chosen in zip(infos, channels, strict=True):
         starts.append(end)
@@ -110,52 +110,37 @@ def layout(infos: Sequence[SampleInfo], channels: Sequence[tuple[int, ...]]) -> 
     return tuple(starts), end
 
 
-_TORCH_TYPES = {
-    name: getattr(torch, name)
-    for name in (
-        "uint8",
-        "int8",
-        "uint16",
-        "int16",
-        "uint32",
-        "int32",
-        "uint64",
-        "int64",
-        "float16",
-        "float32",
-        "float64",
-    )
-}
+_TORCH_TYPES = {name: getattr(torch, name) for name in NUMBER_TYPES}
 
 
 __all__ = ["Batch", "Choose", "Draw", "Drawn", "Origin", "SampleStream", "ShardSet", "Wanted", "loader", "stream"]
 
 _log = logging.getLogger(__name__)
 
-# A damaged sample is replaced by one of the next positions, which mostly lie in other shards.
+# A damaged sample is replaced by one of the next positions, which are mostly in other shards.
 _REPLACEMENTS = 8
 _CACHE_GB = 50.0
 
 
 @runtime_checkable
 class Wanted(Protocol):
-    """What is to be done with a sample; it travels with the batch."""
+    """How to process a sample, stored in the batch."""
 
     def channels(self) -> Sequence[int]:
-        """Return the channels that it needs."""
+        """Return the channels that are needed."""
         ...
 
 
-# From what is known about a sample, and the numbers that its randomness comes from: what will be done with it.
+# From a sample's metadata and identity: how to process it.
 Choose = Callable[[SampleInfo, Origin], Wanted]
 
-# From the positions in the stream of a step's samples, those of all ranks, and which of them are this rank's: what is
-# drawn for the batch besides.
+# From the stream positions of a step's samples on all ranks, and which of them are this rank's: random choices for the
+# batch.
 Draw = Callable[[range, slice], Drawn]
 
 
 class SampleStream(IterableDataset[Batch]):
-    """The stream of one rank; see ``stream``. Iterating it in a loader's workers shares its steps out among them."""
+    """The stream of one rank; see ``stream``. In a loader's workers, each iterates over its share of the steps."""
 
     def __init__(
         self,
@@ -177,8 +162,8 @@ class SampleStream(IterableDataset[Batch]):
 
     @property
     def num_samples(self) -> int:
-        """Samples of all sets: an epoch, if there is one set."""
-        return sum(each.manifest.num_samples for each in self.sets)
+        """Number of samples of all sets: an epoch, if there is one set."""
+        return sum(shard_set.manifest.num_samples for shard_set in self.sets)
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -188,25 +173,24 @@ class SampleStream(IterableDataset[Batch]):
             start = self.position + step * step_size
             if self.stop is not None and start >= self.stop:
                 return
-            everyone = range(start, start + step_size if self.stop is None else min(start + step_size, self.stop))
+            positions = range(start, start + step_size if self.stop is None else min(start + step_size, self.stop))
             own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-            if everyone[own]:
-                yield self._batch(everyone, own, next_position=start + step_size)
+            if positions[own]:
+                yield self._batch(positions, own, next_position=start + step_size)
             step += stride
 
-    def _batch(self, everyone: range, own: slice, *, next_position: int) -> Batch:
-        positions = everyone[own]
+    def _batch(self, positions: range, own: slice, *, next_position: int) -> Batch:
         damaged: list[str] = []
-        read = [self._read(position, 0, damaged) for position in positions]
-        drawn = None if self._draw is None else self._draw(everyone, own)
+        reads = [self._read(position, 0, damaged) for position in positions[own]]
+        drawn = None if self._draw is None else self._draw(positions, own)
         while True:
-            samples = [each.sample for each in read]
-            chosen, channels = self._chosen(read)
+            samples = [read.sample for read in reads]
+            chosen, channels = self._chosen(reads)
             starts, size = layout([sample.info for sample in samples], channels)
             storage = torch.empty(size, dtype=torch.uint8)
             batch = Batch(
                 infos=tuple(sample.info for sample in samples),
-                origins=tuple(each.origin for each in read),
+                origins=tuple(read.origin for read in reads),
                 channels=tuple(channels),
                 next_position=next_position,
                 damaged=tuple(damaged),
@@ -220,35 +204,35 @@ class SampleStream(IterableDataset[Batch]):
             failed = self._decode(batch, samples, damaged)
             if failed is None:
                 return batch
-            # A replacement may have another size, so the batch is laid out anew.
-            read[failed] = self._read(positions[failed], read[failed].tries, damaged)
+            # The replacement may have another size, so the layout of the batch is computed again.
+            reads[failed] = self._read(positions[own][failed], reads[failed].tries, damaged)
 
     def _decode(self, batch: Batch, samples: Sequence[RawSample], damaged: list[str]) -> int | None:
-        """Decode into the batch's memory; return the number of the first sample that cannot be, or None."""
-        for number, sample in enumerate(samples):
+        """Decode into the batch's memory; return the index of the first sample that fails, or None."""
+        for index, sample in enumerate(samples):
             try:
-                decode_sample(sample, batch.channels[number], out=batch.tile(number).numpy())
+                decode_sample(sample, batch.channels[index], out=batch.tile(index).numpy())
             except SampleError as error:
-                self._report(damaged, batch.origins[number], error)
-                return number
+                self._report(damaged, batch.origins[index], error)
+                return index
         return None
 
-    def _chosen(self, read: Sequence["_Read"]) -> tuple[list[Wanted], list[tuple[int, ...]]]:
-        """Return what is to be done with each sample, if somebody says so, and the channels to decode."""
+    def _chosen(self, reads: Sequence["_Read"]) -> tuple[list[Wanted], list[tuple[int, ...]]]:
+        """Return how to process each sample, if there is a ``choose``, and the channels to decode."""
         if self._choose is None:
-            return [], [tuple(range(len(each.sample.info.channels))) for each in read]
-        chosen = [self._choose(each.sample.info, each.origin) for each in read]
-        return chosen, [tuple(each.channels()) for each in chosen]
+            return [], [tuple(range(len(read.sample.info.channels))) for read in reads]
+        chosen = [self._choose(read.sample.info, read.origin) for read in reads]
+        return chosen, [tuple(choice.channels()) for choice in chosen]
 
     def _read(self, position: int, tries: int, damaged: list[str]) -> "_Read":
-        """Read the sample of a position, or, if it is damaged, that of one of the next positions."""
+        """Read the sample of a position, or of one of the next positions if it is damaged."""
         while tries < _REPLACEMENTS:
-            number, within = self.mixture(position + tries)
-            place = self.sets[number].order(within)
-            origin = Origin(place.epoch, number, place.sample)
+            set_index, set_position = self.mixture(position + tries)
+            place = self.sets[set_index].order(set_position)
+            origin = Origin(place.epoch, set_index, place.sample)
             tries += 1
             try:
-                return _Read(self.sets[number].read(within, place), origin, tries)
+                return _Read(self.sets[set_index].read(set_position, place), origin, tries)
             except SampleError as error:
                 self._report(damaged, origin, error)
         raise ShardError(f"{_REPLACEMENTS} samples in a row cannot be read; the last: {damaged[-1]}")
@@ -260,7 +244,7 @@ class SampleStream(IterableDataset[Batch]):
 
 
 class _Read(NamedTuple):
-    """A sample as read, where it comes from, and how many positions were tried for it."""
+    """An encoded sample, its identity, and the number of positions tried for it."""
 
     sample: RawSample
     origin: Origin
@@ -291,23 +275,23 @@ def stream(
     sets
         Folders or addresses of shard sets.
     batch_size
-        Samples a batch, of this rank.
+        Samples per batch of this rank.
     weights
-        How often each set is to come; None: as often as it has samples.
+        Relative frequency of each set; None: its number of samples.
     seed, position
-        With the same seed, going on at ``Batch.next_position`` gives what would have come, on any number of ranks.
+        With the same seed, a stream from ``Batch.next_position`` continues the previous one, on any number of ranks.
     stop
-        End at this position, with a smaller last batch if need be; None goes on for ever. One pass over one set is
-        ``stop=num_samples``.
+        End at this position, with a smaller last batch if needed; None never ends. ``stop=num_samples`` is one pass
+        over one set.
     block_shards
-        Shards that are mixed with one another at a time.
+        Number of shards whose samples are shuffled together.
     choose
-        Says what is wanted of a sample: ``Batch.chosen``. Channels that are not needed for it are not decoded. It
-        must be picklable for workers, as must be what it returns.
+        Decides how to process a sample: ``Batch.chosen``. Only the channels needed for that are decoded. It must be
+        picklable for workers, and so must its results.
     draw
-        Draws what a batch needs besides, in the workers: ``Batch.drawn``; picklable like ``choose``.
+        Makes random choices for a batch, in the workers: ``Batch.drawn``; picklable like ``choose``.
     cache, cache_gb
-        For remote sets: a folder on this disk for copies of shards, and its bound.
+        For remote sets: a local folder for copies of shards, and its maximum size.
 
     Raises
     ------
@@ -315,22 +299,23 @@ def stream(
         If a set is missing or damaged, or the cache is too small.
     """
     locations = [sets] if isinstance(sets, str | Path) else list(sets)
-    if not locations:
-        raise ShardError("no shard set given")
     if not 0 <= rank < world_size or batch_size < 1 or position < 0:
         raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, position {position}: out of range")
     remote = [location for location in locations if local_path(location) is None]
-    if remote and cache is None:
-        raise ShardError(f"{remote[0]}: a remote set needs a cache: a folder on this machine's disk")
+    for is_wrong, problem in (
+        (not locations, "no shard set given"),
+        (remote and cache is None, f"{', '.join(map(str, remote))}: a remote set needs a cache, a local folder"),
+        (weights and len(weights) != len(locations), f"expected {len(locations)} weights, one per set, got {weights}"),
+    ):
+        if is_wrong:
+            raise ShardError(problem)
     copies = None if cache is None else ShardCache(cache, max_bytes=int(cache_gb * 1e9))
     opened = [
-        ShardSet(location, seed=seed + number, shuffle=shuffle, block_shards=block_shards, cache=copies)
-        for number, location in enumerate(locations)
+        ShardSet(location, seed=seed + index, shuffle=shuffle, block_shards=block_shards, cache=copies)
+        for index, location in enumerate(locations)
     ]
     if weights is None:
-        weights = [each.manifest.num_samples for each in opened]
-    if len(weights) != len(opened):
-        raise ShardError(f"expected {len(opened)} weights, one a set, got {len(weights)}")
+        weights = [shard_set.manifest.num_samples for shard_set in opened]
     return SampleStream(
         opened,
         Mixture(weights, seed=seed),
@@ -345,7 +330,7 @@ def stream(
 
 
 def loader(stream: SampleStream, *, workers: int, pin_memory: bool = False, prefetch: int = 2) -> DataLoader[Batch]:
-    """Return a loader whose ``workers`` processes (0: none) decode ahead; batches come in the stream's order."""
+    """Return a loader with ``workers`` decoding processes (0: none); batches are in the stream's order."""
     return DataLoader(
         stream,
         batch_size=None,
