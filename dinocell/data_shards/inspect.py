@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,8 @@ class Problem:
     what: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    """A shard to check, and its part of the index."""
-
-    location: str
-    shard: Shard
-    index: UInt64[np.ndarray, "samples 2"]
+# A shard to check, and its part of the index.
+_Task = tuple[Shard, UInt64[np.ndarray, "samples 2"]]
 
 
 def verify(
@@ -66,44 +62,46 @@ def verify(
     if folder is not None and hashlib.sha256((folder / INDEX).read_bytes()).hexdigest() != manifest.index_sha256:
         problems.append(Problem(file=INDEX, what="content differs from the manifest's sha256"))
     ends = np.cumsum([shard.num_samples for shard in manifest.shards])
-    tasks = [
-        _Task(location=str(location), shard=shard, index=np.array(index[end - shard.num_samples : end]))
+    tasks: list[_Task] = [
+        (shard, np.array(index[end - shard.num_samples : end]))
         for shard, end in zip(manifest.shards, ends.tolist(), strict=True)
     ]
-    for done, of_shard in enumerate(run_tasks(_verify_shard, tasks, workers=workers), start=1):
+    verify_shard = partial(_verify_shard, str(location))
+    for done, of_shard in enumerate(run_tasks(verify_shard, tasks, workers=workers), start=1):
         problems += of_shard
         progress(done, len(tasks))
     return sorted(problems, key=lambda problem: problem.file)
 
 
-def _verify_shard(task: _Task) -> list[Problem]:
+def _verify_shard(location: str, task: _Task) -> list[Problem]:
+    shard, index = task
     with tempfile.TemporaryDirectory() as folder:
-        address = file_address(task.location, task.shard.file)
+        address = file_address(location, shard.file)
         path = local_path(address)
         try:
             if path is None:
-                path = Path(folder) / task.shard.file
+                path = Path(folder) / shard.file
                 with path.open("wb") as file:
-                    download(address, file, num_bytes=task.shard.num_bytes)
-            problems = list(_find_problems(path, task))
+                    download(address, file, num_bytes=shard.num_bytes)
+            problems = list(_find_problems(path, shard, index))
         except FileNotFoundError:
             problems = ["missing"]
         except (OSError, ImageError) as error:
             problems = [f"cannot be read ({error})"]
     if (num_more := len(problems) - _MAX_PROBLEMS_PER_SHARD) > 0:
         problems = [*problems[:_MAX_PROBLEMS_PER_SHARD], f"... and {num_more} more"]
-    return [Problem(file=task.shard.file, what=what) for what in problems]
+    return [Problem(file=shard.file, what=what) for what in problems]
 
 
-def _find_problems(path: Path, task: _Task) -> Iterator[str]:
+def _find_problems(path: Path, shard: Shard, index: UInt64[np.ndarray, "samples 2"]) -> Iterator[str]:
     size = path.stat().st_size
-    if size != task.shard.num_bytes:
-        yield f"{size} bytes instead of {task.shard.num_bytes}"
+    if size != shard.num_bytes:
+        yield f"{size} bytes instead of {shard.num_bytes}"
     keys = set()
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != task.shard.sha256:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             yield "content differs from the manifest's sha256"
-        for sample_index, (start, length) in enumerate(task.index.tolist()):
+        for sample_index, (start, length) in enumerate(index.tolist()):
             if start + length > size:
                 yield f"sample {sample_index}: the index points to bytes {start} to {start + length}"
                 continue

@@ -117,17 +117,12 @@ def read_manifest(location: str | Path) -> Manifest:
     try:
         content = json.loads(open_bytes(path))
         found = content.pop("format"), content.pop("version")
-        manifest = _parse_manifest(content) if found == (FORMAT_NAME, FORMAT_VERSION) else None
+        problem = f"{found[0]!r} version {found[1]}, this DINOCell reads {FORMAT_NAME!r} version {FORMAT_VERSION}"
+        if found == (FORMAT_NAME, FORMAT_VERSION):
+            return _parse_manifest(content)
     except (ImageError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(
-            f"{path}: cannot be read, or damaged ({type(error).__name__}: {error}); build the set again"
-        ) from error
-    if manifest is None:
-        raise ShardError(
-            f"{path}: {found[0]!r} version {found[1]}, this DINOCell reads {FORMAT_NAME!r} version {FORMAT_VERSION}; "
-            "build the set again"
-        )
-    return manifest
+        problem = f"cannot be read, or damaged ({type(error).__name__}: {error})"
+    raise ShardError(f"{path}: {problem}; build the set again")
 
 
 def _parse_manifest(content: dict[str, Any]) -> Manifest:
@@ -149,13 +144,7 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
 
 
 def check_files(location: str | Path, manifest: Manifest) -> None:
-    """Check that the shards of a local set exist and are complete.
-
-    Raises
-    ------
-    ShardError
-        If not; the message names the first of them.
-    """
+    """Check that the shards of a local set exist and are complete; raise ShardError with the first that are not."""
     problems = []
     for shard in manifest.shards:
         path = local_path(file_address(location, shard.file))
@@ -185,13 +174,12 @@ def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "
             if local is None
             else np.load(local, mmap_mode="r", allow_pickle=False)
         )
-        if index.shape != (manifest.num_samples, 2) or index.dtype != np.uint64:
-            raise ValueError(f"expected uint64 of ({manifest.num_samples}, 2), got {index.dtype} of {index.shape}")
+        problem = f"expected uint64 of ({manifest.num_samples}, 2), got {index.dtype} of {index.shape}"
+        if index.shape == (manifest.num_samples, 2) and index.dtype == np.uint64:
+            return index
     except (ImageError, OSError, ValueError, EOFError) as error:
-        raise ShardError(
-            f"{path}: cannot be read, or not of this manifest ({' '.join(str(error).split())}); build the set again"
-        ) from error
-    return index
+        problem = " ".join(str(error).split())
+    raise ShardError(f"{path}: cannot be read, or not of this manifest ({problem}); build the set again")
 
 
 def file_address(location: str | Path, name: str) -> str:

@@ -156,13 +156,7 @@ def _parse_header(header: bytes) -> tuple[str, int]:
 
 
 def raw_sample(key: str, members: Mapping[str, bytes | memoryview]) -> RawSample:
-    """Return a sample from its members by suffix, such as those of WebDataset.
-
-    Raises
-    ------
-    SampleError
-        If the JSON member or a channel is missing or damaged.
-    """
+    """Return a sample from its members by suffix, such as those of WebDataset; raise SampleError if it is damaged."""
     try:
         info = _parse_info(members["json"])
     except (ValueError, KeyError, TypeError) as error:
@@ -175,8 +169,12 @@ def raw_sample(key: str, members: Mapping[str, bytes | memoryview]) -> RawSample
         if match and match[2] in CODECS:
             by_channel[int(match[1])] = (match[2], memoryview(content))
     num_channels = len(info.channels)
-    if sorted(by_channel) != list(range(num_channels)) or len(info.crc32) != num_channels:
-        raise SampleError(f"{key}: expected {num_channels} channels, got members {', '.join(sorted(members))}")
+    has_channels = sorted(by_channel) == list(range(num_channels)) and len(info.crc32) == num_channels
+    if not has_channels or min(info.height, info.width) < 1:
+        raise SampleError(
+            f"{key}: expected {num_channels} channels of {info.height} x {info.width} with checksums, got members "
+            f"{', '.join(sorted(members))}"
+        )
     return RawSample(key=key, info=info, members=tuple(by_channel[channel] for channel in range(num_channels)))
 
 
@@ -187,8 +185,6 @@ def _parse_info(member: bytes | memoryview) -> SampleInfo:
     content["ranges"] = tuple((float(low), float(high)) for low, high in content["ranges"])
     info = SampleInfo(**content)
     np.dtype(info.dtype)
-    if info.height < 1 or info.width < 1:
-        raise ValueError(f"a tile of {info.height} x {info.width}")
     return info
 
 
@@ -249,13 +245,7 @@ class Codec(NamedTuple):
 
 
 def get_codec(name: str, dtype: np.dtype) -> Codec:
-    """Return the codec of a member's suffix.
-
-    Raises
-    ------
-    ShardError
-        If there is no such codec, it does not support the type, or this installation lacks it.
-    """
+    """Return the codec of a member's suffix; raise ShardError if it is unknown, not installed, or not for this type."""
     problem = None
     if name not in CODECS:
         problem = f"expected one of {', '.join(CODECS)}"

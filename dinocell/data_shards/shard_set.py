@@ -64,15 +64,12 @@ class ShardSet:
             self._prefetch(position)
         start, size = (int(value) for value in self._index[place.sample])
         shard = self.manifest.shards[place.shard]
+        is_inside = start + size <= shard.num_bytes  # or the index is damaged
         try:
-            if start + size > shard.num_bytes:
-                raise SampleError(f"the index is damaged (bytes {start} to {start + size})")
-            content = os.pread(self._open(place.shard), size, start)
+            content = os.pread(self._open(place.shard), size, start) if is_inside else b""
             return parse_sample(memoryview(content))
-        except OSError as error:
-            raise SampleError(f"{shard.file}: cannot be read ({error.strerror or error})") from error
-        except SampleError as error:
-            raise SampleError(f"{shard.file}: {error}") from error
+        except (OSError, SampleError) as error:
+            raise SampleError(f"{shard.file}, bytes {start} to {start + size}: {error}") from error
 
     def _open(self, index: int) -> int:
         if index not in self._files:
@@ -137,13 +134,7 @@ class ShardCache:
         self.folder, self.max_bytes = Path(folder), max_bytes
 
     def fetch(self, address: str, shard: Shard) -> Path:
-        """Return a local copy of a shard; download it if needed.
-
-        Raises
-        ------
-        ShardError
-            If it cannot be downloaded, or its content differs from the manifest.
-        """
+        """Return a local copy of a shard; download it if needed, or raise ShardError if that fails repeatedly."""
         copy = self.folder / f"{shard.sha256}.tar"
         try:
             if self._touch(copy, shard):
@@ -234,13 +225,7 @@ def _file_size(path: Path) -> int:
 
 
 def check_cache_size(cache: ShardCache, shards: tuple[Shard, ...], block_shards: int) -> None:
-    """Check that the cache and its disk hold three blocks: the current, the next, and one of slower processes.
-
-    Raises
-    ------
-    ShardError
-        If not.
-    """
+    """Raise ShardError unless cache and disk hold three blocks: the current, the next, and one of slower processes."""
     needed = min(sum(shard.num_bytes for shard in shards), 3 * block_shards * max(shard.num_bytes for shard in shards))
     existing = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free + sum(map(_file_size, cache.folder.glob("*.tar")))

@@ -52,13 +52,7 @@ class Plan:
 
 
 def open_plan(output: Path) -> Plan | None:
-    """Return the plan of an unfinished build; None if there is none.
-
-    Raises
-    ------
-    ShardError
-        If it is damaged.
-    """
+    """Return the plan of an unfinished build, or None; raise ShardError if it is damaged."""
     folder = output / BUILD_FOLDER
     path = folder / "plan.json"
     if not path.exists():

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Shaped
 
-from dinocell.data_shards.build.tiles import TileSettings, rejection_reason, tiles
+from dinocell.data_shards.build.tiles import TileSettings, check_values, rejection_reason, tiles
 from dinocell.data_shards.manifest import Histogram
 from dinocell.data_shards.sample import CODECS, encode_sample, get_codec, sample_key
 from dinocell.data_shards.sources.field import Field, Rejected, read_field
@@ -51,47 +51,21 @@ class ShardSettings:
 
     def __post_init__(self) -> None:
         low, high = self.percentiles
-        for name, is_valid, expected in (
-            ("codec", self.codec in CODECS, "one of " + ", ".join(CODECS)),
-            ("bit_depth", self.bit_depth in (None, 8), "None or 8"),
-            ("percentiles", 0 <= low < high <= 100, "0 <= low < high <= 100"),
-            ("max_unreadable", 0 <= self.max_unreadable <= 1, "0 to 1"),
-        ):
-            if not is_valid:
-                raise ShardError(f"{name}: expected {expected}, got {getattr(self, name)}")
+        check_values(
+            ("codec", self.codec, self.codec in CODECS, f"one of {', '.join(CODECS)}"),
+            ("bit_depth", self.bit_depth, self.bit_depth in (None, 8), "None or 8"),
+            ("percentiles", self.percentiles, 0 <= low < high <= 100, "0 <= low < high <= 100"),
+            ("max_unreadable", self.max_unreadable, 0 <= self.max_unreadable <= 1, "0 to 1"),
+        )
         get_codec(self.codec, np.dtype(np.uint8))  # is it installed?
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BuiltShard:
-    """The content of a shard that was just written; ``index`` holds first byte and size of each sample."""
-
-    num_fields: int
-    num_bytes: int
-    sha256: str
-    index: list[tuple[int, int]]
-    histograms: Mapping[str, Histogram]
-    channel_orders: list[tuple[str, ...]]
-    shapes: Counter[str]
-    rejected: list[Rejected]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of the build's record of the shard."""
-        content = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        content["histograms"] = {name: histogram.to_json() for name, histogram in self.histograms.items()}
-        content["rejected"] = [asdict(item) for item in self.rejected]
-        return content
 
 
 def build_shard(
     fields: Sequence[Field], file: IO[bytes], settings: ShardSettings, ranges: IntensityRanges, *, strict: bool
-) -> BuiltShard:
-    """Write the tiles of fields to a tar file.
+) -> dict[str, Any]:
+    """Write the tiles of fields to a tar file, and return the record of the shard; ``index`` has first byte and size.
 
-    Raises
-    ------
-    ShardError
-        If too many fields cannot be read, or one if ``strict``.
+    Raise ShardError if too many fields cannot be read, or one if ``strict``.
     """
     writer = _ShardWriter(file, settings, ranges)
     unreadable: list[str] = []
@@ -129,13 +103,7 @@ class UnusableFieldError(ImageError):
 
 
 def prepare_image(image: Picture, settings: ShardSettings) -> Picture:
-    """Return a field's image, bool as uint8.
-
-    Raises
-    ------
-    UnusableFieldError
-        If it is too small, or its values are not finite or of a type that the set cannot hold.
-    """
+    """Return a field's image, bool as uint8; raise UnusableFieldError if it is too small, not finite or of another type."""
     pixels = image.pixels.view(np.uint8) if image.pixels.dtype == np.bool_ else image.pixels
     _, height, width = pixels.shape
     dtypes = CODECS[settings.codec].dtypes
@@ -200,19 +168,19 @@ class _ShardWriter:
             self._write(field, image, pixels, row=tile.row, column=tile.column, ranges=ranges)
         self._num_fields += len(self._index) > num_before
 
-    def finish(self) -> BuiltShard:
-        """Close the tar file."""
+    def finish(self) -> dict[str, Any]:
+        """Close the tar file, and return its record: plain data for ``json``."""
         self._tar.close()
-        return BuiltShard(
-            num_fields=self._num_fields,
-            num_bytes=self._file.num_bytes,
-            sha256=self._file.hash.hexdigest(),
-            index=self._index,
-            histograms=self._histograms,
-            channel_orders=sorted(self._orders),
-            shapes=self._shapes,
-            rejected=self.rejected,
-        )
+        return {
+            "num_fields": self._num_fields,
+            "num_bytes": self._file.num_bytes,
+            "sha256": self._file.hash.hexdigest(),
+            "index": self._index,
+            "histograms": {name: histogram.to_json() for name, histogram in self._histograms.items()},
+            "channel_orders": sorted(self._orders),
+            "shapes": self._shapes,
+            "rejected": [asdict(item) for item in self.rejected],
+        }
 
     def _ranges(self, field: Field, image: Picture) -> tuple[tuple[float, float], ...]:
         if self._settings.bit_depth is None or image.pixels.dtype == np.uint8:

@@ -46,15 +46,20 @@ class TileSettings:
 
     def __post_init__(self) -> None:
         max_overlap = max(0, self.size - 1)
-        for name, is_valid, expected in (
-            ("size", self.size >= 0, "0 (whole fields) or more"),
-            ("overlap", 0 <= self.overlap <= max_overlap, f"0 to {max_overlap}"),
-            ("min_size", self.min_size >= 1, "1 or more"),
-            ("min_contrast", self.min_contrast >= 0, "0 or more"),
-            ("max_saturated", 0 < self.max_saturated <= 1, "more than 0, at most 1"),
-        ):
-            if not is_valid:
-                raise ShardError(f"{name}: expected {expected}, got {getattr(self, name)}")
+        check_values(
+            ("size", self.size, self.size >= 0, "0 (whole fields) or more"),
+            ("overlap", self.overlap, 0 <= self.overlap <= max_overlap, f"0 to {max_overlap}"),
+            ("min_size", self.min_size, self.min_size >= 1, "1 or more"),
+            ("min_contrast", self.min_contrast, self.min_contrast >= 0, "0 or more"),
+            ("max_saturated", self.max_saturated, 0 < self.max_saturated <= 1, "more than 0, at most 1"),
+        )
+
+
+def check_values(*checks: tuple[str, object, bool, str]) -> None:
+    """Raise ShardError for the first invalid setting of (name, value, is valid, what is expected)."""
+    for name, value, is_valid, expected in checks:
+        if not is_valid:
+            raise ShardError(f"{name}: expected {expected}, got {value}")
 
 
 def tiles(height: int, width: int, settings: TileSettings) -> Iterator[Tile]:

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dinocell.data_shards.build.shard import (
     check_num_unreadable,
     prepare_image,
 )
+from dinocell.data_shards.build.tiles import check_values
 from dinocell.data_shards.build.workers import run_tasks
 from dinocell.data_shards.manifest import (
     INDEX,
@@ -106,13 +108,11 @@ def build(
     settings = settings or ShardSettings()
     described = _describe(source, settings, samples_per_shard, shuffle_seed)
     workers = (os.cpu_count() or 1) if workers is None else workers
-    for name, is_valid, got in (
-        ("workers: expected at least 1", workers >= 1, workers),
-        ("samples_per_shard: expected at least 1", samples_per_shard >= 1, samples_per_shard),
-        ("part: expected I of N with I from 1 to N", 1 <= part[0] <= part[1], part),
-    ):
-        if not is_valid:
-            raise ShardError(f"{name}, got {got}")
+    check_values(
+        ("workers", workers, workers >= 1, "at least 1"),
+        ("samples_per_shard", samples_per_shard, samples_per_shard >= 1, "at least 1"),
+        ("part", part, 1 <= part[0] <= part[1], "I of N with I from 1 to N"),
+    )
     if (output / MANIFEST).exists():
         manifest = read_manifest(output)
         _check_same_settings(output, manifest.settings, described)
@@ -138,39 +138,28 @@ def build(
         shards = [shard for shard in range(plan.num_shards) if shard % part[1] == part[0] - 1]
         waiting = [shard for shard in shards if not record_path(plan, shard).exists()]
         (plan.folder / "records").mkdir(exist_ok=True)
-        tasks = [_Task(plan, shard, output, settings, ranges, strict) for shard in waiting]
+        build_one = partial(_build_one, plan, output, settings, ranges, strict)
         rejected: Counter[str] = Counter()
         num_samples, done = 0, len(shards) - len(waiting)
-        for done, (num_built, kinds) in enumerate(run_tasks(_build_one, tasks, workers=workers), start=done + 1):
+        for done, (num_built, kinds) in enumerate(run_tasks(build_one, waiting, workers=workers), start=done + 1):
             num_samples += num_built
             rejected += kinds
             progress(BuildProgress(done=done, total=len(shards), num_samples=num_samples, rejected=rejected))
     return merge(output) if part[1] == 1 else None
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a worker needs to build one shard."""
-
-    plan: Plan
-    shard: int
-    output: Path
-    settings: ShardSettings
-    ranges: IntensityRanges
-    strict: bool
-
-
-def _build_one(task: _Task) -> tuple[int, Counter[str]]:
+def _build_one(
+    plan: Plan, output: Path, settings: ShardSettings, ranges: IntensityRanges, strict: bool, shard: int
+) -> tuple[int, Counter[str]]:
     """Build a shard, then its record; return the number of samples, and of rejected inputs by kind."""
-    name = f"shard-{task.shard:06d}.tar"
-    with replacing(task.output / name) as temporary, temporary.open("wb") as file:
-        built = build_shard(task.plan.fields(task.shard), file, task.settings, task.ranges, strict=task.strict)
-    if not built.index:
-        (task.output / name).unlink()
-    record = {"file": name, **built.to_json()}
-    with replacing(record_path(task.plan, task.shard)) as temporary:
+    path = output / f"shard-{shard:06d}.tar"
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        record = {"file": path.name, **build_shard(plan.fields(shard), file, settings, ranges, strict=strict)}
+    if not record["index"]:
+        path.unlink()
+    with replacing(record_path(plan, shard)) as temporary:
         temporary.write_bytes(gzip.compress(json.dumps(record, ensure_ascii=False).encode(), mtime=0))
-    return len(built.index), Counter(item.kind for item in built.rejected)
+    return len(record["index"]), Counter(item["kind"] for item in record["rejected"])
 
 
 @contextmanager
@@ -360,11 +349,6 @@ def plate_intensity_ranges(plan: Plan, settings: ShardSettings, workers: int) ->
 
     They are stored with the plan, so that an interrupted build, or another part of it, does not compute them again.
     Plates without a usable field have no ranges: their fields are rejected when the shards are built.
-
-    Raises
-    ------
-    ShardError
-        If more than a few fields of a plate cannot be read, and none can.
     """
     folder = plan.folder / "ranges"
     folder.mkdir(exist_ok=True)

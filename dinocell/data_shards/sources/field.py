@@ -106,12 +106,16 @@ def read_field(field: Field) -> Picture:
     """
     images = [_read_file(file) for file in field.files]
     first = images[0]
-    for file, image in zip(field.files, images, strict=True):
-        if image.pixels.shape[1:] != first.pixels.shape[1:] or image.pixels.dtype != first.pixels.dtype:
-            raise ImageError(f"{file.path}: {_size_of(image)}, but {field.files[0].path} is {_size_of(first)}")
+    problems = [
+        f"{file.path}: {_size_of(image)}, but {field.files[0].path} is {_size_of(first)}"
+        for file, image in zip(field.files, images, strict=True)
+        if _size_of(image) != _size_of(first)
+    ]
     names = tuple(name for image in images for name in image.channel_names)
     if len(set(names)) != len(names):
-        raise ImageError(f"{field.files[0].path}: field {field.id} has duplicate channel names: {', '.join(names)}")
+        problems.append(f"{field.files[0].path}: field {field.id} has duplicate channel names: {', '.join(names)}")
+    if problems:
+        raise ImageError(problems[0])
     sizes = {image.pixel_size_um for image in images} - {None}
     from_files = sizes.pop() if len(sizes) == 1 else None
     return Picture(
@@ -207,10 +211,7 @@ def match_files(
 ) -> tuple[list[tuple[Listed, Match]], list[str]]:
     """Return the files whose names match, with what ``match`` returned, and the names of the others.
 
-    Raises
-    ------
-    ImageError
-        If no file matches; ``expected`` describes such files.
+    Raise ImageError if no file matches; ``expected`` describes such files.
     """
     matched: list[tuple[Listed, Match]] = []
     others: list[str] = []
@@ -280,13 +281,7 @@ def group_fields(
 
 
 def select_channels(requested: Sequence[str], available: Collection[str]) -> dict[str, str]:
-    """Return the channels to read, in order, with their names.
-
-    Raises
-    ------
-    ImageError
-        If one is not available, or a channel or a name is given twice.
-    """
+    """Return the channels to read, in order, with their names; raise ImageError for unavailable and duplicate ones."""
     in_order = sorted(available, key=natural_order)
     if not requested:
         return {channel: channel for channel in in_order}

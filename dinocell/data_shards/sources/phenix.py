@@ -177,13 +177,7 @@ class HarmonyChannel:
 
 
 def read_harmony_channels(path: str, channels: Collection[int]) -> dict[int, HarmonyChannel]:
-    """Return the metadata of these channel numbers; reading stops when all are found. Some may be absent.
-
-    Raises
-    ------
-    ImageError
-        If the file cannot be read, or is damaged before all channels are found.
-    """
+    """Return the metadata of these channels, as far as they are in the index; reading stops when all are found."""
     found: dict[int, HarmonyChannel] = {}
     for first in (_HEAD_BYTES, None):
         content = open_bytes(path, first=first)

@@ -115,13 +115,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def source_from(options: argparse.Namespace) -> "Source":
-    """Return the source that the options of ``add_source_arguments`` describe.
-
-    Raises
-    ------
-    ImageError
-        If an option does not apply to the source, or a required one is missing.
-    """
+    """Return the source that the options describe; raise ImageError if they do not fit together."""
     module, name = _SOURCES[options.source]
     source_class = getattr(importlib.import_module(f"dinocell.data_shards.sources.{module}"), name)
     given = {option: value for option in _OPTIONS if (value := getattr(options, option)) is not None}

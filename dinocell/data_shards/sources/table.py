@@ -32,10 +32,7 @@ class Table:
     def rows(self) -> Iterator[tuple[int, Row]]:
         """Yield the rows with their line numbers (2 for the first row below the header, unless cells span lines).
 
-        Raises
-        ------
-        ImageError
-            If a row has another number of cells than the header, or a quote is not closed.
+        Raise ImageError if a row has another number of cells than the header, or a quote is not closed.
         """
         reader = _reader(self.text, self.address)
         problem: object = None
@@ -76,10 +73,7 @@ class Table:
 def read_table(address: str) -> Table:
     """Read a table: UTF-8, with a header; tab-separated if it is named ``.tsv`` or ``.txt``, otherwise with commas.
 
-    Raises
-    ------
-    ImageError
-        If it cannot be read, is not UTF-8 text, is empty, has other separators, or has duplicate column names.
+    Raise ImageError if it cannot be read, is not UTF-8 text, is empty, has other separators, or duplicate column names.
     """
     content = open_bytes(address)
     header: list[str] | None = None
@@ -110,13 +104,7 @@ def is_table(address: str) -> bool:
 
 
 def open_tables(address: str, tables: Sequence[str], default_names: Sequence[str]) -> tuple[str, list[Table]]:
-    """Return the folder of the images, and the tables: ``tables``, the input itself, or those of the default names.
-
-    Raises
-    ------
-    ImageError
-        If a table cannot be read, or the input is one and others are given too.
-    """
+    """Return the folder of the images, and the tables: ``tables``, the input itself, or those of the default names."""
     if is_table(address):
         if tables:
             raise ImageError(f"--input {address} is a table; give the folder of the images instead, or omit --table")
