@@ -57,7 +57,7 @@ def test_build_info_verify_preview(folder: Path, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize(("option", "least"), [("samples", 1), ("seed", 0)])
 @pytest.mark.parametrize("views", [[], ["--views", "debug"]])
-def test_a_preview_of_nothing_is_one_line(
+def test_a_preview_without_samples_is_one_line(
     option: str, least: int, views: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -76,7 +76,7 @@ def test_views_of_a_remote_set_are_drawn_through_the_cache(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_listing_that_fails_leaves_no_folder_of_its_own(
+def test_a_failed_listing_leaves_no_folder(
     folder: Path, tmp_path: Path, is_there: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "set"
@@ -138,7 +138,7 @@ def test_every_option_reaches_the_set(folder: Path, tmp_path: Path) -> None:
         (["--samples-per-shard", "0"], "samples_per_shard: expected at least 1"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_user_errors_are_one_line(
     folder: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:

@@ -59,7 +59,7 @@ def kind(pixels: np.ndarray, **settings: float) -> str | None:
     return None if found is None else found[0]
 
 
-def test_blank_tiles_are_found_where_no_channel_shows_anything() -> None:
+def test_tiles_without_contrast_in_any_channel_are_blank() -> None:
     noise = RNG.poisson(100, (2, 128, 128)).astype(np.uint16)
     constant = np.full((2, 128, 128), 9, np.uint16)
     cells = noise.copy()
@@ -71,7 +71,7 @@ def test_blank_tiles_are_found_where_no_channel_shows_anything() -> None:
     assert kind(constant, min_contrast=0) == "blank"
 
 
-def test_overexposed_tiles_are_found_by_the_fields_highest_value() -> None:
+def test_overexposed_tiles_have_many_pixels_at_the_fields_maximum() -> None:
     cells = RNG.poisson(100, (1, 128, 128)).astype(np.uint16)
     cells[0, 10:40, 10:40] = 4095
     assert kind(cells) is None
@@ -82,7 +82,7 @@ def test_overexposed_tiles_are_found_by_the_fields_highest_value() -> None:
     assert rejection_reason(cells, np.array([65535]), TileSettings()) is None
 
 
-def test_a_dark_channel_beside_a_good_one_is_no_reason() -> None:
+def test_a_dark_channel_does_not_reject_a_tile() -> None:
     pixels = np.zeros((2, 128, 128), np.uint16)
     pixels[1] = RNG.poisson(100, (128, 128))
     pixels[1, 32:64, 32:64] += 500
@@ -92,6 +92,6 @@ def test_a_dark_channel_beside_a_good_one_is_no_reason() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"size": -1}, {"size": 8, "overlap": 8}, {"min_size": 0}, {"min_contrast": -1.0}, {"max_saturated": 0.0}]
 )
-def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+def test_impossible_settings_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         TileSettings(**wrong)

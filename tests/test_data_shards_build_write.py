@@ -281,9 +281,7 @@ def test_an_outage_of_the_storage_stops_the_build(fields: Callable[..., Any], tm
     assert (manifest.num_fields, manifest.rejected) == (5, {"unreadable": 35})
 
 
-def test_a_folder_of_bad_files_that_comes_first_does_not_stop_the_build(
-    fields: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_unreadable_files_listed_first_do_not_stop_the_build(fields: Callable[..., Any], tmp_path: Path) -> None:
     source = fields(60)
     for number in range(30):
         (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
@@ -332,7 +330,7 @@ def test_a_finished_set_that_lacks_a_file_is_an_error(shard_set: Path, fields: C
         build(fields(10), shard_set, settings=SMALL)
 
 
-def test_a_folder_of_something_else_is_left_alone(fields: Callable[..., Any], tmp_path: Path) -> None:
+def test_another_folder_is_not_overwritten(fields: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "thesis.tex").write_text("x")
     with pytest.raises(ShardError, match="exists and is not a shard set"):
@@ -347,7 +345,7 @@ def test_a_source_without_a_usable_tile_is_an_error(fields: Callable[..., Any], 
         build(fields(2), tmp_path / "b", settings=replace(SMALL, tiles=TileSettings(size=512, min_size=500)))
 
 
-def test_two_fields_of_one_id_are_an_error(fields: Callable[..., Any], tmp_path: Path) -> None:
+def test_duplicate_field_ids_are_an_error(fields: Callable[..., Any], tmp_path: Path) -> None:
     source = fields(3)
 
     @dataclass(frozen=True)
@@ -412,7 +410,7 @@ def test_a_full_disk_leaves_no_half_shard(fields: Callable[..., Any], shard_set:
     assert content(tmp_path / "full") == content(shard_set)
 
 
-def test_a_merge_that_cannot_write_says_so_and_can_be_done_again(
+def test_a_merge_that_cannot_write_is_an_error_and_can_be_repeated(
     fields: Callable[..., Any], shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "parts"
@@ -433,7 +431,7 @@ def test_a_merge_that_cannot_write_says_so_and_can_be_done_again(
 
 
 @pytest.mark.parametrize("moment", [0, 13])  # while it looks whether all records are there; while it reads them
-def test_two_merges_at_the_same_time_both_end_well(
+def test_two_concurrent_merges_both_succeed(
     fields: Callable[..., Any], shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     output = tmp_path / "parts"

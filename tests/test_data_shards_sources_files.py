@@ -66,7 +66,7 @@ def test_images_gives_the_real_fields_pixel_by_pixel(folder: str, count: int) ->
 
 
 @needs_data
-def test_images_tells_grey_from_colour_in_the_real_nuclei() -> None:
+def test_images_distinguishes_grey_from_colour_in_the_real_nuclei() -> None:
     folder = DATA / "dsb2018_stage1_train"
     kept = colour = 0
     for path in sorted(folder.glob("*/images"))[:20]:

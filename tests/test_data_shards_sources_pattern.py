@@ -170,7 +170,7 @@ def v5_index(*images: tuple[int, str, str, str]) -> str:
     return V5_INDEX.format(images="".join(V5_IMAGE.format(**dict(zip(keys, image, strict=True))) for image in images))
 
 
-def test_phenix_names_and_pixel_size_come_from_the_index_beside_the_images(tmp_path: Path) -> None:
+def test_phenix_names_and_pixel_size_come_from_the_index(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{plate}/Images/{phenix_name(1, 1, 1, c)}" for plate in ("P1", "P2", "P3") for c in (1, 2)))
     index = v5_index((1, "HOECHST 33342", "6.5E-07", "6.5E-07"), (2, "Größe", "6.5E-07", "6.5E-07"))
     (tmp_path / "P1/Images/Index.idx.xml").write_text(index, encoding="utf-8")
@@ -441,7 +441,7 @@ def test_pattern_fields_become_plate_well_site_and_labels(tmp_path: Path) -> Non
     assert [(item.input, item.kind) for item in rejected] == [("P 1/x.tif", "unmatched")]
 
 
-def test_a_name_that_only_numbers_the_channels_is_refused(tmp_path: Path) -> None:
+def test_a_field_that_only_numbers_the_channels_is_rejected(tmp_path: Path) -> None:
     """As of a Cytation, ``B7_01_2_3_GFP_001.tif``: each file became a field of its own, without a word."""
     for well in ("B7", "D6"):
         for number, channel in enumerate(("DAPI", "GFP"), start=1):
@@ -454,7 +454,7 @@ def test_a_name_that_only_numbers_the_channels_is_refused(tmp_path: Path) -> Non
     assert len(fields(PatternSource(input=str(tmp_path), pattern="{well}_{number}_{channel}.tif"))) == 3
 
 
-def test_pattern_with_channel_takes_grey_pictures_stored_as_colour(tmp_path: Path) -> None:
+def test_pattern_with_channel_accepts_grey_images_stored_as_colour(tmp_path: Path) -> None:
     plane = RNG.integers(1, 255, (5, 7)).astype(np.uint8)
     Image.fromarray(np.stack([plane] * 3, axis=-1)).save(tmp_path / "A01_DNA.png")
     (field,) = fields(PatternSource(input=str(tmp_path), pattern="{well}_{channel}.png"))
@@ -463,7 +463,7 @@ def test_pattern_with_channel_takes_grey_pictures_stored_as_colour(tmp_path: Pat
     np.testing.assert_array_equal(picture.pixels, plane[None])
 
 
-def test_pattern_without_channel_takes_files_with_all_channels(tmp_path: Path) -> None:
+def test_pattern_without_channel_reads_files_with_all_channels(tmp_path: Path) -> None:
     pixels = RNG.integers(0, 255, (3, 5, 7)).astype(np.uint8)
     write_tiff(tmp_path / "A01_1.tif", pixels, channel_names=("a", "b", "c"))
     source = PatternSource(input=str(tmp_path), pattern="{well}_{site}.tif")
@@ -477,7 +477,7 @@ def test_pattern_without_channel_takes_files_with_all_channels(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("num_planes", [1, 3, 4])
-def test_pattern_without_channel_takes_grey_pictures_stored_as_colour(tmp_path: Path, num_planes: int) -> None:
+def test_pattern_without_channel_accepts_grey_images_stored_as_colour(tmp_path: Path, num_planes: int) -> None:
     plane = RNG.integers(1, 255, (5, 7)).astype(np.uint8)
     alpha = np.arange(35, dtype=np.uint8).reshape(5, 7)
     planes = np.stack([plane] * min(num_planes, 3) + [alpha] * (num_planes == 4), axis=-1)
@@ -492,7 +492,7 @@ def test_pattern_without_channel_takes_grey_pictures_stored_as_colour(tmp_path: 
         assert read_field(field).channel_names == ("a", "b", "c")
 
 
-def test_pattern_without_channel_takes_zarr_folders_as_files(tmp_path: Path) -> None:
+def test_pattern_without_channel_reads_zarr_folders_as_files(tmp_path: Path) -> None:
     touch(tmp_path, "A02_1.zarr/0/0")
     (field,) = fields(PatternSource(input=str(tmp_path), pattern="{well}_{site}.zarr"))
     assert field.id == "A02/1"
@@ -520,7 +520,7 @@ def test_folders_before_the_pattern_keep_fields_apart(tmp_path: Path) -> None:
     assert found[0].labels == {}
 
 
-def test_pattern_that_nothing_fits_is_an_error(tmp_path: Path) -> None:
+def test_pattern_without_a_match_is_an_error(tmp_path: Path) -> None:
     touch(tmp_path, "sub/A01.tif")
     message = error_of(PatternSource(input=str(tmp_path), pattern="{well}.tif"))
     assert str(tmp_path) in message
@@ -538,6 +538,6 @@ def test_pattern_that_nothing_fits_is_an_error(tmp_path: Path) -> None:
         ([], ""),
     ],
 )
-def test_channels_that_some_fields_lack_get_the_order_of_all(orders: list[tuple[str, ...]], expected: str) -> None:
+def test_channels_get_an_order_consistent_with_all_fields(orders: list[tuple[str, ...]], expected: str) -> None:
     for shuffled in itertools.permutations(orders):
         assert merged_channel_order(shuffled) == expected.split()

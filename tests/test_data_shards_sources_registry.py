@@ -93,7 +93,7 @@ def test_options_of_other_sources_are_rejected(arguments: str, message: str) -> 
     ],
 )
 def test_invalid_values_are_rejected(arguments: str) -> None:
-    with pytest.raises(argparse.ArgumentError):
+    with pytest.raises((argparse.ArgumentError, ImageError), match=arguments.split()[0]):
         parsed("--input", "IN", "--source", "phenix", *arguments.split())
 
 

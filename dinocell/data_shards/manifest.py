@@ -36,11 +36,6 @@ class Shard:
     num_bytes: int
     sha256: str
 
-    def __post_init__(self) -> None:
-        # Copies of remote shards are written under these names: a manifest must not choose another folder.
-        if not re.fullmatch(r"\w[\w.-]*\.tar", self.file) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ValueError(f"expected the name of a .tar file and a sha256, got {self.file!r} and {self.sha256!r}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelStatistics:
@@ -134,12 +129,17 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
     }
     manifest = Manifest(**content)
     num_samples = sum(shard.num_samples for shard in manifest.shards)
-    if manifest.num_samples != num_samples or num_samples < 1:
-        raise ValueError(
-            f"num_samples is {manifest.num_samples}, the shards have {num_samples}"
-            if num_samples
-            else f"the set is empty, {REJECTED} lists the reasons"
-        )
+    problem = ""
+    for shard in manifest.shards:
+        # Copies of remote shards are written under these names: a manifest must not choose another folder.
+        if not re.fullmatch(r"\w[\w.-]*\.tar", shard.file) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+            problem = f"expected the name of a .tar file and a sha256, got {shard.file!r} and {shard.sha256!r}"
+    if not manifest.shards:
+        problem = f"the set is empty, {REJECTED} lists the reasons"
+    elif manifest.num_samples != num_samples or num_samples < 1:
+        problem = f"num_samples is {manifest.num_samples}, the shards have {num_samples}"
+    if problem:
+        raise ValueError(problem)
     return manifest
 
 

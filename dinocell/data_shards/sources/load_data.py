@@ -53,10 +53,9 @@ class LoadDataSource:
         for table in tables:
             columns = _image_columns(table)
             channels |= dict.fromkeys(columns)
-            read_row = _RowReader(table, columns, self.id_columns)
-            _find_folders(table, columns, root, folders)
+            read_row = _RowReader(table, columns, self.id_columns, root, folders)
             for line, row in table.rows():
-                result = read_row(row, folders)
+                result = read_row(row)
                 if isinstance(result, _Problem):
                     yield Rejected(input=f"{base_name(table.address)}:{line}", kind=result.kind, reason=result.reason)
                 else:
@@ -143,17 +142,24 @@ def _image_columns(table: Table) -> dict[str, _ImageColumns]:
 
 
 class _RowReader:
-    """Reads the channels' files of a row."""
+    """Reads the channels' files of a row; ``folders`` caches the actual folder of each folder in the tables."""
 
-    def __init__(self, table: Table, columns: Mapping[str, _ImageColumns], id_columns: Sequence[str]) -> None:
-        self._columns = columns
+    def __init__(
+        self,
+        table: Table,
+        columns: Mapping[str, _ImageColumns],
+        id_columns: Sequence[str],
+        root: str,
+        folders: dict[str, str | None],
+    ) -> None:
+        self._columns, self._root, self._folders = columns, root, folders
         self._plate_columns = table.plate_columns()
         self._id_columns = [table.column_like(column.lower()) or column for column in id_columns]
         table.require(*self._id_columns)
         if not id_columns and {"well", "site"} <= self._plate_columns.keys():
             self._id_columns = list(self._plate_columns.values())
 
-    def __call__(self, row: Row, folders: Mapping[str, str | None]) -> list[ChannelFile] | _Problem:
+    def __call__(self, row: Row) -> list[ChannelFile] | _Problem:
         location = {key: row[column] for key, column in self._plate_columns.items() if row[column]}
         labels = row_labels(row, without=self._plate_columns.values(), prefix="Metadata_")
         id_parts = [row[column] for column in self._id_columns]
@@ -163,7 +169,10 @@ class _RowReader:
             listed_folder, name = columns.split_path(row)
             if not name:
                 continue
-            folder, frame = folders[_normalize(listed_folder)], columns.read_frame(row)
+            key = listed_folder.replace("\\", "/").rstrip("/")
+            if key not in self._folders:
+                self._folders[key] = _find_folder(key, name, self._root)
+            folder, frame = self._folders[key], columns.read_frame(row)
             if folder is None:
                 return _Problem("missing folder", f"{listed_folder}: neither it nor an end of it in the input exists")
             if isinstance(frame, _Problem):
@@ -182,22 +191,6 @@ class _RowReader:
                 )
             )
         return files or _Problem("missing channel", "no file name in any channel's column")
-
-
-def _find_folders(
-    table: Table, columns: Mapping[str, _ImageColumns], root: str, folders: dict[str, str | None]
-) -> None:
-    """Add the actual folder of each folder in the table; None if it does not exist."""
-    for _, row in table.rows():
-        for channel_columns in columns.values():
-            listed_folder, name = channel_columns.split_path(row)
-            folder = _normalize(listed_folder)
-            if name and folder not in folders:
-                folders[folder] = _find_folder(folder, name, root)
-
-
-def _normalize(folder: str) -> str:
-    return folder.replace("\\", "/").rstrip("/")
 
 
 def _find_folder(folder: str, file: str, root: str) -> str | None:

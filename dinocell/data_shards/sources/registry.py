@@ -28,20 +28,7 @@ _SOURCES = {
 
 
 def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(part for name in names for part in name.split("=", 1)):
-        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
-    return names
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return number
+    return tuple(name.strip() for name in text.split(","))
 
 
 # Options that only some sources have, by the attribute of these sources.
@@ -61,7 +48,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "choices": ("keep", "reject"),
         "help": "keep fields that lack a channel, with the channels they have (default), or reject them",
     },
-    "pixel_size_um": {"type": _positive, "metavar": "UM", "help": "micrometres (default: from the files)"},
+    "pixel_size_um": {"type": float, "metavar": "UM", "help": "micrometres (default: from the files)"},
     "frames_as": {
         "choices": ("channels", "fields"),
         "help": "multichannel, images: what the frames of a stack are (default: stacks are rejected)",
@@ -138,6 +125,11 @@ def _problems(options: argparse.Namespace, source_class: Any, given: dict[str, A
     for option, field in fields.items():
         if option != "input" and option not in given and field.default is dataclasses.MISSING:
             yield f"--source {options.source}: {_flag(option)} is missing"
+    for option, value in {**given, "labels_key": options.labels_key or ()}.items():
+        if isinstance(value, tuple) and not all(part for name in value for part in name.split("=", 1)):
+            yield f"{_flag(option)}: expected names separated by commas, got {','.join(value)!r}"
+    if not 0 < given.get("pixel_size_um", 1.0) < float("inf"):
+        yield f"--pixel-size: expected micrometres above 0, got {given['pixel_size_um']}"
     if options.source == "images" and given.get("frames_as") == "channels":
         yield "--frames-as channels: images have one channel each; use --source multichannel"
     if (options.labels is None) != (options.labels_key is None):

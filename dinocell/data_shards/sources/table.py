@@ -58,11 +58,10 @@ class Table:
                 f"{self.address}: no column {', '.join(missing)}; it has {', '.join(filter(None, self.columns))}"
             )
 
-    def column_like(self, *names: str) -> str | None:
-        """Return the first column with one of these names, regardless of case and of a prefix ``Metadata_``."""
+    def column_like(self, name: str) -> str | None:
+        """Return the first column with this lower-case name, regardless of case and of a prefix ``Metadata_``."""
         by_name = {column.lower(): column for column in reversed(self.columns)}
-        forms = [form for name in names for form in (name, f"metadata_{name}")]
-        return next((by_name[form] for form in forms if form in by_name), None)
+        return by_name.get(name) or by_name.get(f"metadata_{name}")
 
     def plate_columns(self) -> dict[str, str]:
         """Return the columns with plate, well and site, as far as they exist."""
