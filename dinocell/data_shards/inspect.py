@@ -197,18 +197,18 @@ def _thumbnail(
     return framed
 
 
-def side_by_side(planes: list[np.ndarray]) -> np.ndarray:
+def side_by_side(planes: list[UInt8[np.ndarray, "_ _"]]) -> UInt8[np.ndarray, "h w"]:
     """Concatenate images of the same height horizontally, with a gap after each."""
     padded = [np.pad(plane, ((0, _GAP_PX), (0, _GAP_PX)), constant_values=_BACKGROUND) for plane in planes]
     return np.concatenate(padded, axis=1)
 
 
-def caption(text: str, planes: list[np.ndarray]) -> np.ndarray:
+def caption(text: str, planes: list[UInt8[np.ndarray, "_ _"]]) -> UInt8[np.ndarray, "h w"]:
     """Return a line of text as wide as the images side by side."""
     return _draw_text([(0, text)], sum(plane.shape[1] + _GAP_PX for plane in planes))
 
 
-def _draw_text(texts: list[tuple[int, str]], width: int) -> np.ndarray:
+def _draw_text(texts: list[tuple[int, str]], width: int) -> UInt8[np.ndarray, "h {width}"]:
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("L", (width, _CAPTION_PX), _BACKGROUND)
