@@ -99,7 +99,8 @@ def test_an_empty_set(refused: Callable[..., str], shard_set: Path) -> None:
     manifest |= {"num_samples": 0, "shards": [], "shapes": {}, "channels": {}}
     (shard_set / "manifest.json").write_text(json.dumps(manifest))
     said = refused()
-    assert f"{shard_set}: the set is empty, rejected.jsonl says why; build it again from other images" in said
+    assert str(shard_set) in said
+    assert "the set is empty, rejected.jsonl" in said
 
 
 @pytest.mark.parametrize(("name", "size"), [("global_size", 40), ("local_size", 48)])

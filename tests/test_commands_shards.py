@@ -50,14 +50,14 @@ def test_build_info_verify_preview(folder: Path, tmp_path: Path, capsys: pytest.
     assert main(["shards", "info", "--json", str(output)]) == 0
     assert json.loads(capsys.readouterr().out)["num_samples"] == 60
     assert main(["shards", "verify", str(output)]) == 0
-    assert "60 samples in 10 shards, all as they should be" in capsys.readouterr().out
+    assert "60 samples in 10 shards, no problems" in capsys.readouterr().out
     assert main(["shards", "preview", str(output), "--output", str(tmp_path / "p.png"), "--samples", "2"]) == 0
     assert np.asarray(Image.open(tmp_path / "p.png")).shape == (14 + 2 * (14 + 192 + 4), 3 * 196)
 
 
 @pytest.mark.parametrize(("option", "least"), [("samples", 1), ("seed", 0)])
 @pytest.mark.parametrize("views", [[], ["--views", "debug"]])
-def test_a_preview_of_nothing_is_one_line(
+def test_a_preview_without_samples_is_one_line(
     option: str, least: int, views: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -66,16 +66,17 @@ def test_a_preview_of_nothing_is_one_line(
 
 
 def test_views_of_a_remote_set_are_drawn_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(shards, "_preview_views", lambda *given: asked.extend(given))
+    given: list[Any] = []
+    monkeypatch.setattr(shards, "_preview_views", lambda *arguments: given.extend(arguments))
     line = ["shards", "preview", "s3://bucket/set", "--cache", str(tmp_path), "--views", "debug", "views.blur=1"]
     assert main(line) == 0
-    assert asked[2:4] == ["debug", ["views.blur=1"]]
-    assert asked[6] == tmp_path
+    options, *recipe = given
+    assert recipe == ["debug", ["views.blur=1"]]
+    assert (options.set, options.cache) == ("s3://bucket/set", tmp_path)
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_listing_that_fails_leaves_no_folder_of_its_own(
+def test_a_failed_listing_leaves_no_folder(
     folder: Path, tmp_path: Path, is_there: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "set"
@@ -111,16 +112,16 @@ def test_slices_and_merge_give_the_set_of_one_build(
 
 
 def test_every_option_reaches_the_set(folder: Path, tmp_path: Path) -> None:
-    more = ["--codec", "png", "--depth", "8", "--percentiles", "1", "99", "--levels-of", "field", "--overlap", "4"]
-    more += ["--cover", "--min-size", "60", "--max-saturated", "0.9", "--samples-per-shard", "18"]
+    more = ["--codec", "png", "--bit-depth", "8", "--percentiles", "1", "99", "--overlap", "4"]
+    more += ["--min-contrast", "0", "--min-size", "60", "--max-saturated", "0.9", "--samples-per-shard", "18"]
     assert main(build(folder, tmp_path / "set", *more, "--max-unreadable", "0.25")) == 0
     manifest = read_manifest(tmp_path / "set")
-    assert manifest.shapes == {"3 x 32 x 32 uint8": 10 * 3 * 4}  # 64 x 96 px, at least 4 px shared
+    assert manifest.shapes == {"3 x 32 x 32 uint8": 10 * 2 * 3}  # 64 x 96 px, at least 4 px shared
     settings = manifest.settings
-    tiles = {"size": 32, "overlap": 4, "cover": True, "min_size": 60, "min_structure": 0.0, "max_saturated": 0.9}
+    tiles = {"size": 32, "overlap": 4, "min_size": 60, "min_contrast": 0.0, "max_saturated": 0.9}
     assert settings["tiles"] == tiles
-    assert (settings["codec"], settings["depth"], settings["percentiles"]) == ("png", 8, [1.0, 99.0])
-    assert (settings["levels_of"], settings["samples_per_shard"], settings["max_unreadable"]) == ("field", 18, 0.25)
+    assert (settings["codec"], settings["bit_depth"], settings["percentiles"]) == ("png", 8, [1.0, 99.0])
+    assert (settings["samples_per_shard"], settings["max_unreadable"]) == (18, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -129,15 +130,15 @@ def test_every_option_reaches_the_set(folder: Path, tmp_path: Path) -> None:
         (["--slice", "3/2"], "expected I/N with I from 1 to N"),
         (["--slice", "x"], "expected I/N"),
         (["--overlap", "32"], "overlap: expected 0 to 31"),
-        (["--percentiles", "90", "10"], "percentiles: expected 0 <= low < high <= 100, got 90 and 10"),
-        (["--max-unreadable", "7"], "max_unreadable: expected a share from 0 to 1, got 7"),
+        (["--percentiles", "90", "10"], "percentiles: expected"),
+        (["--max-unreadable", "7"], "max_unreadable: expected"),
         (["--codec", "jpg"], "jpg"),
         (["--source", "phoenix"], "did you mean 'phenix'"),
         (["--workers", "0"], "workers: expected at least 1"),
         (["--samples-per-shard", "0"], "samples_per_shard: expected at least 1"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_user_errors_are_one_line(
     folder: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -154,7 +155,7 @@ def test_mistakes_are_one_line(
 @pytest.mark.parametrize(
     "words", [["preview", "--samples", "0"], ["preview", "--samples", "-1"], ["preview", "--seed", "-1"]]
 )
-def test_numbers_that_make_no_sense_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_numbers_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["shards", *words, "set"])
     assert "expected a whole number of at least" in capsys.readouterr().err
@@ -173,7 +174,7 @@ def test_a_corrupt_file_is_reported_and_strict_stops(
     assert "f004_ER.tif" in capsys.readouterr().err
 
 
-def test_whatever_lies_in_a_folder_becomes_a_sample_or_a_reason(tmp_path: Path, draw: Callable[..., Any]) -> None:
+def test_every_file_becomes_a_sample_or_is_rejected_with_a_reason(tmp_path: Path, draw: Callable[..., Any]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     good = draw(0)
@@ -196,9 +197,9 @@ def test_whatever_lies_in_a_folder_becomes_a_sample_or_a_reason(tmp_path: Path, 
         "cut.tif": "cut short",
         "nothing.png": "the file is empty (0 bytes)",
         "not_numbers.tif": "values are NaN or infinite",
-        "pixel.tif": "1 x 1 pixels, at least 64 a side needed",
+        "pixel.tif": "1 x 1 pixels",
         "stack.tif": "a stack of 3 frames",
-        "channels.tif": "expected one channel, got 3 that differ",
+        "channels.tif": "expected one channel",
         "notes.txt": "unmatched",
     }.items():
         assert reason in reasons.pop(name), name
@@ -207,7 +208,7 @@ def test_whatever_lies_in_a_folder_becomes_a_sample_or_a_reason(tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("default_sigint")
-def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_at_once_and_the_next_run_resumes(folder: Path, tmp_path: Path) -> None:
     for number in range(10, 200):
         for name in ("DNA", "ER", "AGP"):
             (folder / f"f{number:03d}_{name}.tif").write_bytes((folder / f"f{number % 10:03d}_{name}.tif").read_bytes())

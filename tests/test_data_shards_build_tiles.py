@@ -1,4 +1,4 @@
-"""Tiles: where they lie, and which are blank or overexposed."""
+"""Tiles: their positions, and which are blank or overexposed."""
 
 import itertools
 
@@ -12,9 +12,9 @@ from dinocell.data_shards.build.tiles import TileSettings, contrast_score, rejec
 RNG = np.random.default_rng(0)
 
 
-@given(length=st.integers(1, 3000), size=st.integers(1, 700), overlap=st.integers(0, 200), cover=st.booleans())
-def test_tiles_lie_inside_and_apart(length: int, size: int, overlap: int, cover: bool) -> None:
-    settings = TileSettings(size=size, overlap=min(overlap, size - 1), cover=cover)
+@given(length=st.integers(1, 3000), size=st.integers(1, 700), overlap=st.integers(0, 200))
+def test_tiles_are_inside_the_field_and_evenly_spread(length: int, size: int, overlap: int) -> None:
+    settings = TileSettings(size=size, overlap=min(overlap, size - 1))
     found = list(tiles(1, length, settings))
     columns = [tile.column for tile in found]
     assert columns == sorted(set(columns))
@@ -22,8 +22,6 @@ def test_tiles_lie_inside_and_apart(length: int, size: int, overlap: int, cover:
     assert {tile.width for tile in found} == {min(size, length)}
     gaps = [b.column - (a.column + a.width) for a, b in itertools.pairwise(found)]
     margins = [found[0].column, length - found[-1].column - found[-1].width]
-    if cover:
-        assert max([0, *gaps, *margins]) == 0
     if settings.overlap:
         assert all(-gap >= settings.overlap for gap in gaps)
     assert max([0, *gaps, *margins]) <= size / 2 + 1
@@ -34,12 +32,11 @@ def test_real_field_sizes() -> None:
     assert [tile.column for tile in tiles(512, 1080, settings)] == [18, 549]
     assert [tile.column for tile in tiles(512, 2048, settings)] == [0, 512, 1024, 1536]
     assert [tile.column for tile in tiles(512, 904, settings)] == [0, 392]
-    assert [tile.column for tile in tiles(512, 1080, TileSettings(size=512, cover=True))] == [0, 284, 568]
     assert [tile.column for tile in tiles(512, 1080, TileSettings(size=512, overlap=64))] == [60, 508]
     assert [tuple(tile) for tile in tiles(100, 700, TileSettings(size=0))] == [(0, 0, 100, 700)]
 
 
-def test_structure_is_one_for_noise_and_high_for_cells() -> None:
+def test_contrast_is_one_for_noise_and_high_for_cells() -> None:
     for noise in (RNG.normal(1000, 50, (256, 256)), RNG.poisson(30, (256, 300)).astype(np.uint16)):
         assert 0.8 < contrast_score(noise) < 1.3
     rows, columns = np.mgrid[:256, :256]
@@ -49,7 +46,7 @@ def test_structure_is_one_for_noise_and_high_for_cells() -> None:
     assert contrast_score(cells) > 8
 
 
-def test_structure_of_planes_without_noise() -> None:
+def test_contrast_of_planes_without_noise() -> None:
     assert contrast_score(np.full((64, 64), 7, np.uint8)) == 0
     step = np.zeros((64, 64), np.uint8)
     step[20:30, 20:30] = 255
@@ -62,7 +59,7 @@ def kind(pixels: np.ndarray, **settings: float) -> str | None:
     return None if found is None else found[0]
 
 
-def test_blank_tiles_are_found_where_no_channel_shows_anything() -> None:
+def test_tiles_without_contrast_in_any_channel_are_blank() -> None:
     noise = RNG.poisson(100, (2, 128, 128)).astype(np.uint16)
     constant = np.full((2, 128, 128), 9, np.uint16)
     cells = noise.copy()
@@ -74,7 +71,7 @@ def test_blank_tiles_are_found_where_no_channel_shows_anything() -> None:
     assert kind(constant, min_contrast=0) == "blank"
 
 
-def test_overexposed_tiles_are_found_by_the_fields_highest_value() -> None:
+def test_overexposed_tiles_have_many_pixels_at_the_fields_maximum() -> None:
     cells = RNG.poisson(100, (1, 128, 128)).astype(np.uint16)
     cells[0, 10:40, 10:40] = 4095
     assert kind(cells) is None
@@ -85,7 +82,7 @@ def test_overexposed_tiles_are_found_by_the_fields_highest_value() -> None:
     assert rejection_reason(cells, np.array([65535]), TileSettings()) is None
 
 
-def test_a_dark_channel_beside_a_good_one_is_no_reason() -> None:
+def test_a_dark_channel_does_not_reject_a_tile() -> None:
     pixels = np.zeros((2, 128, 128), np.uint16)
     pixels[1] = RNG.poisson(100, (128, 128))
     pixels[1, 32:64, 32:64] += 500
@@ -93,8 +90,8 @@ def test_a_dark_channel_beside_a_good_one_is_no_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": -1}, {"size": 8, "overlap": 8}, {"min_size": 0}, {"min_structure": -1.0}, {"max_saturated": 0.0}]
+    "wrong", [{"size": -1}, {"size": 8, "overlap": 8}, {"min_size": 0}, {"min_contrast": -1.0}, {"max_saturated": 0.0}]
 )
-def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+def test_impossible_settings_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         TileSettings(**wrong)

@@ -48,7 +48,7 @@ def test_damage_is_found_wherever_it_is(shard_set: Path) -> None:
         assert any("sha256" in what for what in found[name])
 
 
-def test_a_set_whose_parts_are_of_two_builds_is_found_out(shard_set: Path) -> None:
+def test_files_of_two_builds_in_one_set_are_found(shard_set: Path) -> None:
     index = np.load(shard_set / "index.npy")
     np.save(shard_set / "index.npy", index[::-1])
     problems = verify(shard_set)
@@ -57,13 +57,13 @@ def test_a_set_whose_parts_are_of_two_builds_is_found_out(shard_set: Path) -> No
 
 
 @pytest.mark.parametrize(("column", "number"), [(0, 2**63 + 5), (1, 2**50)])
-def test_an_index_that_leads_out_of_its_shard_is_found(shard_set: Path, column: int, number: int) -> None:
+def test_an_index_beyond_its_shard_is_found(shard_set: Path, column: int, number: int) -> None:
     index = np.load(shard_set / "index.npy")
     index[3, column] = number
     np.save(shard_set / "index.npy", index)
     problems = verify(shard_set)
     assert [problem.file for problem in problems[:2]] == ["index.npy", "shard-000000.tar"]
-    assert any(f"sample 3: the index leads to bytes {index[3, 0]}" in problem.what for problem in problems)
+    assert any(f"sample 3: the index points to bytes {index[3, 0]}" in problem.what for problem in problems)
 
 
 def test_a_shard_with_an_undecodable_sample_but_right_hash_is_found(shard_set: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_shard_with_an_undecodable_sample_but_right_hash_is_found(shard_set: P
     assert "sample 2: " in problems[0].what
 
 
-def test_a_sample_that_only_webdataset_would_see_is_found(shard_set: Path) -> None:
+def test_a_sample_missing_from_the_index_is_found_by_webdataset(shard_set: Path) -> None:
     manifest = read_manifest(shard_set)
     index = np.load(shard_set / "index.npy")
     shorter = np.delete(index, 3, axis=0)
@@ -94,17 +94,17 @@ def test_a_sample_that_only_webdataset_would_see_is_found(shard_set: Path) -> No
             index_sha256=hashlib.sha256((shard_set / "index.npy").read_bytes()).hexdigest(),
         ),
     )
-    assert [problem.what for problem in verify(shard_set)] == ["WebDataset finds 6 samples, the index leads to 5"]
+    assert [problem.what for problem in verify(shard_set)] == ["WebDataset finds 6 samples, the index points to 5"]
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
         ("", "cannot be read"),
-        ("[1]", "not the manifest"),
-        ('{"format": "dinocell shards", "version": 99}', "version 99, this DINOCell reads 1"),
+        ("[1]", "damaged"),
+        ('{"format": "dinocell shards", "version": 99}', "version 99, this DINOCell reads .* version 1"),
         ('{"format": "dinocell shards", "version": 1}', "damaged"),
-        ('{"format": "something else"}', "not the manifest"),
+        ('{"format": "something else", "version": 1}', "something else"),
     ],
 )
 def test_a_damaged_manifest_is_named(shard_set: Path, broken: str, message: str) -> None:
@@ -124,24 +124,24 @@ def test_a_damaged_manifest_is_named(shard_set: Path, broken: str, message: str)
         ("sha256", ""),
     ],
 )
-def test_a_manifest_that_names_other_places_is_refused(shard_set: Path, key: str, value: object) -> None:
+def test_a_manifest_with_paths_outside_the_set_is_rejected(shard_set: Path, key: str, value: object) -> None:
     """Copies of a remote set's shards are written under these names."""
     content = json.loads((shard_set / MANIFEST).read_text())
     content["shards"][0][key] = value
     (shard_set / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(ShardError, match=f"{MANIFEST}: damaged"):
+    with pytest.raises(ShardError, match=f"{MANIFEST}: .*damaged"):
         read_manifest(shard_set)
 
 
-def test_a_manifest_that_does_not_add_up_is_refused(shard_set: Path) -> None:
+def test_a_manifest_with_wrong_sums_is_rejected(shard_set: Path) -> None:
     content = json.loads((shard_set / MANIFEST).read_text())
     content["num_samples"] += 1
     (shard_set / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(ShardError, match="do not add up to 61 samples"):
+    with pytest.raises(ShardError, match=f"{MANIFEST}: .*num_samples is 61"):
         read_manifest(shard_set)
 
 
-def test_a_manifest_comes_back(shard_set: Path, tmp_path: Path) -> None:
+def test_a_manifest_is_read_as_written(shard_set: Path, tmp_path: Path) -> None:
     manifest = read_manifest(shard_set)
     shutil.copytree(shard_set, tmp_path / "copy")
     rewrite(tmp_path / "copy", lambda known: known)

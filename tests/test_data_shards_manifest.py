@@ -39,7 +39,7 @@ def test_statistics_are_those_of_numpy(name: str) -> None:
         assert low - slack <= known.percentiles[f"{percent:g}"] <= high + slack
 
 
-def test_whole_numbers_up_to_256_are_exact() -> None:
+def test_integers_up_to_256_are_exact() -> None:
     plane = PLANES["uint8"]
     known = histogram(plane).statistics()
     for percent in PERCENTILES:
@@ -47,7 +47,7 @@ def test_whole_numbers_up_to_256_are_exact() -> None:
 
 
 @pytest.mark.parametrize("name", list(PLANES))
-def test_parts_add_up_and_survive_json(name: str) -> None:
+def test_histograms_add_up_and_survive_json(name: str) -> None:
     plane = PLANES[name]
     whole = histogram(plane[:20], plane[20:])
     merged = Histogram.from_json(json.loads(json.dumps(histogram(plane[:20]).to_json())))

@@ -29,14 +29,14 @@ def test_every_epoch_holds_every_sample_once(sizes: list[int], seed: int, block_
         assert all(0 <= place.number < sizes[place.shard] for place in places)
 
 
-def test_the_order_of_a_position_does_not_depend_on_what_was_asked_before() -> None:
+def test_the_order_of_a_position_does_not_depend_on_earlier_calls() -> None:
     order = EpochOrder(SIZES, seed=1, block_shards=2)
     backwards = [order(position) for position in reversed(range(3 * len(order)))]
     forwards = [EpochOrder(SIZES, seed=1, block_shards=2)(position) for position in range(3 * len(order))]
     assert backwards[::-1] == forwards
 
 
-def test_epochs_and_seeds_differ_and_without_shuffling_nothing_moves() -> None:
+def test_epochs_and_seeds_differ_and_unshuffled_order_is_sequential() -> None:
     def samples(seed: int, epoch: int, **options: bool) -> list[int]:
         order = EpochOrder([50, 50, 50], seed=seed, block_shards=2, **options)
         return [order(epoch * 150 + position).sample for position in range(150)]
@@ -45,7 +45,7 @@ def test_epochs_and_seeds_differ_and_without_shuffling_nothing_moves() -> None:
     assert samples(0, 3, shuffle=False) == list(range(150))
 
 
-def test_a_block_works_on_its_shards_only() -> None:
+def test_a_block_has_samples_of_its_shards_only() -> None:
     order = EpochOrder([10] * 12, seed=0, block_shards=3)
     for block in range(4):
         positions = range(30 * block, 30 * block + 30)
@@ -56,7 +56,7 @@ def test_a_block_works_on_its_shards_only() -> None:
     assert order.shards_of(0, 4) == order.shards_of(1, 0)
 
 
-def test_samples_of_a_block_are_mixed() -> None:
+def test_samples_of_a_block_are_shuffled() -> None:
     order = EpochOrder([100] * 8, seed=0, block_shards=8)
     shards = [order(position).shard for position in range(800)]
     for start in range(0, 800, 80):
@@ -71,7 +71,7 @@ def test_a_far_position_costs_no_more_than_the_first() -> None:
 @pytest.mark.parametrize("weights", [[1], [1, 1], [3, 1], [0.5, 0.3, 0.2], [1, 1e-3], [7, 5, 1e6]])
 def test_a_mixture_keeps_its_shares_and_leaves_no_gap(weights: list[float]) -> None:
     if weights == [7, 5, 1e6]:
-        with pytest.raises(ShardError, match=r"less than 1/10000 of all, got \[7, 5, .*; give weights"):
+        with pytest.raises(ShardError, match=r"less than 1/10000 of all, got \[7, 5, "):
             Mixture(weights)
         return
     mixture = Mixture(weights, seed=3)
@@ -85,12 +85,12 @@ def test_a_mixture_keeps_its_shares_and_leaves_no_gap(weights: list[float]) -> N
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [float("nan")], [float("inf"), 1.0]])
-def test_weights_that_make_no_sense_are_refused(weights: list[float]) -> None:
+def test_invalid_weights_are_rejected(weights: list[float]) -> None:
     with pytest.raises(ShardError, match="positive numbers"):
         Mixture(weights)
 
 
-def test_an_order_of_nothing_is_refused() -> None:
+def test_an_empty_order_is_rejected() -> None:
     for sizes in ([], [0], [3, 0]):
         with pytest.raises(ValueError, match="expected shards with samples"):
             EpochOrder(sizes)

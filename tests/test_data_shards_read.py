@@ -58,7 +58,7 @@ def test_an_epoch_sees_each_sample_once_for_any_ranks_and_workers(
     assert all(len(batch) == batch_size for batches in together.values() for batch in batches)
 
 
-def test_going_on_from_a_position_gives_what_would_have_come(shard_set: Path) -> None:
+def test_a_resumed_stream_equals_an_uninterrupted_one(shard_set: Path) -> None:
     whole = take(stream(shard_set, batch_size=7, seed=1), 20)
     for stopped in (1, 8, 9, 13):
         rest = take(stream(shard_set, batch_size=7, seed=1, position=whole[stopped - 1].next_position), 20 - stopped)
@@ -67,7 +67,7 @@ def test_going_on_from_a_position_gives_what_would_have_come(shard_set: Path) ->
             torch.testing.assert_close(ours.storage, theirs.storage, rtol=0, atol=0)
 
 
-def test_another_number_of_ranks_goes_on_without_a_gap(shard_set: Path) -> None:
+def test_another_number_of_ranks_resumes_without_a_gap(shard_set: Path) -> None:
     alone = seen(take(stream(shard_set, batch_size=1), 200))
     begun = of_all_ranks(shard_set, 2, 5, batch_size=6)
     position = take(stream(shard_set, batch_size=6, world_size=2), 5)[-1].next_position
@@ -75,13 +75,13 @@ def test_another_number_of_ranks_goes_on_without_a_gap(shard_set: Path) -> None:
     assert begun + gone_on == alone[: len(begun) + len(gone_on)]
 
 
-def test_workers_go_on_from_a_position_too(shard_set: Path) -> None:
+def test_workers_resume_from_a_position(shard_set: Path) -> None:
     whole = take(stream(shard_set, batch_size=4), 12)
     rest = take(loader(stream(shard_set, batch_size=4, position=whole[4].next_position), workers=2), 7)
     assert seen(rest) == seen(whole[5:])
 
 
-def test_tiles_are_the_fields(shard_set: Path, draw: Callable[[int], np.ndarray]) -> None:
+def test_tiles_equal_the_fields(shard_set: Path, draw: Callable[[int], np.ndarray]) -> None:
     for batch in take(stream(shard_set, batch_size=8), 8):
         for number, info in enumerate(batch.infos):
             field = draw(int(info.labels["number"]))
@@ -114,7 +114,7 @@ def test_only_the_channels_of_the_plans_are_decoded(shard_set: Path, draw: Calla
             np.testing.assert_array_equal(batch.tile(number)[0].numpy(), want)
 
 
-def test_one_pass_ends_with_what_is_left(shard_set: Path) -> None:
+def test_one_pass_ends_with_a_smaller_batch(shard_set: Path) -> None:
     mine = stream(shard_set, batch_size=8, stop=60, shuffle=False)
     batches = list(mine)
     assert [len(batch) for batch in batches] == [8] * 7 + [4]
@@ -176,10 +176,10 @@ def test_a_damaged_entry_of_the_index_is_a_damaged_sample(shard_set: Path, colum
     index[17, column] = number
     np.save(shard_set / "index.npy", index)
     [line] = [line for batch in take(stream(shard_set, batch_size=6), 10) for line in batch.damaged]
-    assert re.search(r"sample 17: shard-\d+.tar: the index is damaged", line)
+    assert re.search(r"sample 17: shard-\d+.tar, bytes \d+ to", line)
 
 
-def test_a_set_of_nothing_but_damage_stops(shard_set: Path) -> None:
+def test_a_set_with_only_damaged_samples_is_an_error(shard_set: Path) -> None:
     for sample in range(60):
         damage(shard_set, sample)
     with pytest.raises(ShardError, match="8 samples in a row cannot be read"):
@@ -203,7 +203,7 @@ def test_a_missing_or_foreign_index_is_an_error(shard_set: Path) -> None:
         stream(shard_set, batch_size=1)
 
 
-def test_no_set_says_so(tmp_path: Path) -> None:
+def test_an_empty_list_of_sets_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"no shard set \(no manifest.json\)"):
         stream(tmp_path, batch_size=1)
     with pytest.raises(ShardError, match="no shard set given"):
@@ -211,7 +211,7 @@ def test_no_set_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 2, "world_size": 2}, {"batch_size": 0}, {"position": -1}])
-def test_impossible_numbers_are_refused(shard_set: Path, wrong: dict[str, int]) -> None:
+def test_impossible_numbers_are_rejected(shard_set: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="out of range"):
         stream(shard_set, **{"batch_size": 1, **wrong})
 
@@ -226,7 +226,7 @@ def test_a_stream_is_sent_to_workers_without_its_index(shard_set: Path) -> None:
     assert seen(take(again, 3)) == seen(take(mine, 3))
 
 
-def test_webdataset_reads_the_shards_as_they_are(shard_set: Path) -> None:
+def test_webdataset_reads_the_shards(shard_set: Path) -> None:
     shards = [str(path) for path in sorted(shard_set.glob("*.tar"))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -250,7 +250,7 @@ def test_reading_holds_few_files_open(fields: Callable[..., Any], tmp_path: Path
     shutil.rmtree(tmp_path / "many")
 
 
-def test_pinning_is_left_to_machines_with_a_gpu_and_moving_keeps_the_tiles(shard_set: Path) -> None:
+def test_pinning_needs_a_gpu_and_moving_keeps_the_tiles(shard_set: Path) -> None:
     batch = next(iter(stream(shard_set, batch_size=3)))
     moved = batch.to("cpu")
     assert all(torch.equal(batch.tile(n).view(torch.int16), moved.tile(n).view(torch.int16)) for n in range(3))

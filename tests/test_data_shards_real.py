@@ -60,7 +60,7 @@ SOURCES = {
 
 @needs_data
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_real_source_comes_back_pixel_by_pixel(source: str, tmp_path: Path) -> None:
+def test_every_real_source_is_stored_pixel_by_pixel(source: str, tmp_path: Path) -> None:
     kind, _, folder, *more = source.split()
     line = ["shards", "build", "--source", kind, "--input", str(DATA / folder), *more, "--output", str(tmp_path / "s")]
     assert main([*line, "--tile-size", "0", "--min-structure", "0", "--max-saturated", "1", "--workers", "1"]) == 0

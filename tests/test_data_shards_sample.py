@@ -14,6 +14,7 @@ from dinocell.data_shards.sample import (
     SampleError,
     decode_sample,
     encode_sample,
+    get_codec,
     parse_sample,
     raw_sample,
     sample_key,
@@ -40,7 +41,7 @@ def as_tar(members: dict[str, bytes], key: str = "k") -> bytes:
 
 
 @pytest.mark.parametrize("codec_name", list(CODECS))
-def test_a_sample_comes_back(codec_name: str) -> None:
+def test_a_sample_decodes_to_its_pixels_and_metadata(codec_name: str) -> None:
     labels = {"cell_line": "U2OS", "dose": 0.5, "count": 3, "positive": True}
     members = encoded(codec_name, labels=labels, plate="P", pixel_size_um=0.6, ranges=((0.5, 2.0),) * 3)
     sample = parse_sample(memoryview(as_tar(members, "key")))
@@ -51,7 +52,7 @@ def test_a_sample_comes_back(codec_name: str) -> None:
     assert (info.labels, info.plate, info.pixel_size_um, info.ranges) == (labels, "P", 0.6, ((0.5, 2.0),) * 3)
 
 
-def test_only_the_channels_asked_for_are_decoded() -> None:
+def test_only_the_requested_channels_are_decoded() -> None:
     members = encoded()
     members["c1.pco"] = b"damaged"
     sample = raw_sample("k", members)
@@ -60,13 +61,13 @@ def test_only_the_channels_asked_for_are_decoded() -> None:
         decode_sample(sample)
 
 
-def test_decoding_writes_where_it_is_told() -> None:
+def test_decoding_writes_into_the_output_array() -> None:
     out = np.zeros((1, 20, 30), np.uint16)
     assert decode_sample(raw_sample("k", encoded()), [1], out=out) is out
     np.testing.assert_array_equal(out, PIXELS[1:2])
 
 
-def test_every_flipped_byte_of_a_channel_is_noticed() -> None:
+def test_every_flipped_byte_of_a_channel_is_detected() -> None:
     members = encoded()
     content = members["c0.pco"]
     for place in range(0, len(content), 37):
@@ -77,12 +78,12 @@ def test_every_flipped_byte_of_a_channel_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 511, 512, 600, 2000])
-def test_a_span_that_is_cut_short_is_refused(length: int) -> None:
+def test_a_truncated_span_is_rejected(length: int) -> None:
     with pytest.raises(ShardError):
         parse_sample(memoryview(as_tar(encoded())[:length]))
 
 
-def test_spans_of_other_bytes_are_refused() -> None:
+def test_spans_of_other_bytes_are_rejected() -> None:
     content = as_tar(encoded())
     with pytest.raises(ShardError, match="no tar header"):
         parse_sample(memoryview(content[512:]))
@@ -104,12 +105,12 @@ def test_spans_of_other_bytes_are_refused() -> None:
         encoded()["json"].replace(b'"channels": [', b'"channels": ["x", '),
     ],
 )
-def test_a_damaged_description_is_refused(broken: bytes) -> None:
+def test_a_damaged_json_member_is_rejected(broken: bytes) -> None:
     with pytest.raises(ShardError, match="k: "):
         raw_sample("k", encoded() | {"json": broken})
 
 
-def test_a_missing_channel_or_description_is_named() -> None:
+def test_a_missing_channel_or_json_member_is_named() -> None:
     for suffix in ("c2.pco", "json"):
         members = encoded()
         del members[suffix]
@@ -118,9 +119,7 @@ def test_a_missing_channel_or_description_is_named() -> None:
 
 
 @pytest.mark.parametrize("key", ["../../escape", "/etc/escape", "a/../b"])
-def test_members_that_would_lead_elsewhere_are_only_bytes(
-    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_members_with_paths_are_only_bytes(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
     with suppress(SampleError):  # refused, or read like any other
@@ -128,7 +127,7 @@ def test_members_that_would_lead_elsewhere_are_only_bytes(
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
 
 
-def test_members_of_others_are_left_alone() -> None:
+def test_unknown_members_are_ignored() -> None:
     sample = raw_sample("k", encoded() | {"txt": b"a note", "c9.jpg": b"?"})
     assert isinstance(sample, RawSample)
     assert len(sample.members) == 3
@@ -145,5 +144,44 @@ def test_keys_are_short_plain_and_differ(field: str) -> None:
     assert key != sample_key(field, 99998, 99999)
 
 
-def test_names_that_differ_only_in_what_a_key_cannot_hold_get_different_keys() -> None:
+def test_ids_that_differ_only_in_replaced_characters_get_different_keys() -> None:
     assert len({sample_key(field, 0, 0) for field in ("a b", "a.b", "a/b", "a_b")}) == 4
+
+
+# Codecs.
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, entry in CODECS.items() for dtype in entry.dtypes])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (64, 64)])
+def test_values_are_decoded_exactly(name: str, dtype: str, shape: tuple[int, int]) -> None:
+    plane = (np.random.default_rng(0).normal(100, 50, shape) * (1 if np.dtype(dtype).itemsize == 1 else 20)).clip(
+        0, 127 * 20
+    )
+    plane = plane.clip(0, 127).astype(dtype) if np.dtype(dtype).itemsize == 1 else plane.astype(dtype)
+    chosen = get_codec(name, plane.dtype)
+    out = np.zeros_like(plane)
+    chosen.decode(memoryview(chosen.encode(plane)), out)
+    np.testing.assert_array_equal(out, plane)
+
+
+@pytest.mark.parametrize("name", list(CODECS))
+def test_extreme_values_are_decoded_exactly(name: str) -> None:
+    plane = np.array([[0, 65535, 1], [65534, 0, 32768]], np.uint16)
+    out = np.zeros_like(plane)
+    CODECS[name].decode(memoryview(CODECS[name].encode(plane)), out)
+    np.testing.assert_array_equal(out, plane)
+
+
+@pytest.mark.parametrize("name", list(CODECS))
+def test_bytes_of_another_size_are_rejected(name: str) -> None:
+    content = CODECS[name].encode(np.zeros((8, 8), np.uint16))
+    for shape in ((8, 9), (7, 8)):
+        with pytest.raises((ValueError, RuntimeError)):
+            CODECS[name].decode(memoryview(content), np.zeros(shape, np.uint16))
+
+
+def test_unknown_codecs_and_types_are_rejected() -> None:
+    with pytest.raises(ShardError, match="expected one of pco, png, npy"):
+        get_codec("jpg", np.dtype(np.uint8))
+    with pytest.raises(ShardError, match="codec png: expected uint8, uint16, got float32"):
+        get_codec("png", np.dtype(np.float32))

@@ -89,11 +89,11 @@ def test_failures_are_tried_again(server: Server, tmp_path: Path, caplog: pytest
     assert "trying again" in caplog.text
 
 
-def test_what_stays_wrong_is_an_error_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_permanent_failure_is_an_error_and_leaves_no_file(server: Server, tmp_path: Path) -> None:
     shard = put(server, "a.tar", b"good")
     (server.folder / "a.tar").write_bytes(b"evil")
     cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
-    with pytest.raises(ShardError, match=r"a.tar: not downloaded in 8 tries; the last: its content differs"):
+    with pytest.raises(ShardError, match=r"a.tar: .*its content differs"):
         cache.fetch(f"{server.address}/a.tar", shard)
     with pytest.raises(ShardError, match="404"):
         cache.fetch(f"{server.address}/b.tar", shard)
@@ -116,7 +116,7 @@ def test_a_file_that_is_longer_than_its_shard_does_not_fill_the_disk(server: Ser
         ShardCache(tmp_path / "cache", max_bytes=10**9).fetch(f"{server.address}/a.tar", shard)
 
 
-def test_verify_tells_a_server_that_breaks_off_from_a_damaged_shard(server: Server, shard_set: Path) -> None:
+def test_verify_distinguishes_an_aborted_download_from_a_damaged_shard(server: Server, shard_set: Path) -> None:
     server.folder = shard_set
     server.cut_shards_at = 3000
     problems = verify(server.address)
@@ -124,7 +124,7 @@ def test_verify_tells_a_server_that_breaks_off_from_a_damaged_shard(server: Serv
     assert "broke off after 3000 bytes" in problems[0].what
 
 
-def test_the_least_recently_used_copies_make_room(server: Server, tmp_path: Path) -> None:
+def test_the_least_recently_used_copies_are_deleted(server: Server, tmp_path: Path) -> None:
     shards = [put(server, f"{number}.tar", os.urandom(1000)) for number in range(5)]
     cache = ShardCache(tmp_path / "cache", max_bytes=3000)
     for number in (0, 1, 2, 0, 3, 0, 4):
@@ -135,7 +135,7 @@ def test_the_least_recently_used_copies_make_room(server: Server, tmp_path: Path
     assert server.requests == [f"{number}.tar" for number in (0, 1, 2, 3, 4)]
 
 
-def test_a_copy_that_is_being_read_may_go(server: Server, tmp_path: Path) -> None:
+def test_a_copy_that_is_being_read_can_be_deleted(server: Server, tmp_path: Path) -> None:
     first, second = (put(server, f"{number}.tar", os.urandom(1000)) for number in range(2))
     cache = ShardCache(tmp_path / "cache", max_bytes=1000)
     with cache.fetch(f"{server.address}/0.tar", first).open("rb") as file:
@@ -143,7 +143,7 @@ def test_a_copy_that_is_being_read_may_go(server: Server, tmp_path: Path) -> Non
         assert file.read() == (server.folder / "0.tar").read_bytes()
 
 
-def test_leftovers_of_a_killed_download_make_room(server: Server, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_download_are_deleted(server: Server, tmp_path: Path) -> None:
     shard = put(server, "a.tar", b"x" * 100)
     cache = ShardCache(tmp_path / "cache", max_bytes=150)
     cache.folder.mkdir()
@@ -170,16 +170,16 @@ def test_downloads_at_the_same_time_stay_within_the_bound(server: Server, tmp_pa
     assert 100_000 < most <= 500_000
 
 
-def test_a_cache_too_small_for_three_blocks_is_refused(tmp_path: Path) -> None:
+def test_a_cache_too_small_for_three_blocks_is_rejected(tmp_path: Path) -> None:
     shards = tuple(Shard(file=f"{n}.tar", num_samples=1, num_bytes=10**9, sha256="0" * 64) for n in range(100))
-    with pytest.raises(ShardError, match=r"a cache of 50.0 GB is less than three blocks of shards \(60.0 GB\)"):
+    with pytest.raises(ShardError, match=r"cache size 50.0 GB.*60.0 GB"):
         check_cache_size(ShardCache(tmp_path, max_bytes=50 * 10**9), shards, 20)
-    with pytest.raises(ShardError, match="GB free"):
+    with pytest.raises(ShardError, match="free disk space"):
         check_cache_size(ShardCache(tmp_path / "a" / "b", max_bytes=10**18), (replace(shards[0], num_bytes=10**17),), 1)
     check_cache_size(ShardCache(tmp_path, max_bytes=50 * 10**9), shards[:3], 1)
 
 
-def test_copies_that_another_process_removes_meanwhile_do_not_count(tmp_path: Path) -> None:
+def test_copies_removed_by_another_process_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "gone.tar").symlink_to(tmp_path / "removed")  # listed, and not there when it is looked at
     shard = Shard(file="a.tar", num_samples=1, num_bytes=100, sha256="0" * 64)
     check_cache_size(ShardCache(tmp_path, max_bytes=10**6), (shard,), block_shards=1)
@@ -210,7 +210,7 @@ def test_web_addresses_may_have_spaces_and_queries(server: Server, shard_set: Pa
     assert all(("?signature=a/b%3D" in request) == ("?" in place) for request in server.requests)
 
 
-def test_a_file_address_is_a_folder_of_this_disk(shard_set: Path) -> None:
+def test_a_file_address_is_a_local_folder(shard_set: Path) -> None:
     address = f"file://{shard_set}"
     assert verify(address) == []
     [batch] = stream(address, batch_size=60, stop=60)
@@ -226,8 +226,8 @@ def test_a_remote_set_needs_a_cache(server: Server, shard_set: Path) -> None:
         stream(server.address, batch_size=1)
 
 
-def test_a_web_address_without_a_set_says_so(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"manifest.json: cannot be read .*404"):
+def test_a_web_address_without_a_set_is_an_error(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"manifest.json: .*404"):
         stream(server.address, batch_size=1, cache=tmp_path / "cache")
 
 

@@ -72,16 +72,16 @@ def test_files_of_other_size_or_type_are_named(tmp_path: Path) -> None:
         files = tuple(FieldFile(path=str(tmp_path / f"{n}.tif"), channels=(n,)) for n in ("a", name))
         message = error_of(Field(id="f", files=files))
         assert f"{name}.tif: {kind}" in message
-        assert "a.tif, is 4 x 6 uint8" in message
+        assert "a.tif is 4 x 6 uint8" in message
 
 
-def test_two_channels_of_one_name_are_an_error(tmp_path: Path) -> None:
+def test_duplicate_channel_names_are_an_error(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", noise(4, 6))
     twice = FieldFile(path=str(tmp_path / "a.tif"), channels=("DNA",))
-    assert "two channels of one name in field f: DNA, DNA" in error_of(Field(id="f", files=(twice, twice)))
+    assert "field f has duplicate channel names: DNA, DNA" in error_of(Field(id="f", files=(twice, twice)))
 
 
-def test_grey_pictures_stored_as_colour_are_one_channel(tmp_path: Path) -> None:
+def test_grey_images_stored_as_colour_are_one_channel(tmp_path: Path) -> None:
     plane = noise(5, 7)
     zero = np.zeros_like(plane)
     for name, planes in {
@@ -99,11 +99,11 @@ def test_grey_pictures_stored_as_colour_are_one_channel(tmp_path: Path) -> None:
 
 def test_real_colour_is_not_one_channel(tmp_path: Path) -> None:
     Image.fromarray(noise(5, 7, 3)).save(tmp_path / "a.png")
-    assert "expected one channel, got 3 that differ" in error_of(one(tmp_path / "a.png", "DNA", layout="grey"))
+    assert "got 3 channel(s)" in error_of(one(tmp_path / "a.png", "DNA", layout="grey"))
 
 
 @pytest.mark.parametrize("layout", ["red", "green", "blue"])
-def test_tinted_pictures_give_their_plane_whatever_compression_left_in_the_others(
+def test_tinted_images_give_their_plane_despite_compression_traces_in_the_others(
     tmp_path: Path, layout: Layout
 ) -> None:
     pixels = noise(5, 7, 3)
@@ -116,12 +116,12 @@ def test_tinted_pictures_give_their_plane_whatever_compression_left_in_the_other
     grey = read_field(one(tmp_path / "grey.png", "DNA", layout=layout))
     np.testing.assert_array_equal(grey.pixels[0], pixels[..., 0])
     np.save(tmp_path / "c.npy", noise(2, 5, 7))
-    assert "expected a grey or an RGB picture, got 2" in error_of(one(tmp_path / "c.npy", "DNA", layout=layout))
+    assert "got 2 channel(s)" in error_of(one(tmp_path / "c.npy", "DNA", layout=layout))
     Image.fromarray(noise(5, 7, 4)).save(tmp_path / "rgba.png")
     assert "got 4" in error_of(one(tmp_path / "rgba.png", "DNA", layout=layout))
 
 
-def test_colour_pictures_keep_three_channels_and_grey_ones_have_one(tmp_path: Path) -> None:
+def test_colour_images_have_three_channels_and_grey_ones_have_one(tmp_path: Path) -> None:
     pixels = noise(5, 7, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     picture = read_field(one(tmp_path / "a.png", layout="colour"))
@@ -133,7 +133,7 @@ def test_colour_pictures_keep_three_channels_and_grey_ones_have_one(tmp_path: Pa
     np.testing.assert_array_equal(picture.pixels[0], pixels[..., 0])
 
 
-def test_channels_side_by_side_are_set_apart(tmp_path: Path) -> None:
+def test_channels_side_by_side_are_separated(tmp_path: Path) -> None:
     pixels = noise(4, 6, 6, dtype="uint16")
     write_png(tmp_path / "a.png", np.concatenate(list(pixels), axis=1))
     names = ("microtubules", "protein", "nucleus", "er")

@@ -49,7 +49,7 @@ def test_images_gives_the_real_fields_pixel_by_pixel(folder: str, count: int) ->
 
 
 @needs_data
-def test_images_tells_grey_from_colour_in_the_real_nuclei() -> None:
+def test_images_distinguishes_grey_from_colour_in_the_real_nuclei() -> None:
     folder = DATA / "dsb2018_stage1_train"
     kept = colour = 0
     for path in sorted(folder.glob("*/images"))[:20]:
@@ -65,7 +65,7 @@ def test_images_tells_grey_from_colour_in_the_real_nuclei() -> None:
             np.testing.assert_array_equal(read_field(field).pixels[0], planes[..., 0])
         else:
             colour += 1
-            with pytest.raises(ImageError, match="got 3 that differ"):
+            with pytest.raises(ImageError, match=r"expected one channel.*got 3"):
                 read_field(field)
     assert kept
     assert colour

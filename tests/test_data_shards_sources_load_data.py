@@ -56,7 +56,7 @@ def test_the_real_jump_field_comes_pixel_by_pixel_from_its_table(tmp_path: Path)
         np.testing.assert_array_equal(plane, tifffile.imread(folder / f"r01c02f01p01-ch{number}sk1fk1fl1.tiff"))
 
 
-def test_folders_that_exist_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_existing_folders_are_used_unchanged(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "in" / "elsewhere").mkdir(parents=True)
     table(tmp_path / "in" / "load_data.csv", (*PLACES, *DNA), ("P", "A01", 1, "a.tif", f"{tmp_path}/elsewhere/"))
@@ -78,7 +78,7 @@ def test_folders_that_exist_are_taken_as_they_are(tmp_path: Path) -> None:
         ("", (), ""),
     ],
 )
-def test_folders_of_another_machine_are_found_by_their_longest_end(
+def test_folders_of_another_machine_are_found_by_the_longest_matching_end(
     tmp_path: Path, folder: str, existing: Sequence[str], expected: str
 ) -> None:
     for name in existing:
@@ -89,15 +89,15 @@ def test_folders_of_another_machine_are_found_by_their_longest_end(
     assert paths(field) == [str(tmp_path / expected / "a.tif")]
 
 
-def test_ends_that_would_lead_upwards_are_not_tried(tmp_path: Path) -> None:
+def test_ends_with_parent_folders_are_not_tried(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "secret").mkdir()
     path = table(tmp_path / "in" / "load_data.csv", (*PLACES, *DNA), ("P", "A01", 1, "a.tif", "x/../../secret"))
     message = error_of(LoadDataSource(input=path))
-    assert "no row has its files" in message
+    assert "no row has existing files" in message
 
 
-def test_folders_are_looked_for_once_not_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_searched_once_not_per_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "P1").mkdir()
     rows = [("P1", f"A{number:02d}", 1, f"{number}.tif", "/far/away/P1") for number in range(50)]
     table(tmp_path / "load_data.csv", (*PLACES, *DNA), *rows)
@@ -120,7 +120,7 @@ def test_folders_are_looked_for_once_not_for_each_file(tmp_path: Path, monkeypat
     ]
 
 
-def test_rows_whose_folder_is_nowhere_are_rejected(tmp_path: Path) -> None:
+def test_rows_with_a_missing_folder_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "P1").mkdir()
     rows = [("P1", "A01", 1, "a.tif", "/x/P1"), ("P2", "A01", 1, "b.tif", "/x/P2")]
     path = table(tmp_path / "load_data.csv", (*PLACES, *DNA), *rows)
@@ -130,10 +130,10 @@ def test_rows_whose_folder_is_nowhere_are_rejected(tmp_path: Path) -> None:
     assert "/x/P2" in rejected[0].reason
     (tmp_path / "P1").rmdir()
     message = error_of(LoadDataSource(input=path))
-    assert "/x/P1 is not below" in message
+    assert "/x/P1 is not in" in message
 
 
-def test_one_missing_file_beside_its_table_costs_no_other_row(tmp_path: Path) -> None:
+def test_one_missing_file_rejects_no_other_row(tmp_path: Path) -> None:
     (tmp_path / "b.tif").touch()
     table(tmp_path / "load_data.csv", ("FileName_OrigDNA",), ("a.tif",), ("b.tif",))
     found = fields(LoadDataSource(input=str(tmp_path)))
@@ -187,7 +187,7 @@ def test_missing_channels_are_recorded_or_rejected(tmp_path: Path) -> None:
     assert [[file.channels for file in field.files] for field in found] == [[("nucleus",)]]
 
 
-def test_tables_without_orig_take_all_but_illumination(tmp_path: Path) -> None:
+def test_tables_without_orig_use_all_but_illumination(tmp_path: Path) -> None:
     (tmp_path / "a.tif").touch()
     columns = ("Metadata_Well", "FileName_DAPI", "FileName_IllumDAPI", "Metadata_Dose")
     table(tmp_path / "load_data.csv", columns, ("A01", "a.tif", "i.npy", 0.5))
@@ -236,12 +236,12 @@ def test_several_tables_make_one_source(tmp_path: Path) -> None:
 
 def test_without_a_table_the_error_names_it(tmp_path: Path) -> None:
     message = error_of(LoadDataSource(input=str(tmp_path)))
-    assert f"{tmp_path}/load_data.csv: no such file; say where the table is with --table" in message
+    assert f"{tmp_path}/load_data.csv: no such file; use --table if it is elsewhere" in message
     (tmp_path / "load_data.csv").write_text("")
     assert "--table" not in error_of(LoadDataSource(input=str(tmp_path)))
 
 
-def test_rows_without_a_place_are_called_after_their_first_file(tmp_path: Path) -> None:
+def test_rows_without_a_well_are_named_after_their_first_file(tmp_path: Path) -> None:
     (tmp_path / "a.tif").touch()
     table(tmp_path / "load_data.csv", (*PLACES, *DNA), ("", "", "", "a.tif", ""))
     (field,) = fields(LoadDataSource(input=str(tmp_path)))

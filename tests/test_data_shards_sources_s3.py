@@ -130,7 +130,7 @@ def test_objects_that_come_later_are_seen_by_the_next_listing(bucket: Any) -> No
     assert len(list_files(f"s3://{BUCKET}/later", folders_as_files=(".zarr",))) == 2
 
 
-def test_folders_that_a_web_console_made_are_no_files(bucket: Any) -> None:
+def test_folders_created_by_a_web_console_are_not_files(bucket: Any) -> None:
     for key in ("marked/", "marked/sub/", "marked/sub/a.tif", "marked/b.zarr/", "marked/b.zarr/0"):
         bucket(key, b"" if key.endswith("/") else b"x")
     names = [file.name for file in list_files(f"s3://{BUCKET}/marked")]
@@ -139,7 +139,7 @@ def test_folders_that_a_web_console_made_are_no_files(bucket: Any) -> None:
     assert names == ["b.zarr", "sub/a.tif"]
 
 
-def test_what_is_not_in_a_bucket_is_one_clear_line(bucket: Any) -> None:
+def test_a_missing_object_of_a_bucket_is_one_clear_line(bucket: Any) -> None:
     bucket("there/a.txt", b"x")
     for address, message in (
         (f"s3://{BUCKET}/nowhere", "no such folder"),
@@ -154,7 +154,7 @@ def test_what_is_not_in_a_bucket_is_one_clear_line(bucket: Any) -> None:
         list(PhenixSource(input=f"s3://{BUCKET}/there").fields())
 
 
-def test_a_server_that_is_not_there_is_one_clear_line(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_one_clear_line(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
     from dinocell.images import storage as locations
@@ -170,7 +170,7 @@ def test_a_server_that_is_not_there_is_one_clear_line(bucket: Any, monkeypatch: 
         assert "\n" not in str(caught.value)
 
 
-def test_load_data_finds_folders_of_a_bucket_again(bucket: Any, tmp_path: Path) -> None:
+def test_load_data_finds_folders_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
     bucket("screen/images/P1/Images/a 1.tif", tiff_bytes(pixels_of(1), tmp_path))
     bucket("other/ER/b.tif", tiff_bytes(pixels_of(2), tmp_path))
     table = (
@@ -212,7 +212,7 @@ def web(tmp_path: Path) -> Iterator[str]:
         yield root
 
 
-def test_load_data_behind_a_web_address(web: str, tmp_path: Path) -> None:
+def test_load_data_from_a_web_address(web: str, tmp_path: Path) -> None:
     folder = tmp_path / "web" / "screen"
     (folder / "P 1").mkdir(parents=True)
     for number, name in enumerate(("P 1/größe #1.tif", "P 1/b.tif")):
@@ -232,7 +232,7 @@ def test_load_data_behind_a_web_address(web: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(read_field(field).pixels[0], pixels_of(number))
 
 
-def test_hpa_tables_behind_a_web_address(web: str, tmp_path: Path) -> None:
+def test_hpa_tables_from_a_web_address(web: str, tmp_path: Path) -> None:
     from dinocell.images.write import write_png
 
     side_by_side = np.concatenate([np.full((4, 4), number, np.uint8) for number in range(4)], axis=1)
@@ -248,7 +248,7 @@ def test_hpa_tables_behind_a_web_address(web: str, tmp_path: Path) -> None:
         assert [int(plane.max()) for plane in read_field(field).pixels] == [0, 1, 2, 3]
 
 
-def test_bytes_of_a_bucket_are_those_that_were_put_there(bucket: Any) -> None:
+def test_bytes_of_a_bucket_are_read_exactly(bucket: Any) -> None:
     content = bytes(range(256)) * 300
     bucket("bytes/a b+c%20.bin", content)
     assert open_bytes(f"s3://{BUCKET}/bytes/a b+c%20.bin") == content

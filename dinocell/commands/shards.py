@@ -1,4 +1,4 @@
-"""``dinocell shards``: images on disk or in a bucket become a shard set for pretraining, and sets are looked into."""
+"""``dinocell shards``: build shard sets for pretraining from images on disk or in a bucket, and inspect them."""
 
 import argparse
 import os
@@ -17,30 +17,25 @@ _MAX_KINDS = 12
 
 
 def register(subparsers: Any) -> None:
-    """Add ``shards`` and what can be done with them to the commands."""
-    summary = "turn microscope images into shards for pretraining, and look into them"
-    parser = subparsers.add_parser(
+    """Add ``shards`` and its actions to the commands."""
+    parser = add_command(
+        subparsers,
         "shards",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog="example:\n  dinocell shards build --source phenix --input plates/ --output shards/jump\n"
+        "build shard sets for pretraining from microscope images, and inspect them",
+        "dinocell shards build --source phenix --input plates/ --output shards/jump\n"
         "  dinocell shards preview shards/jump --output jump.png\n\n"
         "'dinocell shards ACTION --help' explains an action.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    _add_build(actions)
-    _add_merge(actions)
-    _add_info(actions)
-    _add_verify(actions)
-    _add_preview(actions)
+    for add in (_add_build, _add_merge, _add_info, _add_verify, _add_preview):
+        add(actions)
 
 
 def _add_build(actions: Any) -> None:
     parser = add_command(
         actions,
         "build",
-        "cut images into tiles and write them as a shard set; run it again to continue after an interruption",
+        "tile images and write them as a shard set; run it again to continue after an interruption",
         "dinocell shards build --source pattern --pattern '{plate}/{well}_s{site}_w{channel}.tif' "
         "--input screen/ --output shards/screen",
     )
@@ -49,29 +44,25 @@ def _add_build(actions: Any) -> None:
     tiles = parser.add_argument_group("tiles")
     tiles.add_argument("--tile-size", type=int, default=512, metavar="PX", help="side of a tile; 0: whole fields (512)")
     tiles.add_argument("--overlap", type=int, default=0, metavar="PX", help="pixels that neighbours share (0)")
+    tiles.add_argument("--min-size", type=int, default=64, metavar="PX", help="reject smaller fields (64)")
     tiles.add_argument(
-        "--cover",
-        action="store_true",
-        help="as many tiles as it takes to see every pixel; otherwise their number is rounded (1080 px: two of 512)",
-    )
-    tiles.add_argument("--min-size", type=int, default=64, metavar="PX", help="leave out smaller fields (64)")
-    tiles.add_argument(
-        "--min-structure",
+        "--min-contrast",
         type=float,
         default=5.0,
         metavar="X",
-        help="leave out blank tiles: noise has 1, an empty field about 3, cells more than 8 (5; 0 keeps them)",
+        help="reject blank tiles: noise has a contrast of 1, an empty field about 3, cells more than 8 (5; 0 keeps "
+        "all but constant tiles)",
     )
     tiles.add_argument(
         "--max-saturated",
         type=float,
         default=0.5,
-        metavar="SHARE",
-        help="leave out overexposed tiles (0.5; 1 keeps them)",
+        metavar="FRACTION",
+        help="reject overexposed tiles (0.5; 1 keeps them)",
     )
     values = parser.add_argument_group("values")
     values.add_argument(
-        "--depth", choices=("keep", "8"), default="keep", help="keep the source's bits, or map to 8 (default: keep)"
+        "--bit-depth", choices=("keep", "8"), default="keep", help="keep the source's type, or convert to 8 bit (keep)"
     )
     values.add_argument(
         "--percentiles",
@@ -79,15 +70,15 @@ def _add_build(actions: Any) -> None:
         type=float,
         default=(0.1, 99.9),
         metavar=("LOW", "HIGH"),
-        help="what becomes 0 and 255",
+        help="for 8 bit: percentiles of a plate that become 0 and 255 (0.1 99.9)",
     )
-    values.add_argument(
-        "--levels-of", choices=("plate", "field"), default="plate", help="take percentiles over plates or fields"
-    )
-    values.add_argument("--codec", choices=("pco", "png", "npy"), default="pco", help="how channels are stored (pco)")
+    values.add_argument("--codec", choices=("pco", "png"), default="pco", help="encoding of the channels (pco)")
+    # The names of version 0.1.
+    tiles.add_argument("--min-structure", type=float, dest="min_contrast", help=argparse.SUPPRESS)
+    values.add_argument("--depth", choices=("keep", "8"), dest="bit_depth", help=argparse.SUPPRESS)
     work = parser.add_argument_group("work")
-    work.add_argument("--samples-per-shard", type=int, default=256, metavar="N", help="about how many (256)")
-    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    work.add_argument("--samples-per-shard", type=int, default=256, metavar="N", help="approximate number (256)")
+    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     work.add_argument(
         "--slice", type=_part, default=(1, 1), metavar="I/N", help="build one of N parts; then 'shards merge'"
     )
@@ -96,17 +87,17 @@ def _add_build(actions: Any) -> None:
         "--max-unreadable",
         type=float,
         default=0.5,
-        metavar="SHARE",
-        help="stop when more of a shard cannot be read (0.5)",
+        metavar="FRACTION",
+        help="stop if more fields of a shard cannot be read (0.5)",
     )
     parser.set_defaults(run=_run_build)
 
 
 def _part(text: str) -> tuple[int, int]:
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+    index, _, total = text.partition("/")
+    if not (index.isdecimal() and total.isdecimal() and 1 <= int(index) <= int(total)):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 3/64, got {text!r}")
-    return int(number), int(total)
+    return int(index), int(total)
 
 
 def _run_build(options: argparse.Namespace) -> None:
@@ -117,35 +108,28 @@ def _run_build(options: argparse.Namespace) -> None:
     from dinocell.data_shards.build.tiles import TileSettings
     from dinocell.data_shards.build.write import BuildProgress, build
     from dinocell.data_shards.sources.registry import source_from
-    from dinocell.errors import ShardError
 
-    try:
-        settings = ShardSettings(
-            tiles=TileSettings(
-                size=options.tile_size,
-                overlap=options.overlap,
-                cover=options.cover,
-                min_size=options.min_size,
-                min_contrast=options.min_contrast,
-                max_saturated=options.max_saturated,
-            ),
-            codec=options.codec,
-            bit_depth=8 if options.bit_depth == "8" else None,
-            percentiles=tuple(options.percentiles),
-            levels_of=options.levels_of,
-            max_unreadable=options.max_unreadable,
-        )
-    except ValueError as error:
-        raise ShardError(str(error)) from error
+    settings = ShardSettings(
+        tiles=TileSettings(
+            size=options.tile_size,
+            overlap=options.overlap,
+            min_size=options.min_size,
+            min_contrast=options.min_contrast,
+            max_saturated=options.max_saturated,
+        ),
+        codec=options.codec,
+        bit_depth=8 if options.bit_depth == "8" else None,
+        percentiles=tuple(options.percentiles),
+        max_unreadable=options.max_unreadable,
+    )
     source = source_from(options)
-    console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console()) as bar:
         task = bar.add_task("listing", total=None, note="")
 
-        def listed(number: int) -> None:
-            if number % 1000 == 0:
-                bar.update(task, note=f"{number:,} fields")
+        def on_listed(num_fields: int) -> None:
+            if num_fields % 1000 == 0:
+                bar.update(task, note=f"{num_fields:,} fields")
 
         def progress(state: BuildProgress) -> None:
             rejected = f", {sum(state.rejected.values()):,} rejected" if state.rejected else ""
@@ -160,19 +144,19 @@ def _run_build(options: argparse.Namespace) -> None:
             workers=options.workers,
             part=options.slice,
             strict=options.strict,
-            listed=listed,
+            on_listed=on_listed,
             progress=progress,
         )
     if manifest is None:
-        number, total = options.slice
-        print(f"part {number} of {total} is built; when all are: dinocell shards merge {options.output}")
+        index, total = options.slice
+        print(f"part {index} of {total} is built; after the last part: dinocell shards merge {options.output}")
     else:
-        _print_built(options.output, manifest)
+        _print_summary(options.output, manifest)
 
 
 def _add_merge(actions: Any) -> None:
     parser = add_command(
-        actions, "merge", "finish a set whose parts were built with --slice", "dinocell shards merge shards/jump"
+        actions, "merge", "complete a set whose parts were built with --slice", "dinocell shards merge shards/jump"
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="folder of the set")
     parser.set_defaults(run=_run_merge)
@@ -181,22 +165,23 @@ def _add_merge(actions: Any) -> None:
 def _run_merge(options: argparse.Namespace) -> None:
     from dinocell.data_shards.build.write import merge
 
-    _print_built(options.output, merge(options.output))
+    _print_summary(options.output, merge(options.output))
 
 
-def _print_built(output: str | Path, manifest: "Manifest") -> None:
-    samples, fields, shards = (
-        f"{number:,}" for number in (manifest.num_samples, manifest.num_fields, len(manifest.shards))
+def _print_summary(output: str | Path, manifest: "Manifest") -> None:
+    from rich.filesize import decimal
+
+    print(
+        f"{output}: {manifest.num_samples:,} samples of {manifest.num_fields:,} fields in {len(manifest.shards):,} "
+        f"shards, {decimal(manifest.num_bytes)}"
     )
-    print(f"{output}: {samples} samples of {fields} fields in {shards} shards, {_bytes(manifest.num_bytes)}")
     if manifest.rejected:
-        counted = Counter(manifest.rejected).most_common(_MAX_KINDS)
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in counted)
-        print(f"rejected: {kinds} (each with its reason in rejected.jsonl)")
+        kinds = [f"{count:,} {kind}" for kind, count in Counter(manifest.rejected).most_common(_MAX_KINDS)]
+        print(f"rejected: {', '.join(kinds)} (reasons in rejected.jsonl)")
 
 
 def _add_info(actions: Any) -> None:
-    parser = add_command(actions, "info", "say what is in a set", "dinocell shards info shards/jump")
+    parser = add_command(actions, "info", "summarize a set", "dinocell shards info shards/jump")
     parser.add_argument("set", metavar="SET", help="folder or address of a set")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     parser.set_defaults(run=_run_info)
@@ -212,36 +197,30 @@ def _run_info(options: argparse.Namespace) -> None:
     if options.json:
         print(manifest.to_json(), end="")
         return
-    _print_built(options.set, manifest)
+    _print_summary(options.set, manifest)
     source = dict(manifest.settings["source"])
     print(f"source: {source.pop('kind')} {', '.join(f'{key}={value}' for key, value in source.items() if value)}")
     print(f"tiles: {', '.join(f'{count:,} of {shape}' for shape, count in manifest.shapes.items())}")
     table = Table(box=None, pad_edge=False)
-    for heading in ("channel", "tiles", "lowest", "1 %", "median", "99 %", "highest", "mean", "deviation"):
+    for heading in ("channel", "tiles", "min", "1 %", "median", "99 %", "max", "mean", "std"):
         table.add_column(heading, justify="left" if heading == "channel" else "right")
-    for name, known in manifest.channels.items():
-        levels = (
-            known.minimum,
-            *(known.percentiles[p] for p in ("1", "50", "99")),
-            known.maximum,
-            known.mean,
-            known.std,
-        )
-        table.add_row(name, f"{known.num_tiles:,}", *(f"{level:.5g}" for level in levels))
+    for name, statistics in manifest.channels.items():
+        percentiles = (statistics.percentiles[percent] for percent in ("1", "50", "99"))
+        values = (statistics.minimum, *percentiles, statistics.maximum, statistics.mean, statistics.std)
+        table.add_row(name, f"{statistics.num_tiles:,}", *(f"{value:.5g}" for value in values))
     Console().print(table, highlight=False, markup=False)
 
 
 def _add_verify(actions: Any) -> None:
     parser = add_command(
-        actions, "verify", "read a whole set and list what is damaged or missing", "dinocell shards verify shards/jump"
+        actions, "verify", "read a whole set and list damaged and missing files", "dinocell shards verify shards/jump"
     )
     parser.add_argument("set", metavar="SET", help="folder or address of a set")
-    parser.add_argument("--workers", type=whole_number(1), metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--workers", type=whole_number(1), metavar="N", help="processes (default: one per core)")
     parser.set_defaults(run=_run_verify)
 
 
 def _run_verify(options: argparse.Namespace) -> None:
-
     from rich.console import Console
     from rich.progress import Progress
 
@@ -257,18 +236,18 @@ def _run_verify(options: argparse.Namespace) -> None:
             workers=options.workers or os.cpu_count() or 1,
             progress=lambda done, _: bar.update(task, completed=done),
         )
+    for problem in problems:
+        print(f"{problem.file}: {problem.what}")
     if problems:
-        for problem in problems:
-            print(f"{problem.file}: {problem.what}")
         raise ShardError(f"{options.set}: {len(problems)} problem(s) in {len({p.file for p in problems})} file(s)")
-    print(f"{options.set}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards, all as they should be")
+    print(f"{options.set}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards, no problems")
 
 
 def _add_preview(actions: Any) -> None:
     parser = add_command(
         actions,
         "preview",
-        "draw some samples with all their channels, or the views that a pretraining recipe makes of them",
+        "draw some samples with all channels, or their views in a pretraining recipe",
         "dinocell shards preview shards/jump --output p.png\n"
         "  dinocell shards preview shards/jump --views debug views.policy=bag --output views.png",
     )
@@ -276,7 +255,7 @@ def _add_preview(actions: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("preview.png"), metavar="PNG", help="(preview.png)")
     parser.add_argument("--samples", type=whole_number(1), default=8, metavar="N", help="rows (8)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="which samples (0)")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="for remote sets: where copies of shards may lie")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="for remote sets: folder for copies of shards")
     parser.add_argument(
         "--views",
         nargs="+",
@@ -287,39 +266,23 @@ def _add_preview(actions: Any) -> None:
 
 
 def _run_preview(options: argparse.Namespace) -> None:
-    from dinocell.data_shards.inspect import preview
-
     if options.views:
         recipe, *overrides = options.views
-        _preview_views(options.set, options.output, recipe, overrides, options.samples, options.seed, options.cache)
-        print(f"wrote {options.output}")
-        return
-    preview(options.set, options.output, num_samples=options.samples, seed=options.seed, cache=options.cache)
+        _preview_views(options, recipe, overrides)
+    else:
+        from dinocell.data_shards.inspect import preview
+
+        preview(options.set, options.output, num_samples=options.samples, seed=options.seed, cache=options.cache)
     print(f"wrote {options.output}")
 
 
-def _bytes(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} bytes"
-
-
-def _preview_views(
-    shards: str,
-    output: Path,
-    recipe: str,
-    overrides: Sequence[str],
-    num_samples: int,
-    seed: int,
-    cache: Path | None,
-) -> None:
+def _preview_views(options: argparse.Namespace, recipe: str, overrides: Sequence[str]) -> None:
     """Draw the views that a pretraining recipe makes of a shard set."""
     from dinocell.configs.load import find_recipe, load_config, text_override
     from dinocell.ssl.config import PretrainConfig
     from dinocell.ssl.visualise import preview_views
 
-    fixed = ["output=none", text_override("data.shards", [shards]), f"seed={seed}"]
-    fixed += [text_override("data.cache", cache)] if cache is not None else []
+    fixed = ["output=none", text_override("data.shards", [options.set]), f"seed={options.seed}"]
+    fixed += [] if options.cache is None else [text_override("data.cache", options.cache)]
     config = load_config(PretrainConfig, find_recipe("pretrain", recipe), [*fixed, *overrides])
-    preview_views(config, output, num_samples=num_samples)
+    preview_views(config, options.output, num_samples=options.samples)

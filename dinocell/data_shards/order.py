@@ -1,11 +1,10 @@
-"""The one order in which all samples of an epoch are seen, whoever reads them.
+"""The order of the samples, independent of the number of ranks and loader workers.
 
-Position p of the stream is sample ``order(p)``; positions count on through the epochs. Ranks and loader workers only
-share positions out among themselves, so the order does not depend on how many there are, and to go on from a position
-takes no more than to know it.
+Position p of the stream is sample ``order(p)``; positions continue over the epochs. Ranks and loader workers only
+divide the positions among themselves, so a stream resumes from its position alone.
 
-In an epoch, shards come in a random order, in blocks; within a block, samples come in a random order. A reader so works
-on few shards at a time.
+In an epoch, shards are shuffled and grouped into blocks; within a block, samples are shuffled. So a reader uses few
+shards at a time.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from dinocell.errors import ShardError
 
 
 class Place(NamedTuple):
-    """Where a position leads: the epoch, the shard, the sample's number in the shard, and in the set."""
+    """The sample of a position: the epoch, the shard, and the sample's index in the shard and in the set."""
 
     epoch: int
     shard: int
@@ -34,11 +33,11 @@ class EpochOrder:
     shard_sizes
         Samples of each shard.
     seed
-        Of the shuffling; epochs differ.
+        Seed of the shuffling; epochs differ.
     block_shards
-        Shards that are mixed with one another. Memory is 8 bytes a sample of a block.
+        Shards whose samples are shuffled together. Memory is 8 bytes per sample of a block.
     shuffle
-        Without, samples come as they lie.
+        If false, samples are in the order of the files.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class EpochOrder:
         return int(self._first[-1])
 
     def __call__(self, position: int) -> Place:
-        """Return where a position (from 0, through all epochs) leads."""
+        """Return the sample of a position (from 0, over all epochs)."""
         epoch, within = divmod(position, len(self))
         _, starts = self._epoch(epoch)
         block = int(np.searchsorted(starts, within, side="right")) - 1
@@ -72,7 +71,7 @@ class EpochOrder:
         return epoch, int(np.searchsorted(self._epoch(epoch)[1], within, side="right")) - 1
 
     def shards_of(self, epoch: int, block: int) -> list[int]:
-        """Return the shards of a block; of the next epoch's first where the epoch has no such block."""
+        """Return the shards of a block, or of the next epoch's first block after the last of an epoch."""
         shards, starts = self._epoch(epoch)
         if block >= len(starts):
             return self.shards_of(epoch + 1, 0)
@@ -89,7 +88,7 @@ class EpochOrder:
         return shards, starts[: -(-len(shards) // self._block_shards)]
 
     def _make_block(self, epoch: int, block: int) -> np.ndarray:
-        """Return the samples' numbers in the set, in the order of the block."""
+        """Return the samples' indices in the set, in the order of the block."""
         shards = self.shards_of(epoch, block)
         indices = np.concatenate([np.arange(self._first[shard], self._first[shard + 1]) for shard in shards])
         if self._shuffle:
@@ -98,17 +97,17 @@ class EpochOrder:
 
 
 class Mixture:
-    """How positions of the stream are shared out among several sets, by weight; each set runs through its own epochs.
+    """Assignment of the stream's positions to several sets, by weight; each set has its own epochs.
 
     Parameters
     ----------
     weights
-        A positive number a set; shares are kept to 1 in 10,000, in every 10,000 positions.
+        One positive number per set; fractions are accurate to 1 in 10,000, in every 10,000 positions.
 
     Raises
     ------
     ShardError
-        If a number is not positive, or so small beside the others that its set would never come.
+        If a number is not positive, or so small compared with the others that its set would never be read.
     """
 
     _PERIOD = 10_000
@@ -122,17 +121,17 @@ class Mixture:
         if self._counts.min() < 1:
             raise ShardError(
                 f"shard sets: the smallest would be less than 1/{self._PERIOD} of all, got {list(weights)} "
-                "(their samples, if no weights were given); give weights that ask for more of it, or leave it out"
+                "(their samples, if no weights were given); give it a larger weight, or remove it"
             )
         owner = np.repeat(np.arange(len(shares)), self._counts)
         self._owner = np.random.default_rng([seed, 0x6D6978]).permutation(owner) if len(shares) > 1 else owner
         self._rank = np.empty(self._PERIOD, np.int64)
-        for number in range(len(shares)):
-            mine = self._owner == number
-            self._rank[mine] = np.arange(mine.sum())
+        for index in range(len(shares)):
+            is_owned = self._owner == index
+            self._rank[is_owned] = np.arange(is_owned.sum())
 
     def __call__(self, position: int) -> tuple[int, int]:
-        """Return the set of a position, and the position within that set's own stream."""
+        """Return the set of a position, and the position in that set's own stream."""
         period, within = divmod(position, self._PERIOD)
         owner = int(self._owner[within])
         return owner, period * int(self._counts[owner]) + int(self._rank[within])

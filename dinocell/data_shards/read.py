@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dinocell.data_shards.order import Mixture
-from dinocell.data_shards.sample import RawSample, SampleError, SampleInfo, decode_sample
+from dinocell.data_shards.sample import NUMBER_TYPES, RawSample, SampleError, SampleInfo, decode_sample
 from dinocell.data_shards.shard_set import ShardCache, ShardSet
 from dinocell.errors import ShardError
 from dinocell.images.storage import local_path
@@ -108,22 +108,7 @@ def layout(infos: Sequence[SampleInfo], channels: Sequence[tuple[int, ...]]) -> 
     return tuple(starts), end
 
 
-_TORCH_TYPES = {
-    name: getattr(torch, name)
-    for name in (
-        "uint8",
-        "int8",
-        "uint16",
-        "int16",
-        "uint32",
-        "int32",
-        "uint64",
-        "int64",
-        "float16",
-        "float32",
-        "float64",
-    )
-}
+_TORCH_TYPES = {name: getattr(torch, name) for name in NUMBER_TYPES}
 
 
 __all__ = ["Batch", "Origin", "PlanSample", "SamplePlan", "SampleStream", "ShardSet", "loader", "stream"]

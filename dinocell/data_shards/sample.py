@@ -1,12 +1,12 @@
-"""A sample on disk: one tile of one field, each channel a member of its own, so that a reader decodes what it needs.
+"""A sample on disk: one tile of one field, each channel in a member of its own, so that channels decode separately.
 
-In the tar file of a shard, a sample is a run of members of one key::
+In the tar file of a shard, a sample is a sequence of members with the same key::
 
-    plate1_B02_s3__y0_x512.c0.pco     channel 0, encoded (codecs.py)
+    plate1_B02_s3__y0_x512.c0.pco     channel 0, encoded (see the codecs below)
     plate1_B02_s3__y0_x512.c1.pco     channel 1 ...
-    plate1_B02_s3__y0_x512.json       what it is: SampleInfo
+    plate1_B02_s3__y0_x512.json       metadata: SampleInfo
 
-WebDataset reads such a file as it is. Values are those of the source, in its type, unless the set was built with 8 bit.
+WebDataset can read such a file. Values and types are those of the source, unless the set was built with 8 bit.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ from dinocell.errors import ShardError
 
 
 class SampleError(ShardError):
-    """A sample whose bytes are damaged; others of its set may be well."""
+    """A sample whose bytes are damaged; other samples of its set may be readable."""
 
 
-_HEADER = 512  # a tar header, and the unit that members are padded to
+_HEADER = 512  # bytes of a tar header, and the unit that members are padded to
 _MAX_KEY = 72  # a ustar name has 100 characters: key, tile, channel and suffix
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleInfo:
-    """What is known about a sample; the content of its JSON member.
+    """Metadata of a sample; the content of its JSON member.
 
     Attributes
     ----------
@@ -47,13 +47,13 @@ class SampleInfo:
     dtype, height, width
         Type and size of every channel's tile.
     row, column
-        Where the tile's first pixel lies in the field.
+        Position of the tile's first pixel in the field.
     crc32
         CRC-32 of each channel's encoded bytes.
     missing
-        Channels that other fields of the source have and this one has not.
+        Channels that other fields of the source have and this one lacks.
     ranges
-        For sets of 8 bit: the source's levels that became 0 and 255, a channel.
+        For 8-bit sets: for each channel, the source's values that became 0 and 255.
     """
 
     field: str
@@ -75,7 +75,7 @@ class SampleInfo:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RawSample:
-    """A sample as it lies in its shard: what it is, and the encoded bytes of each channel with their codec's name."""
+    """An encoded sample: its metadata, and the codec name and encoded bytes of each channel."""
 
     key: str
     info: SampleInfo
@@ -85,7 +85,7 @@ class RawSample:
 def sample_key(field_id: str, row: int, column: int) -> str:
     """Return the name of a sample's members: ASCII, without dots, short enough for a tar header, unique to the tile.
 
-    Where the field's id cannot be kept as it is, a hash of it follows what is kept.
+    If the field's id has to be changed for that, a hash of it is appended.
     """
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", field_id)
     if name != field_id or len(name) > _MAX_KEY - 26:
@@ -94,31 +94,30 @@ def sample_key(field_id: str, row: int, column: int) -> str:
 
 
 def encode_sample(
-    pixels: Shaped[np.ndarray, "c h w"], *, codec_name: str, **known: Any
+    pixels: Shaped[np.ndarray, "c h w"], *, codec_name: str, **metadata: Any
 ) -> tuple[SampleInfo, dict[str, bytes]]:
-    """Encode a tile; ``known`` are the attributes of ``SampleInfo`` that the pixels do not tell.
+    """Encode a tile; ``metadata`` has the attributes of ``SampleInfo`` that do not follow from the pixels.
 
     Returns
     -------
-    What the sample is, and the members by suffix (``c0.pco``, ..., ``json``).
+    The sample's metadata, and the members by suffix (``c0.pco``, ..., ``json``).
     """
-    planes = [np.ascontiguousarray(plane) for plane in pixels]
-    chosen = codec(codec_name, pixels.dtype)
-    encoded = [chosen.encode(plane) for plane in planes]
+    encode = get_codec(codec_name, pixels.dtype).encode
+    encoded = [encode(np.ascontiguousarray(plane)) for plane in pixels]
     info = SampleInfo(
         dtype=pixels.dtype.name,
         height=pixels.shape[1],
         width=pixels.shape[2],
         crc32=tuple(zlib.crc32(content) for content in encoded),
-        **known,
+        **metadata,
     )
-    members = {f"c{number}.{codec_name}": content for number, content in enumerate(encoded)}
+    members = {f"c{channel}.{codec_name}": content for channel, content in enumerate(encoded)}
     members["json"] = json.dumps(asdict(info), ensure_ascii=False, allow_nan=False).encode()
     return info, members
 
 
 def parse_sample(span: memoryview) -> RawSample:
-    """Take a sample's members from the bytes of its tar members, headers included; nothing is decoded or copied.
+    """Return a sample from the bytes of its tar members, including the headers, without decoding or copying.
 
     Raises
     ------
@@ -126,47 +125,67 @@ def parse_sample(span: memoryview) -> RawSample:
         If the bytes are not the members of one sample.
     """
     members: dict[str, memoryview] = {}
-    keys = set()
+    keys: set[str] = set()
+    problem = ""
     start = 0
     while start + _HEADER <= len(span):
-        header = bytes(span[start : start + _HEADER])
-        if header[257:262] != b"ustar":
-            raise SampleError(f"damaged: no tar header at byte {start} of a sample")
-        try:
-            name = header[:100].rstrip(b"\0").decode("ascii")
-            size = int(header[124:136].rstrip(b"\0 "), 8)
-        except ValueError as error:
-            raise SampleError(f"damaged: tar header at byte {start} of a sample ({error})") from error
+        name, size = _parse_header(bytes(span[start : start + _HEADER]))
+        content = start + _HEADER
+        if not 0 <= size <= len(span) - content:
+            problem = f"{name} is cut short" if size > 0 else f"no tar header at byte {start} of a sample"
+            break
         key, _, suffix = name.partition(".")
         keys.add(key)
-        members[suffix] = span[start + _HEADER : start + _HEADER + size]
-        if len(members[suffix]) != size:
-            raise SampleError(f"damaged: {name} is cut short")
-        start += _HEADER + -(-size // _HEADER) * _HEADER
-    if len(keys) != 1:
-        raise SampleError(
-            f"damaged: expected the members of one sample, got those of {', '.join(sorted(keys)) or 'none'}"
-        )
+        members[suffix] = span[content : content + size]
+        start = content + -(-size // _HEADER) * _HEADER
+    if not problem and len(keys) != 1:
+        problem = f"expected the members of one sample, got those of {', '.join(sorted(keys)) or 'none'}"
+    if problem:
+        raise SampleError(f"damaged: {problem}")
     return raw_sample(keys.pop(), members)
 
 
-def raw_sample(key: str, members: Mapping[str, bytes | memoryview]) -> RawSample:
-    """Put together a sample from its members by suffix, as WebDataset hands them over.
+def _parse_header(header: bytes) -> tuple[str, int]:
+    """Return name and size of a tar member; size -1 if this is not a header."""
+    if header[257:262] != b"ustar":
+        return "", -1
+    try:
+        return header[:100].rstrip(b"\0").decode("ascii"), int(header[124:136].rstrip(b"\0 "), 8)
+    except ValueError:
+        return "", -1
 
-    Raises
-    ------
-    SampleError
-        If the JSON member or a channel is missing or damaged.
-    """
-    info = _read_info(key, members)
+
+def raw_sample(key: str, members: Mapping[str, bytes | memoryview]) -> RawSample:
+    """Return a sample from its members by suffix, such as those of WebDataset; raise SampleError if it is damaged."""
+    try:
+        info = _parse_info(members["json"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SampleError(
+            f"{key}: JSON member missing or damaged ({type(error).__name__}: {error}); got {', '.join(sorted(members))}"
+        ) from error
     by_channel: dict[int, tuple[str, memoryview]] = {}
     for suffix, content in members.items():
-        found = re.fullmatch(r"c(\d+)\.(\w+)", suffix)
-        if found and found[2] in CODECS:
-            by_channel[int(found[1])] = (found[2], memoryview(content))
-    if sorted(by_channel) != list(range(len(info.channels))):
-        raise SampleError(f"{key}: expected {len(info.channels)} channels, got members {', '.join(sorted(members))}")
-    return RawSample(key=key, info=info, members=tuple(by_channel[number] for number in range(len(by_channel))))
+        match = re.fullmatch(r"c(\d+)\.(\w+)", suffix)
+        if match and match[2] in CODECS:
+            by_channel[int(match[1])] = (match[2], memoryview(content))
+    num_channels = len(info.channels)
+    has_channels = sorted(by_channel) == list(range(num_channels)) and len(info.crc32) == num_channels
+    if not has_channels or min(info.height, info.width) < 1:
+        raise SampleError(
+            f"{key}: expected {num_channels} channels of {info.height} x {info.width} with checksums, got members "
+            f"{', '.join(sorted(members))}"
+        )
+    return RawSample(key=key, info=info, members=tuple(by_channel[channel] for channel in range(num_channels)))
+
+
+def _parse_info(member: bytes | memoryview) -> SampleInfo:
+    content = json.loads(bytes(member))
+    content = {field.name: content[field.name] for field in fields(SampleInfo)}
+    content |= {name: tuple(content[name]) for name in ("channels", "crc32", "missing")}
+    content["ranges"] = tuple((float(low), float(high)) for low, high in content["ranges"])
+    info = SampleInfo(**content)
+    np.dtype(info.dtype)
+    return info
 
 
 def decode_sample(
@@ -177,9 +196,9 @@ def decode_sample(
     Parameters
     ----------
     channels
-        Which ones, from 0, in this order; None decodes all.
+        Indices of the channels, in this order; None decodes all.
     out
-        Where to write; its shape and type must be the sample's.
+        Output array; its shape and type must be the sample's.
 
     Raises
     ------
@@ -190,48 +209,27 @@ def decode_sample(
     chosen = range(len(sample.members)) if channels is None else channels
     if out is None:
         out = np.empty((len(chosen), info.height, info.width), np.dtype(info.dtype))
-    for plane, number in zip(out, chosen, strict=True):
-        name, content = sample.members[number]
-        if zlib.crc32(content) != info.crc32[number]:
-            raise SampleError(f"{sample.key}: channel {info.channels[number]} is damaged (its checksum differs)")
+    for plane, channel in zip(out, chosen, strict=True):
+        codec_name, content = sample.members[channel]
+        problem = "" if zlib.crc32(content) == info.crc32[channel] else "its checksum differs"
         try:
-            codec(name, plane.dtype).decode(content, plane)
+            if not problem:
+                get_codec(codec_name, plane.dtype).decode(content, plane)
         except (ValueError, RuntimeError, OSError, EOFError) as error:
-            cause = " ".join(str(error).split())
-            raise SampleError(f"{sample.key}: channel {info.channels[number]} cannot be decoded ({cause})") from error
+            problem = f"it cannot be decoded: {' '.join(str(error).split())}"
+        if problem:
+            raise SampleError(f"{sample.key}: channel {info.channels[channel]} is damaged ({problem})")
     return out
 
 
-_LISTS = ("channels", "crc32", "missing")
-
-
-def _read_info(key: str, members: Mapping[str, bytes | memoryview]) -> SampleInfo:
-    if "json" not in members:
-        raise SampleError(f"{key}: no JSON member; got {', '.join(sorted(members))}")
-    try:
-        content = json.loads(bytes(members["json"]))
-        content = {known.name: content[known.name] for known in fields(SampleInfo)}
-        content |= {name: tuple(content[name]) for name in _LISTS}
-        content["ranges"] = tuple((float(low), float(high)) for low, high in content["ranges"])
-        info = SampleInfo(**content)
-        np.dtype(info.dtype)
-    except (ValueError, KeyError, TypeError) as error:
-        raise SampleError(f"{key}: damaged JSON member ({type(error).__name__}: {error})") from error
-    if len(info.crc32) != len(info.channels) or info.height < 1 or info.width < 1:
-        raise SampleError(f"{key}: damaged JSON member (channels, checksums and size do not fit together)")
-    return info
-
-
-# --- codecs --------------------------------------------------------------------------------------------------------
-#
-# How one channel of a tile becomes bytes and back, without loss.
+# --- codecs: lossless encodings of one channel of a tile -----------------------------------------------------------
 #
 # ========  ==============================  =========================================================================
-# suffix    what                            when
+# suffix    encoding                        use
 # ========  ==============================  =========================================================================
 # ``pco``   pcodec (default)                the smallest of the fast, the fastest of the small (docs/data-format.md)
-# ``png``   PNG, 8 and 16 bit               to look into shards with any tool; decodes about six times slower
-# ``npy``   NumPy's own file, uncompressed  where the disk is large and faster than the processor
+# ``png``   PNG, 8 and 16 bit               to inspect shards with any tool; decodes about six times slower
+# ``npy``   NumPy's own file, uncompressed  not on the command line; for disks that are faster than the processor
 # ========  ==============================  =========================================================================
 
 # pcodec's own default: 6 % smaller than level 4 on Cell Painting fields, decoded as fast, encoded 20 % slower.
@@ -239,35 +237,27 @@ _PCODEC_LEVEL = 8
 
 
 class Codec(NamedTuple):
-    """Bytes from a plane (h w); a plane of a known shape and type from bytes, written into ``out``."""
+    """Encoder of a plane (h w), decoder into an array of the same shape and type, and the supported types."""
 
     encode: Callable[[np.ndarray], bytes]
     decode: Callable[[memoryview, np.ndarray], None]
     dtypes: tuple[str, ...]
 
 
-_NUMBERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64")
-
-
-def codec(name: str, dtype: np.dtype) -> Codec:
-    """Return the codec of a member's suffix.
-
-    Raises
-    ------
-    ShardError
-        If there is no such codec, it cannot hold the type, or this installation lacks it.
-    """
+def get_codec(name: str, dtype: np.dtype) -> Codec:
+    """Return the codec of a member's suffix; raise ShardError if it is unknown, not installed, or not for this type."""
+    problem = None
     if name not in CODECS:
-        raise ShardError(f"codec {name!r}: expected one of {', '.join(CODECS)}")
-    if dtype.name not in CODECS[name].dtypes:
-        raise ShardError(f"codec {name}: expected {', '.join(CODECS[name].dtypes)}, got {dtype}")
-    if name == "pco":
+        problem = f"expected one of {', '.join(CODECS)}"
+    elif dtype.name not in CODECS[name].dtypes:
+        problem = f"expected {', '.join(CODECS[name].dtypes)}, got {dtype}"
+    elif name == "pco":
         import imagecodecs
 
         if not imagecodecs.PCODEC.available:
-            raise ShardError(
-                "this installation of imagecodecs lacks pcodec: install its wheel, or build with --codec png"
-            )
+            problem = "this installation of imagecodecs lacks pcodec; install its wheel, or build with --codec png"
+    if problem:
+        raise ShardError(f"codec {name}: {problem}")
     return CODECS[name]
 
 
@@ -307,14 +297,28 @@ def _decode_npy(content: memoryview, out: Shaped[np.ndarray, "h w"]) -> None:
     _copy(np.load(io.BytesIO(content), allow_pickle=False), out)
 
 
-def _copy(plane: np.ndarray, out: np.ndarray) -> None:
+def _copy(plane: Shaped[np.ndarray, "..."], out: Shaped[np.ndarray, "h w"]) -> None:
     if plane.shape != out.shape or plane.dtype != out.dtype:
         raise ValueError(f"expected {out.dtype} of {out.shape}, got {plane.dtype} of {plane.shape}")
     out[...] = plane
 
 
+NUMBER_TYPES = (
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+)
+
 CODECS = {
-    "pco": Codec(_encode_pco, _decode_pco, _NUMBERS),
+    "pco": Codec(_encode_pco, _decode_pco, NUMBER_TYPES),
     "png": Codec(_encode_png, _decode_png, ("uint8", "uint16")),
-    "npy": Codec(_encode_npy, _decode_npy, _NUMBERS),
+    "npy": Codec(_encode_npy, _decode_npy, NUMBER_TYPES),
 }

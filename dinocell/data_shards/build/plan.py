@@ -1,9 +1,9 @@
-"""Which field goes to which shard: decided once, before the first shard is written, and kept in ``.build/``.
+"""Assignment of fields to shards: fixed before the first shard is written, and stored in ``.build/``.
 
 A shard is a function of its list of fields and the settings, nothing else. So any process can build any shard in any
-order, now or after a crash, and the set always comes out the same.
+order, now or after a crash, and the set is always the same.
 
-Fields are dealt to shards at random (seeded), so that neighbours on a plate do not end up in one batch.
+Fields are assigned to shards at random (seeded), so that neighbours on a plate are not in the same batch.
 """
 
 import gzip
@@ -20,47 +20,39 @@ from typing import Any
 
 import numpy as np
 
-from dinocell.data_shards.sources.field import Field, FieldFile, Rejected, Source, read_field
 from dinocell.data_shards.build.tiles import TileSettings, tiles
+from dinocell.data_shards.sources.field import Field, FieldFile, Rejected, Source, read_field
 from dinocell.errors import ImageError, ShardError
 
 BUILD_FOLDER = ".build"
 
-# Small sets give every core of a small machine something to do, and every loader worker a shard of its own.
+# Enough to occupy every core of a small machine, and every loader worker.
 _MIN_SHARDS = 8
-_TRIED_FOR_SIZE = 20  # of the first fields, and as many of all
-_SPOOLED_BYTES = 64 << 20
+_NUM_SIZE_TRIALS = 20  # of the first fields, and as many spread over all
+_BUFFER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The shards to build: how many, of how many fields, with which settings; ``folder`` is where the rest lies."""
+    """The shards to build: numbers of fields and shards, and settings; ``folder`` has the lists of fields."""
 
     folder: Path
     num_fields: int
     num_shards: int
     settings: dict[str, Any]
 
-    def fields(self, number: int) -> list[Field]:
+    def fields(self, shard: int) -> list[Field]:
         """Return the fields of a shard."""
-        text = gzip.decompress((self.folder / "fields" / f"{number:06d}.jsonl.gz").read_bytes()).decode()
-        return [_field_from(json.loads(line)) for line in text.split("\n")]
+        text = gzip.decompress((self.folder / "fields" / f"{shard:06d}.jsonl.gz").read_bytes()).decode()
+        return [_parse_field(line) for line in text.split("\n")]
 
     def rejected(self) -> Iterator[Rejected]:
         """Return the inputs that belong to no field."""
-        with (self.folder / "rejected.jsonl").open(encoding="utf-8") as lines:
-            for line in lines:
-                yield Rejected(**json.loads(line))
+        return _read_rejected(self.folder)
 
 
 def open_plan(output: Path) -> Plan | None:
-    """Return the plan of an unfinished build; None if there is none.
-
-    Raises
-    ------
-    ShardError
-        If it is damaged.
-    """
+    """Return the plan of an unfinished build, or None; raise ShardError if it is damaged."""
     folder = output / BUILD_FOLDER
     path = folder / "plan.json"
     if not path.exists():
@@ -79,31 +71,27 @@ def make_plan(
     samples_per_shard: int,
     shuffle_seed: int,
     settings: dict[str, Any],
-    listed: Callable[[int], None] = lambda _: None,
+    on_listed: Callable[[int], None] = lambda _: None,
 ) -> Plan:
-    """List the source's fields and deal them to shards; memory does not grow with their number, but for 16 bytes each.
+    """List the source's fields and assign them to shards; this needs 16 bytes of memory per field.
 
-    If another process makes the same plan at the same time, the first to be done wins and both return its plan.
+    If another process makes the same plan at the same time, the first to finish wins and both return its plan.
 
     Raises
     ------
     ShardError
-        If there is no field, or two have one id.
-    ImageError
-        If no field can be read.
+        If there is no field, two have the same id, or none of the first can be read.
     """
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     folder = output / f"{BUILD_FOLDER}-{secrets.token_hex(4)}.part"
     (folder / "fields").mkdir(parents=True)
     try:
-        num_fields = _spool(source, folder, listed)
-        if num_fields == 0:
-            raise ShardError(_nothing_found(folder))
-        per_shard = max(1, samples_per_shard // _tiles_of_a_field(folder, num_fields, tile_settings))
+        num_fields = _list_fields(source, folder, on_listed)
+        per_shard = max(1, samples_per_shard // _num_tiles_per_field(folder, num_fields, tile_settings))
         per_shard = min(per_shard, max(1, num_fields // _MIN_SHARDS))
         num_shards = -(-num_fields // per_shard)
-        _deal(folder, num_fields, per_shard, shuffle_seed)
+        _assign_fields(folder, num_fields, per_shard, shuffle_seed)
         content = {"num_fields": num_fields, "num_shards": num_shards, "settings": settings}
         (folder / "plan.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         try:
@@ -114,20 +102,15 @@ def make_plan(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if is_new:
-            _remove_if_empty(output)
+            with suppress(OSError):
+                output.rmdir()  # if it is empty: another process may be building there
     plan = open_plan(output)
     assert plan is not None
     return plan
 
 
-def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder that nothing was put into: another process may be building there."""
-    with suppress(OSError):
-        folder.rmdir()
-
-
-def _spool(source: Source, folder: Path, listed: Callable[[int], None]) -> int:
-    """Write fields and rejected inputs to one file each, a line each; return the number of fields."""
+def _list_fields(source: Source, folder: Path, on_listed: Callable[[int], None]) -> int:
+    """Write fields and rejected inputs to one file each, one per line; return the number of fields."""
     hashes: list[int] = []
     with (
         (folder / "spool.jsonl").open("w", encoding="utf-8") as fields,
@@ -142,41 +125,49 @@ def _spool(source: Source, folder: Path, listed: Callable[[int], None]) -> int:
                 continue
             fields.write(line)
             hashes.append(int.from_bytes(hashlib.blake2b(item.id.encode(), digest_size=8).digest(), "little"))
-            listed(len(hashes))
+            on_listed(len(hashes))
     values, counts = np.unique(np.array(hashes, np.uint64), return_counts=True)
-    if (counts > 1).any():
-        number = hashes.index(int(values[np.argmax(counts > 1)]))
-        raise ShardError(f"two fields have the id {_nth_field(folder, number).id!r}; ids must differ")
+    problem = None
+    if not hashes:
+        reasons = list(_read_rejected(folder))
+        first = f"; {len(reasons)} input(s) rejected, the first: {reasons[0].input}: {reasons[0].reason}"
+        problem = "no field found" + (first if reasons else "")
+    elif (counts > 1).any():
+        index = hashes.index(int(values[np.argmax(counts > 1)]))
+        field = next(field for position, field in _spooled_fields(folder) if position == index)
+        problem = f"two fields have the id {field.id!r}; ids must be unique"
+    if problem:
+        raise ShardError(problem)
     return len(hashes)
 
 
 def _check_unicode(line: str) -> None:
     try:
         line.encode()
-    except UnicodeEncodeError:  # names are checked where they are listed; this is the folder that the user named
+    except UnicodeEncodeError:  # file names are checked when they are listed; this is the folder given by the user
         shown = os.fsencode(line).decode("utf-8", "backslashreplace").strip()
         raise ShardError(f"the path of the input is not Unicode (UTF-8), rename its folder; in {shown}") from None
 
 
-def _deal(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:
-    """Cut the spool into one compressed file a shard, in a random order that depends on the seed alone."""
-    place = np.random.default_rng(seed).permutation(num_fields)
-    waiting: dict[int, list[tuple[int, str]]] = {}
-    held = 0
+def _assign_fields(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:
+    """Split the list of fields into one compressed file per shard, in a random order that depends on the seed alone."""
+    order = np.random.default_rng(seed).permutation(num_fields)
+    buffer: dict[int, list[str]] = {}
+    num_bytes = 0
 
     def flush() -> None:
-        for shard, lines in waiting.items():
+        for shard, lines in buffer.items():
             with (folder / "fields" / f"{shard:06d}.part").open("a", encoding="utf-8") as file:
-                file.writelines(f"{place:d}\t{line}" for place, line in lines)
-        waiting.clear()
+                file.writelines(lines)
+        buffer.clear()
 
     with (folder / "spool.jsonl").open(encoding="utf-8") as lines:
-        for position, line in zip(place.tolist(), lines, strict=True):
-            waiting.setdefault(position // per_shard, []).append((position, line))
-            held += len(line)
-            if held > _SPOOLED_BYTES:
+        for position, line in zip(order.tolist(), lines, strict=True):
+            buffer.setdefault(position // per_shard, []).append(f"{position:d}\t{line}")
+            num_bytes += len(line)
+            if num_bytes > _BUFFER_BYTES:
                 flush()
-                held = 0
+                num_bytes = 0
     flush()
     for part in (folder / "fields").glob("*.part"):
         placed = [line.split("\t", 1) for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
@@ -186,38 +177,36 @@ def _deal(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:
     (folder / "spool.jsonl").unlink()
 
 
-def _tiles_of_a_field(folder: Path, num_fields: int, settings: TileSettings) -> int:
-    """Return how many tiles the first field gives that can be read; a whole folder of others may come before it."""
-    tried = {*range(_TRIED_FOR_SIZE), *np.linspace(0, num_fields - 1, _TRIED_FOR_SIZE, dtype=int).tolist()}
+def _num_tiles_per_field(folder: Path, num_fields: int, settings: TileSettings) -> int:
+    """Return the number of tiles of the first readable field; a whole folder of unreadable ones may precede it."""
+    trials = {*range(_NUM_SIZE_TRIALS), *np.linspace(0, num_fields - 1, _NUM_SIZE_TRIALS, dtype=int).tolist()}
     first_error: ImageError | None = None
-    with (folder / "spool.jsonl").open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            if number not in tried:
-                continue
-            try:
-                picture = read_field(_field_from(json.loads(line)))
-            except ImageError as error:
-                first_error = first_error or error
-                continue
-            _, height, width = picture.pixels.shape
+    for position, field in _spooled_fields(folder):
+        if position not in trials:
+            continue
+        try:
+            _, height, width = read_field(field).pixels.shape
+        except ImageError as error:
+            first_error = first_error or error
+        else:
             return len(list(tiles(height, width, settings)))
-    num_tried = sum(number < num_fields for number in tried)
+    num_tried = sum(position < num_fields for position in trials)
     raise ShardError(f"none of {num_tried} of {num_fields} fields can be read; the first: {first_error}")
 
 
-def _nothing_found(folder: Path) -> str:
+def _read_rejected(folder: Path) -> Iterator[Rejected]:
     with (folder / "rejected.jsonl").open(encoding="utf-8") as lines:
-        reasons = [json.loads(line) for line in lines]
-    if not reasons:
-        return "no field found"
-    return f"no field found; {len(reasons)} input(s) rejected, the first: {reasons[0]['input']}: {reasons[0]['reason']}"
+        for line in lines:
+            yield Rejected(**json.loads(line))
 
 
-def _nth_field(folder: Path, number: int) -> Field:
+def _spooled_fields(folder: Path) -> Iterator[tuple[int, Field]]:
     with (folder / "spool.jsonl").open(encoding="utf-8") as lines:
-        return next(_field_from(json.loads(line)) for index, line in enumerate(lines) if index == number)
+        for position, line in enumerate(lines):
+            yield position, _parse_field(line)
 
 
-def _field_from(content: dict[str, Any]) -> Field:
+def _parse_field(line: str) -> Field:
+    content: dict[str, Any] = json.loads(line)
     files = tuple(FieldFile(**{**file, "channels": tuple(file["channels"])}) for file in content.pop("files"))
     return Field(files=files, **{**content, "missing": tuple(content["missing"])})

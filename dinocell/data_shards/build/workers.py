@@ -1,4 +1,4 @@
-"""Run tasks in processes that end when this one does, however it ends."""
+"""Run tasks in worker processes that end when this process does, however it ends."""
 
 import multiprocessing
 import os
@@ -17,9 +17,9 @@ Result = TypeVar("Result")
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int) -> Iterator[Result]:
-    """Call ``function`` on each task and return the results as they come, in no particular order.
+    """Call ``function`` on each task and yield the results as they are ready, in no particular order.
 
-    With one worker or task, everything happens in this process. An exception of a task, or leaving the loop early, ends
+    With one worker or task, everything runs in this process. An exception of a task, or leaving the loop early, ends
     all workers.
 
     Raises
@@ -32,8 +32,8 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], *, work
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
-    ends, alive = context.Pipe(duplex=False)
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(ends,))
+    receiver, sender = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(receiver,))
     try:
         waiting = iter(tasks)
         running: set[Future[Result]] = {executor.submit(function, task) for task in islice(waiting, 2 * workers)}
@@ -48,21 +48,21 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], *, work
             "to continue (a script that builds shards must do so under 'if __name__ == \"__main__\":')"
         ) from None
     finally:
-        alive.close()  # at this, workers that are still busy end at once
+        sender.close()  # workers that are still busy exit at once
         executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _start_worker(parent: Connection) -> None:
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     import cv2
 
-    cv2.setNumThreads(1)  # there is a process a core
+    cv2.setNumThreads(1)  # there is one process per core
 
 
-def _end_with(parent: Connection) -> None:
+def _exit_with(parent: Connection) -> None:
     try:
         parent.recv_bytes()
     except (EOFError, OSError):

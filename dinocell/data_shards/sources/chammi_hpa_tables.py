@@ -1,13 +1,13 @@
-"""Sources that public data sets describe in tables: HPA single cells, HPA fields of view, CHAMMI.
+"""Data sets published with tables: HPA single cells, HPA fields of view, CHAMMI.
 
-All three store the channels of an image side by side in one grey picture. File and column names are those that the
+All three store the channels of an image side by side in one grey image. File and column names are those that the
 loaders of Cell-DINO (github.com/facebookresearch/dinov2, December 2025) and CHAMMI (doi 10.5281/zenodo.7988357) read.
 """
 
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from typing import ClassVar, NamedTuple
 
 from dinocell.data_shards.sources.field import Field, FieldFile, LabelValue, Rejected, check_plain_names
 from dinocell.data_shards.sources.hpa import parse_hpa_id
@@ -17,40 +17,58 @@ from dinocell.images.storage import base_name, join, list_files
 
 _HPA_CHANNELS = ("microtubules", "protein", "nucleus", "er")
 
-# Table, column and folder of each split.
-_HPA_ONE_SPLITS = {
-    "all": (
-        "varied_size_masked_single_cells_pretrain_20240507.csv",
-        "img_path",
-        "varied_size_masked_single_cells_HPA",
-    ),
-    "train": (
-        "fixed_size_masked_single_cells_pretrain_20240507.csv",
-        "file",
-        "fixed_size_masked_single_cells_HPA",
-    ),
-    "val": (
-        "fixed_size_masked_single_cells_evaluation_20240507.csv",
-        "file",
-        "fixed_size_masked_single_cells_HPA",
-    ),
-}
-_HPA_FOV_SPLITS = {
-    "ssl": ("whole_images_names.csv", "ID", "normalized_data"),
-    "train": ("whole_images_512_train.csv", "file", "512_whole_images"),
-    "val": ("whole_images_512_test.csv", "file", "512_whole_images"),
-}
 
-_CHAMMI_TABLE, _CHAMMI_SUBSET_TABLE = "morphem70k_v2.csv", "enriched_meta.csv"
-_CHAMMI_CHANNELS = {
-    "Allen": ("nucleus", "membrane", "protein"),
-    "HPA": _HPA_CHANNELS,
-    "CP": ("nucleus", "er", "rna", "agp", "mito"),
-}
+class _Split(NamedTuple):
+    """The table of a split, its column with the image, and the folder of the images."""
+
+    table: str
+    column: str
+    folder: str
+    has_subfolders: bool = False
+    may_have_other_suffix: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class HpaOneSource:
+class _HpaTableSource:
+    """The rows of a Human Protein Atlas table as fields; see the two data sets below."""
+
+    input: str
+    split: str
+    table: tuple[str, ...] = ()
+    path_column: str | None = None
+    channels: tuple[str, ...] = _HPA_CHANNELS
+    pixel_size_um: float | None = None
+
+    splits: ClassVar[Mapping[str, _Split]]
+
+    def fields(self) -> Iterator[Field | Rejected]:
+        """List the rows of the table as fields, in its order."""
+        check_plain_names(self.channels)
+        if self.split.lower() not in self.splits:
+            raise ImageError(f"--split {self.split}: expected one of {', '.join(self.splits)}")
+        split = self.splits[self.split.lower()]
+        root, tables = open_tables(self.input, self.table, (split.table,))
+        existing = None
+        if split.may_have_other_suffix and not root.startswith(("http://", "https://")):
+            existing = {file.name for file in list_files(join(root, split.folder))}
+        seen: set[str] = set()
+        for table in tables:
+            column = self.path_column or split.column
+            rows = _RowReader(table, column, root, self.pixel_size_um, seen)
+            for line, row in table.rows():
+                path = row[column].replace("\\", "/")
+                name: str | None = path if split.has_subfolders else posixpath.basename(path)
+                if name and split.may_have_other_suffix:
+                    name = _find_file(name, existing)
+                if name is None:
+                    reason = f"no {posixpath.basename(path)} (.png or .tiff) in {join(root, split.folder)}"
+                    yield Rejected(input=f"{base_name(table.address)}:{line}", kind="missing file", reason=reason)
+                else:
+                    yield rows.field(line, row, f"{split.folder}/{name}", self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HpaOneSource(_HpaTableSource):
     """HPAone: single cells of the Human Protein Atlas (BioStudies S-BIAD2443).
 
     Attributes
@@ -64,29 +82,26 @@ class HpaOneSource:
         The column with the image, if not ``img_path`` (all) or ``file`` (train, val).
     """
 
-    input: str
     split: str = "all"
-    table: tuple[str, ...] = ()
-    path_column: str | None = None
-    channels: tuple[str, ...] = _HPA_CHANNELS
-    pixel_size_um: float | None = None
 
-    def fields(self) -> Iterator[Field | Rejected]:
-        """List the rows of the table as fields, in its order."""
-        check_plain_names(self.channels)
-        name, column, folder = _of_split(_HPA_ONE_SPLITS, self.split)
-        root, tables = open_tables(self.input, self.table, (name,))
-        seen: set[str] = set()
-        for table in tables:
-            used = self.path_column or column
-            rows = _Rows(table, used, root, self.pixel_size_um, seen)
-            for line, row in table.rows():
-                inner = row[used] if self.split.lower() == "all" else posixpath.basename(row[used])
-                yield rows.field(line, row, f"{folder}/{inner}", self.channels)
+    splits: ClassVar[Mapping[str, _Split]] = {
+        "all": _Split(
+            "varied_size_masked_single_cells_pretrain_20240507.csv",
+            "img_path",
+            "varied_size_masked_single_cells_HPA",
+            has_subfolders=True,
+        ),
+        "train": _Split(
+            "fixed_size_masked_single_cells_pretrain_20240507.csv", "file", "fixed_size_masked_single_cells_HPA"
+        ),
+        "val": _Split(
+            "fixed_size_masked_single_cells_evaluation_20240507.csv", "file", "fixed_size_masked_single_cells_HPA"
+        ),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
-class HpaFovSource:
+class HpaFovSource(_HpaTableSource):
     """HPA-FoV: fields of view of the Human Protein Atlas (BioStudies S-BIAD2443).
 
     Attributes
@@ -95,39 +110,36 @@ class HpaFovSource:
         The folder with the tables and the image folders, or one of the tables.
     split
         ``ssl``: all images, without labels, for pretraining. ``train``, ``val``: with 28 protein locations (True or
-        False) and the cell line as labels. Images of the table without a file are rejected; .png in the table may be
-        .tiff in the folder.
+        False) and the cell line as labels. Rows without a file are rejected; .png in the table may be .tiff in the
+        folder.
     path_column
         The column with the image, if not ``ID`` (ssl) or ``file`` (train, val).
     """
 
-    input: str
     split: str = "ssl"
-    table: tuple[str, ...] = ()
-    path_column: str | None = None
-    channels: tuple[str, ...] = _HPA_CHANNELS
-    pixel_size_um: float | None = None
 
-    def fields(self) -> Iterator[Field | Rejected]:
-        """List the rows of the table as fields, in its order."""
-        check_plain_names(self.channels)
-        name, column, folder = _of_split(_HPA_FOV_SPLITS, self.split)
-        root, tables = open_tables(self.input, self.table, (name,))
-        present = None
-        if not root.startswith(("http://", "https://")):
-            present = {file.name for file in list_files(join(root, folder))}
-        seen: set[str] = set()
-        for table in tables:
-            used = self.path_column or column
-            rows = _Rows(table, used, root, self.pixel_size_um, seen)
-            for line, row in table.rows():
-                wanted = posixpath.basename(row[used].replace("\\", "/"))
-                found = _present(wanted, present)
-                if found is None:
-                    reason = f"no {wanted} (.png or .tiff) in {join(root, folder)}"
-                    yield Rejected(input=f"{base_name(table.address)}:{line}", kind="missing file", reason=reason)
-                    continue
-                yield rows.field(line, row, f"{folder}/{found}", self.channels)
+    splits: ClassVar[Mapping[str, _Split]] = {
+        "ssl": _Split("whole_images_names.csv", "ID", "normalized_data", may_have_other_suffix=True),
+        "train": _Split("whole_images_512_train.csv", "file", "512_whole_images", may_have_other_suffix=True),
+        "val": _Split("whole_images_512_test.csv", "file", "512_whole_images", may_have_other_suffix=True),
+    }
+
+
+def _find_file(name: str, existing: Collection[str] | None) -> str | None:
+    """Return the file for a name in a table, which may lack the suffix or have another; None existing: a web server."""
+    stem, suffix = posixpath.splitext(name)
+    if suffix not in (".png", ".tif", ".tiff", ".jpg"):
+        stem, suffix = name, ".png"
+    names = [f"{stem}{ending}" for ending in (suffix, ".tiff", ".tif", ".png")]
+    return names[0] if existing is None else next((name for name in names if name in existing), None)
+
+
+_CHAMMI_TABLE, _CHAMMI_SUBSET_TABLE = "morphem70k_v2.csv", "enriched_meta.csv"
+_CHAMMI_CHANNELS = {
+    "Allen": ("nucleus", "membrane", "protein"),
+    "HPA": _HPA_CHANNELS,
+    "CP": ("nucleus", "er", "rna", "agp", "mito"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +149,11 @@ class ChammiSource:
     Attributes
     ----------
     input
-        The folder with ``morphem70k_v2.csv``, else the three ``<subset>/enriched_meta.csv``; or such a table.
+        The folder with ``morphem70k_v2.csv`` or the three ``<subset>/enriched_meta.csv``; or such a table.
     subset
-        Which of Allen, HPA, CP; empty takes all.
+        Which of Allen, HPA, CP; empty uses all.
     split
-        A value of the column ``train_test_split`` (Train, Task_one, Task_two...); None takes all.
+        A value of the column ``train_test_split`` (Train, Task_one, Task_two...); None uses all.
     path_column
         The column with the image, if not ``file_path``.
     """
@@ -155,91 +167,74 @@ class ChammiSource:
 
     def fields(self) -> Iterator[Field | Rejected]:
         """List the rows of the table as fields, in its order."""
-        known = {name.lower(): name for name in _CHAMMI_CHANNELS}
-        unknown = [name for name in self.subset if name.lower() not in known]
-        if unknown:
+        by_name = {name.lower(): name for name in _CHAMMI_CHANNELS}
+        if unknown := [name for name in self.subset if name.lower() not in by_name]:
             raise ImageError(f"--subset {', '.join(unknown)}: expected some of {', '.join(_CHAMMI_CHANNELS)}")
-        chosen = [known[name.lower()] for name in self.subset] or list(_CHAMMI_CHANNELS)
-        root, tables = self._tables(chosen)
+        subsets = [by_name[name.lower()] for name in self.subset] or list(_CHAMMI_CHANNELS)
+        root, tables = self._open_tables(subsets)
         seen: set[str] = set()
         splits: set[str] = set()
         num_fields = 0
         for table in tables:
-            used = self.path_column or "file_path"
+            column = self.path_column or "file_path"
             table.require(*(("train_test_split",) if self.split else ()))
-            rows = _Rows(table, used, root, self.pixel_size_um, seen)
+            rows = _RowReader(table, column, root, self.pixel_size_um, seen)
             for line, row in table.rows():
                 splits.add(row.get("train_test_split", ""))
-                subset = row[used].replace("\\", "/").lstrip("./").split("/")[0]
+                subset = row[column].replace("\\", "/").lstrip("./").split("/")[0]
                 if self.split and row["train_test_split"].lower() != self.split.lower():
                     continue
                 if subset not in _CHAMMI_CHANNELS:
-                    reason = f"expected a path in {', '.join(_CHAMMI_CHANNELS)}, got {row[used]!r}"
+                    reason = f"expected a path in {', '.join(_CHAMMI_CHANNELS)}, got {row[column]!r}"
                     yield Rejected(input=f"{base_name(table.address)}:{line}", kind="unmatched", reason=reason)
-                elif subset in chosen:
+                elif subset in subsets:
                     num_fields += 1
-                    yield rows.field(line, row, row[used], _CHAMMI_CHANNELS[subset], {"subset": subset})
+                    yield rows.field(line, row, row[column], _CHAMMI_CHANNELS[subset], {"subset": subset})
         if not num_fields:
-            where = f"of split {self.split} " if self.split else ""
+            of_split = f"of split {self.split} " if self.split else ""
             raise ImageError(
-                f"{self.input}: no image {where}in {', '.join(chosen)}; splits found: {', '.join(sorted(splits))}"
+                f"{self.input}: no image {of_split}in {', '.join(subsets)}; splits found: {', '.join(sorted(splits))}"
             )
 
-    def _tables(self, chosen: Sequence[str]) -> tuple[str, list[Table]]:
+    def _open_tables(self, subsets: Sequence[str]) -> tuple[str, list[Table]]:
         try:
             return open_tables(self.input, self.table, (_CHAMMI_TABLE,))
         except ImageError as error:
             if self.table or is_table(self.input) or "no such file" not in str(error):
                 raise
-        names = tuple(f"{subset}/{_CHAMMI_SUBSET_TABLE}" for subset in chosen)
+        names = tuple(f"{subset}/{_CHAMMI_SUBSET_TABLE}" for subset in subsets)
         return open_tables(self.input, (), names)
 
 
-def _of_split(splits: Mapping[str, tuple[str, str, str]], split: str) -> tuple[str, str, str]:
-    if split.lower() not in splits:
-        raise ImageError(f"--split {split}: expected one of {', '.join(splits)}")
-    return splits[split.lower()]
-
-
-def _present(wanted: str, present: set[str] | None) -> str | None:
-    """Return the file of a folder that a table means: of this name, or with another suffix."""
-    forms = [wanted] if PurePosixPath(wanted).suffix in (".png", ".tif", ".tiff", ".jpg") else [f"{wanted}.png"]
-    if present is None:
-        return forms[0]
-    stem = forms[0].rpartition(".")[0]
-    forms += [f"{stem}{suffix}" for suffix in (".tiff", ".tif", ".png")]
-    return next((form for form in forms if form in present), None)
-
-
-class _Rows:
+class _RowReader:
     """Makes fields of the rows of one table; ``seen`` is shared with the other tables."""
 
     def __init__(self, table: Table, column: str, root: str, pixel_size_um: float | None, seen: set[str]) -> None:
         table.require(column)
         self._table, self._column, self._root, self._pixel_size_um = table, column, root, pixel_size_um
         self._seen = seen
-        self._places = table.places()
+        self._plate_columns = table.plate_columns()
 
     def field(
         self, line: int, row: Row, name: str, channels: tuple[str, ...], labels: Mapping[str, LabelValue] | None = None
     ) -> Field | Rejected:
-        """Return the field; rejected where the path leads out of the input, is empty, or was there before."""
-        where, cell = f"{base_name(self._table.address)}:{line}", row[self._column].strip()
+        """Return the field; rejected if the path is empty, outside the input, or in an earlier row."""
+        address, cell = f"{base_name(self._table.address)}:{line}", row[self._column].strip()
         name = posixpath.normpath(name.replace("\\", "/"))
         if not cell or name.startswith(("../", "/")):
-            reason = f"no file name in {self._column}" if not cell else f"{cell}: leads out of the input"
-            return Rejected(input=where, kind="unmatched", reason=reason)
+            reason = f"{cell}: outside the input" if cell else f"no file name in {self._column}"
+            return Rejected(input=address, kind="unmatched", reason=reason)
         if name in self._seen:
-            return Rejected(input=where, kind="listed twice", reason=f"{name} is in an earlier row")
+            return Rejected(input=address, kind="listed twice", reason=f"{name} is in an earlier row")
         self._seen.add(name)
-        places = {place: row[column] for place, column in self._places.items() if row[column]}
-        places = {**parse_hpa_id(posixpath.splitext(name)[0]), **places}
+        location = parse_hpa_id(posixpath.splitext(name)[0])
+        location |= {key: row[column] for key, column in self._plate_columns.items() if row[column]}
         return Field(
             id=name,
             files=(FieldFile(path=join(self._root, *name.split("/")), channels=channels, layout="side_by_side"),),
-            plate=places.get("plate"),
-            well=places.get("well"),
-            site=places.get("site"),
-            labels={**row_labels(row, without={self._column, *self._places.values()}), **(labels or {})},
+            plate=location.get("plate"),
+            well=location.get("well"),
+            site=location.get("site"),
+            labels={**row_labels(row, without={self._column, *self._plate_columns.values()}), **(labels or {})},
             pixel_size_um=self._pixel_size_um,
         )

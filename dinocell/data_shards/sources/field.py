@@ -1,20 +1,22 @@
-"""A field of view as a source finds it on disk: which files hold its channels, and what is known about it.
+"""Fields of view as a source lists them: which files hold the channels, and the metadata of the field.
 
-Sources (``sources.py``) list fields without opening a picture; ``read_field`` opens the files of one field.
+Sources list fields without opening an image; ``read_field`` reads the files of one field.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain, pairwise
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+from jaxtyping import Shaped
 
 from dinocell.errors import ImageError
 from dinocell.images.image import COLOURS, Image
 from dinocell.images.read import read_image
+from dinocell.images.storage import Listed
 
 LabelValue = str | int | float | bool
 Layout = Literal["planes", "grey", "red", "green", "blue", "colour", "side_by_side"]
@@ -27,19 +29,18 @@ class FieldFile:
     Attributes
     ----------
     path
-        A path on this disk or an address (``s3://``, ``https://``).
+        A local path or an address (``s3://``, ``https://``).
     channels
-        The names of the channels in this file, in the file's order; empty takes the names that the file says, and
-        ``c0``, ``c1``... where it says none.
+        Channel names, in the file's order; empty uses the names in the file, or ``c0``, ``c1``... if it has none.
     layout
-        ``planes``: the picture's own channels. ``grey``: one channel, from a picture that may store it as red = green =
-        blue, or in one of them with nothing in the others. ``red``, ``green``, ``blue``: one channel, from a grey
-        picture, or from this plane of one that is tinted for display (HPA's JPEGs, whose compression leaves traces in
-        the other planes). ``colour``: one channel, ``grey``, from a grey picture, else red, green and blue.
-        ``side_by_side``: channels next to one another along the width of one grey picture, each as wide as it is high
-        (or a picture that already holds them apart).
+        ``planes``: the image's own channels. ``grey``: one channel, from an image that may store it as red = green =
+        blue, or in one of them with the others empty. ``red``, ``green``, ``blue``: one channel, from a grey image or
+        from this plane of an image tinted for display (HPA's JPEGs, whose compression leaves traces in the other
+        planes). ``colour``: one channel, ``grey``, from a grey image, otherwise red, green and blue.
+        ``side_by_side``: square channels next to each other along the width of one grey image (or an image that
+        already has them as channels).
     frame
-        Which frame of a stack, from 0; None expects one.
+        Index of the frame in a stack; None expects a single frame.
     frames_as_channels
         The frames of the stack are its channels.
     """
@@ -58,13 +59,13 @@ class Field:
     Attributes
     ----------
     id
-        Unique in its source, and the same wherever the input folder is mounted (a relative path or plate/well/site).
+        Unique in its source and independent of where the input is mounted (a relative path or plate/well/site).
     missing
-        Channels that other fields of the source have and this one has not.
+        Channels that other fields of the source have and this one lacks.
     labels
-        Columns of the source's table that say something about the field or its cells.
+        Columns of the source's table that describe the field or its cells.
     pixel_size_um
-        Where the source knows it; None leaves it to the file.
+        None uses the pixel size in the file.
     """
 
     id: str
@@ -79,7 +80,7 @@ class Field:
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """An input that gives no sample, or not all of its tiles: what, which kind of reason, and the reason in words."""
+    """An input that gives no sample, or not all of its tiles: its name, the kind of reason, and the reason."""
 
     input: str
     kind: str
@@ -88,10 +89,10 @@ class Rejected:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where fields come from. Fields come in the same order every time, whatever the file system's order."""
+    """A list of fields, in the same order every time, whatever the file system's order."""
 
     def fields(self) -> Iterator[Field | Rejected]:
-        """List the fields, and the inputs that belong to none, without opening a picture."""
+        """List the fields, and the inputs that belong to none, without opening an image."""
 
 
 def read_field(field: Field) -> Image:
@@ -100,108 +101,95 @@ def read_field(field: Field) -> Image:
     Raises
     ------
     ImageError
-        If a file cannot be read, has another number of channels than the source says, or differs from the field's
+        If a file cannot be read, has another number of channels than the source expects, or differs from the field's
         first file in size or type; the message names the file.
     """
-    pictures = [_read(file) for file in field.files]
-    first = pictures[0]
-    for file, picture in zip(field.files, pictures, strict=True):
-        if picture.pixels.shape[1:] != first.pixels.shape[1:] or picture.pixels.dtype != first.pixels.dtype:
-            raise ImageError(
-                f"{file.path}: {_kind(picture)}, but the field's first file, {field.files[0].path}, is {_kind(first)}"
-            )
-    names = tuple(name for picture in pictures for name in picture.channel_names)
+    images = [_read_file(file) for file in field.files]
+    first = images[0]
+    problems = [
+        f"{file.path}: {_size_of(image)}, but {field.files[0].path} is {_size_of(first)}"
+        for file, image in zip(field.files, images, strict=True)
+        if _size_of(image) != _size_of(first)
+    ]
+    names = tuple(name for image in images for name in image.channel_names)
     if len(set(names)) != len(names):
-        raise ImageError(f"{field.files[0].path}: two channels of one name in field {field.id}: {', '.join(names)}")
-    sizes = {picture.pixel_size_um for picture in pictures} - {None}
+        problems.append(f"{field.files[0].path}: field {field.id} has duplicate channel names: {', '.join(names)}")
+    if problems:
+        raise ImageError(problems[0])
+    sizes = {image.pixel_size_um for image in images} - {None}
     from_files = sizes.pop() if len(sizes) == 1 else None
     return Image(
-        pixels=np.concatenate([picture.pixels for picture in pictures]) if len(pictures) > 1 else first.pixels,
+        pixels=np.concatenate([image.pixels for image in images]) if len(images) > 1 else first.pixels,
         channel_names=names,
         pixel_size_um=field.pixel_size_um if field.pixel_size_um is not None else from_files,
     )
 
 
-def _read(file: FieldFile) -> Image:
-    picture = read_image(file.path, frame=file.frame, frames_as_channels=file.frames_as_channels)
-    pixels, names = picture.pixels, picture.channel_names
-    if file.layout == "grey":
-        pixels, names = _one_channel(file, picture), ()
-    elif file.layout in COLOURS:
-        pixels, names = _tinted(file, picture), ()
-    elif file.layout == "colour":
-        picture = picture.grey()
-        pixels = picture.pixels
-        names = picture.channel_names or (("grey",) if len(pixels) == 1 else ())
-    elif file.layout == "side_by_side":
-        pixels, names = _unstack(file, picture), ()
-    if file.channels:
-        if len(file.channels) != len(pixels):
-            raise ImageError(
-                f"{file.path}: expected {len(file.channels)} channel(s) ({', '.join(file.channels)}), got {len(pixels)}"
-            )
-        names = file.channels
+def _read_file(file: FieldFile) -> Image:
+    image = read_image(file.path, frame=file.frame, frames_as_channels=file.frames_as_channels)
+    # Channels side by side are one grey image, unless the file already stores them as channels.
+    is_split = file.layout == "side_by_side" and len(image.pixels) == len(file.channels) > 1
+    if file.layout != "planes" and not is_split:
+        image = image.grey()
+    pixels = image.pixels if is_split else _select_pixels(file, image)
+    names = image.channel_names if file.layout in ("planes", "colour") else ()
+    if file.layout == "colour" and len(pixels) == 1:
+        names = names or ("grey",)
+    if file.channels and len(file.channels) != len(pixels):
+        raise ImageError(
+            f"{file.path}: expected {len(file.channels)} channel(s) ({', '.join(file.channels)}), got {len(pixels)}"
+        )
     return Image(
         pixels=pixels,
-        channel_names=names or tuple(f"c{number}" for number in range(len(pixels))),
-        pixel_size_um=picture.pixel_size_um,
+        channel_names=file.channels or names or tuple(f"c{index}" for index in range(len(pixels))),
+        pixel_size_um=image.pixel_size_um,
     )
 
 
-def _one_channel(file: FieldFile, picture: Image) -> np.ndarray:
-    pixels = picture.grey().pixels
-    if len(pixels) > 1:
-        lit = [plane for plane in pixels if plane.any()]
-        if len(lit) > 1:
-            raise ImageError(f"{file.path}: expected one channel, got {len(pixels)} that differ")
-        pixels = lit[0][None] if lit else pixels[:1]
-    return pixels
+def _select_pixels(file: FieldFile, image: Image) -> Shaped[np.ndarray, "c h w"]:
+    """Return the channels that the file's layout describes, of an image whose equal colour planes are one."""
+    pixels = image.pixels
+    num_planes, height, width = pixels.shape
+    expected = "a grey or an RGB image"
+    if file.layout == "side_by_side":
+        expected = "square channels side by side in one grey image"
+        if num_planes == 1 and width % height == 0:
+            return np.ascontiguousarray(pixels[0].reshape(height, width // height, height).transpose(1, 0, 2))
+    elif num_planes == 1 or file.layout in ("planes", "colour"):
+        return pixels
+    elif file.layout == "grey":
+        expected = "one channel, or equal colour planes"
+        used = [index for index, plane in enumerate(pixels) if plane.any()] or [0]
+        if len(used) == 1:
+            return image.select(used[0]).pixels
+    elif image.is_colour and num_planes <= len(COLOURS):
+        return image.select(file.layout).pixels
+    raise ImageError(f"{file.path}: expected {expected}, got {num_planes} channel(s) of {height} x {width}")
 
 
-def _tinted(file: FieldFile, picture: Image) -> np.ndarray:
-    picture = picture.grey()
-    if len(picture.pixels) == 1:
-        return picture.pixels
-    if not picture.is_colour or len(picture.pixels) > len(COLOURS):
-        raise ImageError(f"{file.path}: expected a grey or an RGB picture, got {len(picture.pixels)} channels")
-    return picture.select(file.layout).pixels
+def _size_of(image: Image) -> str:
+    _, height, width = image.pixels.shape
+    return f"{height} x {width} {image.pixels.dtype}"
 
 
-def _unstack(file: FieldFile, picture: Image) -> np.ndarray:
-    if len(picture.pixels) == len(file.channels) > 1:
-        return picture.pixels
-    pixels = picture.grey().pixels
-    _, height, width = pixels.shape
-    if len(pixels) != 1 or width % height:
-        raise ImageError(
-            f"{file.path}: expected square channels side by side in one grey picture, "
-            f"got {len(pixels)} channel(s) of {height} x {width}"
-        )
-    return np.ascontiguousarray(pixels[0].reshape(height, width // height, height).transpose(1, 0, 2))
-
-
-def _kind(picture: Image) -> str:
-    _, height, width = picture.pixels.shape
-    return f"{height} x {width} {picture.pixels.dtype}"
-
-
-# --- channel_files -------------------------------------------------------------------------------------------------
+# --- files with one channel each -----------------------------------------------------------------------------------
 #
-# From files with one channel each to fields: grouping, choice and names of channels, missing channels.
+# Group them into fields, choose and name channels, and find missing ones.
 
 Missing = Literal["keep", "reject"]
+Match = TypeVar("Match")
 
 
 class ChannelFile(NamedTuple):
-    """A file that holds one channel of a field, as its name or a row of a table says.
+    """A file that holds one channel of a field, as described by its name or a row of a table.
 
     Attributes
     ----------
     field_id
         The same for all channels of a field.
     channel
-        As the name says (``ch1``, ``d0``); ``name`` is what it is called, where something else says so. Empty for a
-        file that holds all channels of its field, which ``channels`` may name.
+        As in the file name (``ch1``, ``d0``); ``name`` is its name in other metadata, if any. Empty for a file that
+        holds all channels of its field; ``channels`` may name these.
     """
 
     field_id: str
@@ -218,6 +206,31 @@ class ChannelFile(NamedTuple):
     pixel_size_um: float | None = None
 
 
+def match_files(
+    files: Iterable[Listed], match: Callable[[str], Match | None], *, address: str, expected: str
+) -> tuple[list[tuple[Listed, Match]], list[str]]:
+    """Return the files whose names match, with what ``match`` returned, and the names of the others.
+
+    Raise ImageError if no file matches; ``expected`` describes such files.
+    """
+    matched: list[tuple[Listed, Match]] = []
+    others: list[str] = []
+    for file in files:
+        if (result := match(file.name)) is None:
+            others.append(file.name)
+        else:
+            matched.append((file, result))
+    if not matched:
+        example = f" (such as {others[0]})" if others else ""
+        raise ImageError(f"{address}: no {expected}, among {len(others)} file(s){example} in it and its subfolders")
+    return matched, others
+
+
+def reject_unmatched(names: Sequence[str], reason: str) -> Iterator[Rejected]:
+    """Yield inputs that belong to no field."""
+    return (Rejected(input=name, kind="unmatched", reason=reason) for name in names)
+
+
 def group_fields(
     files: Iterable[ChannelFile],
     *,
@@ -225,21 +238,21 @@ def group_fields(
     missing: Missing = "keep",
     pixel_size_um: float | None = None,
 ) -> Iterator[Field | Rejected]:
-    """Group files to fields, sorted by id.
+    """Group files into fields, sorted by id.
 
     Parameters
     ----------
     channels
-        Which channels, in which order: ``CHANNEL`` as the files call it, or ``CHANNEL=NAME``. Empty takes all.
+        Which channels, in which order: ``CHANNEL`` as in the files, or ``CHANNEL=NAME``. Empty uses all.
     missing
-        What becomes of a field that lacks one of the channels.
+        Whether a field that lacks one of the channels is kept or rejected.
     pixel_size_um
-        Of all fields; None takes what the files say.
+        Of all fields; None uses the files' own.
 
     Raises
     ------
     ImageError
-        If two files are the same channel of one field, or a channel that was asked for is nowhere.
+        If two files are the same channel of one field, or a requested channel does not exist.
     """
     by_field: dict[str, dict[str, ChannelFile]] = {}
     for file in files:
@@ -249,76 +262,52 @@ def group_fields(
                 f"{other.path} and {file.path}: both are channel {file.channel} of field {file.field_id}; "
                 "move one of them out of the input"
             )
-    found = {channel for in_field in by_field.values() for channel in in_field}
-    names = select_channels(channels, found)
+    names = select_channels(channels, {channel for in_field in by_field.values() for channel in in_field})
     if not channels:
         names = dict.fromkeys(names, "")  # each file by its own name
     common = _common_names(by_field.values(), names)
     for field_id in sorted(by_field):
         in_field = by_field[field_id]
-        here = [in_field[channel] for channel in names if channel in in_field]
-        lacking = tuple(common[channel] for channel in names if channel not in in_field)
-        if not here:
-            shown = next(iter(in_field.values())).path
-            yield Rejected(
-                input=field_id, kind="missing channel", reason=f"none of the chosen channels; it has {shown}"
-            )
-        elif lacking and missing == "reject":
-            reason = f"no {', '.join(lacking)} beside {here[0].path}"
+        present = [in_field[channel] for channel in names if channel in in_field]
+        absent = tuple(common[channel] for channel in names if channel not in in_field)
+        if not present:
+            reason = f"none of the chosen channels; it has {next(iter(in_field.values())).path}"
+        else:
+            reason = f"no {', '.join(absent)} for {present[0].path}"
+        if not present or (absent and missing == "reject"):
             yield Rejected(input=field_id, kind="missing channel", reason=reason)
         else:
-            yield _field(here, names, lacking, pixel_size_um)
+            yield _make_field(present, names, absent, pixel_size_um)
 
 
-def select_channels(wanted: Sequence[str], found: Collection[str]) -> dict[str, str]:
-    """Return the channels to take, in order, with their names.
-
-    Raises
-    ------
-    ImageError
-        If one is not among those found, or two get one name.
-    """
-    if not wanted:
-        return {channel: channel for channel in sorted(found, key=natural_order)}
-    names = {item.partition("=")[0]: item.partition("=")[2] or item for item in wanted}
-    unknown = [channel for channel in names if channel not in found]
-    if unknown:
-        raise ImageError(
-            f"--channels: no {', '.join(unknown)} among the channels found: "
-            f"{', '.join(sorted(found, key=natural_order))}"
-        )
-    if len(set(names.values())) < len(wanted):
-        raise ImageError(f"--channels {','.join(wanted)}: a channel or a name is given twice")
-    return names
+def select_channels(requested: Sequence[str], available: Collection[str]) -> dict[str, str]:
+    """Return the channels to read, in order, with their names; raise ImageError for unavailable and duplicate ones."""
+    in_order = sorted(available, key=natural_order)
+    if not requested:
+        return {channel: channel for channel in in_order}
+    names = {item.partition("=")[0]: item.partition("=")[2] or item for item in requested}
+    if unknown := [channel for channel in names if channel not in available]:
+        problem = f"no {', '.join(unknown)} among the channels found: {', '.join(in_order)}"
+    elif len(set(names.values())) < len(requested):
+        problem = "a channel or a name is given twice"
+    else:
+        return names
+    raise ImageError(f"--channels {','.join(requested)}: {problem}")
 
 
 def check_plain_names(channels: Sequence[str]) -> None:
-    """Raise ImageError if a name is a renaming: where a file holds all channels, they are named in its order."""
-    for item in channels:
-        if "=" in item:
-            raise ImageError(
-                f"--channels {item}: here all channels of a file are named, in its order; expected a name without ="
-            )
-
-
-def nothing_found(address: str, wanted: str, others: Sequence[str]) -> ImageError:
-    """Return the error for an input without a single field."""
-    such = f" (such as {others[0]})" if others else ""
-    return ImageError(f"{address}: no {wanted}, among {len(others)} file(s){such} in it and the folders below")
-
-
-def unmatched(names: Sequence[str], reason: str) -> Iterator[Rejected]:
-    """Yield inputs that belong to no field."""
-    return (Rejected(input=name, kind="unmatched", reason=reason) for name in names)
+    """Raise ImageError for ``CHANNEL=NAME``, in sources that name all channels of a file in its order."""
+    if renamed := [item for item in channels if "=" in item]:
+        raise ImageError(f"--channels {renamed[0]}: expected the names of a file's channels, in its order, without =")
 
 
 def merged_channel_order(orders: Iterable[tuple[str, ...]]) -> list[str]:
-    """Return all names in one order that keeps each of the given ones; where they contradict, the longest ones count.
+    """Return all names in one order consistent with each of the given ones; on conflict, the longest ones win.
 
-    So channels of which many fields lack some get the order of a whole field, wherever that comes.
+    So the channels of a set have the order of a complete field, even if many fields lack some of them.
     """
     ranked = sorted(set(orders), key=lambda names: (-len(names), names))
-    rank = {name: number for number, name in enumerate(dict.fromkeys(chain.from_iterable(ranked)))}
+    rank = {name: index for index, name in enumerate(dict.fromkeys(chain.from_iterable(ranked)))}
     sorter = TopologicalSorter(dict.fromkeys(rank, ()))
     for names in ranked:
         for before, after in pairwise(names):
@@ -342,7 +331,7 @@ def natural_order(text: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def _common_names(fields: Iterable[Mapping[str, ChannelFile]], names: Mapping[str, str]) -> dict[str, str]:
-    """Return a name for each channel, to be told where it is missing: the chosen one, or the first that a file has."""
+    """Return a name of each channel for fields that lack it: the chosen one, or the first that a file has."""
     common = {channel: name for channel, name in names.items() if name}
     for in_field in fields:
         if len(common) == len(names):
@@ -352,25 +341,28 @@ def _common_names(fields: Iterable[Mapping[str, ChannelFile]], names: Mapping[st
     return common
 
 
-def _field(
-    here: Sequence[ChannelFile], names: Mapping[str, str], lacking: tuple[str, ...], pixel_size_um: float | None
+def _make_field(
+    files: Sequence[ChannelFile], names: Mapping[str, str], missing: tuple[str, ...], pixel_size_um: float | None
 ) -> Field:
-    first = here[0]
-    sizes = {file.pixel_size_um for file in here if file.pixel_size_um is not None}
+    first = files[0]
+    sizes = {file.pixel_size_um for file in files if file.pixel_size_um is not None}
     if pixel_size_um is None and len(sizes) == 1:
         (pixel_size_um,) = sizes
     return Field(
         id=first.field_id,
-        files=tuple(_named(file, names[file.channel] or file.name or file.channel) for file in here),
-        missing=lacking,
+        files=tuple(
+            FieldFile(
+                path=file.path,
+                channels=(names[file.channel] or file.name or file.channel,) if file.channel else file.channels,
+                layout=file.layout,
+                frame=file.frame,
+            )
+            for file in files
+        ),
+        missing=missing,
         plate=first.plate,
         well=first.well,
         site=first.site,
         labels=first.labels or {},
         pixel_size_um=pixel_size_um,
     )
-
-
-def _named(file: ChannelFile, name: str) -> FieldFile:
-    channels = (name,) if file.channel else file.channels
-    return FieldFile(path=file.path, channels=channels, layout=file.layout, frame=file.frame)

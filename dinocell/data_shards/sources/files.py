@@ -10,8 +10,8 @@ from dinocell.data_shards.sources.field import (
     Layout,
     Rejected,
     check_plain_names,
-    nothing_found,
-    unmatched,
+    match_files,
+    reject_unmatched,
 )
 from dinocell.errors import ImageError
 from dinocell.images.read import IMAGE_SUFFIXES, count_frames
@@ -20,14 +20,14 @@ from dinocell.images.storage import Listed, list_files
 
 @dataclass(frozen=True, kw_only=True)
 class MultichannelSource:
-    """One file a field, with several channels: TIFF, OME-TIFF, OME-Zarr (a ``.zarr`` folder), .npy, PNG.
+    """One multi-channel file per field: TIFF, OME-TIFF, OME-Zarr (a ``.zarr`` folder), .npy, PNG.
 
-    The id is the path below the input.
+    The id is the path relative to the input.
 
     Attributes
     ----------
     channels
-        Names of a file's channels, in its order. Empty takes the file's own names, else ``c0``, ``c1``...
+        Names of a file's channels, in its order. Empty uses the names in the file, or ``c0``, ``c1``...
     frames_as
         What the frames of a stack (pages, time points, slices) are. ``channels``: all frames are channels of one field.
         ``fields``: each is a field (this opens every file once to count them). None rejects stacks.
@@ -39,30 +39,23 @@ class MultichannelSource:
     frames_as: Literal["channels", "fields"] | None = None
 
     def fields(self) -> Iterator[Field | Rejected]:
-        """List the fields, sorted by path, and before them the files that are no pictures."""
+        """List the files that are no images, then the fields, sorted by path."""
         check_plain_names(self.channels)
-        files, others = _pictures(self.input)
-        yield from unmatched(others, "not an image, by its name")
-        for file in files:
-            if self.frames_as == "fields":
-                yield from _frames_of(file, self.channels, "planes", self.pixel_size_um)
-                continue
-            whole = FieldFile(path=file.path, channels=self.channels, frames_as_channels=self.frames_as == "channels")
-            yield Field(id=file.name, files=(whole,), pixel_size_um=self.pixel_size_um)
+        return _list_fields(self.input, self.channels, "planes", self.frames_as, self.pixel_size_um)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesSource:
-    """A folder of images of one channel each; the id is the path below the input.
+    """A folder of single-channel images; the id is the path relative to the input.
 
     Attributes
     ----------
     channels
         The name of the channel; empty calls it ``grey``.
     colour
-        What becomes of pictures with real colour (grey ones stored as RGB are grey). ``reject``: they are listed as
-        unreadable. ``channels``: red, green and blue are three channels. Colour is never weighted into grey: that would
-        make up a stain that nobody imaged.
+        How to handle images with real colour (grey ones stored as RGB are grey). ``reject``: list them as unreadable.
+        ``channels``: red, green and blue are three channels. Colour is never converted to grey, since the weighted sum
+        is a channel that was not imaged.
     frames_as
         ``fields``: each frame of a stack is a field (this opens every file once to count them). None rejects stacks.
     """
@@ -74,36 +67,39 @@ class ImagesSource:
     frames_as: Literal["fields"] | None = None
 
     def fields(self) -> Iterator[Field | Rejected]:
-        """List the fields, sorted by path, and before them the files that are no pictures."""
-        if len(self.channels) > 1 or (self.channels and self.colour == "channels"):
+        """List the files that are no images, then the fields, sorted by path."""
+        has_colour = self.colour == "channels"
+        if len(self.channels) > 1 or (self.channels and has_colour):
             raise ImageError(
-                f"--channels {','.join(self.channels)}: expected one name, for images of one channel each; "
-                "--source multichannel takes files with several, --colour channels names them itself"
+                f"--channels {','.join(self.channels)}: expected one name, for single-channel images; use --source "
+                "multichannel for files with several channels (--colour channels uses the names red, green, blue)"
             )
         check_plain_names(self.channels)
-        layout: Layout = "grey" if self.colour == "reject" else "colour"
-        names = self.channels or (("grey",) if self.colour == "reject" else ())
-        files, others = _pictures(self.input)
-        yield from unmatched(others, "not an image, by its name")
-        for file in files:
-            if self.frames_as == "fields":
-                yield from _frames_of(file, names, layout, self.pixel_size_um)
-                continue
-            whole = FieldFile(path=file.path, channels=names, layout=layout)
-            yield Field(id=file.name, files=(whole,), pixel_size_um=self.pixel_size_um)
+        names = self.channels or (() if has_colour else ("grey",))
+        return _list_fields(self.input, names, "colour" if has_colour else "grey", self.frames_as, self.pixel_size_um)
 
 
-def _pictures(address: str) -> tuple[list[Listed], list[str]]:
-    """Return the files that may be pictures, and the names of the others."""
-    listed = list_files(address, folders_as_files=(".zarr",))
-    files = [file for file in listed if file.name.lower().endswith(IMAGE_SUFFIXES)]
-    others = [file.name for file in listed if not file.name.lower().endswith(IMAGE_SUFFIXES)]
-    if not files:
-        raise nothing_found(address, f"images ({', '.join(IMAGE_SUFFIXES)})", others)
-    return files, others
+def _list_fields(
+    address: str, channels: tuple[str, ...], layout: Layout, frames_as: str | None, pixel_size_um: float | None
+) -> Iterator[Field | Rejected]:
+    matched, others = match_files(
+        list_files(address, folders_as_files=(".zarr",)),
+        lambda name: name.lower().endswith(IMAGE_SUFFIXES) or None,
+        address=address,
+        expected=f"images ({', '.join(IMAGE_SUFFIXES)})",
+    )
+    yield from reject_unmatched(others, "not an image file name")
+    for file, _ in matched:
+        if frames_as == "fields":
+            yield from _list_frames(file, channels, layout, pixel_size_um)
+        else:
+            whole = FieldFile(
+                path=file.path, channels=channels, layout=layout, frames_as_channels=frames_as == "channels"
+            )
+            yield Field(id=file.name, files=(whole,), pixel_size_um=pixel_size_um)
 
 
-def _frames_of(
+def _list_frames(
     file: Listed, channels: tuple[str, ...], layout: Layout, pixel_size_um: float | None
 ) -> Iterator[Field | Rejected]:
     try:

@@ -1,7 +1,5 @@
-"""Sources whose file names say everything, one channel a file: Opera Phenix, Human Protein Atlas, a user's pattern."""
+"""Files with one channel each (or all of them), described by a user's file name pattern."""
 
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,20 +10,23 @@ from dinocell.data_shards.sources.field import (
     Rejected,
     check_plain_names,
     group_fields,
-    nothing_found,
-    unmatched,
+    match_files,
+    reject_unmatched,
 )
 from dinocell.errors import ImageError
+from dinocell.images.name_pattern import NamePattern
 from dinocell.images.storage import Listed, list_files
+
+_RESERVED = ("plate", "well", "site", "channel", "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatternSource:
-    """Files whose relative paths follow a pattern: ``{plate}/{well}_s{site}_w{channel}.tif`` (see ``NamePattern``).
+    """Files whose relative paths match a pattern: ``{plate}/{well}_s{site}_w{channel}.tif`` (see ``NamePattern``).
 
-    The id is made of all fields but the channel. Fields other than plate, well, site and channel become labels.
-    Without a ``{channel}`` each file is a field with the channels that it holds, a grey picture stored as colour with
-    one, ``grey``; with two names or more in ``channels`` it has the channels that its file has.
+    The id consists of all pattern fields except the channel. Fields other than plate, well, site and channel become
+    labels. Without ``{channel}``, each file is a field with all channels in the file; a grey image stored as colour has
+    one channel, ``grey``, unless ``channels`` has two or more names.
 
     Attributes
     ----------
@@ -40,55 +41,47 @@ class PatternSource:
     missing: Missing = "keep"
 
     def fields(self) -> Iterator[Field | Rejected]:
-        """List the fields, sorted by id, and before them the files with other names."""
+        """List the files with other names, then the fields, sorted by id."""
         pattern = NamePattern.parse(self.pattern)
         by_channel = "channel" in pattern.names
         if not by_channel:
             check_plain_names(self.channels)
-        matched: list[ChannelFile] = []
-        read: list[dict[str, str]] = []
-        others: list[str] = []
-        for file in list_files(self.input, folders_as_files=() if by_channel else (".zarr",)):
-            if (values := pattern.match(file.name)) is None:
-                others.append(file.name)
-            else:
-                matched.append(_pattern_file(file, values, self.channels))
-                read.append(values)
-        if not matched:
-            raise nothing_found(self.input, f"files that fit {self.pattern!r}", others)
-        if (name := _echo_of_channel(read)) is not None:
+        matched, others = match_files(
+            list_files(self.input, folders_as_files=() if by_channel else (".zarr",)),
+            pattern.match,
+            address=self.input,
+            expected=f"files that match {self.pattern!r}",
+        )
+        first = matched[0][1]
+        if by_channel and (name := _channel_index([values for _, values in matched])) is not None:
             raise ImageError(
-                f"{self.pattern!r}: {{{name}}} changes with the channel ({read[0][name]} in {read[0]['channel']}) and "
-                "makes a field of every file; write * in its place"
+                f"{self.pattern!r}: {{{name}}} changes with the channel ({first[name]} for {first['channel']}) and "
+                "makes a field of every file; use * instead"
             )
-        yield from unmatched(others, f"does not fit {self.pattern!r}")
-        listed = group_fields(
-            matched,
+        yield from reject_unmatched(others, f"does not match {self.pattern!r}")
+        yield from group_fields(
+            [_channel_file(file, values, self.channels) for file, values in matched],
             channels=self.channels if by_channel else (),
             missing=self.missing,
             pixel_size_um=self.pixel_size_um,
         )
-        yield from listed
 
 
-def _echo_of_channel(read: Sequence[Mapping[str, str]]) -> str | None:
-    """Return the part of the names that only numbers the channels, as the 2 of ``_2_GFP`` does; None if none does.
+def _channel_index(matches: Sequence[Mapping[str, str]]) -> str | None:
+    """Return the pattern field that only numbers the channels, such as the 2 of ``_2_GFP``; None if there is none.
 
-    It would become part of the fields' ids, and tear the channels of a field apart.
+    As part of the fields' ids it would split the channels of a field.
     """
-    if "channel" not in read[0]:
-        return None
-    for name in read[0].keys() - {"", "channel", "plate", "well", "site"}:
-        pairs = {(values["channel"], values[name]) for values in read}
+    for name in matches[0].keys() - {*_RESERVED}:
+        pairs = {(values["channel"], values[name]) for values in matches}
         channels, others = ({pair[side] for pair in pairs} for side in (0, 1))
         if len(pairs) == len(channels) == len(others) > 1:
             return name
     return None
 
 
-def _pattern_file(file: Listed, values: dict[str, str], channels: tuple[str, ...]) -> ChannelFile:
+def _channel_file(file: Listed, values: dict[str, str], channels: tuple[str, ...]) -> ChannelFile:
     by_channel = "channel" in values
-    known = ("plate", "well", "site", "channel", "")
     return ChannelFile(
         field_id="/".join(value for name, value in values.items() if name != "channel" and value) or "field",
         channel=values.get("channel", ""),
@@ -98,78 +91,5 @@ def _pattern_file(file: Listed, values: dict[str, str], channels: tuple[str, ...
         plate=values.get("plate"),
         well=values.get("well"),
         site=values.get("site"),
-        labels={name: value for name, value in values.items() if name not in known},
+        labels={name: value for name, value in values.items() if name not in _RESERVED},
     )
-
-
-# --- name_pattern --------------------------------------------------------------------------------------------------
-#
-# Patterns of file names with named fields, such as ``{plate}/{well}_s{site}_w{channel}.tif``.
-
-
-@dataclass(frozen=True)
-class NamePattern:
-    """A pattern, ready to be matched against relative paths.
-
-    ``{name}`` stands for a part of one folder or file name, at least one character and as few as fit, and for the same
-    text wherever it occurs again. ``*`` stands for any such part that does not matter, also an empty one. ``**/`` at
-    the start stands for any folders, also none; they are kept apart (under the name ``""``). Everything else is
-    itself, upper and lower case apart.
-
-    Attributes
-    ----------
-    names
-        Of the fields, in the order of the pattern.
-    """
-
-    text: str
-    names: tuple[str, ...]
-    regex: re.Pattern[str]
-
-    @classmethod
-    def parse(cls, text: str) -> "NamePattern":
-        """Compile a pattern.
-
-        Raises
-        ------
-        ImageError
-            If a brace has no partner, a name is no name, or no field is in it.
-        """
-        rest = unicodedata.normalize("NFC", text).removeprefix("./")  # as names are listed
-        parts = []
-        if rest.startswith("**/"):
-            parts.append("(?P<folders>(?:[^/]+/)*)")
-            rest = rest.removeprefix("**/")
-        if "**" in rest:
-            raise ImageError(f"pattern {text!r}: '**/' may only stand at the start")
-        if rest.startswith("/") or "://" in rest:
-            raise ImageError(
-                f"pattern {text!r}: expected a path relative to the input, such as {{well}}_{{channel}}.tif"
-            )
-        names: list[str] = []
-        for part in re.split(r"(\{[^{}]*\}|\*)", rest):
-            if part == "*":
-                parts.append("[^/]*")
-            elif part.startswith("{") and part.endswith("}"):
-                name = part[1:-1]
-                if not re.fullmatch(r"[^\W\d]\w*", name):
-                    raise ImageError(f"pattern {text!r}: {part} is no field; expected a name such as {{well}}")
-                parts.append(f"(?P=f{names.index(name)})" if name in names else f"(?P<f{len(names)}>[^/]+?)")
-                if name not in names:
-                    names.append(name)
-            elif "{" in part or "}" in part:
-                raise ImageError(f"pattern {text!r}: a brace without its partner; expected fields such as {{well}}")
-            else:
-                parts.append(re.escape(part))
-        if not names:
-            raise ImageError(f"pattern {text!r}: no field in it; expected some such as {{well}} and {{channel}}")
-        return cls(text=text, names=tuple(names), regex=re.compile("".join(parts), re.DOTALL))
-
-    def match(self, name: str) -> dict[str, str] | None:
-        """Return the fields of a relative path, folders first; None where it does not fit."""
-        match = self.regex.fullmatch(name)
-        if match is None:
-            return None
-        folders = match.groupdict().get("folders")
-        values = {"": folders.rstrip("/")} if folders else {}
-        return values | {name: match[f"f{number}"] for number, name in enumerate(self.names)}

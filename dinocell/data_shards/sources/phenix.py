@@ -14,120 +14,36 @@ from dinocell.data_shards.sources.field import (
     Missing,
     Rejected,
     group_fields,
-    nothing_found,
-    unmatched,
+    match_files,
+    reject_unmatched,
 )
 from dinocell.errors import ImageError
 from dinocell.images.image import square_pixel
 from dinocell.images.storage import base_name, list_files, open_bytes, parent
 
-# --- harmony -------------------------------------------------------------------------------------------------------
-#
-# What the index file of an Opera Phenix export (``Index.idx.xml``) says about its channels.
-#
-# Harmony writes one ``Image`` element a file. In older versions of the format each of them repeats the channel's name
-# and
-# pixel size; newer ones keep these in one ``Entry`` a channel, before the images.
-
-INDEX_NAMES = ("Index.idx.xml", "Index.xml")
-
-_UM_PER_METRE = 1e6
-# The index of a 384-well plate has 100 MB, and its first megabytes name all channels.
-_HEAD_BYTES = 4 << 20
-_CHUNK_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarmonyChannel:
-    """A channel as the microscope calls it; ``pixel_size_um`` is None where the axes differ or nothing is said."""
-
-    name: str
-    pixel_size_um: float | None
-
-
-def read_harmony_channels(path: str, channels: Collection[int]) -> dict[int, HarmonyChannel]:
-    """Return what the index says about these channel numbers; ones that it does not name are not in the result.
-
-    Reading stops when all are known.
-
-    Raises
-    ------
-    ImageError
-        If it cannot be read, or is damaged before all channels are known.
-    """
-    try:
-        head = open_bytes(path, first=_HEAD_BYTES)
-        known = _named_channels(head, channels, is_whole=len(head) < _HEAD_BYTES)
-        if len(known) < len(channels) and len(head) == _HEAD_BYTES:
-            known = _named_channels(open_bytes(path), channels, is_whole=True)
-    except (ElementTree.ParseError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(
-            f"{path}: damaged ({error}); export it again, or remove it and say --channels and --pixel-size"
-        ) from error
-    return known
-
-
-def _named_channels(content: bytes, channels: Collection[int], *, is_whole: bool) -> dict[int, HarmonyChannel]:
-    known: dict[int, HarmonyChannel] = {}
-    parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(("end",))
-    for start in range(0, len(content), _CHUNK_BYTES):
-        parser.feed(content[start : start + _CHUNK_BYTES])
-        for _, element in cast(Iterator[tuple[str, ElementTree.Element]], parser.read_events()):
-            if element.tag.rpartition("}")[2] in ("Image", "Entry"):
-                _note_channel(element, known)
-                element.clear()
-        if all(channel in known for channel in channels):
-            return {channel: known[channel] for channel in channels}
-    if is_whole:
-        parser.close()
-    return {channel: known[channel] for channel in channels if channel in known}
-
-
-def _note_channel(element: ElementTree.Element, known: dict[int, HarmonyChannel]) -> None:
-    said = {part.tag.rpartition("}")[2]: (part.text or "").strip() for part in element}
-    number = said.get("ChannelID") or element.get("ChannelID") or ""
-    if number.isdecimal() and said.get("ChannelName"):
-        size = _pixel_size_um(said.get("ImageResolutionX"), said.get("ImageResolutionY"))
-        known.setdefault(int(number), HarmonyChannel(name=said["ChannelName"], pixel_size_um=size))
-
-
-def _pixel_size_um(across: str | None, down: str | None) -> float | None:
-    if not across:
-        return None
-    size = square_pixel(float(across), float(down or across))
-    if size is None:
-        return None
-    # Twelve digits: 6.5E-07 m is 0.65 um, not 0.6499999999999999.
-    return float(f"{size * _UM_PER_METRE:.12g}")
-
-
-_PHENIX_NAME = re.compile(
+_NAME = re.compile(
     r"r(?P<row>\d+)c(?P<column>\d+)f(?P<field>\d+)p(?P<plane>\d+)-ch(?P<channel>\d+)"
     r"(?:sk(?P<time>\d+))?(?:fk\d+)?(?:fl\d+)?\.tiff?",
     re.IGNORECASE,
 )
-
-
-_PHENIX_EXAMPLE = "r01c01f01p01-ch1sk1fk1fl1.tiff"
+_EXAMPLE = "r01c01f01p01-ch1sk1fk1fl1.tiff"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhenixSource:
     """An Opera Phenix export, or folders of them: ``<plate>/Images/r01c01f01p01-ch1sk1fk1fl1.tiff``.
 
-    The plate is the folder (without ``Images``, and without what follows ``__``: ``BR1__2020-Measurement 1`` is plate
-    ``BR1``), the well comes from row and column, the site is the field. Planes and time points are fields of their
-    own where there are several (``f01p02``, ``f01p01t3``).
+    The plate is the folder (without ``Images``, and without the part after ``__``: ``BR1__2020-Measurement 1`` is plate
+    ``BR1``), the well comes from row and column, the site is the field. If there are several planes or time points,
+    each is a field (``f01p02``, ``f01p01t3``).
 
     Attributes
     ----------
     channels
-        Names of channels 1, 2, 3... (``-`` leaves one out), or ``4=DNA`` for some. Empty takes them from
-        ``Index.idx.xml`` beside the images, else ``ch1``, ``ch2``...
+        Names of channels 1, 2, 3... (``-`` skips one), or ``4=DNA`` for some. Empty reads them from ``Index.idx.xml``
+        in the images' folder, or uses ``ch1``, ``ch2``...
     pixel_size_um
-        None takes it from ``Index.idx.xml``, where there is one.
+        None reads it from ``Index.idx.xml``, if there is one.
     """
 
     input: str
@@ -136,25 +52,30 @@ class PhenixSource:
     missing: Missing = "keep"
 
     def fields(self) -> Iterator[Field | Rejected]:
-        """List the fields, sorted by id, and before them the files with other names."""
-        matched: list[_PhenixFile] = []
-        indexes: dict[str, str] = {}
-        others: list[str] = []
-        for file in list_files(self.input):
-            folder, _, name = file.name.rpartition("/")
-            if match := _PHENIX_NAME.fullmatch(name):
-                matched.append(_PhenixFile(file.path, folder, *[int(text or 1) for text in match.groups()]))
-            elif name in INDEX_NAMES:
-                indexes.setdefault(folder, file.path)  # Index.idx.xml comes first
-            else:
-                others.append(file.name)
-        if not matched:
-            raise nothing_found(self.input, f"files named like {_PHENIX_EXAMPLE}", others)
-        yield from unmatched(others, f"not named like {_PHENIX_EXAMPLE}")
-        known = {} if self.channels and self.pixel_size_um is not None else _known_channels(matched, indexes)
+        """List the files with other names, then the fields, sorted by id."""
+        listed = list_files(self.input)
+        matched, others = match_files(
+            listed,
+            lambda name: _NAME.fullmatch(name.rpartition("/")[2]),
+            address=self.input,
+            expected=f"files named like {_EXAMPLE}",
+        )
+        files = [
+            _PhenixFile(file.path, posixpath.dirname(file.name), *(int(text or 1) for text in match.groups()))
+            for file, match in matched
+        ]
+        is_index = {name for name in others if posixpath.basename(name) in INDEX_NAMES}
+        yield from reject_unmatched([name for name in others if name not in is_index], f"not named like {_EXAMPLE}")
+        metadata: dict[tuple[str, int], HarmonyChannel] = {}
+        if not self.channels or self.pixel_size_um is None:
+            indexes: dict[str, str] = {}
+            for file in listed:
+                if file.name in is_index:
+                    indexes.setdefault(posixpath.dirname(file.name), file.path)  # Index.idx.xml is listed first
+            metadata = _read_indexes(files, indexes)
         yield from group_fields(
-            _phenix_files(self.input, matched, known),
-            channels=_by_number(self.channels, {file.channel for file in matched}),
+            _channel_files(self.input, files, metadata),
+            channels=_number_channels(self.channels, {file.channel for file in files}),
             missing=self.missing,
             pixel_size_um=self.pixel_size_um,
         )
@@ -173,57 +94,42 @@ class _PhenixFile(NamedTuple):
     time: int
 
 
-def _known_channels(files: Sequence[_PhenixFile], indexes: dict[str, str]) -> dict[tuple[str, int], HarmonyChannel]:
-    """Return what the index of each folder says, by folder and channel number."""
-    numbers: dict[str, set[int]] = {}
-    for file in files:
-        numbers.setdefault(file.folder, set()).add(file.channel)
-    known: dict[tuple[str, int], HarmonyChannel] = {}
-    for folder in sorted(numbers.keys() & indexes.keys()):
-        said = read_harmony_channels(indexes[folder], numbers[folder])
-        names = [channel.name for channel in said.values()]
-        for number, channel in said.items():
-            name = channel.name if names.count(channel.name) == 1 else f"{channel.name} (ch{number})"
-            known[folder, number] = HarmonyChannel(name=name, pixel_size_um=channel.pixel_size_um)
-    return known
-
-
-def _phenix_files(
-    address: str, files: Sequence[_PhenixFile], known: dict[tuple[str, int], HarmonyChannel]
+def _channel_files(
+    address: str, files: Sequence[_PhenixFile], metadata: dict[tuple[str, int], "HarmonyChannel"]
 ) -> Iterator[ChannelFile]:
     planes: dict[str, set[int]] = {}
     times: dict[str, set[int]] = {}
     for file in files:
         planes.setdefault(file.folder, set()).add(file.plane)
         times.setdefault(file.folder, set()).add(file.time)
-    places = {folder: re.sub(r"(^|/)Images$", "", folder) for folder in planes}
-    plates = {folder: _plate_of(address, place) for folder, place in places.items()}
+    plate_folders = {folder: re.sub(r"(^|/)Images$", "", folder) for folder in planes}
+    plates = {folder: _plate_name(address, plate_folder) for folder, plate_folder in plate_folders.items()}
     for file in files:
         site = f"f{file.field:02d}"
         if len(planes[file.folder]) > 1 or len(times[file.folder]) > 1:
             site += f"p{file.plane:02d}"
         if len(times[file.folder]) > 1:
             site += f"t{file.time}"
-        well, place = well_name(file.row, file.column), places[file.folder]
-        said = known.get((file.folder, file.channel))
+        well, plate_folder = well_name(file.row, file.column), plate_folders[file.folder]
+        channel = metadata.get((file.folder, file.channel))
         yield ChannelFile(
-            field_id=f"{place}/{well}/{site}" if place else f"{well}/{site}",
+            field_id=f"{plate_folder}/{well}/{site}" if plate_folder else f"{well}/{site}",
             channel=f"ch{file.channel}",
-            name=said.name if said else "",
+            name=channel.name if channel else "",
             path=file.path,
             plate=plates[file.folder],
             well=well,
             site=site,
-            pixel_size_um=said.pixel_size_um if said else None,
+            pixel_size_um=channel.pixel_size_um if channel else None,
         )
 
 
-def _plate_of(address: str, place: str) -> str:
-    if not place:
-        place = base_name(address)
-        if place == "Images":
-            place = base_name(parent(address))
-    return posixpath.basename(place).split("__")[0]
+def _plate_name(address: str, folder: str) -> str:
+    if not folder:
+        folder = base_name(address)
+        if folder == "Images":
+            folder = base_name(parent(address))
+    return posixpath.basename(folder).split("__")[0]
 
 
 @cache
@@ -236,19 +142,98 @@ def well_name(row: int, column: int) -> str:
     return f"{letters}{column:02d}"
 
 
-def _by_number(channels: tuple[str, ...], found: set[int]) -> tuple[str, ...]:
-    """Return ``ch1=DNA``... for names by number."""
-    if not channels:
-        return ()
-    named = [item for item in channels if "=" in item]
-    if named and len(named) < len(channels):
-        raise ImageError(f"--channels {','.join(channels)}: name all by number (4=DNA) or none")
-    if named:
+def _number_channels(channels: tuple[str, ...], numbers: set[int]) -> tuple[str, ...]:
+    """Return ``ch1=DNA``... for names in the order of the channel numbers."""
+    num_named = sum("=" in item for item in channels)
+    if channels and num_named == len(channels):
         return tuple(f"ch{item.removeprefix('ch')}" for item in channels)
-    unnamed = sorted(number for number in found if number > len(channels))
-    if unnamed:
+    if num_named or (channels and max(numbers) > len(channels)):
         raise ImageError(
-            f"--channels: {len(channels)} names, but there are channels {', '.join(f'ch{n}' for n in sorted(found))}; "
-            "name them all in order, with - for what is to be left out"
+            f"--channels {','.join(channels)}: expected a name for each channel in order (- skips one), or 4=DNA for "
+            f"some; there are {', '.join(f'ch{number}' for number in sorted(numbers))}"
         )
     return tuple(f"ch{number}={name}" for number, name in enumerate(channels, start=1) if name != "-")
+
+
+# --- Harmony index (Index.idx.xml) ---------------------------------------------------------------------------------
+#
+# It has one ``Image`` element per file. In older versions of the format each of them repeats the channel's name and
+# pixel size; newer ones keep these in one ``Entry`` per channel, before the images.
+
+INDEX_NAMES = ("Index.idx.xml", "Index.xml")
+
+_UM_PER_METRE = 1e6
+# The index of a 384-well plate has 100 MB; its first megabytes name all channels.
+_HEAD_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarmonyChannel:
+    """A channel in the microscope's metadata; ``pixel_size_um`` is None if it is absent or differs between axes."""
+
+    name: str
+    pixel_size_um: float | None
+
+
+def read_harmony_channels(path: str, channels: Collection[int]) -> dict[int, HarmonyChannel]:
+    """Return the metadata of these channels, as far as they are in the index; reading stops when all are found."""
+    found: dict[int, HarmonyChannel] = {}
+    for first in (_HEAD_BYTES, None):
+        content = open_bytes(path, first=first)
+        is_whole = first is None or len(content) < first
+        try:
+            found = _parse_channels(content, channels, is_whole=is_whole)
+        except (ElementTree.ParseError, ValueError) as error:
+            raise ImageError(
+                f"{path}: damaged ({error}); export it again, or remove it and use --channels and --pixel-size"
+            ) from error
+        if is_whole or len(found) == len(channels):
+            break
+    return found
+
+
+def _parse_channels(content: bytes, channels: Collection[int], *, is_whole: bool) -> dict[int, HarmonyChannel]:
+    found: dict[int, HarmonyChannel] = {}
+    parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(("end",))
+    for start in range(0, len(content), _CHUNK_BYTES):
+        parser.feed(content[start : start + _CHUNK_BYTES])
+        for _, element in cast(Iterator[tuple[str, ElementTree.Element]], parser.read_events()):
+            if element.tag.rpartition("}")[2] in ("Image", "Entry"):
+                _add_channel(element, found)
+                element.clear()
+        if all(channel in found for channel in channels):
+            break
+    else:
+        if is_whole:
+            parser.close()  # raises ParseError if the end is missing
+    return {channel: found[channel] for channel in channels if channel in found}
+
+
+def _add_channel(element: ElementTree.Element, found: dict[int, HarmonyChannel]) -> None:
+    values = {part.tag.rpartition("}")[2]: (part.text or "").strip() for part in element}
+    number = values.get("ChannelID") or element.get("ChannelID") or ""
+    if number.isdecimal() and values.get("ChannelName"):
+        size = _pixel_size_um(values.get("ImageResolutionX"), values.get("ImageResolutionY"))
+        found.setdefault(int(number), HarmonyChannel(name=values["ChannelName"], pixel_size_um=size))
+
+
+def _pixel_size_um(x_metres: str | None, y_metres: str | None) -> float | None:
+    size = square_pixel(float(x_metres), float(y_metres or x_metres)) if x_metres else None
+    # Twelve digits: 6.5E-07 m is 0.65 um, not 0.6499999999999999.
+    return None if size is None else float(f"{size * _UM_PER_METRE:.12g}")
+
+
+def _read_indexes(files: Sequence[_PhenixFile], indexes: dict[str, str]) -> dict[tuple[str, int], HarmonyChannel]:
+    """Return the channels in the index of each folder, by folder and channel number."""
+    numbers: dict[str, set[int]] = {}
+    for file in files:
+        numbers.setdefault(file.folder, set()).add(file.channel)
+    metadata: dict[tuple[str, int], HarmonyChannel] = {}
+    for folder in sorted(numbers.keys() & indexes.keys()):
+        channels = read_harmony_channels(indexes[folder], numbers[folder])
+        names = [channel.name for channel in channels.values()]
+        for number, channel in channels.items():
+            name = channel.name if names.count(channel.name) == 1 else f"{channel.name} (ch{number})"
+            metadata[folder, number] = HarmonyChannel(name=name, pixel_size_um=channel.pixel_size_um)
+    return metadata
