@@ -18,11 +18,11 @@ class WeightsError(DinocellError):
 
 
 class ImageError(DinocellError):
-    """A picture, mask or labelled set that cannot be read whole, or cannot be written."""
+    """A image, mask or labelled set that cannot be read whole, or cannot be written."""
 
 
 class StackError(ImageError):
-    """A file of several pictures where one was expected."""
+    """A file of several images where one was expected."""
 
 
 class ShardError(DinocellError):

@@ -349,7 +349,7 @@ def test_two_fields_of_one_id_are_an_error(fields: Callable[..., Any], tmp_path:
 def test_eight_bits_map_a_plate_by_one_range_a_channel(
     fields: Callable[..., Any], draw: Callable[[int], np.ndarray], tmp_path: Path
 ) -> None:
-    settings = replace(SMALL, depth=8)
+    settings = replace(SMALL, bit_depth=8)
     manifest = build(fields(10), tmp_path / "plate", settings=settings, workers=1)
     assert manifest is not None
     assert manifest.shapes == {"3 x 32 x 32 uint8": 60}
@@ -374,7 +374,7 @@ def test_fields_that_cannot_be_used_do_not_stop_the_search_for_a_plates_levels(
             write_tiff(Path(source.folder) / f"f{number:03d}_{name}.tif", np.full((64, 96), np.nan, np.float32))
     for number in (7, 9):
         (Path(source.folder) / f"f{number:03d}_ER.tif").write_bytes(b"II*\0")
-    settings = replace(SMALL, depth=8)
+    settings = replace(SMALL, bit_depth=8)
     manifest = build(source, tmp_path / "set", settings=settings, workers=1)
     assert manifest is not None
     assert manifest.rejected == {"not finite": 4, "unreadable": 2}

@@ -13,7 +13,7 @@ import pytest
 
 from dinocell.errors import ImageError
 from dinocell.images.image import percentile_range, to_uint8
-from dinocell.images.read import Picture
+from dinocell.images.read import Image
 from dinocell.labelled.build import PERCENTILES, build_labelled
 from dinocell.labelled.dataset import open_labelled
 from dinocell.labelled.distance import labels_to_distance
@@ -32,8 +32,8 @@ def cells(height: int, width: int, *, first_id: int = 1) -> np.ndarray:
     return labels
 
 
-def pair(name: str, pixels: np.ndarray, labels: np.ndarray, **picture: object) -> Pair:
-    content = PairContent(picture=Picture(pixels=pixels, **picture), labels=labels)
+def pair(name: str, pixels: np.ndarray, labels: np.ndarray, **image: object) -> Pair:
+    content = PairContent(image=Image(pixels=pixels, **image), labels=labels)
     return Pair(name=name, read=lambda: content)
 
 
@@ -51,7 +51,7 @@ def test_images_labels_and_distances_come_back_exactly(tmp_path: Path) -> None:
     assert not report.skipped
     for image, want in zip(found, pairs, strict=True):
         content = want.read()
-        np.testing.assert_array_equal(image.pixels, np.repeat(content.picture.pixels, 3, axis=0))
+        np.testing.assert_array_equal(image.pixels, np.repeat(content.image.pixels, 3, axis=0))
         np.testing.assert_array_equal(image.labels, content.labels)
         np.testing.assert_array_equal(image.distance, labels_to_distance(content.labels))
         assert image.crowd is None
@@ -96,11 +96,11 @@ def test_sizes_become_folders_and_read_as_one_set(tmp_path: Path) -> None:
     found = {image.name: image for image in open_labelled(tmp_path / "set")}
     for want in pairs:
         np.testing.assert_array_equal(found[want.name].labels, want.read().labels)
-        np.testing.assert_array_equal(found[want.name].pixels[0], want.read().picture.pixels[0])
+        np.testing.assert_array_equal(found[want.name].pixels[0], want.read().image.pixels[0])
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (20, 20), (100, 7)])
-def test_a_target_size_fits_the_whole_picture_and_pads(tmp_path: Path, height: int, width: int) -> None:
+def test_a_target_size_fits_the_whole_image_and_pads(tmp_path: Path, height: int, width: int) -> None:
     want = pair("a", np.full((1, height, width), 200, np.uint8), np.ones((height, width), int), pixel_size_um=0.5)
     with_cells = pair("b", np.full((1, height, width), 9, np.uint8), cells(height, width), pixel_size_um=0.5)
     build_labelled([want, with_cells], tmp_path / "set", target_size=50)
@@ -108,7 +108,7 @@ def test_a_target_size_fits_the_whole_picture_and_pads(tmp_path: Path, height: i
     image = open_labelled(tmp_path / "set")[0]
     scale = 50 / max(height, width)
     assert image.pixels.shape == (3, max(1, round(height * scale)), max(1, round(width * scale)))
-    assert (image.pixels == 200).all()  # the padding is not part of the picture
+    assert (image.pixels == 200).all()  # the padding is not part of the image
     assert (image.labels == 1).all()
     assert (image.distance == 1).all()  # nor does it bound a cell
     assert image.pixel_size_um == pytest.approx(0.5 / scale)
@@ -232,13 +232,13 @@ def test_the_same_pairs_give_the_same_bytes(tmp_path: Path) -> None:
 SLOW_BUILD = """
 import sys, time
 import numpy as np
-from dinocell.data_shards.images import Picture
-from dinocell.data_shards.labelled_build import build_labelled
-from dinocell.data_shards.labelled_sources import Pair, PairContent
+from dinocell.images.image import Image
+from dinocell.labelled.build import build_labelled
+from dinocell.labelled.layouts import Pair, PairContent
 
 def slow():
     time.sleep(0.05)
-    return PairContent(picture=Picture(pixels=np.zeros((1, 40, 60), np.uint8)), labels=np.eye(40, 60, dtype=int))
+    return PairContent(image=Image(pixels=np.zeros((1, 40, 60), np.uint8)), labels=np.eye(40, 60, dtype=int))
 
 build_labelled([Pair(name=str(k), read=slow) for k in range(2000)], sys.argv[1])
 """
@@ -387,10 +387,8 @@ def test_a_set_travels_to_a_worker_by_its_name_not_by_its_pixels(tmp_path: Path)
 
 def test_notes_of_the_pairs_are_added_up(tmp_path: Path) -> None:
     def noted(name: str) -> Pair:
-        picture = Picture(pixels=np.zeros((1, 40, 60), np.uint8))
-        content = PairContent(
-            picture=picture, labels=cells(40, 60), notes=Counter({"crowd regions left out": 2, "x": 0})
-        )
+        image = Image(pixels=np.zeros((1, 40, 60), np.uint8))
+        content = PairContent(image=image, labels=cells(40, 60), notes=Counter({"crowd regions left out": 2, "x": 0}))
         return Pair(name=name, read=lambda: content)
 
     assert build_labelled([noted("a"), noted("b")], tmp_path / "set").notes == {"crowd regions left out": 4}

@@ -486,8 +486,8 @@ def assert_same(output: Path, pairs: list[Pair]) -> None:
     assert len(found) == len(pairs)
     for name, content in contents(pairs).items():
         np.testing.assert_array_equal(found[name].labels, content.labels)
-        if content.picture.pixels.dtype == np.uint8:
-            np.testing.assert_array_equal(found[name].pixels[: len(content.picture.pixels)], content.picture.pixels)
+        if content.image.pixels.dtype == np.uint8:
+            np.testing.assert_array_equal(found[name].pixels[: len(content.image.pixels)], content.image.pixels)
 
 
 @needs_data

@@ -13,7 +13,7 @@ from dinocell.errors import DinocellError, ImageError
 if TYPE_CHECKING:
     from dinocell.eval.segmentation.jobs import Request
     from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-    from dinocell.images.image import Picture
+    from dinocell.images.image import Image
 
 # For --dry-run: the side of the piece that is tried, and memory by benchmarks/results/segment.md.
 _TRIED_PX = 512
@@ -187,7 +187,7 @@ def _cost(files: Sequence[Path], pipeline: "DINOCellPipeline", request: "Request
     )
 
 
-def _first_picture(files: Sequence[Path], *, frames: bool) -> "Picture | None":
+def _first_picture(files: Sequence[Path], *, frames: bool) -> "Image | None":
     from dinocell.images.read import read_image, read_stack
 
     for file in files:

@@ -71,7 +71,11 @@ def _add_build(actions: Any) -> None:
     )
     values = parser.add_argument_group("values")
     values.add_argument(
-        "--depth", choices=("keep", "8"), default="keep", help="keep the source's bits, or map to 8 (default: keep)"
+        "--bit-depth",
+        "--depth",
+        choices=("keep", "8"),
+        default="keep",
+        help="keep the source's bits, or map to 8 (default: keep)",
     )
     values.add_argument(
         "--percentiles",
@@ -130,7 +134,7 @@ def _run_build(options: argparse.Namespace) -> None:
                 max_saturated=options.max_saturated,
             ),
             codec=options.codec,
-            depth=8 if options.depth == "8" else None,
+            bit_depth=8 if options.bit_depth == "8" else None,
             percentiles=tuple(options.percentiles),
             levels_of=options.levels_of,
             max_unreadable=options.max_unreadable,

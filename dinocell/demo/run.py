@@ -28,7 +28,7 @@ from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
-from dinocell.images.image import picture_of
+from dinocell.images.image import as_image
 from dinocell.labelled.dataset import open_labelled
 from dinocell.models.config import VARIANTS, variant_of
 from dinocell.models.vit import VisionTransformer
@@ -214,7 +214,7 @@ def _segment(model: DINOCell, material: Material) -> list[Result]:
     assert material.unseen is not None
     opened = open_labelled(material.unseen)
     for image in (opened[index] for index in range(len(opened))):
-        plane = picture_of(np.asarray(image.pixels)).plane()
+        plane = as_image(np.asarray(image.pixels)).plane()
         distance = pipeline.distance(plane)
         reference = np.ascontiguousarray(image.labels, dtype=np.int32)
         results.append(Result(image.name, plane, reference, pipeline.cells(distance), distance, otsu_baseline(plane)))

@@ -10,7 +10,7 @@ from skimage.segmentation import find_boundaries
 from dinocell.eval.metrics.matching import find_matches
 from dinocell.eval.metrics.overlaps import Overlaps
 from dinocell.eval.metrics.summary import ImageScores, Scores
-from dinocell.images.image import percentile_range, picture_of, to_uint8
+from dinocell.images.image import as_image, percentile_range, to_uint8
 from dinocell.labelled.dataset import LabelledImage
 
 FALSE, MISSED, RIGHT = (235, 40, 40), (50, 110, 255), (90, 210, 90)
@@ -48,7 +48,7 @@ class WorstImages:
         is_worse = len(self.mistakes) < self._number or (self._number > 0 and score < self.mistakes[-1].scores.f1)
         if math.isnan(score) or score == 1 or not is_worse:
             return
-        plane = picture_of(np.asarray(image.pixels)).plane()
+        plane = as_image(np.asarray(image.pixels)).plane()
         picture = draw_mistakes(plane, np.asarray(image.labels), labels, table)
         mistakes = Mistakes(dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, picture=picture)
         self.mistakes = sorted([*self.mistakes, mistakes], key=lambda each: each.scores.f1)[: self._number]

@@ -15,7 +15,7 @@ import numpy as np
 
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.metrics.ctc_files import frame_files
-from dinocell.images.image import Picture
+from dinocell.images.image import Image
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, image_stem
 from dinocell.labelled.dataset import LabelledImage, open_labelled
 from dinocell.labelled.layouts import Pair, PairContent, cellpose_pairs, dsb2018_pairs, read_pair
@@ -62,7 +62,7 @@ class PairSet:
     def __getitem__(self, index: SupportsIndex) -> LabelledImage:
         pair = self.pairs[index]
         content = pair.read()
-        plane = content.picture.plane()
+        plane = content.image.plane()
         if plane.shape != content.labels.shape:
             sizes = (" x ".join(map(str, shape)) for shape in (plane.shape, content.labels.shape))
             raise ImageError("{}: the image is {}, its mask {}; expected one size".format(pair.name, *sizes))
@@ -72,7 +72,7 @@ class PairSet:
             distance=None,
             crowd=None,
             name=pair.name,
-            pixel_size_um=content.picture.pixel_size_um,
+            pixel_size_um=content.image.pixel_size_um,
         )
 
 
@@ -162,7 +162,7 @@ def _num_cells(path: Path) -> int:
 
 def _mask_alone(mask: Path) -> PairContent:
     labels = read_labels(mask)
-    return PairContent(picture=Picture(pixels=np.zeros((1, *labels.shape), np.uint8)), labels=labels)
+    return PairContent(image=Image(pixels=np.zeros((1, *labels.shape), np.uint8)), labels=labels)
 
 
 def _open_folders(folder: Path, encoding: str = "labels") -> PairSet:

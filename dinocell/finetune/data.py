@@ -18,7 +18,7 @@ from dinocell.finetune.augment import Crop, cut, plain
 from dinocell.finetune.config import AugmentConfig
 from dinocell.finetune.preprocess import Levels, SegmenterSettings, grey_levels, levels_of
 from dinocell.finetune.sets import Chosen, Split
-from dinocell.images.image import picture_of
+from dinocell.images.image import as_image
 from dinocell.labelled.dataset import LabelledImage
 
 # Images that a worker keeps prepared: a small set is prepared once, of a large one little is kept.
@@ -131,7 +131,7 @@ def prepared(image: LabelledImage, settings: SegmenterSettings) -> tuple[np.ndar
     Cells keep their ids, or are numbered anew where these exceed the pixels: crops are turned as float32, which holds
     numbers to 16 million exactly.
     """
-    grey = grey_levels(picture_of(np.asarray(image.pixels)).plane(), settings)
+    grey = grey_levels(as_image(np.asarray(image.pixels)).plane(), settings)
     labels = np.asarray(image.labels)
     if labels.max() > labels.size:
         labels = np.unique(np.append(labels, labels.dtype.type(0)), return_inverse=True)[1][:-1].reshape(labels.shape)

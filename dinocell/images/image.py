@@ -1,4 +1,4 @@
-"""One picture in memory, and how its grey levels become 8 bits."""
+"""One image in memory, and how its grey levels become 8 bits."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,14 +10,14 @@ from jaxtyping import Shaped, UInt8
 from dinocell.errors import ImageError
 
 COLOURS = ("red", "green", "blue")
-# Channels are told from rows by their number: no microscope takes pictures of fewer rows.
+# Channels are told from rows by their number: no microscope takes images of fewer rows.
 MOST_CHANNELS = 16
 # Percentiles of a channel that become 0 and 1 before channels are averaged.
 MEAN_PERCENTILES = (0.1, 99.9)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
+class Image:
     """One frame of an image file, with the values and the type that the file holds.
 
     Attributes
@@ -46,7 +46,7 @@ class Picture:
         """Whether the first three channels are red, green and blue."""
         return self.channel_names[:3] == COLOURS
 
-    def select(self, channel: int | str) -> "Picture":
+    def select(self, channel: int | str) -> "Image":
         """Return one channel, by its number (from 0) or its name; ``mean``, where none is called so: see `mean`.
 
         Raises
@@ -59,31 +59,31 @@ class Picture:
         known = f"{len(self.pixels)} channel(s)" + (f": {', '.join(self.channel_names)}" if self.channel_names else "")
         if isinstance(channel, str):
             if channel not in self.channel_names:
-                raise ImageError(f"no channel {channel!r} in a picture of {known}")
+                raise ImageError(f"no channel {channel!r} in an image of {known}")
             channel = self.channel_names.index(channel)
         if not 0 <= channel < len(self.pixels):
-            raise ImageError(f"no channel {channel} in a picture of {known} (the first is 0)")
+            raise ImageError(f"no channel {channel} in an image of {known} (the first is 0)")
         return replace(
             self, pixels=self.pixels[channel : channel + 1], channel_names=self.channel_names[channel : channel + 1]
         )
 
-    def mean(self) -> "Picture":
+    def mean(self) -> "Image":
         """Return the mean of the channels (alpha aside), each first mapped from its own percentiles to 0 to 1, float32.
 
         The percentiles are `MEAN_PERCENTILES`, those of pretraining's views: without them the brightest stain would be
-        all that is seen. One channel, and a grey picture stored as RGB, stay as they are.
+        all that is seen. One channel, and a grey image stored as RGB, stay as they are.
         """
-        picture = self.grey()
-        if picture.channel_names[-1:] == ("alpha",):
-            picture = replace(picture, pixels=picture.pixels[:-1], channel_names=picture.channel_names[:-1])
-        if len(picture.pixels) == 1:
-            return picture
-        total = np.zeros(picture.pixels.shape[1:], np.float32)
-        for plane in picture.pixels:
+        image = self.grey()
+        if image.channel_names[-1:] == ("alpha",):
+            image = replace(image, pixels=image.pixels[:-1], channel_names=image.channel_names[:-1])
+        if len(image.pixels) == 1:
+            return image
+        total = np.zeros(image.pixels.shape[1:], np.float32)
+        for plane in image.pixels:
             low, high = percentile_range(plane, *MEAN_PERCENTILES)
             scale = np.float32(1 / (high - low)) if high > low else np.float32(0)
             total += np.clip((plane.astype(np.float32) - np.float32(low)) * scale, 0, 1)
-        return replace(picture, pixels=(total / len(picture.pixels))[None], channel_names=("mean",))
+        return replace(image, pixels=(total / len(image.pixels))[None], channel_names=("mean",))
 
     def plane(self, channel: int | str | None = None) -> Shaped[np.ndarray, "h w"]:
         """Return the one plane that is looked at: a channel, see `select`, or else the `mean` of all.
@@ -96,10 +96,10 @@ class Picture:
         plane: np.ndarray = (self.mean() if channel is None else self.select(channel)).pixels[0]
         return plane
 
-    def grey(self) -> "Picture":
-        """Return one channel where a grey picture was stored as red = green = blue; any other picture as it is.
+    def grey(self) -> "Image":
+        """Return one channel where a grey image was stored as red = green = blue; any other image as it is.
 
-        Nothing is lost and nothing is weighted: a picture with real colour keeps its channels, and it is the caller who
+        Nothing is lost and nothing is weighted: an image with real colour keeps its channels, and it is the caller who
         decides what to do with them. An alpha beside three equal planes goes with them.
         """
         if not self.is_colour:
@@ -120,8 +120,8 @@ def square_pixel(across: float | None, down: float | None) -> float | None:
     return float(across)
 
 
-def picture_of(image: Shaped[np.ndarray, "..."]) -> Picture:
-    """Return an array as a picture: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
+def as_image(image: Shaped[np.ndarray, "..."]) -> Image:
+    """Return an array as an image: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
 
     Raises
     ------
@@ -131,16 +131,16 @@ def picture_of(image: Shaped[np.ndarray, "..."]) -> Picture:
     if image.size == 0 or image.ndim not in (2, 3):
         raise ImageError(f"expected an image (h w), (c h w) or (h w c), got an array of shape {image.shape}")
     if image.ndim == 2:
-        return Picture(pixels=image[None])
+        return Image(pixels=image[None])
     rows, _, last = image.shape
-    # A colour picture may be as low as others have channels; none with so many channels is 3 or 4 pixels wide.
+    # A colour image may be as low as others have channels; none with so many channels is 3 or 4 pixels wide.
     if last <= MOST_CHANNELS < rows or (last in (3, 4) and rows > 4):
         image = np.moveaxis(image, 2, 0)
     if image.shape[0] > MOST_CHANNELS:
         raise ImageError(f"expected at most {MOST_CHANNELS} channels, got an array of shape {image.shape}")
     is_rgba = len(image) == 4 and image.dtype == np.uint8
     names = (*COLOURS, "alpha") if is_rgba else COLOURS if len(image) == 3 else ()
-    return Picture(pixels=image, channel_names=names)
+    return Image(pixels=image, channel_names=names)
 
 
 @runtime_checkable
@@ -149,7 +149,7 @@ class Frames(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Picture: ...
+    def __getitem__(self, index: int) -> Image: ...
 
     def close(self) -> None:
         """Close the file."""
@@ -173,7 +173,7 @@ def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: 
     if not 0 <= low <= high <= 100:
         raise ValueError(f"percentiles: expected 0 <= low <= high <= 100, got {low} and {high}")
     if pixels.size == 0:
-        raise ImageError("a picture without pixels has no grey levels")
+        raise ImageError("an image without pixels has no grey levels")
     if pixels.dtype == np.bool_:
         pixels = pixels.view(np.uint8)
     if pixels.dtype in (np.uint8, np.uint16):
@@ -188,7 +188,7 @@ def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: 
 def to_uint8(pixels: Shaped[np.ndarray, "*shape"], low: int | float, high: int | float) -> UInt8[np.ndarray, "*shape"]:
     """Map grey levels linearly: ``low`` and below to 0, ``high`` and above to 255, rounded to the nearest.
 
-    Where ``low`` equals ``high``, as in a constant picture, everything up to it is 0 and everything above is 255.
+    Where ``low`` equals ``high``, as in a constant image, everything up to it is 0 and everything above is 255.
 
     Raises
     ------

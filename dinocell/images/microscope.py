@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dinocell.errors import ImageError
-from dinocell.images.image import COLOURS, Picture, square_pixel
+from dinocell.images.image import COLOURS, Image, square_pixel
 from dinocell.images.storage import bucket_options
 
 _UM_PER_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}
@@ -48,7 +48,7 @@ class ZarrFrames:
     def __len__(self) -> int:
         return math.prod(self._frame_shape)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Image:
         selection: list[Any] = [slice(None)] * len(self._axes)
         for axis, at in zip(self._frame_axes, np.unravel_index(index, self._frame_shape), strict=True):
             selection[axis] = int(at)
@@ -56,7 +56,7 @@ class ZarrFrames:
         pixels = pixels.reshape(-1, *pixels.shape[-2:])
         names = self._names if len(self._names) == len(pixels) and all(self._names) else ()
         pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
-        return Picture(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
+        return Image(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -108,7 +108,7 @@ class MicroscopeFrames:
     def __len__(self) -> int:
         return len(self._frames)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Image:
         scene, time, depth = self._frames[index]
         self._image.set_scene(scene)
         is_colour = "S" in self._image.dims.order
@@ -119,7 +119,7 @@ class MicroscopeFrames:
         if len(names) != len(pixels) or not all(names):
             names = ()
         pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
-        return Picture(pixels=pixels, channel_names=names, pixel_size_um=_bioio_pixel_size_um(self._image))
+        return Image(pixels=pixels, channel_names=names, pixel_size_um=_bioio_pixel_size_um(self._image))
 
     def close(self) -> None:
         """Nothing is held open."""

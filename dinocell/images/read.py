@@ -1,7 +1,7 @@
-"""Reading and writing pictures: any file of a microscope or an archive in, exact values out, or one clear line.
+"""Reading and writing images: any file of a microscope or an archive in, exact values out, or one clear line.
 
 What a file is, its first bytes say, not its name: a PNG named ``.tif`` is read as the PNG that it is. Values come as
-they are stored, in their own type. A file that is cut short is an error, never a picture with a black part.
+they are stored, in their own type. A file that is cut short is an error, never an image with a black part.
 
 - TIFF: 8 to 64 bit, integer, float, bool; every compression of imagecodecs; ImageJ, OME, MetaMorph; pyramids at full
   size. A palette (ImageJ's lookup tables) only colours: its numbers are the values. Stored with 0 as white: turned.
@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from dinocell.errors import ImageError, StackError
-from dinocell.images.image import COLOURS, MOST_CHANNELS, Frames, Picture, percentile_range, to_uint8
+from dinocell.images.image import COLOURS, MOST_CHANNELS, Frames, Image, percentile_range, to_uint8
 from dinocell.images.storage import local_path, open_bytes
 from dinocell.images.write import write_labels, write_png, write_tiff
 
 __all__ = [
-    "Picture",
+    "Image",
     "count_frames",
     "has_image_name",
     "image_stem",
@@ -85,8 +85,8 @@ def image_stem(name: str) -> str:
 
 def read_image(
     path: str | Path, *, frame: int | None = None, frames_as_channels: bool = False, palette_as_colour: bool = True
-) -> Picture:
-    """Read one picture.
+) -> Image:
+    """Read one image.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def read_image(
     frame
         Which frame of a stack (time points, slices, pages), from 0. None expects a file with one.
     frames_as_channels
-        Take the frames of a stack, equal in size and type, as the channels of one picture.
+        Take the frames of a stack, equal in size and type, as the channels of one image.
     palette_as_colour
         False returns the numbers of a palette PNG, as masks mean them, instead of the colours.
 
@@ -109,7 +109,7 @@ def read_image(
             return _as_channels([frames[index] for index in range(len(frames))])
         if frame is None and len(frames) > 1:
             raise StackError(
-                f"a stack of {len(frames)} frames (time, depth or pages), where one picture was expected; "
+                f"a stack of {len(frames)} frames (time, depth or pages), where one image was expected; "
                 "choose a frame, read them one by one, or take them as channels"
             )
         if not 0 <= (frame or 0) < len(frames):
@@ -117,8 +117,8 @@ def read_image(
         return frames[frame or 0]
 
 
-def read_stack(path: str | Path) -> Iterator[Picture]:
-    """Yield the frames of a file one by one, in its order; a single picture is a stack of one.
+def read_stack(path: str | Path) -> Iterator[Image]:
+    """Yield the frames of a file one by one, in its order; a single image is a stack of one.
 
     Raises
     ------
@@ -130,8 +130,8 @@ def read_stack(path: str | Path) -> Iterator[Picture]:
     with closing(frames):
         for index in range(len(frames)):
             with _errors_named(path):
-                picture = frames[index]
-            yield picture
+                image = frames[index]
+            yield image
 
 
 def count_frames(path: str | Path) -> int:
@@ -162,16 +162,16 @@ def _errors_named(path: str | Path) -> Iterator[None]:
 
 
 class _OneFrame:
-    """A file that holds one picture."""
+    """A file that holds one image."""
 
-    def __init__(self, picture: Picture) -> None:
-        self._picture = picture
+    def __init__(self, image: Image) -> None:
+        self._image = image
 
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int) -> Picture:
-        return self._picture
+    def __getitem__(self, index: int) -> Image:
+        return self._image
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -210,26 +210,26 @@ def _head(path: Path) -> bytes:
 
 
 def _check_known(head: bytes, name: str) -> None:
-    """Raise, saying what the file is instead, unless its first bytes are those of a picture."""
+    """Raise, saying what the file is instead, unless its first bytes are those of an image."""
     if head.startswith((_PNG, _JPEG, _BMP, _NPY)):
         return
     start = head.lstrip().lower()
     if not head:
         raise ImageError(f"{name}: the file is empty (0 bytes); copy or download it again")
     if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
-        raise ImageError(f"{name}: a web page or XML text, not a picture; the download went wrong, fetch it again")
+        raise ImageError(f"{name}: a web page or XML text, not an image; the download went wrong, fetch it again")
     if start.startswith(b"version https://git-lfs"):
-        raise ImageError(f"{name}: a Git LFS pointer, not the picture; run 'git lfs pull' where it comes from")
+        raise ImageError(f"{name}: a Git LFS pointer, not the image; run 'git lfs pull' where it comes from")
     if not head.strip(b"\x00"):
         raise ImageError(f"{name}: begins with zeros only; the file was never fully written, copy it again")
     suffix = Path(name).suffix.lower()
-    what = f"a {suffix} file" if suffix and suffix not in IMAGE_SUFFIXES else "not a picture that can be read"
+    what = f"a {suffix} file" if suffix and suffix not in IMAGE_SUFFIXES else "not an image that can be read"
     raise ImageError(
         f"{name}: {what}; convert it to TIFF or PNG (readable: TIFF, PNG, JPEG, BMP, .npy, OME-Zarr, ND2, CZI)"
     )
 
 
-def _decode(content: bytes, palette_as_colour: bool) -> Picture:
+def _decode(content: bytes, palette_as_colour: bool) -> Image:
     if content.startswith(_PNG):
         return _decode_png(content, palette_as_colour)
     if content.startswith(_NPY):
@@ -249,13 +249,13 @@ def _decode(content: bytes, palette_as_colour: bool) -> Picture:
         return _coloured(np.asarray(image))
 
 
-def _decode_png(content: bytes, palette_as_colour: bool) -> Picture:
+def _decode_png(content: bytes, palette_as_colour: bool) -> Image:
     bit_depth, colour_type = content[24], content[25]
     if colour_type == 3 and not palette_as_colour:
         from PIL.PngImagePlugin import PngImageFile
 
         with PngImageFile(io.BytesIO(content)) as image:
-            return Picture(pixels=np.asarray(image)[None].copy())
+            return Image(pixels=np.asarray(image)[None].copy())
     import imagecodecs
 
     # imagecodecs, not Pillow: Pillow halves the bits of 16-bit colour.
@@ -263,17 +263,17 @@ def _decode_png(content: bytes, palette_as_colour: bool) -> Picture:
     return _coloured(pixels > 0 if bit_depth == 1 and pixels.ndim == 2 and colour_type == 0 else pixels)
 
 
-def _coloured(pixels: np.ndarray) -> Picture:
-    """Return (h w) or (h w 1|2|3|4) as a picture: grey, grey + alpha, RGB, RGB + alpha."""
+def _coloured(pixels: np.ndarray) -> Image:
+    """Return (h w) or (h w 1|2|3|4) as an image: grey, grey + alpha, RGB, RGB + alpha."""
     pixels = np.atleast_3d(pixels)
     names: tuple[str, ...] = {1: (), 2: ("grey", "alpha"), 3: COLOURS, 4: (*COLOURS, "alpha")}[pixels.shape[-1]]
     if names[-1:] == ("alpha",) and (pixels[..., -1] == pixels[0, 0, -1]).all():
         pixels = pixels[..., :-1]
         names = names[:-1] if len(names) == 4 else ()
-    return Picture(pixels=np.ascontiguousarray(pixels.transpose(2, 0, 1)), channel_names=names)
+    return Image(pixels=np.ascontiguousarray(pixels.transpose(2, 0, 1)), channel_names=names)
 
 
-def _decode_npy(content: bytes) -> Picture:
+def _decode_npy(content: bytes) -> Image:
     file = io.BytesIO(content)
     pixels = np.load(file, allow_pickle=False)
     if pixels.dtype.kind not in "buif":
@@ -289,12 +289,12 @@ def _decode_npy(content: bytes) -> Picture:
             f"an array of shape {pixels.shape}; expected (h w), (h w 3), (h w 4) or (c h w) with at most "
             f"{MOST_CHANNELS} channels; save stacks as TIFF with named axes"
         )
-    return Picture(pixels=np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("=")))
+    return Image(pixels=np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("=")))
 
 
-def _as_channels(frames: list[Picture]) -> Picture:
+def _as_channels(frames: list[Image]) -> Image:
     kinds = {(frame.pixels.shape[1:], frame.pixels.dtype) for frame in frames}
     if len(kinds) > 1:
-        raise ImageError(f"{len(frames)} frames of {len(kinds)} sizes or types cannot be the channels of one picture")
+        raise ImageError(f"{len(frames)} frames of {len(kinds)} sizes or types cannot be the channels of one image")
     names = frames[0].channel_names if len(frames) == 1 else ()
     return replace(frames[0], pixels=np.concatenate([frame.pixels for frame in frames]), channel_names=names)

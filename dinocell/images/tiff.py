@@ -1,6 +1,6 @@
 """The frames of a TIFF file, whatever its flavour: plain, ImageJ, OME, MetaMorph; and what it says about itself.
 
-A frame is one two-dimensional picture with its channels. The axes C (channel) and S (sample of a colour) become
+A frame is one two-dimensional image with its channels. The axes C (channel) and S (sample of a colour) become
 channels; every other axis longer than 1 - time, depth, the pages of a plain multi-page file, the images of an OME
 file - counts frames, in the order of the file. Previews (pages marked as reduced) are not frames.
 """
@@ -17,12 +17,12 @@ import numpy as np
 import tifffile
 
 from dinocell.errors import ImageError
-from dinocell.images.image import COLOURS, Picture, square_pixel
+from dinocell.images.image import COLOURS, Image, square_pixel
 
 _UM_PER_UNIT = {"um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0}
 _UM_PER_UNIT |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
-# tifffile logs what it finds odd. What makes a picture incomplete is checked below; the rest is no news to a user who
+# tifffile logs what it finds odd. What makes an image incomplete is checked below; the rest is no news to a user who
 # has not set up logging (without a handler, Python prints it to stderr).
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
@@ -53,7 +53,7 @@ class TiffFrames:
     def __len__(self) -> int:
         return sum(series.num_frames for series in self._series)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Image:
         for series in self._series:
             if index < series.num_frames:
                 return series.read(index, self._size)
@@ -72,7 +72,7 @@ class _Series:
         self._tiff, self._series, self._content = tiff, series, content
         self._axes, self._shape = str(series.axes), tuple(int(size) for size in series.shape)
         if not {"Y", "X"} <= set(self._axes):
-            raise ImageError(f"no picture in it: its axes are {self._axes}, of sizes {self._shape}")
+            raise ImageError(f"no image in it: its axes are {self._axes}, of sizes {self._shape}")
         self._frame_axes = [k for k, axis in enumerate(self._axes) if axis not in "CSYX"]
         self._frame_shape = [self._shape[k] for k in self._frame_axes]
         self.num_frames = math.prod(self._frame_shape)
@@ -84,7 +84,7 @@ class _Series:
         self._alpha = bool(page.extrasamples) and int(page.extrasamples[-1]) in (1, 2)
         self._pixel_size_um, self._channel_names = _described(tiff, page, number)
 
-    def read(self, index: int, num_bytes: int) -> Picture:
+    def read(self, index: int, num_bytes: int) -> Image:
         position = np.unravel_index(index, self._frame_shape) if self._frame_axes else ()
         selection: list[Any] = [slice(None)] * len(self._shape)
         for axis, at in zip(self._frame_axes, position, strict=True):
@@ -93,7 +93,7 @@ class _Series:
         axes = [axis for axis in self._axes if axis in "CSYX"]
         pixels = pixels.transpose([axes.index(axis) for axis in "CSYX" if axis in axes])
         pixels = pixels.reshape(-1, *pixels.shape[-2:])
-        return self._picture(pixels)
+        return self._image(pixels)
 
     def _pixels(self, selection: tuple[Any, ...], num_bytes: int) -> np.ndarray:
         series, page = self._series, self._series.keyframe
@@ -133,7 +133,7 @@ class _Series:
             if max(ends) > page.parent.filehandle.size:  # an OME-TIFF may lie in several files
                 raise ImageError("the file is cut short: its pixels end beyond it; copy it again")
 
-    def _picture(self, pixels: np.ndarray) -> Picture:
+    def _image(self, pixels: np.ndarray) -> Image:
         pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
         if self._photometric == "MINISWHITE" and pixels.dtype.kind == "u":
             # Stored with 0 as white: turned, so that more is brighter everywhere. One-bit masks stay: tifffile marks
@@ -146,7 +146,7 @@ class _Series:
             pixels, names = pixels[:-1], names[: len(pixels) - 1] if len(names) >= len(pixels) - 1 else ()
         if len(names) != len(pixels):
             names = ()
-        return Picture(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
+        return Image(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
 
 
 def _read_page(page: Any) -> np.ndarray:
@@ -173,7 +173,7 @@ def _num_bytes(file: str | io.BytesIO) -> int:
 def _check_page_chain(tiff: tifffile.TiffFile, num_bytes: int) -> None:
     """Raise if the last page that could be read points on to another one: the file was cut between its pages."""
     if len(tiff.pages) == 0:
-        raise ImageError("there is no picture in it")
+        raise ImageError("there is no image in it")
     if tiff.is_ndpi:  # 32-bit offsets in files beyond 4 GB
         return
     layout, last, handle = tiff.tiff, tiff.pages[-1], tiff.filehandle
@@ -190,7 +190,7 @@ def _described(tiff: tifffile.TiffFile, page: Any, number: int) -> tuple[float |
     """Return pixel size and channel names, from the description of OME, ImageJ or MetaMorph.
 
     The plain resolution tags are not believed: they hold screen dots an inch (72), and Opera Phenix puts the camera's
-    pixel there, not the sample's. Nor are inches of ImageJ's: where a picture says dots an inch, and nothing else, it
+    pixel there, not the sample's. Nor are inches of ImageJ's: where an image says dots an inch, and nothing else, it
     takes these for the sample's.
     """
     if tiff.is_ome and tiff.ome_metadata:

@@ -1,4 +1,4 @@
-"""Writing pictures, whole or not at all: to a temporary name beside the file, then renamed."""
+"""Writing images, whole or not at all: to a temporary name beside the file, then renamed."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ def write_tiff(
 ) -> None:
     """Write an OME-TIFF (deflate), which Fiji, QuPath, napari and ``read_image`` open with channels and pixel size.
 
-    The same picture always gives the same bytes.
+    The same image always gives the same bytes.
 
     Raises
     ------

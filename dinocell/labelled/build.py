@@ -21,7 +21,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from dinocell._version import __version__
 from dinocell.errors import ImageError
-from dinocell.images.image import Picture, percentile_range, to_uint8
+from dinocell.images.image import Image, percentile_range, to_uint8
 from dinocell.labelled.dataset import FORMAT_NAME, FORMAT_VERSION
 from dinocell.labelled.distance import labels_to_distance
 from dinocell.labelled.layouts import Pair, PairContent
@@ -78,7 +78,7 @@ def build_labelled(
         Scale each image so that its longer side has this many pixels (area average down, linear up; labels: nearest)
         and pad it to a square with 0 at the bottom or the right. None keeps every image as it is.
     channel
-        Keep this channel of each image, by number or name; ``mean``: see `Picture.mean`. None: grey and RGB as they
+        Keep this channel of each image, by number or name; ``mean``: see `Image.mean`. None: grey and RGB as they
         are; anything else is skipped.
     keep_empty
         Keep images without a cell instead of skipping them.
@@ -191,16 +191,16 @@ class _Example(NamedTuple):
 def _prepared(
     name: str, content: PairContent, *, target_size: int | None, channel: int | str | None, keep_empty: bool
 ) -> _Example:
-    picture, labels, notes = content.picture, content.labels, Counter[str]()
-    if labels.shape != picture.pixels.shape[1:]:
-        image_size, mask_size = (f"{h} x {w}" for h, w in (picture.pixels.shape[1:], labels.shape))
+    image, labels, notes = content.image, content.labels, Counter[str]()
+    if labels.shape != image.pixels.shape[1:]:
+        image_size, mask_size = (f"{h} x {w}" for h, w in (image.pixels.shape[1:], labels.shape))
         raise PairError("sizes differ", f"{name}: the image is {image_size}, the mask {mask_size}")
     if labels.max() > np.iinfo(np.int32).max:
         raise PairError("ids too large", f"{name}: id {labels.max()}; the largest that fits is {2**31 - 1}")
     if not keep_empty and not labels.any():
         raise PairError("no cells", f"{name}: the mask is empty")
     try:
-        pixels, levels = _to_bgr(picture if channel is None else picture.select(channel))
+        pixels, levels = _to_bgr(image if channel is None else image.select(channel))
     except ImageError as error:
         kind = error.kind if isinstance(error, PairError) else "values or channels"
         raise PairError(kind, f"{name}: {error}") from error
@@ -220,22 +220,22 @@ def _prepared(
         "num_cells": _num_cells(labels),
         "levels": levels,
         "scale": scale,
-        "pixel_size_um": picture.pixel_size_um / scale if picture.pixel_size_um is not None else None,
+        "pixel_size_um": image.pixel_size_um / scale if image.pixel_size_um is not None else None,
     }
     if target_size is not None:
-        # After the distances: the end of the picture is not the boundary of a cell.
+        # After the distances: the end of the image is not the boundary of a cell.
         missing = [(0, target_size - side) for side in labels.shape]
         labels, distance = np.pad(labels, missing), np.pad(distance, missing)
         pixels = np.pad(pixels, [*missing, (0, 0)])
     return _Example(pixels, labels, distance, notes, record)
 
 
-def _to_bgr(picture: Picture) -> tuple[np.ndarray, list[float] | None]:
+def _to_bgr(image: Image) -> tuple[np.ndarray, list[float] | None]:
     """Return (h w 3) uint8, blue green red, and the grey levels that became 0 and 255 (None: it was 8 bit already)."""
-    picture = picture.grey()
-    pixels = picture.pixels[:-1] if picture.channel_names[-1:] == ("alpha",) else picture.pixels
+    image = image.grey()
+    pixels = image.pixels[:-1] if image.channel_names[-1:] == ("alpha",) else image.pixels
     if len(pixels) not in (1, 3):
-        names = f" ({', '.join(picture.channel_names)})" if picture.channel_names else ""
+        names = f" ({', '.join(image.channel_names)})" if image.channel_names else ""
         raise PairError("several channels", f"{len(pixels)} channels{names}; expected one, or red, green and blue")
     levels = None
     if pixels.dtype == np.bool_:
@@ -375,7 +375,7 @@ def folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _is_labelled_set(folder: Path) -> bool:
-    """Say whether a folder holds the files of a labelled set and nothing else, so that no picture is ever removed."""
+    """Say whether a folder holds the files of a labelled set and nothing else, so that no image is ever removed."""
     if not (folder / "dataset.json").is_file():
         return False
     arrays = {"imgs.npy", "anns.npy", "dist_maps.npy"}

@@ -8,7 +8,7 @@ A folder holds images of one size::
     dataset.json   source, licence, names, counts, pixel size; missing in others' sets
 
 or sub-folders of that kind, one a size (``520x704/``). Images that were fitted to a target size are padded below and to
-the right; ``dataset.json`` says how far the picture goes, and reading returns the picture without the padding.
+the right; ``dataset.json`` says how far the image goes, and reading returns the image without the padding.
 ``wms.npy`` (weights of other tools) is ignored.
 """
 
@@ -37,7 +37,7 @@ class LabelledImage:
     Attributes
     ----------
     pixels
-        Red, green, blue (equal in a grey picture), or one grey channel in sets whose file holds only that: uint8 in
+        Red, green, blue (equal in a grey image), or one grey channel in sets whose file holds only that: uint8 in
         labelled sets, what the file holds where image files are read one by one.
     labels
         0 is background, each other number one cell.
@@ -195,7 +195,7 @@ def _array_folders(folder: Path) -> list[Path]:
     folders = sorted(path.parent for path in folder.glob("*/imgs.npy"))
     if not folders:
         raise ImageError(f"{folder}: no labelled set (no imgs.npy); make one with 'dinocell dataset'")
-    # Read as groups of one, their own descriptions would be lost: padding would be taken for picture.
+    # Read as groups of one, their own descriptions would be lost: padding would be taken for image.
     sets = [path.name for path in folders if (path / "dataset.json").exists()]
     if sets:
         raise ImageError(f"{folder}: a folder of labelled sets ({', '.join(sets[:4])}); name them one by one")

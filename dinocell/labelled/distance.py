@@ -1,7 +1,7 @@
 """Labels to distance maps: the target that fine-tuning learns, 1 in the middle of each cell, falling to its boundary.
 
 Every cell is measured against its own boundary, so two cells that touch keep a valley between them; the edge of the
-image is not a boundary, so a cell that the picture cuts in two is not drawn as if it ended there. One pass serves all
+image is not a boundary, so a cell that the image cuts in two is not drawn as if it ended there. One pass serves all
 labels, whatever their number.
 """
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from dinocell.errors import DinocellError
-from dinocell.images.read import IMAGE_SUFFIXES, Picture, read_image
+from dinocell.images.read import IMAGE_SUFFIXES, Image, read_image
 from dinocell.images.storage import Listed, list_files
 from dinocell.labelled.masks import ENCODINGS, PairError, draw, read_coco, read_instances, read_labels, read_regions
 
@@ -27,7 +27,7 @@ from dinocell.labelled.masks import ENCODINGS, PairError, draw, read_coco, read_
 class PairContent:
     """An image, its labels, and what was counted on the way (overlapping pixels, crowd regions...)."""
 
-    picture: Picture
+    image: Image
     labels: Integer[np.ndarray, "h w"]
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -193,7 +193,7 @@ def _read_matched(name: str, images: list[Path], masks: list[Path], encoding: st
     return read_pair(name, images[0] if images else None, masks, encoding)
 
 
-def read_pair(name: str, image: Path | None, masks: list[Path], encoding: str) -> PairContent:
+def read_pair(name: str, image_path: Path | None, masks: list[Path], encoding: str) -> PairContent:
     """Read an image and its mask, of one of the `ENCODINGS`.
 
     Raises
@@ -201,37 +201,37 @@ def read_pair(name: str, image: Path | None, masks: list[Path], encoding: str) -
     ImageError
         If one is missing (PairError) or cannot be read.
     """
-    if image is None:
+    if image_path is None:
         _fail("no image", f"{name}: {masks[0]} has no image" if masks else f"{name}: no image")
     if not masks:
-        _fail("no mask", f"{image}: no mask goes with it")
+        _fail("no mask", f"{image_path}: no mask goes with it")
     notes: Counter[str] = Counter()
-    picture = read_image(image)
+    image = read_image(image_path)
     if encoding == "instances":
         labels = read_instances(masks, notes)
     else:
         labels = read_regions(masks[0]) if encoding == "regions" else read_labels(masks[0])
-    return PairContent(picture=picture, labels=labels, notes=notes)
+    return PairContent(image=image, labels=labels, notes=notes)
 
 
 def _read_coco_pair(
-    name: str, found: list[Path], image: dict[str, Any], annotations: list[dict[str, Any]]
+    name: str, found: list[Path], record: dict[str, Any], annotations: list[dict[str, Any]]
 ) -> PairContent:
     if not found:
         _fail("no image", f"{name}: annotated, but not below the folder")
     if len(found) > 1:
         _fail("several files", f"{name}: {len(found)} files of that name, such as {found[0]} and {found[1]}")
     notes: Counter[str] = Counter()
-    picture = read_image(found[0])
-    shape = (picture.pixels.shape[1], picture.pixels.shape[2])
-    meant = (image.get("height", shape[0]), image.get("width", shape[1]))
+    image = read_image(found[0])
+    shape = (image.pixels.shape[1], image.pixels.shape[2])
+    meant = (record.get("height", shape[0]), record.get("width", shape[1]))
     if meant != shape:
         _fail("sizes differ", f"{found[0]}: {shape[0]} x {shape[1]}, annotated as {meant[0]} x {meant[1]}")
     try:
         labels = draw(annotations, shape, notes)
     except PairError as error:
         _fail(error.kind, f"{name}: {error}")
-    return PairContent(picture=picture, labels=labels, notes=notes)
+    return PairContent(image=image, labels=labels, notes=notes)
 
 
 def _fail(kind: str, message: str) -> NoReturn:
@@ -276,7 +276,7 @@ def _num_literal(pattern: str) -> int:
 
 
 def _files(folder: Path) -> list[Listed]:
-    """List what lies below a folder and folders linked into it, without hidden files; a ``.zarr`` is one picture."""
+    """List what lies below a folder and folders linked into it, without hidden files; a ``.zarr`` is one image."""
     return list_files(folder, folders_as_files=(".zarr",))
 
 
@@ -311,7 +311,7 @@ def _named_folder(folder: Path, pattern: str) -> tuple[Path, str] | None:
 
 
 def _visible(paths: Iterable[Path]) -> Iterator[Path]:
-    """Leave out hidden files: ``._000_img.png`` is what macOS writes beside a picture on a foreign disk."""
+    """Leave out hidden files: ``._000_img.png`` is what macOS writes beside an image on a foreign disk."""
     return (path for path in paths if not path.name.startswith("."))
 
 

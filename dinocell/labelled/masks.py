@@ -147,10 +147,10 @@ def cropped(mask: Bool[np.ndarray, "h w"], top: int = 0, left: int = 0) -> Piece
 
 
 def _planes(path: str | Path) -> np.ndarray:
-    picture = read_image(path, palette_as_colour=False).grey()
-    if picture.channel_names[-1:] == ("alpha",):
-        return picture.pixels[:-1]
-    return picture.pixels
+    image = read_image(path, palette_as_colour=False).grey()
+    if image.channel_names[-1:] == ("alpha",):
+        return image.pixels[:-1]
+    return image.pixels
 
 
 def _is_black_and_white(labels: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dinocell.data_shards.sample import codec
 from dinocell.data_shards.sources.field import Field, Rejected, read_field
-from dinocell.images.image import Picture, percentile_range, to_uint8
+from dinocell.images.image import Image, percentile_range, to_uint8
 from dinocell.data_shards.sample import encode_sample, sample_key
 from dinocell.data_shards.manifest import Histogram
 from dinocell.data_shards.build.tiles import TileSettings, tiles, unusable
@@ -33,7 +33,7 @@ class ShardSettings:
     ----------
     codec
         ``pco``, ``png`` or ``npy`` (``codecs.py``).
-    depth
+    bit_depth
         8 maps every channel to uint8; None keeps the source's type.
     percentiles
         For 8 bit: the share of the values, in percent, at or below 0 and at or below 255.
@@ -45,7 +45,7 @@ class ShardSettings:
 
     tiles: TileSettings = field(default_factory=TileSettings)
     codec: str = "pco"
-    depth: int | None = None
+    bit_depth: int | None = None
     percentiles: tuple[int | float, int | float] = (0.1, 99.9)
     levels_of: str = "plate"
     max_unreadable: int | float = 0.5
@@ -53,9 +53,9 @@ class ShardSettings:
     def __post_init__(self) -> None:
         codec(self.codec, np.dtype(np.uint8))
         low, high = self.percentiles
-        if self.depth not in (None, 8) or self.levels_of not in ("plate", "field"):
+        if self.bit_depth not in (None, 8) or self.levels_of not in ("plate", "field"):
             raise ShardError(
-                f"depth: expected None or 8, levels_of: plate or field, got {self.depth}, {self.levels_of}"
+                f"bit_depth: expected None or 8, levels_of: plate or field, got {self.bit_depth}, {self.levels_of}"
             )
         if not 0 <= low < high <= 100:
             raise ShardError(f"percentiles: expected 0 <= low < high <= 100, got {low:g} and {high:g}")
@@ -135,7 +135,7 @@ class UnusableFieldError(ImageError):
         self.kind = kind
 
 
-def usable(picture: Picture, settings: ShardSettings) -> Picture:
+def usable(picture: Image, settings: ShardSettings) -> Image:
     """Return a field's picture, bool as uint8.
 
     Raises
@@ -154,7 +154,7 @@ def usable(picture: Picture, settings: ShardSettings) -> Picture:
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         bad = pixels.size - int(np.isfinite(pixels).sum())
         raise UnusableFieldError("not finite", f"{bad} of {pixels.size} values are NaN or infinite")
-    if settings.depth is None:
+    if settings.bit_depth is None:
         try:
             codec(settings.codec, pixels.dtype)
         except ShardError as error:
@@ -193,7 +193,7 @@ class _ShardWriter:
         self._shapes: Counter[str] = Counter()
         self.rejected: list[Rejected] = []
 
-    def add(self, field: Field, picture: Picture) -> None:
+    def add(self, field: Field, picture: Image) -> None:
         """Write the tiles of a field."""
         highest = picture.pixels.max(axis=(1, 2))
         ranges = self._ranges(field, picture)
@@ -228,9 +228,9 @@ class _ShardWriter:
             rejected=self.rejected,
         )
 
-    def _ranges(self, field: Field, picture: Picture) -> tuple[tuple[float, float], ...]:
+    def _ranges(self, field: Field, picture: Image) -> tuple[tuple[float, float], ...]:
         settings = self._settings
-        if settings.depth is None or picture.pixels.dtype == np.uint8:
+        if settings.bit_depth is None or picture.pixels.dtype == np.uint8:
             return ()
         known = self._levels.get(field.plate or "", {}) if settings.levels_of == "plate" else {}
         ranges = []
@@ -243,7 +243,7 @@ class _ShardWriter:
     def _write(
         self,
         field: Field,
-        picture: Picture,
+        picture: Image,
         pixels: np.ndarray,
         row: int,
         column: int,

@@ -145,7 +145,7 @@ def build(
             )
         _check_same(output, plan.settings, described)
         workers = workers or os.cpu_count() or 1
-        levels = plate_levels(plan, settings, workers) if settings.depth == 8 and settings.levels_of == "plate" else {}
+        levels = plate_levels(plan, settings, workers) if settings.bit_depth == 8 and settings.levels_of == "plate" else {}
         numbers = [number for number in range(plan.num_shards) if number % part[1] == part[0] - 1]
         _build_shards(plan, output, numbers, settings, levels, workers=workers, strict=strict, progress=progress)
         return merge(output) if part[1] == 1 else None
@@ -214,7 +214,8 @@ def _described(source: Source, settings: ShardSettings, samples_per_shard: int, 
     """Return everything that decides about the set's bytes, as it goes into plan and manifest."""
     known = {
         "source": _plain(source),
-        **asdict(settings),
+        # The manifest's key is older than the option's name.
+        **{key.replace("bit_depth", "depth"): value for key, value in asdict(settings).items()},
         "samples_per_shard": samples_per_shard,
         "shuffle_seed": seed,
     }

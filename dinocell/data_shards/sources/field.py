@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from dinocell.errors import ImageError
-from dinocell.images.image import COLOURS, Picture
+from dinocell.images.image import COLOURS, Image
 from dinocell.images.read import read_image
 
 LabelValue = str | int | float | bool
@@ -94,7 +94,7 @@ class Source(Protocol):
         """List the fields, and the inputs that belong to none, without opening a picture."""
 
 
-def read_field(field: Field) -> Picture:
+def read_field(field: Field) -> Image:
     """Read all channels of a field.
 
     Raises
@@ -115,14 +115,14 @@ def read_field(field: Field) -> Picture:
         raise ImageError(f"{field.files[0].path}: two channels of one name in field {field.id}: {', '.join(names)}")
     sizes = {picture.pixel_size_um for picture in pictures} - {None}
     from_files = sizes.pop() if len(sizes) == 1 else None
-    return Picture(
+    return Image(
         pixels=np.concatenate([picture.pixels for picture in pictures]) if len(pictures) > 1 else first.pixels,
         channel_names=names,
         pixel_size_um=field.pixel_size_um if field.pixel_size_um is not None else from_files,
     )
 
 
-def _read(file: FieldFile) -> Picture:
+def _read(file: FieldFile) -> Image:
     picture = read_image(file.path, frame=file.frame, frames_as_channels=file.frames_as_channels)
     pixels, names = picture.pixels, picture.channel_names
     if file.layout == "grey":
@@ -141,14 +141,14 @@ def _read(file: FieldFile) -> Picture:
                 f"{file.path}: expected {len(file.channels)} channel(s) ({', '.join(file.channels)}), got {len(pixels)}"
             )
         names = file.channels
-    return Picture(
+    return Image(
         pixels=pixels,
         channel_names=names or tuple(f"c{number}" for number in range(len(pixels))),
         pixel_size_um=picture.pixel_size_um,
     )
 
 
-def _one_channel(file: FieldFile, picture: Picture) -> np.ndarray:
+def _one_channel(file: FieldFile, picture: Image) -> np.ndarray:
     pixels = picture.grey().pixels
     if len(pixels) > 1:
         lit = [plane for plane in pixels if plane.any()]
@@ -158,7 +158,7 @@ def _one_channel(file: FieldFile, picture: Picture) -> np.ndarray:
     return pixels
 
 
-def _tinted(file: FieldFile, picture: Picture) -> np.ndarray:
+def _tinted(file: FieldFile, picture: Image) -> np.ndarray:
     picture = picture.grey()
     if len(picture.pixels) == 1:
         return picture.pixels
@@ -167,7 +167,7 @@ def _tinted(file: FieldFile, picture: Picture) -> np.ndarray:
     return picture.select(file.layout).pixels
 
 
-def _unstack(file: FieldFile, picture: Picture) -> np.ndarray:
+def _unstack(file: FieldFile, picture: Image) -> np.ndarray:
     if len(picture.pixels) == len(file.channels) > 1:
         return picture.pixels
     pixels = picture.grey().pixels
@@ -180,7 +180,7 @@ def _unstack(file: FieldFile, picture: Picture) -> np.ndarray:
     return np.ascontiguousarray(pixels[0].reshape(height, width // height, height).transpose(1, 0, 2))
 
 
-def _kind(picture: Picture) -> str:
+def _kind(picture: Image) -> str:
     _, height, width = picture.pixels.shape
     return f"{height} x {width} {picture.pixels.dtype}"
 

@@ -41,7 +41,7 @@ from dinocell.eval.segmentation.jobs import (
     targets_of_frames,
 )
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.images.image import Picture
+from dinocell.images.image import Image
 from dinocell.images.read import count_frames, read_image, read_stack
 from dinocell.images.write import write_labels
 from dinocell.labelled.masks import read_labels
@@ -232,7 +232,7 @@ class _Read(NamedTuple):
 
     job: Job
     target: Target | None = None
-    picture: Picture | None = None
+    picture: Image | None = None
     frame: int | None = None
     error: ImageError | None = None
     is_last: bool = True
@@ -244,7 +244,7 @@ class _Found(NamedTuple):
 
     read: _Read
     target: Target
-    picture: Picture
+    picture: Image
     plane: np.ndarray
     labels: np.ndarray
     maps: np.ndarray

@@ -20,7 +20,7 @@ from dinocell.eval.segmentation.tiling import predict
 from dinocell.eval.segmentation.watershed import checked_thresholds, distance_to_labels
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import prepare
-from dinocell.images.image import picture_of
+from dinocell.images.image import as_image
 from dinocell.runtime.distributed import find_device
 
 # Pixel sizes that differ by less are taken as they are: resampling would cost more than it gives.
@@ -203,7 +203,7 @@ class DINOCellPipeline:
         progress: Callable[[int, int], None] | None = None,
     ) -> Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"]:
         """Return the distance map of an image, or its flows and chances (3 h w); parameters as for `run`."""
-        plane = picture_of(image).plane(channel)
+        plane = as_image(image).plane(channel)
         scale = self._scale(pixel_size_um)
         prepared = prepare(_scaled(plane, scale), self.model.settings)
         maps = predict(
