@@ -16,7 +16,7 @@ from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.data_shards.sources.load_data import LoadDataSource
 from dinocell.data_shards.sources.phenix import PhenixSource
 from dinocell.errors import ImageError
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.images.storage import list_files, open_bytes
 
 BUCKET = "cellpainting-gallery"
@@ -163,11 +163,9 @@ def test_what_is_not_in_a_bucket_is_one_clear_line(bucket: Any) -> None:
 def test_a_server_that_is_not_there_is_one_clear_line(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
-    from dinocell.images import storage as locations
-
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(locations.time, "sleep", lambda _: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr(s3fs.core, "S3_RETRYABLE_ERRORS", ())
     forget_connections()
     for ask in (open_bytes, list_files):
@@ -247,7 +245,7 @@ def test_load_data_behind_a_web_address(web: str, tmp_path: Path) -> None:
 
 
 def test_hpa_tables_behind_a_web_address(web: str, tmp_path: Path) -> None:
-    from dinocell.images.read import write_png
+    from dinocell.images.write import write_png
 
     side_by_side = np.concatenate([np.full((4, 4), number, np.uint8) for number in range(4)], axis=1)
     for source, folder, name in (

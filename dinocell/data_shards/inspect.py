@@ -15,8 +15,8 @@ from dinocell.data_shards.read import stream
 from dinocell.data_shards.sample import SampleInfo, decode_sample, parse_sample, raw_sample
 from dinocell.errors import ImageError, ShardError
 from dinocell.images.image import to_uint8
-from dinocell.images.read import write_png
-from dinocell.images.storage import download, local_path
+from dinocell.images.write import write_png
+from dinocell.images.storage import copy_remote, local_path
 
 _SHOWN_A_SHARD = 5
 
@@ -93,7 +93,7 @@ def _verify_shard(task: _Task) -> list[Problem]:
             if path is None:
                 path = Path(folder) / task.shard.file
                 with path.open("wb") as file:
-                    download(address, file, num_bytes=task.shard.num_bytes)
+                    copy_remote(address, file, num_bytes=task.shard.num_bytes)
             found = list(_problems(path, task))
         except FileNotFoundError:
             found = ["missing"]

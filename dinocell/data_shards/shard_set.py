@@ -15,7 +15,7 @@ from dinocell.data_shards.manifest import Shard, beside, check_files, read_index
 from dinocell.data_shards.order import EpochOrder, Place
 from dinocell.data_shards.sample import RawSample, SampleError, parse_sample
 from dinocell.errors import ImageError, ShardError
-from dinocell.images.storage import download, local_path
+from dinocell.images.storage import copy_remote, local_path
 
 # --- cache ---------------------------------------------------------------------------------------------------------
 #
@@ -111,7 +111,7 @@ class ShardCache:
                     wait *= 2
                 try:
                     with part.open("r+b") as target:
-                        digest = download(address, target, num_bytes=shard.num_bytes)
+                        digest = copy_remote(address, target, num_bytes=shard.num_bytes)
                         target.truncate()
                 except ImageError as error:
                     reason = str(error)
