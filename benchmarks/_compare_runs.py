@@ -26,7 +26,7 @@ from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.sets import open_sets, split
-from dinocell.images.read import write_png
+from dinocell.images.write import write_png
 from dinocell.labelled.dataset import LabelledImage, open_labelled
 
 

@@ -35,7 +35,7 @@ from dinocell.demo.synthetic.field import CELL_SHAPES, CELL_TYPES, SyntheticConf
 from dinocell.eval.probes.consistency import channel_consistency
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.knn import knn_scores
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.ssl.config import PretrainConfig

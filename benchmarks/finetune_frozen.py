@@ -39,7 +39,7 @@ from dinocell.finetune.data import prepared
 from dinocell.finetune.feature_cache import bytes_of_crop
 from dinocell.finetune.model import DINOCell, create_dinocell_model
 from dinocell.finetune.train import Training, World
-from dinocell.images.read import write_labels, write_tiff
+from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.distance import labels_to_distance
 from dinocell.labelled.layouts import folder_pairs

@@ -30,7 +30,7 @@ from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import stream
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.eval.probes.knn import knn_scores
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import Weights, load_backbone, save_weights
 from dinocell.runtime.schedules import Freeze, Schedule

@@ -17,7 +17,7 @@ from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.train import finetune
-from dinocell.images.read import write_labels, write_tiff
+from dinocell.images.write import write_labels, write_tiff
 
 
 def finetune_on_pairs(folder: Path, output: Path, overrides: list[str]) -> DINOCell:

@@ -20,7 +20,7 @@ from dinocell.demo.synthetic.field import CELL_TYPES, SyntheticConfig, make_fiel
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import ShardImages
 from dinocell.eval.probes.knn import knn_scores
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import load_backbone
 from dinocell.ssl.config import PretrainConfig

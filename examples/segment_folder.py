@@ -14,7 +14,8 @@ import numpy as np
 
 from dinocell import DINOCell, DINOCellPipeline
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
-from dinocell.images.read import IMAGE_SUFFIXES, read_image, write_labels, write_tiff
+from dinocell.images.read import IMAGE_SUFFIXES, read_image
+from dinocell.images.write import write_labels, write_tiff
 
 
 def segment_folder(folder: Path, model: Path, output: Path) -> int:

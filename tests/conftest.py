@@ -16,7 +16,7 @@ from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.sources.field import Field, FieldFile, Rejected
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
-from dinocell.images.read import write_labels, write_tiff
+from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import folder_pairs
 

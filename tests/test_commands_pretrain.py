@@ -17,7 +17,7 @@ from dinocell.data_shards.build.shard import ShardSettings
 from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.sources.field import Field, FieldFile
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.models.weights import read_weights
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.preemption import RunStopped

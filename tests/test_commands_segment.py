@@ -14,7 +14,8 @@ from dinocell.cli import main
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.export.writers import write_cells
 from dinocell.eval.segmentation.jobs import find_images
-from dinocell.images.read import read_image, write_tiff
+from dinocell.images.read import read_image
+from dinocell.images.write import write_tiff
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from dinocell.cli import main
 from dinocell.commands import shards
 from dinocell.data_shards.manifest import read_manifest
-from dinocell.images.read import write_png, write_tiff
+from dinocell.images.write import write_png, write_tiff
 
 
 @pytest.fixture

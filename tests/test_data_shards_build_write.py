@@ -30,7 +30,7 @@ from dinocell.data_shards.sample import decode_sample, parse_sample
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.data_shards.sources.files import ImagesSource
 from dinocell.errors import ShardError
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 
 SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))
 

@@ -14,7 +14,7 @@ from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovS
 from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
 from dinocell.data_shards.sources.table import labels_of, read_table
 from dinocell.errors import ImageError
-from dinocell.images.read import write_png, write_tiff
+from dinocell.images.write import write_png, write_tiff
 
 RNG = np.random.default_rng(0)
 HPA = ("microtubules", "protein", "nucleus", "er")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dinocell.data_shards.sources.field import Field, FieldFile, Layout, read_field
 from dinocell.errors import ImageError
-from dinocell.images.read import write_png, write_tiff
+from dinocell.images.write import write_png, write_tiff
 
 
 def noise(*shape: int, dtype: str = "uint8", seed: int = 0) -> np.ndarray:

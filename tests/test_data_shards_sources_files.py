@@ -10,7 +10,7 @@ from PIL import Image
 from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
 from dinocell.data_shards.sources.files import ImagesSource, MultichannelSource
 from dinocell.errors import ImageError
-from dinocell.images.read import write_png, write_tiff
+from dinocell.images.write import write_png, write_tiff
 from helpers.real_data import DATA, needs_data
 
 RNG = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from dinocell.data_shards.sources import load_data as sources_load_data
 from dinocell.data_shards.sources.field import Field, Rejected, Source, read_field
 from dinocell.data_shards.sources.load_data import LoadDataSource
 from dinocell.errors import ImageError
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from helpers.real_data import DATA, needs_data
 
 PLACES = ("Metadata_Plate", "Metadata_Well", "Metadata_Site")

@@ -21,8 +21,8 @@ from dinocell.data_shards.sources.hpa import HpaSource
 from dinocell.data_shards.sources.pattern import NamePattern, PatternSource
 from dinocell.data_shards.sources.phenix import PhenixSource, well_name
 from dinocell.errors import ImageError
-from dinocell.images.read import write_png, write_tiff
 from dinocell.images.storage import open_bytes
+from dinocell.images.write import write_png, write_tiff
 from helpers.real_data import DATA, needs_data
 
 RNG = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.data_shards.sources.load_data import LoadDataSource
 from dinocell.data_shards.sources.phenix import PhenixSource
 from dinocell.errors import ImageError
-from dinocell.images.write import write_tiff
 from dinocell.images.storage import list_files, open_bytes
+from dinocell.images.write import write_tiff
 
 BUCKET = "cellpainting-gallery"
 PLATE = "cpg0016-jump/images/größe/BR1__2020-11-05T19_51_35-Measurement 1"

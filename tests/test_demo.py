@@ -14,7 +14,7 @@ from dinocell.cli import main
 from dinocell.demo.data import FieldCounts, own_material
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.images.read import write_labels, write_tiff
+from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.dataset import open_labelled
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import Weights, save_weights

@@ -17,7 +17,7 @@ from dinocell.eval.segmentation.flows import flows_to_labels
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, FlowSegmentation
 from dinocell.eval.threshold_search import search_flows
 from dinocell.finetune.model import DINOCell, replace_settings
-from dinocell.images.read import write_labels, write_tiff
+from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.dataset import LabelledImage
 from dinocell.labelled.flows import labels_to_flows

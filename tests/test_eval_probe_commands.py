@@ -16,7 +16,7 @@ from dinocell.eval.probes.feature_files import extract_to
 from dinocell.eval.probes.features import FeatureSettings
 from dinocell.eval.probes.image_sets import ProbeImage, to_unit
 from dinocell.eval.probes.tasks import make_task
-from dinocell.images.read import write_png
+from dinocell.images.write import write_png
 from dinocell.models.weights import load_backbone
 
 PLACES = ("nucleoplasm", "cytosol")

@@ -13,7 +13,7 @@ from dinocell.errors import DinocellError
 from dinocell.eval.probes.feature_files import extract_to, read_features, weights_of
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import FieldImages, ShardImages
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World
 

@@ -20,7 +20,7 @@ from dinocell.eval.probes.feature_files import extract_to
 from dinocell.eval.probes.features import FeatureSettings, extract, to_input, tokens_to_feature
 from dinocell.eval.probes.image_sets import ClassFolders, FieldImages, ProbeImage, ShardImages, labels_of, to_unit
 from dinocell.eval.probes.online import OnlineProbe
-from dinocell.images.read import write_png, write_tiff
+from dinocell.images.write import write_png, write_tiff
 from dinocell.models.vit import VisionTransformer, variant_config
 
 SMALL = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_structure=0))

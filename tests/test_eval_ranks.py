@@ -17,7 +17,7 @@ from dinocell.eval.probes.feature_files import extract_to, read_features
 from dinocell.eval.probes.features import FeatureSettings
 from dinocell.eval.probes.image_sets import ShardImages
 from dinocell.eval.probes.knn import knn_scores
-from dinocell.images.read import write_png
+from dinocell.images.write import write_png
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.distributed import World, together
 

@@ -16,7 +16,7 @@ from dinocell.cli import main
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.metrics.ctc_files import score_sequence, write_reference
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 EXPORTS = ("--save-geojson", "--save-rois", "--save-coco", "--save-ctc", "--save-outlines")

@@ -22,7 +22,8 @@ from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.segmentation import batch as segment_run
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
 from dinocell.finetune.model import DINOCell
-from dinocell.images.read import read_image, write_tiff
+from dinocell.images.read import read_image
+from dinocell.images.write import write_tiff
 from dinocell.runtime import files as atomic
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)

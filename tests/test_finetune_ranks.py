@@ -23,7 +23,7 @@ from dinocell.finetune.config import (
 )
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
-from dinocell.images.read import write_labels, write_tiff
+from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import folder_pairs
 

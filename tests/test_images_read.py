@@ -1,4 +1,4 @@
-"""Images in and out: exact values, and one clear line for everything that cannot be read whole."""
+"""Images in and out: exact values, and an error of one line for everything that cannot be read completely."""
 
 import http.server
 import io
@@ -15,20 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from dinocell.errors import ImageError
-from dinocell.images import write as image_writers
-from dinocell.images.image import as_image
-from dinocell.images.read import (
-    Image,
-    count_frames,
-    open_bytes,
-    percentile_range,
-    read_image,
-    read_stack,
-    to_uint8,
-    write_labels,
-    write_png,
-    write_tiff,
-)
+from dinocell.images import write
+from dinocell.images.image import Image, as_image, percentile_range, to_uint8
+from dinocell.images.read import count_frames, read_image, read_stack
+from dinocell.images.storage import open_bytes
+from dinocell.images.write import write_labels, write_png, write_tiff
 from helpers.real_data import DATA, needs_data
 
 RNG = np.random.default_rng(0)
@@ -112,7 +103,7 @@ def test_frames_run_over_time_and_depth_and_keep_their_channels(
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif", frame=len(expected) - 1).pixels, expected[-1])
 
 
-def test_a_stack_asks_for_a_frame_and_says_how_many_there_are(tmp_path: Path) -> None:
+def test_a_stack_needs_a_frame_and_the_error_states_their_number(tmp_path: Path) -> None:
     pixels = noise(5, 8, 9)
     tifffile.imwrite(tmp_path / "a.tif", pixels, metadata=None)
     assert "5 frames" in one_line(tmp_path / "a.tif")
@@ -147,7 +138,7 @@ def test_previews_and_pyramid_levels_are_not_frames(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_image(tmp_path / name).pixels[0], pixels)
 
 
-def test_white_is_zero_is_turned_and_palette_values_are_kept(tmp_path: Path) -> None:
+def test_white_is_zero_is_inverted_and_palette_indices_are_kept(tmp_path: Path) -> None:
     pixels = noise(9, 9, dtype="uint8")
     tifffile.imwrite(tmp_path / "white.tif", pixels, photometric="miniswhite")
     np.testing.assert_array_equal(read_image(tmp_path / "white.tif").pixels[0], 255 - pixels)
@@ -192,7 +183,7 @@ def test_png_round_trip_is_exact(tmp_path: Path, dtype: str, channels: int) -> N
         np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels[:3], pixels[:3, : size[0], : size[1]])
 
 
-def test_png_of_one_bit_is_bool_and_a_palette_is_colours_or_numbers(tmp_path: Path) -> None:
+def test_png_of_one_bit_is_bool_and_a_palette_is_colours_or_indices(tmp_path: Path) -> None:
     mask = noise(9, 11, dtype="bool")
     PILImage.fromarray(mask).save(tmp_path / "bits.png")
     assert read_image(tmp_path / "bits.png").pixels.dtype == np.bool_
@@ -205,7 +196,7 @@ def test_png_of_one_bit_is_bool_and_a_palette_is_colours_or_numbers(tmp_path: Pa
     np.testing.assert_array_equal(read_image(tmp_path / "palette.png", palette_as_colour=False).pixels[0], numbers)
 
 
-def test_an_alpha_that_says_nothing_is_dropped_and_one_that_varies_is_kept(tmp_path: Path) -> None:
+def test_a_constant_alpha_is_dropped_and_one_that_varies_is_kept(tmp_path: Path) -> None:
     pixels = noise(4, 6, 7, dtype="uint8")
     write_png(tmp_path / "varies.png", pixels)
     tifffile.imwrite(tmp_path / "varies.tif", pixels.transpose(1, 2, 0), photometric="rgb", extrasamples=["unassalpha"])
@@ -232,7 +223,7 @@ def test_grey_stored_as_colour_becomes_one_channel_and_real_colour_stays() -> No
     assert stains.grey() is stains
 
 
-def test_channels_are_chosen_by_number_or_name() -> None:
+def test_channels_are_selected_by_index_or_name() -> None:
     image = Image(pixels=noise(2, 4, 4), channel_names=("DNA", "ER"))
     np.testing.assert_array_equal(image.select("ER").pixels, image.pixels[1:])
     assert image.select(0).channel_names == ("DNA",)
@@ -261,11 +252,11 @@ def test_npy_channels_are_first_unless_there_are_three_or_four_last(
     assert image.pixels.dtype == np.uint16
 
 
-@pytest.mark.parametrize("said", ["NaN", "INF", "-1", "0"])
-def test_a_pixel_size_that_is_no_size_is_not_known(tmp_path: Path, said: str) -> None:
+@pytest.mark.parametrize("size", ["NaN", "INF", "-1", "0"])
+def test_an_invalid_pixel_size_is_unknown(tmp_path: Path, size: str) -> None:
     write_tiff(tmp_path / "a.tif", noise(8, 8), pixel_size_um=0.5)
     content = (tmp_path / "a.tif").read_bytes()
-    (tmp_path / "a.tif").write_bytes(content.replace(b'="0.5"', f'="{said}"'.encode().ljust(6)))
+    (tmp_path / "a.tif").write_bytes(content.replace(b'="0.5"', f'="{size}"'.encode().ljust(6)))
     assert read_image(tmp_path / "a.tif").pixel_size_um is None
 
 
@@ -292,13 +283,13 @@ def test_ome_zarr_gives_its_highest_resolution_frame_by_frame(tmp_path: Path, ve
     assert read_image(path, frame=0).pixel_size_um is None
 
 
-def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:
+def test_the_content_decides_about_the_format_not_the_suffix(tmp_path: Path) -> None:
     pixels = noise(5, 6, dtype="uint8")
     write_png(tmp_path / "really a png.tif", pixels)
     np.testing.assert_array_equal(read_image(tmp_path / "really a png.tif").pixels[0], pixels)
 
 
-def test_names_with_spaces_and_umlauts_are_names(tmp_path: Path) -> None:
+def test_names_may_have_spaces_and_umlauts(tmp_path: Path) -> None:
     path = tmp_path / "Zellen größe 5 µm #1 日本.tif"
     write_tiff(path, noise(4, 5))
     assert read_image(str(path)).pixels.shape == (1, 4, 5)
@@ -328,15 +319,35 @@ KINDS = ["tif", "tif-lzw", "tif-zlib", "tif-zstd", "tif-packbits", "png", "jpeg"
 
 @settings(max_examples=60, deadline=None)
 @given(kind=st.sampled_from(KINDS), share=st.floats(0, 0.995))
-def test_a_cut_file_is_never_an_image(tmp_path_factory: pytest.TempPathFactory, kind: str, share: float) -> None:
+def test_a_truncated_file_is_never_an_image(tmp_path_factory: pytest.TempPathFactory, kind: str, share: float) -> None:
     content = encoded(kind)
     path = tmp_path_factory.getbasetemp() / "cut.img"
     path.write_bytes(content[: int(len(content) * share)])
     one_line(path)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    changes=st.lists(st.tuples(st.floats(0, 0.999), st.booleans(), st.integers(0, 255)), min_size=1, max_size=5),
+)
+def test_files_with_changed_bytes_are_read_or_an_error_of_one_line(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, changes: list[tuple[float, bool, int]]
+) -> None:
+    content = bytearray(encoded(kind))
+    for place, in_header, value in changes:
+        content[int(place * (min(len(content), 300) if in_header else len(content)))] = value
+    path = tmp_path_factory.getbasetemp() / "changed.img"
+    path.write_bytes(content)
+    try:
+        assert all(frame.pixels.size for frame in read_stack(path))
+    except ImageError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("compression", ["tif", "tif-zlib"])
-def test_a_stack_cut_between_two_pages_is_an_error(tmp_path: Path, compression: str) -> None:
+def test_a_stack_truncated_between_two_pages_is_an_error(tmp_path: Path, compression: str) -> None:
     whole = encoded(compression, frames=4)
     path = tmp_path / "a.tif"
     path.write_bytes(whole)
@@ -344,7 +355,7 @@ def test_a_stack_cut_between_two_pages_is_an_error(tmp_path: Path, compression: 
         cuts = [page.offset for page in list(tiff.pages)[1:]]
     for cut in (*cuts, cuts[-1] - 3):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ImageError, match=r"cut short|damaged"):
+        with pytest.raises(ImageError, match=r"a\.tif: .*(truncated|damaged)"):
             list(read_stack(path))
 
 
@@ -376,7 +387,7 @@ def test_an_ome_set_of_several_files_is_read_and_one_that_misses_a_file_is_an_er
     np.testing.assert_array_equal(list(read_stack(tmp_path / "0.tif"))[1].pixels[0], other)
 
 
-def test_a_tag_that_the_decoder_does_not_believe_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tag_that_the_decoder_rejects_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile.imwrite(tmp_path / "a.tif", noise(8, 8))
 
     def refuse(self: tifffile.TiffFile) -> None:
@@ -387,7 +398,7 @@ def test_a_tag_that_the_decoder_does_not_believe_is_damage(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "fragment"),
     [
         ("empty.png", b"", "0 bytes"),
         ("page.tif", b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
@@ -400,16 +411,35 @@ def test_a_tag_that_the_decoder_does_not_believe_is_damage(tmp_path: Path, monke
         ("objects.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': '|O', ", "damaged"),
     ],
 )
-def test_what_is_not_an_image_says_what_it_is(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_other_files_are_identified_in_the_error(tmp_path: Path, name: str, content: bytes, fragment: str) -> None:
     (tmp_path / name).write_bytes(content)
-    assert says in one_line(tmp_path / name)
+    assert fragment in one_line(tmp_path / name)
 
 
-def test_missing_files_folders_and_broken_addresses_are_named(tmp_path: Path) -> None:
+def test_missing_files_folders_and_invalid_addresses_are_named(tmp_path: Path) -> None:
     assert "no such file" in one_line(tmp_path / "missing.tif")
     assert "folder" in one_line(tmp_path)
     assert "slash" in one_line(Path("s3://bucket/a.tif"))
     assert "nonsense" in one_line("nonsense://bucket/a.tif")
+
+
+def test_an_image_larger_than_the_memory_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", noise(8, 8), compression="zlib")
+
+    def allocate(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 90.0 GiB")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", allocate)
+    message = one_line(tmp_path / "a.tif")
+    assert "memory" in message
+    assert "90.0 GiB" in message
+
+
+def test_errors_of_the_program_are_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_png(tmp_path / "a.png", noise(8, 8))
+    monkeypatch.setattr("dinocell.images.read._coloured", None)
+    with pytest.raises(TypeError):
+        read_image(tmp_path / "a.png")
 
 
 def test_a_pickle_in_an_npy_is_never_run(tmp_path: Path) -> None:
@@ -418,12 +448,12 @@ def test_a_pickle_in_an_npy_is_never_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (20, 5, 6), (2, 3, 4, 5), (0, 5)])
-def test_npy_arrays_without_one_meaning_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_ambiguous_npy_arrays_are_rejected(tmp_path: Path, shape: tuple[int, ...]) -> None:
     np.save(tmp_path / "a.npy", np.zeros(shape))
     assert str(shape) in one_line(tmp_path / "a.npy")
 
 
-def test_colours_that_are_not_rgb_are_refused(tmp_path: Path) -> None:
+def test_colours_that_are_not_rgb_are_rejected(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", noise(5, 5, 4, dtype="uint8"), photometric="separated")
     assert "SEPARATED" in one_line(tmp_path / "a.tif")
     PILImage.new("CMYK", (8, 8)).save(tmp_path / "a.jpg")
@@ -468,12 +498,12 @@ def test_web_addresses_are_read(web: str, tmp_path: Path) -> None:
 # Writing.
 
 
-def test_what_may_not_fit_into_four_gigabytes_is_written_with_offsets_of_64_bits(
+def test_images_that_may_exceed_four_gigabytes_get_offsets_of_64_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = noise(2, 16, 16)
     for limit, is_big in ((pixels.nbytes, False), (pixels.nbytes - 1, True)):
-        monkeypatch.setattr(image_writers, "_CLASSIC_TIFF_BYTES", limit)
+        monkeypatch.setattr(write, "_CLASSIC_TIFF_BYTES", limit)
         write_tiff(tmp_path / "a.tif", pixels)
         with tifffile.TiffFile(tmp_path / "a.tif") as file:
             assert file.is_bigtiff == is_big
@@ -512,7 +542,7 @@ def test_labels_keep_their_ids_in_the_smallest_type_that_holds_them(tmp_path: Pa
     assert np.asarray(tifffile.imread(tmp_path / "a.tif")).shape == (5, 6)
 
 
-def test_labels_that_no_file_holds_are_refused(tmp_path: Path) -> None:
+def test_labels_beyond_32_bits_are_rejected(tmp_path: Path) -> None:
     for wrong in (-1, 2**32):
         with pytest.raises(ValueError, match="expected ids"):
             write_labels(tmp_path / "a.tif", np.full((2, 2), wrong))
@@ -565,7 +595,7 @@ def test_8_bits_of_an_8_bit_image_are_itself() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
-def test_the_range_becomes_black_to_white(dtype: str) -> None:
+def test_the_range_is_mapped_to_black_and_white(dtype: str) -> None:
     pixels = np.array([[0, 100, 150, 200, 999]], dtype)
     assert to_uint8(pixels, 100, 200).tolist() == [[0, 0, 128, 255, 255]]
 
@@ -578,7 +608,7 @@ def test_constant_images_become_black() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_not_numbers_are_errors(bad: float) -> None:
+def test_values_that_are_not_finite_are_errors(bad: float) -> None:
     pixels = np.ones((3, 3), np.float32)
     pixels[1, 1] = bad
     with pytest.raises(ImageError, match="1 of 9 values"):
@@ -689,7 +719,7 @@ def test_an_array_becomes_an_image(shape: tuple[int, ...], dtype: type, channels
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (7,), (2, 3, 4, 5), (20, 40, 50)])
-def test_an_array_that_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_array_that_is_no_image_is_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match="expected"):
         as_image(np.zeros(shape))
 

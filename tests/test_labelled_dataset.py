@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from dinocell.errors import ImageError
-from dinocell.images.image import percentile_range, to_uint8
-from dinocell.images.read import Image
+from dinocell.images.image import Image, percentile_range, to_uint8
 from dinocell.labelled.build import PERCENTILES, build_labelled
 from dinocell.labelled.dataset import open_labelled
 from dinocell.labelled.distance import labels_to_distance

@@ -26,7 +26,7 @@ from dinocell.data_shards.build.shard import ShardSettings
 from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.sources.files import MultichannelSource
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.runtime.schedules import Freeze, Schedule
 from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig, Schedules
 from dinocell.ssl.train import pretrain

@@ -26,7 +26,7 @@ from dinocell.errors import ConfigError
 from dinocell.eval.metrics.ctc_files import write_reference
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
-from dinocell.images.read import write_labels, write_png, write_tiff
+from dinocell.images.write import write_labels, write_png, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.distance import labels_to_distance
 from dinocell.labelled.layouts import folder_pairs

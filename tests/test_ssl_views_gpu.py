@@ -15,7 +15,7 @@ from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import Batch, stream
-from dinocell.images.read import write_tiff
+from dinocell.images.write import write_tiff
 from dinocell.ssl.view_plan import PlanViews, ViewsConfig, channel_levels, plan_views, scales_of
 from dinocell.ssl.views import crop_by_crop
 from dinocell.ssl.views_gpu import all_tiles_at_once, resampling_matrix

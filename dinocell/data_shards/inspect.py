@@ -15,8 +15,8 @@ from dinocell.data_shards.read import stream
 from dinocell.data_shards.sample import SampleInfo, decode_sample, parse_sample, raw_sample
 from dinocell.errors import ImageError, ShardError
 from dinocell.images.image import to_uint8
-from dinocell.images.write import write_png
 from dinocell.images.storage import copy_remote, local_path
+from dinocell.images.write import write_png
 
 _SHOWN_A_SHARD = 5
 

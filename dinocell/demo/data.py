@@ -20,7 +20,8 @@ from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.data_shards.sources.table import LabelledSource
 from dinocell.demo.synthetic.field import CELL_TYPES, SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, write_labels, write_tiff
+from dinocell.images.read import IMAGE_SUFFIXES, has_image_name
+from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import Pair, folder_pairs, read_pair
 

@@ -24,7 +24,7 @@ from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
 from dinocell.eval.segmentation.flows import find_masks, keep
 from dinocell.eval.segmentation.refine import Mending, mend
 from dinocell.eval.segmentation.watershed import cut, flood
-from dinocell.images.read import write_png
+from dinocell.images.write import write_png
 from dinocell.runtime.files import replacing
 
 # --- grid_search ---------------------------------------------------------------------------------------------------

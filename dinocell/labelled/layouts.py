@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from dinocell.errors import DinocellError
-from dinocell.images.read import IMAGE_SUFFIXES, Image, read_image
+from dinocell.images.image import Image
+from dinocell.images.read import IMAGE_SUFFIXES, read_image
 from dinocell.images.storage import Listed, list_files
 from dinocell.labelled.masks import ENCODINGS, PairError, draw, read_coco, read_instances, read_labels, read_regions
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinocell.data_shards.inspect import caption, side_by_side
 from dinocell.data_shards.sample import SampleInfo
-from dinocell.images.read import write_png
+from dinocell.images.write import write_png
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import World
 from dinocell.ssl.config import PretrainConfig
