@@ -340,10 +340,13 @@ def test_files_with_changed_bytes_are_read_or_an_error_of_one_line(
     path = tmp_path_factory.getbasetemp() / "changed.img"
     path.write_bytes(content)
     try:
-        assert all(frame.pixels.size for frame in read_stack(path))
+        list(read_stack(path))
     except ImageError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
+        message = str(error)
+    else:
+        return
+    assert str(path) in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("compression", ["tif", "tif-zlib"])
