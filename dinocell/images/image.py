@@ -2,6 +2,7 @@
 
 import math
 import struct
+import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -50,13 +51,7 @@ class Image:
         return self.channel_names[:3] == COLOURS
 
     def select(self, channel: int | str) -> "Image":
-        """Return one channel, by its index or its name; ``mean``, unless a channel has that name: see `mean`.
-
-        Raises
-        ------
-        ImageError
-            If there is no such channel.
-        """
+        """Return one channel, by its index or its name; ``mean``, unless a channel has that name: see `mean`."""
         if channel == "mean" and "mean" not in self.channel_names:
             return self.mean()
         index = self.channel_names.index(channel) if channel in self.channel_names else channel
@@ -128,15 +123,20 @@ def native(pixels: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]
     return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
 
 
-@contextmanager
-def metadata_errors() -> Iterator[None]:
-    """Turn what readers raise on damaged metadata into ValueError.
+# What parsers raise on damaged headers besides ValueError, RuntimeError and OSError, found by changing random bytes:
+# tifffile, zarr and bioio use tags and attributes unchecked, Pillow raises SyntaxError, NumPy TokenError.
+_HEADER_ERRORS = (
+    *(TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    *(SyntaxError, struct.error, tokenize.TokenError),
+)
 
-    tifffile, zarr and bioio use tags and attributes unchecked; random changes of these lead to all of the errors below.
-    """
+
+@contextmanager
+def header_errors() -> Iterator[None]:
+    """Turn what parsers raise on damaged headers and metadata into ValueError."""
     try:
         yield
-    except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, struct.error) as error:
+    except _HEADER_ERRORS as error:
         raise ValueError(one_line(error)) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dinocell.errors import ImageError
-from dinocell.images.image import COLOURS, Image, metadata_errors, native, square_pixel
+from dinocell.images.image import COLOURS, Image, header_errors, native, square_pixel
 from dinocell.images.storage import bucket_options
 
 _UM_PER_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}
@@ -21,7 +21,7 @@ class ZarrFrames:
     an empty region. Read with the package zarr alone: bioio needs two more packages and gives no access by bucket.
     """
 
-    @metadata_errors()
+    @header_errors()
     def __init__(self, address: str) -> None:
         try:
             import zarr
@@ -47,7 +47,7 @@ class ZarrFrames:
     def __len__(self) -> int:
         return math.prod(self._frame_shape)
 
-    @metadata_errors()
+    @header_errors()
     def __getitem__(self, index: int) -> Image:
         selection: list[Any] = [slice(None)] * len(self._array.shape)
         for axis, position in zip(self._frame_axes, np.unravel_index(index, self._frame_shape), strict=True):
@@ -73,7 +73,7 @@ def _zarr_pixel_size_um(axes: list[dict[str, Any]], scales: dict[str, Any]) -> f
 class MicroscopeFrames:
     """A local ND2 or CZI file through bioio, as a list of frames: scenes, their time points, and slices of these."""
 
-    @metadata_errors()
+    @header_errors()
     def __init__(self, path: str) -> None:
         try:
             from bioio import BioImage
@@ -93,7 +93,7 @@ class MicroscopeFrames:
     def __len__(self) -> int:
         return len(self._frames)
 
-    @metadata_errors()
+    @header_errors()
     def __getitem__(self, index: int) -> Image:
         scene, time, z = self._frames[index]
         self._file.set_scene(scene)

@@ -13,7 +13,6 @@ black part.
 """
 
 import io
-import tokenize
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dinocell.errors import ImageError, StackError, one_line
-from dinocell.images.image import COLOURS, MAX_CHANNELS, Frames, Image, is_constant, native
+from dinocell.images.image import COLOURS, MAX_CHANNELS, Frames, Image, header_errors, is_constant, native
 from dinocell.images.storage import local_path, open_bytes
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ _PNG, _JPEG, _BMP, _NPY = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"\x93NU
 _ND2, _OLD_ND2, _CZI = b"\xda\xce\xbe\x0a", b"\x00\x00\x00\x0cjP  ", b"ZISRAWFILE"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 
-# What decoders raise on damaged files, found by changing random bytes; imagecodecs' errors are RuntimeErrors. What
-# single formats add is translated where they are decoded.
+# What decoders raise on damaged pixels; imagecodecs' errors are RuntimeErrors. For headers see `header_errors`.
 _DECODER_ERRORS = (ValueError, RuntimeError, OSError, EOFError, ArithmeticError)
 
 
@@ -108,17 +106,14 @@ def _errors_named(path: str | Path) -> Iterator[None]:
     """Turn the errors of decoders into an ImageError of one line that names the file."""
     try:
         yield
-    except ImageError as error:
-        if str(path) in str(error):
-            raise
+    except (*_DECODER_ERRORS, MemoryError) as error:
+        reason = one_line(error)
+        if isinstance(error, MemoryError):
+            reason = f"larger than the free memory, or its header is damaged ({reason})"
+        elif not isinstance(error, ImageError):
+            reason = f"damaged or not supported ({reason[:200]}); copy it again or convert it to TIFF"
         kind = StackError if isinstance(error, StackError) else ImageError
-        raise kind(f"{path}: {error}") from error
-    except MemoryError as error:
-        reason = "larger than the free memory, or its header is damaged"
-        raise ImageError(f"{path}: {reason} ({one_line(error)})") from error
-    except _DECODER_ERRORS as error:
-        reason = f"damaged or not supported ({one_line(error)[:200]})"
-        raise ImageError(f"{path}: {reason}; copy it again or convert it to TIFF") from error
+        raise kind(reason if str(path) in reason else f"{path}: {reason}") from error
 
 
 class _OneFrame(list[Image]):
@@ -186,10 +181,8 @@ def _decode(content: bytes, palette_as_colour: bool) -> Image:
 
 
 def _opened(opener: "type[ImageFile]", content: bytes) -> "ImageFile":
-    try:
+    with header_errors():
         return opener(io.BytesIO(content))
-    except SyntaxError as error:  # Pillow's error for a damaged header
-        raise ImageError(f"damaged ({error}); copy it again") from error
 
 
 def _decode_png(content: bytes, palette_as_colour: bool) -> Image:
@@ -216,21 +209,17 @@ def _coloured(pixels: Shaped[np.ndarray, "h w *c"]) -> Image:
 
 
 def _decode_npy(content: bytes) -> Image:
-    try:
+    with header_errors():
         pixels = np.load(io.BytesIO(content), allow_pickle=False)
-    except tokenize.TokenError as error:
-        raise ImageError(f"a damaged .npy header ({one_line(error)}); save it again") from error
     shape = pixels.shape
-    if pixels.dtype.kind not in "buif":
-        raise ImageError(f"an array of {pixels.dtype}; expected bool, integer or float")
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim == 3 and pixels.shape[-1] in (3, 4):
         pixels = pixels.transpose(2, 0, 1)
-    if pixels.size == 0 or pixels.ndim != 3 or len(pixels) > MAX_CHANNELS:
+    if pixels.dtype.kind not in "buif" or pixels.size == 0 or pixels.ndim != 3 or len(pixels) > MAX_CHANNELS:
         raise ImageError(
-            f"an array of shape {shape}; expected (h w), (h w 3), (h w 4) or (c h w) with at most "
-            f"{MAX_CHANNELS} channels; save stacks as TIFF with named axes"
+            f"{pixels.dtype} of shape {shape}; expected bool, integer or float of (h w), (h w 3), (h w 4) or "
+            f"(c h w) with at most {MAX_CHANNELS} channels; save stacks as TIFF with named axes"
         )
     return Image(pixels=native(pixels))
 

@@ -30,7 +30,6 @@ from dinocell.runtime.files import replacing
 
 _WEB = ("http://", "https://")
 _TIMEOUT_S = 60.0
-_CHUNK_BYTES = 4 << 20
 
 # Request timeout, too many requests, and the answers of servers that are overloaded or restarting.
 _TRANSIENT_HTTP_ERRORS = (408, 429, 500, 502, 503, 504)
@@ -41,15 +40,10 @@ _NO_SUCH_FILE = (403, 404, 410)  # 403: the answer of stores for a missing file 
 
 
 def open_bytes(path: str | Path, *, first: int | None = None) -> bytes:
-    """Read a file: a local path, ``https://``, ``s3://`` or any other protocol that fsspec supports.
+    """Read a file, or its ``first`` bytes: a local path, ``https://``, ``s3://`` or another protocol of fsspec.
 
     Buckets are read without signing in, as public archives allow, unless the environment names an AWS key or profile.
     A server that does not answer, or closes the connection early, is tried four times in about ten seconds.
-
-    Parameters
-    ----------
-    first
-        Read only this many bytes, from the start.
 
     Raises
     ------
@@ -84,12 +78,10 @@ def file_exists(address: str) -> bool:
 
 
 def folder_exists(address: str) -> bool:
-    """Return whether a folder exists on this disk or in a bucket; ImageError if that fails."""
+    """Return whether a folder exists on this disk or in a bucket (not on the web); ImageError if that fails."""
     local = local_path(address)
-    if local is not None:
-        return local.is_dir()
-    if address.startswith(_WEB):
-        raise ValueError(f"{address}: web folders cannot be listed")
+    if local is not None or address.startswith(_WEB):
+        return local is not None and local.is_dir()
     with _errors_named(address, "cannot be fetched"):
         store, path = _store(address)
         return bool(store.isdir(path))
@@ -111,14 +103,13 @@ def download(
     Parameters
     ----------
     max_bytes
-        Stop with an error when the file turns out to be larger.
+        Larger files are an error.
     attempts
-        How often network failures and busy servers are tried, with pauses of 0.5, 2, 8, 32... s between them.
+        For network failures and busy servers, with pauses of 0.5, 2, 8, 32... s.
     shown
         The name for error messages, such as the address without a signed query.
     progress
-        Called after each chunk with the bytes received so far and the size that the server announced, if it did. An
-        attempt that starts over begins again from 0.
+        Called after each chunk with the bytes received in this attempt, and the announced size if there is one.
 
     Raises
     ------
@@ -158,7 +149,7 @@ def copy_remote(
     return digest.hexdigest()
 
 
-def _chunks(url: str, shown: str) -> Generator[tuple[bytes, int | None], None, None]:
+def _chunks(url: str, shown: str, size: int = 4 << 20) -> Generator[tuple[bytes, int | None], None, None]:
     """Yield the content in chunks, each with the total size if the server announced it."""
     with _errors_named(shown, "cannot be opened"):
         if url.startswith(_WEB):
@@ -170,9 +161,9 @@ def _chunks(url: str, shown: str) -> Generator[tuple[bytes, int | None], None, N
     with source:
         while True:
             with _errors_named(shown, "the download broke off"):
-                chunk = bytes(source.read(_CHUNK_BYTES))
+                chunk = bytes(source.read(size))
                 if not chunk and (missing := getattr(source, "length", None)):  # urllib's read(n) does not raise
-                    raise http.client.IncompleteRead(b"", missing)
+                    raise ConnectionError(f"{missing} bytes are missing")
             if not chunk:
                 return
             yield chunk, total
@@ -200,15 +191,16 @@ def _open_web(url: str, method: str = "GET") -> Any:
 
 
 def _fetch(url: str, first: int | None) -> bytes:
-    with _errors_named(url, "cannot be fetched"):
-        if not url.startswith(_WEB):
+    if not url.startswith(_WEB):  # in one request, which `_chunks` does not promise
+        with _errors_named(url, "cannot be fetched"):
             store, path = _store(url)
             return bytes(store.cat_file(path) if first is None else store.cat_file(path, start=0, end=first))
-        with _open_web(url) as response:
-            content = bytes(response.read(first))  # without `first`, raises IncompleteRead where bytes are missing
-            if first is not None and len(content) < first and response.length:
-                raise http.client.IncompleteRead(content, response.length)
-            return content
+    with closing(_chunks(url, url) if first is None else _chunks(url, url, first)) as chunks:
+        if first is None:
+            return b"".join(chunk for chunk, _ in chunks)
+        content = next(chunks, (b"", None))[0]
+        # A shorter answer is the whole file, or was interrupted, which the next chunk would show.
+        return content if len(content) == first else content + next(chunks, (b"", None))[0]
 
 
 def _web_file_exists(url: str) -> bool:
@@ -266,31 +258,24 @@ def _errors_named(address: str, failure: str, missing: str = "no such file") -> 
     """Turn the errors of urllib and fsspec into an ImageError of one line that names the address."""
     try:
         yield
-    except ImageError:
-        raise
-    except FileNotFoundError as error:
-        raise ImageError(f"{address}: {missing}") from error
     except _remote_errors() as error:
-        raise ImageError(f"{address}: {failure} ({one_line(error)})") from error
+        if isinstance(error, ImageError):
+            raise
+        reason = missing if isinstance(error, FileNotFoundError) else f"{failure} ({one_line(error)})"
+        raise ImageError(f"{address}: {reason}") from error
 
 
 # --- paths and addresses -------------------------------------------------------------------------------------------
 
 
 def local_path(path: str | Path) -> Path | None:
-    """Return the path on this disk; None for a remote address.
-
-    Raises
-    ------
-    ImageError
-        If an address went through ``pathlib``, which makes ``s3:/bucket`` of ``s3://bucket``.
-    """
+    """Return the path on this disk; None for a remote address."""
     text = str(path)
     if text.startswith("file://"):
         return Path(urllib.request.url2pathname(text.removeprefix("file://")))
     if "://" in text:
         return None
-    if re.match(r"(s3|https?|gs|memory):/", text):
+    if re.match(r"(s3|https?|gs|memory):/", text):  # an address that went through pathlib
         raise ImageError(f"{text}: one slash is missing; give addresses as text ('{text.replace(':/', '://', 1)}')")
     return Path(text)
 
@@ -315,14 +300,14 @@ def base_name(address: str | Path) -> str:
     """Return the last part of a path or an address; of a relative path such as ``.``, the folder's name."""
     local = local_path(address)
     if local is not None:
-        return _nfc(Path(os.path.abspath(local)).name)  # noqa: PTH100 - links keep their names
+        return nfc(Path(os.path.abspath(local)).name)  # noqa: PTH100 - links keep their names
     is_web = str(address).startswith(_WEB)
     path = urllib.parse.urlsplit(str(address)).path if is_web else str(address).split("://")[1]
     name = posixpath.basename(path.rstrip("/"))
-    return _nfc(urllib.parse.unquote(name) if is_web else name)
+    return nfc(urllib.parse.unquote(name) if is_web else name)
 
 
-def _nfc(text: str) -> str:
+def nfc(text: str) -> str:
     """Return a name in one Unicode form: macOS stores ö as o and a combining mark, Linux as one letter."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
@@ -343,18 +328,13 @@ def list_files(address: str | Path, *, folders_as_files: tuple[str, ...] = ()) -
     Hidden files and folders (``._a.tif``, ``.snapshot``) are skipped, linked folders followed. All names are held in
     memory, about 200 bytes per file.
 
-    Parameters
-    ----------
-    address
-        A folder on this disk or in a bucket (``s3://bucket/folder``); or one file, also behind ``https://``.
-    folders_as_files
-        Suffixes of folders that are one input each, such as ``.zarr``: listed, but not searched.
+    ``address`` may also be one file, for example behind ``https://``. ``folders_as_files`` are suffixes of folders that
+    are one input each, such as ``.zarr``: listed, but not searched.
 
     Raises
     ------
     ImageError
-        If there is no such folder, it cannot be listed, two names differ only in their Unicode form, or a name is
-        not Unicode.
+        If the folder cannot be listed, two names differ only in their Unicode form, or a name is not Unicode.
     """
     local = local_path(address)
     if local is not None:
@@ -378,12 +358,11 @@ def list_files(address: str | Path, *, folders_as_files: tuple[str, ...] = ()) -
 def _list_local(root: Path, folders_as_files: tuple[str, ...]) -> list[Listed]:
     if root.is_file() or (root.is_dir() and _has_suffix(root.name, folders_as_files)):
         return [Listed(base_name(root), str(root))]
-    if not root.is_dir():
-        raise ImageError(f"{root}: no such folder")
     try:
         return [Listed(_checked_name(name, root), path) for name, path in _walk(str(root), "", folders_as_files, ())]
     except OSError as error:
-        raise ImageError(f"{error.filename or root}: cannot be listed ({error.strerror or error})") from error
+        reason = f"cannot be listed ({error.strerror or error})" if root.is_dir() else "no such folder"
+        raise ImageError(f"{error.filename or root}: {reason}") from error
 
 
 def _walk(
@@ -443,4 +422,4 @@ def _checked_name(name: str, root: str | Path) -> str:
     except UnicodeEncodeError:
         readable = os.fsencode(name).decode("utf-8", "backslashreplace")
         raise ImageError(f"{root}: the name {readable} is not Unicode (UTF-8); rename it") from None
-    return _nfc(name)
+    return nfc(name)

@@ -11,6 +11,7 @@ import math
 import os
 import struct
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import tifffile
 from jaxtyping import Shaped
 
 from dinocell.errors import ImageError
-from dinocell.images.image import COLOURS, Image, is_constant, metadata_errors, native, square_pixel
+from dinocell.images.image import COLOURS, Image, header_errors, is_constant, native, square_pixel
 
 _UM_PER_UNIT = {"um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0}
 _UM_PER_UNIT |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4}
@@ -34,30 +35,32 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 class TiffFrames:
     """An open TIFF file (a local path or its bytes), as a list of frames that are read one at a time."""
 
-    @metadata_errors()
+    @header_errors()
     def __init__(self, file: str | io.BytesIO) -> None:
         self._tiff = tifffile.TiffFile(file)
         try:
             _check_page_chain(self._tiff)
-            self._series = [
-                _Series(self._tiff, series, index, None if isinstance(file, str) else file)
-                for index, series in enumerate(self._tiff.series)
-                if not series.keyframe.is_reduced
+            self._frames = [
+                (series, frame)
+                for series in self._open_series(None if isinstance(file, str) else file)
+                for frame in range(series.num_frames)
             ]
         except BaseException:
             self._tiff.close()
             raise
 
-    def __len__(self) -> int:
-        return sum(series.num_frames for series in self._series)
+    def _open_series(self, content: io.BytesIO | None) -> "Iterator[_Series]":
+        for index, series in enumerate(self._tiff.series):
+            if not series.keyframe.is_reduced:
+                yield _Series(self._tiff, series, index, content)
 
-    @metadata_errors()
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @header_errors()
     def __getitem__(self, index: int) -> Image:
-        for series in self._series:
-            if index < series.num_frames:
-                return series.read(index)
-            index -= series.num_frames
-        raise IndexError(index)
+        series, frame = self._frames[index]
+        return series.read(frame)
 
     def close(self) -> None:
         """Close the file."""
@@ -127,10 +130,9 @@ class _Series:
             ends = [start + size for start, size in zip(page.dataoffsets, page.databytecounts, strict=False)]
             written = sum(size > 0 for size in page.databytecounts[: len(ends)])
             expected = math.prod(self._series.keyframe.chunked)
-            if written < expected:
-                raise ImageError(f"only {written} of {expected} strips or tiles of its pixels were written")
-            if max(ends) > page.parent.filehandle.size:  # not of this file: an OME-TIFF may consist of several
-                raise ImageError(_TRUNCATED)
+            if written < expected or max(ends) > page.parent.filehandle.size:  # an OME-TIFF may be several files
+                missing = f"only {written} of {expected} strips or tiles of its pixels were written"
+                raise ImageError(missing if written < expected else _TRUNCATED)
 
     def _image(self, pixels: Shaped[np.ndarray, "c h w"]) -> Image:
         pixels = native(pixels)

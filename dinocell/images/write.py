@@ -27,12 +27,7 @@ def write_tiff(
 ) -> None:
     """Write an OME-TIFF (deflate), which Fiji, QuPath, napari and ``read_image`` open with channels and pixel size.
 
-    The same image always gives the same bytes.
-
-    Raises
-    ------
-    ImageError
-        If the file cannot be written; an existing file of that name is then unchanged.
+    The same image always gives the same bytes. If it cannot be written (ImageError), an existing file is unchanged.
     """
     planes = pixels if pixels.ndim == 3 else pixels[None]
     if pixels.dtype.name not in _TIFF_TYPES or pixels.size == 0:

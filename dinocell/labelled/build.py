@@ -25,7 +25,7 @@ from dinocell.images.image import Image, percentile_range, to_uint8
 from dinocell.labelled.dataset import FORMAT_NAME, FORMAT_VERSION
 from dinocell.labelled.distance import labels_to_distance
 from dinocell.labelled.layouts import Pair, PairContent
-from dinocell.labelled.masks import PairError
+from dinocell.labelled.masks import PairError, reject
 from dinocell.runtime.files import folder_lock
 
 # Images of more than 8 bit are scaled so that one pixel in a thousand saturates at either end: dust and dead pixels.
@@ -108,7 +108,7 @@ def build_labelled(
                 kind = error.kind if isinstance(error, PairError) else "cannot be read"
                 reason = f"{error} ({advice[kind]})" if advice and kind in advice else str(error)
                 if strict:
-                    raise PairError(kind, reason) from error
+                    reject(kind, reason, error)
                 writer.skipped.append(Skipped(pair.name, kind, reason))
             else:
                 writer.append(example, content.notes)
@@ -129,7 +129,7 @@ class _SetWriter:
 
     def check_name(self, name: str) -> None:
         if name in self._names:
-            raise PairError("duplicate name", f"{name}: a second pair of that name")
+            reject("duplicate name", f"{name}: a second pair of that name")
 
     def append(self, example: "_Example", notes: Counter[str]) -> None:
         self._names.add(example.record["name"])
@@ -194,17 +194,18 @@ def _example(
 ) -> _Example:
     image, labels, notes = content.image, content.labels, Counter[str]()
     try:
-        if labels.shape != image.pixels.shape[1:]:
-            image_size, mask_size = (f"{h} x {w}" for h, w in (image.pixels.shape[1:], labels.shape))
-            raise PairError("sizes differ", f"the image is {image_size}, the mask {mask_size}")
-        if labels.max() > np.iinfo(np.int32).max:
-            raise PairError("ids too large", f"id {labels.max()}; the maximum is {2**31 - 1}")
-        if not keep_empty and not labels.any():
-            raise PairError("no cells", "the mask is empty")
+        image_size, mask_size = (f"{h} x {w}" for h, w in (image.pixels.shape[1:], labels.shape))
+        for is_wrong, kind, reason in (
+            (image_size != mask_size, "sizes differ", f"the image is {image_size}, the mask {mask_size}"),
+            (labels.max() >= 2**31, "ids too large", f"id {labels.max()}; the maximum is {2**31 - 1}"),
+            (not keep_empty and not labels.any(), "no cells", "the mask is empty"),
+        ):
+            if is_wrong:
+                reject(kind, reason)
         pixels, levels = _to_bgr(image if channel is None else image.select(channel))
     except ImageError as error:
         kind = error.kind if isinstance(error, PairError) else "values or channels"
-        raise PairError(kind, f"{name}: {error}") from error
+        reject(kind, f"{name}: {error}", error)
     labels = labels.astype(np.int32)
     num_before, scale = _num_cells(labels), 1.0
     if target_size is not None:
@@ -236,7 +237,7 @@ def _to_bgr(image: Image) -> tuple[UInt8[np.ndarray, "h w 3"], list[float] | Non
     pixels = image.grey().without_alpha().pixels
     if len(pixels) not in (1, 3):
         names = f" ({', '.join(image.channel_names)})" if image.channel_names else ""
-        raise PairError("several channels", f"{len(pixels)} channels{names}; expected one, or red, green and blue")
+        reject("several channels", f"{len(pixels)} channels{names}; expected one, or red, green and blue")
     levels = None
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255
@@ -341,10 +342,10 @@ class _GrowingArray:
 def _folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a hidden folder next to ``output``; rename it to that on success, remove it on failure."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not _is_labelled_set(output):
-            raise ImageError(f"{output}: exists and is not only a labelled set; choose another output")
-        if not overwrite:
-            raise ImageError(f"{output}: exists; add --overwrite to replace it")
+        is_set = output.is_dir() and _is_labelled_set(output)
+        if not (is_set and overwrite):
+            advice = "add --overwrite to replace it" if is_set else "not a labelled set only, choose another output"
+            raise ImageError(f"{output}: exists; {advice}")
     target = output.resolve()  # a link is kept, and its target is replaced
     building = target.with_name(f".{target.name}.building")
     old = target.with_name(f".{target.name}.old")

@@ -199,13 +199,13 @@ def _array_folders(folder: Path) -> list[Path]:
     if (folder / "imgs.npy").exists():
         return [folder]
     folders = sorted(path.parent for path in folder.glob("*/imgs.npy"))
-    if not folders:
-        advice = "; make one with 'dinocell dataset'" if folder.is_dir() else ": no such folder"
-        raise ImageError(f"{folder}: no labelled set (no imgs.npy){advice}")
-    # Read as one set, their descriptions would be ignored, and padding be part of the images.
+    # Sets read as sizes of one set would lose their descriptions, and padding would be part of the images.
     sets = [path.name for path in folders if (path / "dataset.json").exists()]
-    if sets:
-        raise ImageError(f"{folder}: a folder of labelled sets ({', '.join(sets[:4])}); list them one by one")
+    if sets or not folders:
+        problem = f"a folder of labelled sets ({', '.join(sets[:4])}); list them one by one"
+        if not folders:
+            problem = "no labelled set (no imgs.npy); make one with 'dinocell dataset'"
+        raise ImageError(f"{folder}: {problem if folder.is_dir() else 'no such folder'}")
     return folders
 
 

@@ -63,12 +63,7 @@ def distance_to_boundary(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarr
 
     Exact and Euclidean, between pixel centres, so a one-pixel cell has distance 1. Pixels outside the image do not
     count: if one label fills the whole image, the distance is infinite. A cell's maximum is the radius of the largest
-    disc inside it, to half a pixel.
-
-    Raises
-    ------
-    ValueError
-        If ``labels`` is not of an integer type, or has negative ids.
+    disc inside it, to half a pixel. ValueError as in `labels_to_distance`.
     """
     if labels.ndim != 2 or labels.dtype.kind not in "ui":  # a bool mask would silently give one cell
         raise ValueError(

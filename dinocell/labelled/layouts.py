@@ -1,18 +1,17 @@
 """List image and mask pairs: LIVECell, Cellpose, Cell Tracking Challenge, DSB2018, any pattern of file names.
 
-Each function lists the pairs of a folder without opening them. Pairs without an image or a mask are listed too: reading
-them raises an error, and the builder counts them.
+Each function lists the pairs of a folder without opening them, or raises ImageError if there is none. Pairs without an
+image or a mask are listed too: reading them raises an error, and the builder counts them.
 """
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -20,8 +19,17 @@ from jaxtyping import Integer
 from dinocell.errors import DinocellError
 from dinocell.images.image import Image
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, read_image
-from dinocell.images.storage import Listed, list_files
-from dinocell.labelled.masks import ENCODINGS, PairError, draw, read_coco, read_instances, read_labels, read_regions
+from dinocell.images.storage import Listed, list_files, nfc
+from dinocell.labelled.masks import (
+    ENCODINGS,
+    PairError,
+    draw,
+    read_coco,
+    read_instances,
+    read_labels,
+    read_regions,
+    reject,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,11 +58,6 @@ def livecell_pairs(folder: Path, *, split: str | None = None, annotations: Path 
         ``train``, ``val`` or ``test``: uses ``livecell_coco_<split>.json`` anywhere below the folder.
     annotations
         The JSON file; by default, and without a split, the only JSON file below the folder.
-
-    Raises
-    ------
-    ImageError
-        If there is no such file, or it is not COCO JSON.
     """
     _check_folder(folder)
     path = annotations or _annotation_file(folder, split)
@@ -66,10 +69,10 @@ def livecell_pairs(folder: Path, *, split: str | None = None, annotations: Path 
     pairs = []
     for image in images:
         # Looked up, never joined: a file_name such as ../../x must not lead out of the folder.
-        name = _nfc(image["file_name"].replace("\\", "/"))
+        name = nfc(image["file_name"].replace("\\", "/"))
         paths = paths_by_name.get(name.rpartition("/")[2], [])
         if len(paths) > 1:
-            paths = [path for path in paths if _nfc(path.as_posix()).endswith("/" + name)] or paths
+            paths = [path for path in paths if nfc(path.as_posix()).endswith("/" + name)] or paths
         pairs.append(Pair(name=name, read=partial(_read_coco_pair, name, paths, image, by_image[image["id"]])))
     return pairs
 
@@ -87,11 +90,6 @@ def ctc_pairs(folder: Path, *, truth: str = "gold", sequences: Sequence[str] = (
     ``01/t000.tif`` is paired with ``01_GT/SEG/man_seg000.tif`` (``gold``: annotated by hand, in many sequences only
     some cells or frames) or ``01_ST/SEG/man_seg000.tif`` (``silver``: fused results of algorithms, whole frames). Masks
     of single slices of three-dimensional sequences are not listed.
-
-    Raises
-    ------
-    ImageError
-        If there is no such sequence.
     """
     _check_folder(folder)
     suffix = {"gold": "_GT", "silver": "_ST"}[truth]
@@ -106,7 +104,7 @@ def ctc_pairs(folder: Path, *, truth: str = "gold", sequences: Sequence[str] = (
             name = f"{sequence}/{mask.stem.removeprefix('man_seg')}"
             pairs.append(Pair(name=name, read=partial(read_pair, name, raw.get(frame), [mask], "labels")))
     if not pairs:
-        _fail("no pairs", f"{folder}: no {suffix}/SEG/man_seg*.tif of a sequence, such as 01{suffix}/SEG")
+        reject("no pairs", f"{folder}: no {suffix}/SEG/man_seg*.tif of a sequence, such as 01{suffix}/SEG")
     return pairs
 
 
@@ -122,7 +120,7 @@ def dsb2018_pairs(folder: Path) -> list[Pair]:
         read = partial(_read_matched, parent.name, images, masks, "instances")
         pairs.append(Pair(name=parent.name, read=read))
     if not pairs:
-        _fail("no pairs", f"{folder}: no <id>/images/<id>.png in it")
+        reject("no pairs", f"{folder}: no <id>/images/<id>.png in it")
     return pairs
 
 
@@ -138,11 +136,6 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
     encoding
         ``labels``: one integer per cell. ``regions``: connected regions of one colour. ``instances``: one file per
         cell, with a further field or ``*`` in the pattern, as in ``{name}/masks/{cell}.png``.
-
-    Raises
-    ------
-    ImageError
-        If no image fits the pattern.
     """
     _check_folder(folder)
     if encoding not in ENCODINGS:
@@ -165,7 +158,7 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
                 by_key.setdefault(key, ([], []))[kind].append(Path(file.path))
                 break
     if not any(image_paths for image_paths, _ in by_key.values()):
-        _fail("no pairs", f"{folder}: no file matches the pattern {images!r}")
+        reject("no pairs", f"{folder}: no file matches the pattern {images!r}")
     return [
         Pair(name=(name := "/".join(key)), read=partial(_read_matched, name, *by_key[key], encoding))
         for key in sorted(by_key)
@@ -182,9 +175,9 @@ def _read_matched(name: str, images: list[Path], masks: list[Path], encoding: st
 def read_pair(name: str, image_path: Path | None, masks: list[Path], encoding: str) -> PairContent:
     """Read an image and its mask (several for ``instances``); PairError if one is missing."""
     if image_path is None:
-        _fail("no image", f"{name}: {masks[0]} has no image" if masks else f"{name}: no image")
+        reject("no image", f"{name}: {masks[0]} has no image" if masks else f"{name}: no image")
     if not masks:
-        _fail("no mask", f"{image_path}: has no mask")
+        reject("no mask", f"{image_path}: no mask")
     notes: Counter[str] = Counter()
     image = read_image(image_path)
     if encoding == "instances":
@@ -198,35 +191,31 @@ def _read_coco_pair(
     name: str, paths: list[Path], record: dict[str, Any], annotations: list[dict[str, Any]]
 ) -> PairContent:
     if not paths:
-        _fail("no image", f"{name}: annotated, but not below the folder")
+        reject("no image", f"{name}: annotated, but not below the folder")
     _check_single(name, "files", paths)
     notes: Counter[str] = Counter()
     image = read_image(paths[0])
     height, width = shape = (image.pixels.shape[1], image.pixels.shape[2])
     annotated = (record.get("height", height), record.get("width", width))
     if annotated != shape:
-        _fail("sizes differ", f"{paths[0]}: {height} x {width}, annotated as {annotated[0]} x {annotated[1]}")
+        reject("sizes differ", f"{paths[0]}: {height} x {width}, annotated as {annotated[0]} x {annotated[1]}")
     try:
         labels = draw(annotations, shape, notes)
     except PairError as error:
-        _fail(error.kind, f"{name}: {error}")
+        reject(error.kind, f"{name}: {error}")
     return PairContent(image=image, labels=labels, notes=notes)
 
 
 def _check_single(name: str, what: str, paths: list[Path]) -> None:
     if len(paths) > 1:
-        _fail("several files", f"{name}: {len(paths)} {what} of that name, such as {paths[0]} and {paths[1]}")
-
-
-def _fail(kind: str, message: str) -> NoReturn:
-    raise PairError(kind, message)
+        reject("several files", f"{name}: {len(paths)} {what} of that name, such as {paths[0]} and {paths[1]}")
 
 
 def _annotation_file(folder: Path, split: str | None) -> Path:
     name = f"livecell_coco_{split}.json" if split else "*.json"
     paths = [Path(file.path) for file in _files(folder) if fnmatchcase(file.name.rpartition("/")[2], name)]
     if len(paths) != 1:
-        _fail("no pairs", f"{folder}: {len(paths) or 'no'} files {name} below it; name the file with --annotations")
+        reject("no pairs", f"{folder}: {len(paths) or 'no'} files {name} below it; name the file with --annotations")
     return paths[0]
 
 
@@ -236,7 +225,7 @@ def _frame_number(path: Path, pattern: str) -> int | None:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile("".join(_regex_parts(_nfc(pattern).removeprefix("./"))))
+    return re.compile("".join(_regex_parts(nfc(pattern).removeprefix("./"))))
 
 
 def _regex_parts(pattern: str) -> Iterator[str]:
@@ -280,13 +269,13 @@ def _files_of_patterns(folder: Path, patterns: Sequence[str]) -> list[Listed]:
 def _literal_folder(folder: Path, pattern: str) -> tuple[Path, str] | None:
     """Return the last folder of a pattern before its first field, and its relative name; None if it does not exist."""
     path, prefix = folder, ""
-    for part in _nfc(pattern).removeprefix("./").split("/")[:-1]:
+    for part in nfc(pattern).removeprefix("./").split("/")[:-1]:
         if set("{*") & set(part):
             break
         if (path / part).is_dir():
             path /= part
         else:  # the same name in another Unicode form
-            same = [entry for entry in path.iterdir() if _nfc(entry.name) == part and entry.is_dir()]
+            same = [entry for entry in path.iterdir() if nfc(entry.name) == part and entry.is_dir()]
             if not same:
                 return None
             path = same[0]
@@ -296,9 +285,4 @@ def _literal_folder(folder: Path, pattern: str) -> tuple[Path, str] | None:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        _fail("no pairs", f"{folder}: no such folder")
-
-
-def _nfc(text: str) -> str:
-    """Return a name in one Unicode form: macOS stores ö as o and a combining mark, Linux as one letter."""
-    return unicodedata.normalize("NFC", text)
+        reject("no pairs", f"{folder}: no such folder")

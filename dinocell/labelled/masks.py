@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Integer, Shaped
@@ -24,6 +24,11 @@ class PairError(ImageError):
         self.kind = kind
 
 
+def reject(kind: str, message: str, cause: Exception | None = None) -> NoReturn:
+    """Raise a PairError."""
+    raise PairError(kind, message) from cause
+
+
 class Piece(NamedTuple):
     """One cell: its mask in its bounding box, and the box's first row and column."""
 
@@ -39,8 +44,6 @@ def read_labels(path: str | Path) -> Integer[np.ndarray, "h w"]:
     ------
     PairError
         If the values are not integers, or only separate cells from background.
-    ImageError
-        If the file cannot be read.
     """
     planes = _planes(path)
     labels = np.asarray(planes[0])
@@ -60,7 +63,7 @@ def read_labels(path: str | Path) -> Integer[np.ndarray, "h w"]:
     elif labels.min() < 0:
         problem = f"negative labels (minimum {labels.min()})"
     if problem:
-        raise PairError("not a label image", f"{path}: {problem}")
+        reject("not a label image", f"{path}: {problem}")
     return labels
 
 
@@ -68,14 +71,7 @@ def read_regions(path: str | Path) -> Int32[np.ndarray, "h w"]:
     """Read a mask in which every connected region (4 neighbours) of one colour or value is a cell; black is background.
 
     In BBBC039, for example, small integers in the red plane only separate touching nuclei. A mask of 0 and 255 gives
-    its connected components.
-
-    Raises
-    ------
-    PairError
-        If the values are not integers.
-    ImageError
-        If the file cannot be read.
+    its connected components. Other values than integers are a PairError.
     """
     from skimage.measure import label
 
@@ -83,7 +79,7 @@ def read_regions(path: str | Path) -> Int32[np.ndarray, "h w"]:
     bits = 8 * planes.dtype.itemsize
     if planes.dtype.kind not in "uib" or bits * len(planes) > 64:
         problem = f"{len(planes)} channel(s) of type {planes.dtype}; expected colours"
-        raise PairError("not a label image", f"{path}: {problem}")
+        reject("not a label image", f"{path}: {problem}")
     # One integer per colour, then consecutive ones, because `label` takes small integers.
     code = np.zeros(planes.shape[1:], np.uint64)
     for plane in planes:
@@ -94,22 +90,14 @@ def read_regions(path: str | Path) -> Int32[np.ndarray, "h w"]:
 
 
 def read_instances(paths: Sequence[Path], notes: Counter[str]) -> Int32[np.ndarray, "h w"]:
-    """Read one mask file per cell, in which non-zero pixels are the cell. Ids are 1, 2... in the order of the paths.
-
-    Raises
-    ------
-    PairError
-        If the files differ in size.
-    ImageError
-        If one cannot be read.
-    """
+    """Read one mask file per cell, in which non-zero pixels are the cell. Ids are 1, 2... in the order of the paths."""
     pieces: list[Piece] = []
     shape = (0, 0)
     for path in paths:
         mask = (_planes(path) != 0).any(axis=0)
         if pieces and mask.shape != shape:
             sizes = "{} x {}, the mask of another cell is {} x {}".format(*mask.shape, *shape)
-            raise PairError("sizes differ", f"{path}: {sizes}")
+            reject("sizes differ", f"{path}: {sizes}")
         shape = mask.shape
         pieces.append(cropped(mask))
     return paint(pieces, shape, notes)
@@ -197,13 +185,7 @@ def read_coco(path: Path) -> tuple[list[dict[str, Any]], dict[Any, list[dict[str
 
 
 def draw(annotations: list[dict[str, Any]], shape: tuple[int, int], notes: Counter[str]) -> Int32[np.ndarray, "h w"]:
-    """Draw the annotations of one image; ids are 1, 2... in their order; overlaps go to the smaller cell.
-
-    Raises
-    ------
-    PairError
-        If an annotation is malformed, or was made for an image of another size.
-    """
+    """Draw the annotations of one image, as in `paint`; PairError if one is malformed or for another image size."""
     pieces = []
     for annotation in annotations:
         if annotation.get("iscrowd"):
@@ -211,10 +193,10 @@ def draw(annotations: list[dict[str, Any]], shape: tuple[int, int], notes: Count
             continue
         try:
             pieces.append(_piece(annotation["segmentation"], shape))
-        except PairError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
-            raise PairError("bad annotation", f"annotation {annotation.get('id')}: no polygon or run lengths") from None
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            kind = error.kind if isinstance(error, PairError) else "bad annotation"
+            reason = str(error) if isinstance(error, PairError) else "no polygon or run lengths"
+            reject(kind, f"annotation {annotation.get('id')}: {reason}", error)
     return paint(pieces, shape, notes)
 
 
@@ -223,20 +205,14 @@ def _piece(segmentation: Any, shape: tuple[int, int]) -> Piece:
         height, width = segmentation["size"]
         if (height, width) != shape:
             sizes = f"run lengths for {height} x {width}, the image is {shape[0]} x {shape[1]}"
-            raise PairError("sizes differ", sizes)
+            reject("sizes differ", sizes)
         counts = segmentation["counts"]
         return cropped(decode_run_lengths(uncompressed(counts) if isinstance(counts, str) else counts, shape))
     return polygons_piece([np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation], shape)
 
 
 def polygons_piece(polygons: list[Float64[np.ndarray, "vertices 2"]], shape: tuple[int, int]) -> Piece:
-    """Draw the union of polygons of x and y; parts outside the image are cut off.
-
-    Raises
-    ------
-    ValueError
-        If there is no polygon, or one with fewer than 3 vertices or values that are not finite.
-    """
+    """Draw the union of polygons of x and y; parts outside the image are cut off. ValueError if one is malformed."""
     from skimage.draw import polygon2mask
 
     if not polygons or any(len(polygon) < 3 or not np.isfinite(polygon).all() for polygon in polygons):
@@ -254,13 +230,7 @@ def polygons_piece(polygons: list[Float64[np.ndarray, "vertices 2"]], shape: tup
 
 
 def decode_run_lengths(counts: list[int], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Return the mask of run lengths: background and cell alternate, column by column, background first.
-
-    Raises
-    ------
-    ValueError
-        If a run is negative or the runs do not add up to the image.
-    """
+    """Return the mask of run lengths: background and cell alternate, column by column, background first."""
     runs = np.asarray(counts, np.int64)
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != shape[0] * shape[1]:
         raise ValueError(f"run lengths: expected them to add up to {shape[0]} x {shape[1]}")
@@ -273,11 +243,6 @@ def uncompressed(text: str) -> list[int]:
     Each number is a sequence of characters, least significant first: code 48 plus 5 bits of value plus 32 if another
     character follows. The highest value bit of the last one is the sign. From the fourth number on, each is the
     difference from the number two before it.
-
-    Raises
-    ------
-    ValueError
-        If the string ends within a number or has invalid characters.
     """
     numbers = re.findall("[P-o]*[0-O]", text)
     if "".join(numbers) != text:
