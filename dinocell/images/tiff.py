@@ -5,13 +5,14 @@ channels; every other axis longer than 1 (time, z, the pages of a plain multi-pa
 counts frames, in the order of the file. Previews (pages marked as reduced) are not frames.
 """
 
+import bisect
 import io
+import itertools
 import logging
 import math
 import os
 import struct
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,27 +41,24 @@ class TiffFrames:
         self._tiff = tifffile.TiffFile(file)
         try:
             _check_page_chain(self._tiff)
-            self._frames = [
-                (series, frame)
-                for series in self._open_series(None if isinstance(file, str) else file)
-                for frame in range(series.num_frames)
+            self._series = [
+                _Series(self._tiff, series, index, None if isinstance(file, str) else file)
+                for index, series in enumerate(self._tiff.series)
+                if not series.keyframe.is_reduced
             ]
+            self._ends = list(itertools.accumulate(series.num_frames for series in self._series))
         except BaseException:
             self._tiff.close()
             raise
 
-    def _open_series(self, content: io.BytesIO | None) -> "Iterator[_Series]":
-        for index, series in enumerate(self._tiff.series):
-            if not series.keyframe.is_reduced:
-                yield _Series(self._tiff, series, index, content)
-
     def __len__(self) -> int:
-        return len(self._frames)
+        return self._ends[-1] if self._ends else 0
 
     @header_errors()
     def __getitem__(self, index: int) -> Image:
-        series, frame = self._frames[index]
-        return series.read(frame)
+        position = bisect.bisect_right(self._ends, index)
+        series = self._series[position]
+        return series.read(index - (self._ends[position] - series.num_frames))
 
     def close(self) -> None:
         """Close the file."""
