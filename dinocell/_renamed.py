@@ -1,4 +1,4 @@
-"""Module names of version 0.1.0 that documentation used: they still import, with a DeprecationWarning."""
+"""Documented module names of version 0.1.0: they still import, with a DeprecationWarning."""
 
 import importlib
 import importlib.util
@@ -33,6 +33,10 @@ RENAMED = {
     "dinocell.ssl.pictures": "dinocell.ssl.visualise",
     "dinocell.ssl.preview": "dinocell.ssl.visualise",
 }
+# Functions that a former module offered and that are now in a third one.
+MOVED_ON = {
+    "dinocell.data_shards.images": dict.fromkeys(("write_png", "write_tiff", "write_labels"), "dinocell.images.write"),
+}
 
 
 class _RenamedFinder(MetaPathFinder, Loader):
@@ -45,16 +49,18 @@ class _RenamedFinder(MetaPathFinder, Loader):
         new = RENAMED[spec.name]
         warnings.warn(f"{spec.name} is now {new}; the old name will be removed", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
+        for name, home in MOVED_ON.get(spec.name, {}).items():
+            setattr(module, name, getattr(importlib.import_module(home), name))
         spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the module has been run under its new name, whose specification it keeps."""
+        """Restore the module's own specification; its code has run under the new name."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def install() -> None:
-    """Make the former names importable; calling it twice changes nothing."""
+    """Make the former names importable; safe to call twice."""
     if not any(isinstance(finder, _RenamedFinder) for finder in sys.meta_path):
         sys.meta_path.append(_RenamedFinder())

@@ -1,29 +1,34 @@
-"""The errors that are the user's to mend: one line, what was expected, what was found, what to do.
+"""Errors in the user's input: one line with what was expected, what was found, and what to do.
 
-The command line prints them without a traceback and exits with code 2. Everything else that
-escapes is a bug in DINOCell and keeps its traceback (exit code 1).
+The command line prints them without a traceback and exits with code 2. Any other exception that reaches it is a bug in
+DINOCell and keeps its traceback (exit code 1).
 """
 
 
 class DinocellError(ValueError):
-    """A mistake in what the user handed in: a recipe, a file, an option."""
+    """Invalid user input: a recipe, a file, an option."""
 
 
 class ConfigError(DinocellError):
-    """A recipe or a ``key=value`` override that the schema does not accept."""
+    """A recipe or a ``key=value`` override that does not fit the schema."""
 
 
 class WeightsError(DinocellError):
-    """A checkpoint that cannot be found, read, trusted or fitted to the model asked for."""
+    """A checkpoint that cannot be found, read, trusted or fitted to the requested model."""
 
 
 class ImageError(DinocellError):
-    """A picture, mask or labelled set that cannot be read whole, or cannot be written."""
+    """An image, mask or labelled set that cannot be read completely, or cannot be written."""
 
 
 class StackError(ImageError):
-    """A file of several pictures where one was expected."""
+    """A file of several images where one was expected."""
 
 
 class ShardError(DinocellError):
     """A shard set that cannot be built, is missing, or is damaged."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception on one line; its class name if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -120,7 +120,7 @@ def test_one_image_and_none_are_one_line(tmp_path: Path, capsys: pytest.CaptureF
     tifffile.imwrite(folder / "masks" / "f0.tif", np.zeros((60, 72), np.uint16))
     assert finetune(folder) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("dinocell: data.images, data.masks: not one pair could be used (1 x no cells)")
+    assert last.startswith("dinocell: data.images, data.masks: no pair could be used (1 x no cells)")
 
 
 def test_advice_names_the_keys_of_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_advice_names_the_keys_of_this_command(tmp_path: Path, capsys: pytest.Ca
         tifffile.imwrite(path, stains, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
     assert finetune(folder) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "not one pair could be used (5 x several channels)" in line
+    assert "no pair could be used (5 x several channels)" in line
     assert line.endswith("(data.channel chooses one)")
     assert "--" not in line
 

@@ -157,11 +157,9 @@ def test_a_missing_object_of_a_bucket_is_one_clear_line(bucket: Any) -> None:
 def test_an_unreachable_server_is_one_clear_line(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
-    from dinocell.images import storage as locations
-
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(locations.time, "sleep", lambda _: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr(s3fs.core, "S3_RETRYABLE_ERRORS", ())
     forget_connections()
     for ask in (open_bytes, list_files):

@@ -137,7 +137,7 @@ def test_masks_in_colours_are_read_as_regions_where_that_is_said(tmp_path: Path)
             tmp_path / "a/masks" / f"größe {number}.png",
             np.stack([labels % 7 * 30, labels, labels * 0]).astype(np.uint8),
         )
-    with pytest.raises(DinocellError, match="the encoding is 'regions'"):
+    with pytest.raises(DinocellError, match="encoding 'regions'"):
         open_evaluation_set(tmp_path / "a")
     found = open_evaluation_set(tmp_path / "a", encoding="regions")
     np.testing.assert_array_equal(found[0].labels != 0, LABELS[0] != 0)

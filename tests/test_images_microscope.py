@@ -1,4 +1,4 @@
-"""ND2 and CZI through bioio, of which a stand-in does: what is asked of it, and what is said where it is missing."""
+"""ND2 and CZI through a stand-in for bioio, and the error without that package."""
 
 import sys
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def test_scenes_and_time_points_are_frames(files: dict[str, Path], name: str) ->
 
 
 @pytest.mark.parametrize("name", ["new.nd2", "old.nd2", "a.czi"])
-def test_without_the_extra_one_line_says_how_to_get_it(
+def test_without_the_extra_the_error_names_it(
     files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bioio", None)  # as if it were not installed
@@ -79,12 +79,12 @@ def test_without_the_extra_one_line_says_how_to_get_it(
 
 
 @pytest.mark.usefixtures("bioio")
-def test_a_plug_in_that_is_missing_is_told_the_same_way(files: dict[str, Path]) -> None:
+def test_without_the_plug_in_the_error_names_the_extra(files: dict[str, Path]) -> None:
     with pytest.raises(ImageError, match=r"a\.czi: .*\[microscopes\]"):
         read_image(files["a.czi"])
 
 
-def test_a_pixel_size_that_is_not_a_number_is_not_known(
+def test_a_pixel_size_that_is_not_a_number_is_unknown(
     bioio: None, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BioImage, "physical_pixel_sizes", SimpleNamespace(X=float("nan"), Y=float("nan"), Z=None))

@@ -1,4 +1,4 @@
-"""Pictures in and out: exact values, and one clear line for everything that cannot be read whole."""
+"""Images in and out: exact values, and an error of one line for everything that cannot be read completely."""
 
 import io
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image as PILImage
 
 from dinocell.errors import ImageError
-from dinocell.images import write as image_writers
+from dinocell.images import write
 from dinocell.images.image import Image, as_image, percentile_range, to_uint8
 from dinocell.images.read import count_frames, read_image, read_stack
 from dinocell.images.storage import open_bytes
@@ -44,11 +44,11 @@ def one_line(path: Path | str, **options: object) -> str:
 def test_tiff_values_and_types_come_back(tmp_path: Path, dtype: str, compression: str | None) -> None:
     pixels = noise(33, 47, dtype=dtype)
     tifffile.imwrite(tmp_path / "a.tif", pixels, compression=compression, metadata=None)
-    picture = read_image(tmp_path / "a.tif")
-    assert picture.pixels.dtype == pixels.dtype
-    np.testing.assert_array_equal(picture.pixels, pixels[None])
-    assert picture.channel_names == ()
-    assert picture.pixel_size_um is None
+    image = read_image(tmp_path / "a.tif")
+    assert image.pixels.dtype == pixels.dtype
+    np.testing.assert_array_equal(image.pixels, pixels[None])
+    assert image.channel_names == ()
+    assert image.pixel_size_um is None
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
@@ -63,9 +63,9 @@ def test_big_endian_tiled_and_predicted_tiffs_are_read(tmp_path: Path) -> None:
     pixels = noise(70, 50)
     options = {"byteorder": ">", "tile": (32, 32), "compression": "zlib", "predictor": True}
     tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
-    picture = read_image(tmp_path / "a.tif")
-    assert picture.pixels.dtype.isnative
-    np.testing.assert_array_equal(picture.pixels[0], pixels)
+    image = read_image(tmp_path / "a.tif")
+    assert image.pixels.dtype.isnative
+    np.testing.assert_array_equal(image.pixels[0], pixels)
 
 
 @pytest.mark.parametrize("planar", ["contig", "separate"])
@@ -73,9 +73,9 @@ def test_colour_tiff_has_named_channels_first(tmp_path: Path, planar: str) -> No
     pixels = noise(3, 20, 30, dtype="uint8")
     stored = pixels if planar == "separate" else pixels.transpose(1, 2, 0)
     tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", planarconfig=planar)
-    picture = read_image(tmp_path / "a.tif")
-    np.testing.assert_array_equal(picture.pixels, pixels)
-    assert picture.channel_names == ("red", "green", "blue")
+    image = read_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(image.pixels, pixels)
+    assert image.channel_names == ("red", "green", "blue")
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
@@ -101,7 +101,7 @@ def test_frames_run_over_time_and_depth_and_keep_their_channels(
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif", frame=len(expected) - 1).pixels, expected[-1])
 
 
-def test_a_stack_asks_for_a_frame_and_says_how_many_there_are(tmp_path: Path) -> None:
+def test_a_stack_needs_a_frame_and_the_error_states_their_number(tmp_path: Path) -> None:
     pixels = noise(5, 8, 9)
     tifffile.imwrite(tmp_path / "a.tif", pixels, metadata=None)
     assert "5 frames" in one_line(tmp_path / "a.tif")
@@ -136,7 +136,7 @@ def test_previews_and_pyramid_levels_are_not_frames(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_image(tmp_path / name).pixels[0], pixels)
 
 
-def test_white_is_zero_is_turned_and_palette_values_are_kept(tmp_path: Path) -> None:
+def test_white_is_zero_is_inverted_and_palette_indices_are_kept(tmp_path: Path) -> None:
     pixels = noise(9, 9, dtype="uint8")
     tifffile.imwrite(tmp_path / "white.tif", pixels, photometric="miniswhite")
     np.testing.assert_array_equal(read_image(tmp_path / "white.tif").pixels[0], 255 - pixels)
@@ -150,17 +150,17 @@ def test_pixel_size_and_channel_names_come_from_ome_and_imagej_but_not_from_dots
     metadata = {"axes": "CYX", "PhysicalSizeX": 325, "PhysicalSizeY": 325, "Channel": {"Name": ["DNA", "Größe µ"]}}
     units = {"PhysicalSizeXUnit": "nm", "PhysicalSizeYUnit": "nm"}
     tifffile.imwrite(tmp_path / "ome.tif", pixels, ome=True, metadata=metadata | units)
-    picture = read_image(tmp_path / "ome.tif")
-    assert picture.pixel_size_um == pytest.approx(0.325)
-    assert picture.channel_names == ("DNA", "Größe µ")
+    image = read_image(tmp_path / "ome.tif")
+    assert image.pixel_size_um == pytest.approx(0.325)
+    assert image.channel_names == ("DNA", "Größe µ")
     imagej = {"axes": "CYX", "unit": "um", "Labels": ["DNA", "ER"]}
     tifffile.imwrite(tmp_path / "ij.tif", pixels, imagej=True, resolution=(4, 4), metadata=imagej)
-    picture = read_image(tmp_path / "ij.tif")
-    assert picture.pixel_size_um == pytest.approx(0.25)
-    assert picture.channel_names == ("DNA", "ER")
+    image = read_image(tmp_path / "ij.tif")
+    assert image.pixel_size_um == pytest.approx(0.25)
+    assert image.channel_names == ("DNA", "ER")
     tifffile.imwrite(tmp_path / "dpi.tif", pixels[0], resolution=(72, 72), resolutionunit="INCH", metadata=None)
     assert read_image(tmp_path / "dpi.tif").pixel_size_um is None
-    # What ImageJ saves of it: dots an inch have become the picture's scale.
+    # What ImageJ saves of it: dots an inch have become the image's scale.
     tifffile.imwrite(tmp_path / "inch.tif", pixels[0], imagej=True, resolution=(300, 300), metadata={"unit": "inch"})
     assert read_image(tmp_path / "inch.tif").pixel_size_um is None
     tifffile.imwrite(tmp_path / "oblong.tif", pixels[0], imagej=True, resolution=(4, 2), metadata={"unit": "um"})
@@ -172,29 +172,29 @@ def test_pixel_size_and_channel_names_come_from_ome_and_imagej_but_not_from_dots
 def test_png_round_trip_is_exact(tmp_path: Path, dtype: str, channels: int) -> None:
     pixels = noise(channels, 13, 17, dtype=dtype)
     write_png(tmp_path / "a.png", pixels)
-    picture = read_image(tmp_path / "a.png")
-    assert picture.pixels.dtype == pixels.dtype
-    np.testing.assert_array_equal(picture.pixels, pixels)
-    assert picture.is_colour == (channels > 1)
+    image = read_image(tmp_path / "a.png")
+    assert image.pixels.dtype == pixels.dtype
+    np.testing.assert_array_equal(image.pixels, pixels)
+    assert image.is_colour == (channels > 1)
     for size in ((1, 17), (13, 1), (1, 1)):
         write_png(tmp_path / "a.png", pixels[:, : size[0], : size[1]])
         np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels[:3], pixels[:3, : size[0], : size[1]])
 
 
-def test_png_of_one_bit_is_bool_and_a_palette_is_colours_or_numbers(tmp_path: Path) -> None:
+def test_png_of_one_bit_is_bool_and_a_palette_is_colours_or_indices(tmp_path: Path) -> None:
     mask = noise(9, 11, dtype="bool")
-    Image.fromarray(mask).save(tmp_path / "bits.png")
+    PILImage.fromarray(mask).save(tmp_path / "bits.png")
     assert read_image(tmp_path / "bits.png").pixels.dtype == np.bool_
     np.testing.assert_array_equal(read_image(tmp_path / "bits.png").pixels[0], mask)
     numbers = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    image = Image.fromarray(numbers)
+    image = PILImage.fromarray(numbers)
     image.putpalette([value for i in range(256) for value in (i, 0, 255 - i)])
     image.save(tmp_path / "palette.png")
     assert read_image(tmp_path / "palette.png").pixels[:, 1, 2].tolist() == [6, 0, 249]
     np.testing.assert_array_equal(read_image(tmp_path / "palette.png", palette_as_colour=False).pixels[0], numbers)
 
 
-def test_an_alpha_that_says_nothing_is_dropped_and_one_that_varies_is_kept(tmp_path: Path) -> None:
+def test_a_constant_alpha_is_dropped_and_one_that_varies_is_kept(tmp_path: Path) -> None:
     pixels = noise(4, 6, 7, dtype="uint8")
     write_png(tmp_path / "varies.png", pixels)
     tifffile.imwrite(tmp_path / "varies.tif", pixels.transpose(1, 2, 0), photometric="rgb", extrasamples=["unassalpha"])
@@ -221,20 +221,20 @@ def test_grey_stored_as_colour_becomes_one_channel_and_real_colour_stays() -> No
     assert stains.grey() is stains
 
 
-def test_channels_are_chosen_by_number_or_name() -> None:
-    picture = Image(pixels=noise(2, 4, 4), channel_names=("DNA", "ER"))
-    np.testing.assert_array_equal(picture.select("ER").pixels, picture.pixels[1:])
-    assert picture.select(0).channel_names == ("DNA",)
+def test_channels_are_selected_by_index_or_name() -> None:
+    image = Image(pixels=noise(2, 4, 4), channel_names=("DNA", "ER"))
+    np.testing.assert_array_equal(image.select("ER").pixels, image.pixels[1:])
+    assert image.select(0).channel_names == ("DNA",)
     for wrong in ("er", 2, -1):
         with pytest.raises(ImageError, match="2 channel"):
-            picture.select(wrong)
+            image.select(wrong)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".bmp"])
 def test_jpeg_and_bmp_are_what_pillow_decodes(tmp_path: Path, suffix: str) -> None:
     pixels = noise(20, 31, 3, dtype="uint8")
-    Image.fromarray(pixels).save(tmp_path / f"a{suffix}")
-    expected = np.asarray(Image.open(tmp_path / f"a{suffix}"))
+    PILImage.fromarray(pixels).save(tmp_path / f"a{suffix}")
+    expected = np.asarray(PILImage.open(tmp_path / f"a{suffix}"))
     np.testing.assert_array_equal(read_image(tmp_path / f"a{suffix}").pixels, expected.transpose(2, 0, 1))
 
 
@@ -245,16 +245,16 @@ def test_npy_channels_are_first_unless_there_are_three_or_four_last(
     tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     np.save(tmp_path / "a.npy", noise(*shape).astype(">u2"))
-    picture = read_image(tmp_path / "a.npy")
-    assert picture.pixels.shape == expected
-    assert picture.pixels.dtype == np.uint16
+    image = read_image(tmp_path / "a.npy")
+    assert image.pixels.shape == expected
+    assert image.pixels.dtype == np.uint16
 
 
-@pytest.mark.parametrize("said", ["NaN", "INF", "-1", "0"])
-def test_a_pixel_size_that_is_no_size_is_not_known(tmp_path: Path, said: str) -> None:
+@pytest.mark.parametrize("size", ["NaN", "INF", "-1", "0"])
+def test_an_invalid_pixel_size_is_unknown(tmp_path: Path, size: str) -> None:
     write_tiff(tmp_path / "a.tif", noise(8, 8), pixel_size_um=0.5)
     content = (tmp_path / "a.tif").read_bytes()
-    (tmp_path / "a.tif").write_bytes(content.replace(b'="0.5"', f'="{said}"'.encode().ljust(6)))
+    (tmp_path / "a.tif").write_bytes(content.replace(b'="0.5"', f'="{size}"'.encode().ljust(6)))
     assert read_image(tmp_path / "a.tif").pixel_size_um is None
 
 
@@ -281,13 +281,13 @@ def test_ome_zarr_gives_its_highest_resolution_frame_by_frame(tmp_path: Path, ve
     assert read_image(path, frame=0).pixel_size_um is None
 
 
-def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:
+def test_the_content_decides_about_the_format_not_the_suffix(tmp_path: Path) -> None:
     pixels = noise(5, 6, dtype="uint8")
     write_png(tmp_path / "really a png.tif", pixels)
     np.testing.assert_array_equal(read_image(tmp_path / "really a png.tif").pixels[0], pixels)
 
 
-def test_names_with_spaces_and_umlauts_are_names(tmp_path: Path) -> None:
+def test_names_may_have_spaces_and_umlauts(tmp_path: Path) -> None:
     path = tmp_path / "Zellen größe 5 µm #1 日本.tif"
     write_tiff(path, noise(4, 5))
     assert read_image(str(path)).pixels.shape == (1, 4, 5)
@@ -308,7 +308,7 @@ def encoded(kind: str, *, frames: int = 1) -> bytes:
     elif kind == "npy":
         np.save(file, pixels)
     else:
-        Image.fromarray(pixels).save(file, kind)
+        PILImage.fromarray(pixels).save(file, kind)
     return file.getvalue()
 
 
@@ -317,15 +317,38 @@ KINDS = ["tif", "tif-lzw", "tif-zlib", "tif-zstd", "tif-packbits", "png", "jpeg"
 
 @settings(max_examples=60, deadline=None)
 @given(kind=st.sampled_from(KINDS), share=st.floats(0, 0.995))
-def test_a_cut_file_is_never_a_picture(tmp_path_factory: pytest.TempPathFactory, kind: str, share: float) -> None:
+def test_a_truncated_file_is_never_an_image(tmp_path_factory: pytest.TempPathFactory, kind: str, share: float) -> None:
     content = encoded(kind)
     path = tmp_path_factory.getbasetemp() / "cut.img"
     path.write_bytes(content[: int(len(content) * share)])
     one_line(path)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    changes=st.lists(st.tuples(st.floats(0, 0.999), st.booleans(), st.integers(0, 255)), min_size=1, max_size=5),
+)
+def test_files_with_changed_bytes_are_read_or_an_error_of_one_line(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, changes: list[tuple[float, bool, int]]
+) -> None:
+    content = bytearray(encoded(kind))
+    for place, in_header, value in changes:
+        content[int(place * (min(len(content), 300) if in_header else len(content)))] = value
+    path = tmp_path_factory.getbasetemp() / "changed.img"
+    path.write_bytes(content)
+    try:
+        list(read_stack(path))
+    except ImageError as error:
+        message = str(error)
+    else:
+        return
+    assert str(path) in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("compression", ["tif", "tif-zlib"])
-def test_a_stack_cut_between_two_pages_is_an_error(tmp_path: Path, compression: str) -> None:
+def test_a_stack_truncated_between_two_pages_is_an_error(tmp_path: Path, compression: str) -> None:
     whole = encoded(compression, frames=4)
     path = tmp_path / "a.tif"
     path.write_bytes(whole)
@@ -333,7 +356,7 @@ def test_a_stack_cut_between_two_pages_is_an_error(tmp_path: Path, compression: 
         cuts = [page.offset for page in list(tiff.pages)[1:]]
     for cut in (*cuts, cuts[-1] - 3):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ImageError, match=r"cut short|damaged"):
+        with pytest.raises(ImageError, match=r"a\.tif: .*(truncated|damaged)"):
             list(read_stack(path))
 
 
@@ -365,7 +388,7 @@ def test_an_ome_set_of_several_files_is_read_and_one_that_misses_a_file_is_an_er
     np.testing.assert_array_equal(list(read_stack(tmp_path / "0.tif"))[1].pixels[0], other)
 
 
-def test_a_tag_that_the_decoder_does_not_believe_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tag_that_the_decoder_rejects_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile.imwrite(tmp_path / "a.tif", noise(8, 8))
 
     def refuse(self: tifffile.TiffFile) -> None:
@@ -376,29 +399,48 @@ def test_a_tag_that_the_decoder_does_not_believe_is_damage(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "fragment"),
     [
         ("empty.png", b"", "0 bytes"),
         ("page.tif", b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
         ("zeros.tif", bytes(4000), "never fully written"),
         ("lfs.tif", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         ("cells.lif", b"\x70\x00\x00\x00" + bytes(100), "a .lif file"),
-        ("notes.tif", b"hello", "not a picture"),
+        ("notes.tif", b"hello", "not an image"),
         ("header.tif", b"II*\x00", "damaged"),
-        ("nowhere.tif", b"II*\x00\x00\x00\x00\x00", "no picture in it"),
+        ("nowhere.tif", b"II*\x00\x00\x00\x00\x00", "no image in it"),
         ("objects.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': '|O', ", "damaged"),
     ],
 )
-def test_what_is_not_a_picture_says_what_it_is(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_other_files_are_identified_in_the_error(tmp_path: Path, name: str, content: bytes, fragment: str) -> None:
     (tmp_path / name).write_bytes(content)
-    assert says in one_line(tmp_path / name)
+    assert fragment in one_line(tmp_path / name)
 
 
-def test_missing_files_folders_and_broken_addresses_are_named(tmp_path: Path) -> None:
+def test_missing_files_folders_and_invalid_addresses_are_named(tmp_path: Path) -> None:
     assert "no such file" in one_line(tmp_path / "missing.tif")
     assert "folder" in one_line(tmp_path)
     assert "slash" in one_line(Path("s3://bucket/a.tif"))
     assert "nonsense" in one_line("nonsense://bucket/a.tif")
+
+
+def test_an_image_larger_than_the_memory_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", noise(8, 8), compression="zlib")
+
+    def allocate(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 90.0 GiB")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", allocate)
+    message = one_line(tmp_path / "a.tif")
+    assert "memory" in message
+    assert "90.0 GiB" in message
+
+
+def test_errors_of_the_program_are_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_png(tmp_path / "a.png", noise(8, 8))
+    monkeypatch.setattr("dinocell.images.read._coloured", None)
+    with pytest.raises(TypeError):
+        read_image(tmp_path / "a.png")
 
 
 def test_a_pickle_in_an_npy_is_never_run(tmp_path: Path) -> None:
@@ -407,15 +449,15 @@ def test_a_pickle_in_an_npy_is_never_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (20, 5, 6), (2, 3, 4, 5), (0, 5)])
-def test_npy_arrays_without_one_meaning_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_ambiguous_npy_arrays_are_rejected(tmp_path: Path, shape: tuple[int, ...]) -> None:
     np.save(tmp_path / "a.npy", np.zeros(shape))
     assert str(shape) in one_line(tmp_path / "a.npy")
 
 
-def test_colours_that_are_not_rgb_are_refused(tmp_path: Path) -> None:
+def test_colours_that_are_not_rgb_are_rejected(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", noise(5, 5, 4, dtype="uint8"), photometric="separated")
     assert "SEPARATED" in one_line(tmp_path / "a.tif")
-    Image.new("CMYK", (8, 8)).save(tmp_path / "a.jpg")
+    PILImage.new("CMYK", (8, 8)).save(tmp_path / "a.jpg")
     assert "CMYK" in one_line(tmp_path / "a.jpg")
 
 
@@ -450,12 +492,12 @@ def test_web_addresses_are_read(web: str, tmp_path: Path) -> None:
 # Writing.
 
 
-def test_what_may_not_fit_into_four_gigabytes_is_written_with_offsets_of_64_bits(
+def test_images_that_may_exceed_four_gigabytes_get_offsets_of_64_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = noise(2, 16, 16)
     for limit, is_big in ((pixels.nbytes, False), (pixels.nbytes - 1, True)):
-        monkeypatch.setattr(image_writers, "_CLASSIC_TIFF_BYTES", limit)
+        monkeypatch.setattr(write, "_CLASSIC_TIFF_BYTES", limit)
         write_tiff(tmp_path / "a.tif", pixels)
         with tifffile.TiffFile(tmp_path / "a.tif") as file:
             assert file.is_bigtiff == is_big
@@ -466,10 +508,10 @@ def test_written_tiffs_carry_channels_and_pixel_size_and_are_the_same_bytes_each
     pixels = noise(3, 20, 30)
     for name in ("a.tif", "b.tif"):
         write_tiff(tmp_path / name, pixels, pixel_size_um=0.325, channel_names=("DNA", "ER", "größe"))
-    picture = read_image(tmp_path / "a.tif")
-    np.testing.assert_array_equal(picture.pixels, pixels)
-    assert picture.pixel_size_um == pytest.approx(0.325)
-    assert picture.channel_names == ("DNA", "ER", "größe")
+    image = read_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(image.pixels, pixels)
+    assert image.pixel_size_um == pytest.approx(0.325)
+    assert image.channel_names == ("DNA", "ER", "größe")
     assert (tmp_path / "a.tif").read_bytes() == (tmp_path / "b.tif").read_bytes()
 
 
@@ -478,9 +520,9 @@ def test_written_tiffs_carry_channels_and_pixel_size_and_are_the_same_bytes_each
 def test_written_tiffs_come_back(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
     pixels = noise(*shape, dtype=dtype)
     write_tiff(tmp_path / "a.tif", pixels)
-    picture = read_image(tmp_path / "a.tif")
-    assert picture.pixels.dtype == pixels.dtype
-    np.testing.assert_array_equal(picture.pixels, pixels if pixels.ndim == 3 else pixels[None])
+    image = read_image(tmp_path / "a.tif")
+    assert image.pixels.dtype == pixels.dtype
+    np.testing.assert_array_equal(image.pixels, pixels if pixels.ndim == 3 else pixels[None])
 
 
 @pytest.mark.parametrize(("highest", "dtype"), [(65535, "uint16"), (65536, "uint32"), (2**32 - 1, "uint32")])
@@ -494,7 +536,7 @@ def test_labels_keep_their_ids_in_the_smallest_type_that_holds_them(tmp_path: Pa
     assert np.asarray(tifffile.imread(tmp_path / "a.tif")).shape == (5, 6)
 
 
-def test_labels_that_no_file_holds_are_refused(tmp_path: Path) -> None:
+def test_labels_beyond_32_bits_are_rejected(tmp_path: Path) -> None:
     for wrong in (-1, 2**32):
         with pytest.raises(ValueError, match="expected ids"):
             write_labels(tmp_path / "a.tif", np.full((2, 2), wrong))
@@ -541,18 +583,18 @@ def test_percentiles_between_the_ends_of_a_type(dtype: str) -> None:
     assert to_uint8(pixels, -top, top).tolist() == [[255, 0]]
 
 
-def test_8_bits_of_an_8_bit_picture_are_itself() -> None:
+def test_8_bits_of_an_8_bit_image_are_itself() -> None:
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(to_uint8(pixels, 0, 255), pixels)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
-def test_the_range_becomes_black_to_white(dtype: str) -> None:
+def test_the_range_is_mapped_to_black_and_white(dtype: str) -> None:
     pixels = np.array([[0, 100, 150, 200, 999]], dtype)
     assert to_uint8(pixels, 100, 200).tolist() == [[0, 0, 128, 255, 255]]
 
 
-def test_constant_pictures_become_black() -> None:
+def test_constant_images_become_black() -> None:
     for dtype in ("uint8", "uint16", "float32"):
         pixels = np.full((4, 4), 7, dtype)
         assert to_uint8(pixels, *percentile_range(pixels, 0.1, 99.9)).tolist() == np.zeros((4, 4)).tolist()
@@ -560,7 +602,7 @@ def test_constant_pictures_become_black() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_not_numbers_are_errors(bad: float) -> None:
+def test_values_that_are_not_finite_are_errors(bad: float) -> None:
     pixels = np.ones((3, 3), np.float32)
     pixels[1, 1] = bad
     with pytest.raises(ImageError, match="1 of 9 values"):
@@ -603,7 +645,7 @@ def test_every_real_file_reads_as_its_own_decoder_reads_it(pattern: str, count: 
         pytest.skip(f"no ../shared/data/{pattern}")
     assert len(paths) == count
     for path in paths:
-        decoded = tifffile.imread(path) if path.suffix in (".tif", ".tiff") else np.asarray(Image.open(path))
+        decoded = tifffile.imread(path) if path.suffix in (".tif", ".tiff") else np.asarray(PILImage.open(path))
         assert decoded.ndim == len(axes), path
         if axes == "yxc":
             decoded = decoded.transpose(2, 0, 1)[:3]  # without alpha
@@ -619,7 +661,7 @@ def test_the_calibration_of_a_real_metamorph_file_is_its_pixel_size() -> None:
 
 
 @needs_data
-def test_the_real_grey_pictures_stored_as_rgba_become_one_channel() -> None:
+def test_the_real_grey_images_stored_as_rgba_become_one_channel() -> None:
     kinds = [len(read_image(path).grey().pixels) for path in DATA.glob("dsb2018_stage1_train/*/images/*.png")]
     assert (kinds.count(1), kinds.count(3)) == (52, 8)
 
@@ -630,9 +672,9 @@ def test_a_real_field_written_and_read_again_is_the_same(tmp_path: Path) -> None
     paths = [DATA / "jump_cell_painting" / f"r01c02f01p01-ch{k}sk1fk1fl1.tiff" for k in range(1, 6)]
     pixels = np.concatenate([read_image(path).pixels for path in paths])
     write_tiff(tmp_path / "field.ome.tiff", pixels, channel_names=names)
-    picture = read_image(tmp_path / "field.ome.tiff")
-    np.testing.assert_array_equal(picture.pixels, pixels)
-    assert picture.channel_names == names
+    image = read_image(tmp_path / "field.ome.tiff")
+    np.testing.assert_array_equal(image.pixels, pixels)
+    assert image.channel_names == names
 
 
 def test_the_mean_of_channels_weighs_dim_and_bright_stains_alike() -> None:
@@ -648,10 +690,10 @@ def test_the_mean_of_channels_weighs_dim_and_bright_stains_alike() -> None:
 
 def test_the_plane_is_the_chosen_channel_or_the_mean() -> None:
     pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
-    picture = Image(pixels=pixels, channel_names=("DNA", "ER"))
-    np.testing.assert_array_equal(picture.plane("ER"), pixels[1])
-    np.testing.assert_array_equal(picture.plane(0), pixels[0])
-    np.testing.assert_array_equal(picture.plane(), picture.mean().pixels[0])
+    image = Image(pixels=pixels, channel_names=("DNA", "ER"))
+    np.testing.assert_array_equal(image.plane("ER"), pixels[1])
+    np.testing.assert_array_equal(image.plane(0), pixels[0])
+    np.testing.assert_array_equal(image.plane(), image.mean().pixels[0])
 
 
 @pytest.mark.parametrize(
@@ -664,25 +706,25 @@ def test_the_plane_is_the_chosen_channel_or_the_mean() -> None:
         ((4, 40, 50), np.uint16, 4, ()),
     ],
 )
-def test_an_array_becomes_a_picture(shape: tuple[int, ...], dtype: type, channels: int, names: tuple[str, ...]) -> None:
-    picture = as_image(np.zeros(shape, dtype))
-    assert len(picture.pixels) == channels
-    assert picture.channel_names == names
+def test_an_array_becomes_an_image(shape: tuple[int, ...], dtype: type, channels: int, names: tuple[str, ...]) -> None:
+    image = as_image(np.zeros(shape, dtype))
+    assert len(image.pixels) == channels
+    assert image.channel_names == names
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (7,), (2, 3, 4, 5), (20, 40, 50)])
-def test_an_array_that_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_array_that_is_no_image_is_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match="expected"):
         as_image(np.zeros(shape))
 
 
 def test_a_channel_that_is_called_mean_is_that_channel() -> None:
     pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
-    picture = Image(pixels=pixels, channel_names=("mean", "other"))
-    np.testing.assert_array_equal(picture.select("mean").pixels[0], pixels[0])
+    image = Image(pixels=pixels, channel_names=("mean", "other"))
+    np.testing.assert_array_equal(image.select("mean").pixels[0], pixels[0])
 
 
-def test_the_mean_of_a_grey_picture_stored_as_rgb_with_alpha_is_that_picture() -> None:
+def test_the_mean_of_a_grey_image_stored_as_rgb_with_alpha_is_that_image() -> None:
     grey = np.arange(16, dtype=np.uint8).reshape(4, 4)
     pixels = np.stack([grey, grey, grey, grey[::-1]])
     mean = Image(pixels=pixels, channel_names=("red", "green", "blue", "alpha")).mean()

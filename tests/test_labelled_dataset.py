@@ -1,7 +1,8 @@
-"""Labelled sets: what goes in comes out pixel for pixel, in SAMCell's files, whole or not at all."""
+"""Labelled sets: pixels and labels are unchanged, in SAMCell's file format, and complete or absent."""
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -31,8 +32,8 @@ def cells(height: int, width: int, *, first_id: int = 1) -> np.ndarray:
     return labels
 
 
-def pair(name: str, pixels: np.ndarray, labels: np.ndarray, **picture: object) -> Pair:
-    content = PairContent(picture=Image(pixels=pixels, **picture), labels=labels)
+def pair(name: str, pixels: np.ndarray, labels: np.ndarray, **image: object) -> Pair:
+    content = PairContent(image=Image(pixels=pixels, **image), labels=labels)
     return Pair(name=name, read=lambda: content)
 
 
@@ -50,7 +51,7 @@ def test_images_labels_and_distances_come_back_exactly(tmp_path: Path) -> None:
     assert not report.skipped
     for image, want in zip(found, pairs, strict=True):
         content = want.read()
-        np.testing.assert_array_equal(image.pixels, np.repeat(content.picture.pixels, 3, axis=0))
+        np.testing.assert_array_equal(image.pixels, np.repeat(content.image.pixels, 3, axis=0))
         np.testing.assert_array_equal(image.labels, content.labels)
         np.testing.assert_array_equal(image.distance, labels_to_distance(content.labels))
         assert image.crowd is None
@@ -60,7 +61,7 @@ def test_images_labels_and_distances_come_back_exactly(tmp_path: Path) -> None:
     assert description["num_cells"] == report.num_cells == sum(len(np.unique(p.read().labels)) - 1 for p in pairs)
 
 
-def test_the_files_are_samcells(tmp_path: Path) -> None:
+def test_the_files_have_samcells_format(tmp_path: Path) -> None:
     colour = RNG.integers(0, 256, (3, 40, 60), dtype=np.uint8)
     build_labelled([pair("a", colour, cells(40, 60))], tmp_path / "set")
     images = np.load(tmp_path / "set" / "imgs.npy")
@@ -95,11 +96,11 @@ def test_sizes_become_folders_and_read_as_one_set(tmp_path: Path) -> None:
     found = {image.name: image for image in open_labelled(tmp_path / "set")}
     for want in pairs:
         np.testing.assert_array_equal(found[want.name].labels, want.read().labels)
-        np.testing.assert_array_equal(found[want.name].pixels[0], want.read().picture.pixels[0])
+        np.testing.assert_array_equal(found[want.name].pixels[0], want.read().image.pixels[0])
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (20, 20), (100, 7)])
-def test_a_target_size_fits_the_whole_picture_and_pads(tmp_path: Path, height: int, width: int) -> None:
+def test_a_target_size_scales_the_whole_image_and_pads(tmp_path: Path, height: int, width: int) -> None:
     want = pair("a", np.full((1, height, width), 200, np.uint8), np.ones((height, width), int), pixel_size_um=0.5)
     with_cells = pair("b", np.full((1, height, width), 9, np.uint8), cells(height, width), pixel_size_um=0.5)
     build_labelled([want, with_cells], tmp_path / "set", target_size=50)
@@ -107,7 +108,7 @@ def test_a_target_size_fits_the_whole_picture_and_pads(tmp_path: Path, height: i
     image = open_labelled(tmp_path / "set")[0]
     scale = 50 / max(height, width)
     assert image.pixels.shape == (3, max(1, round(height * scale)), max(1, round(width * scale)))
-    assert (image.pixels == 200).all()  # the padding is not part of the picture
+    assert (image.pixels == 200).all()  # the padding is not part of the image
     assert (image.labels == 1).all()
     assert (image.distance == 1).all()  # nor does it bound a cell
     assert image.pixel_size_um == pytest.approx(0.5 / scale)
@@ -139,7 +140,7 @@ def test_grey_levels_beyond_8_bit_are_mapped_by_recorded_percentiles(tmp_path: P
     assert found.description["groups"][0]["images"][0]["levels"] == [low, high]
 
 
-def test_channels_are_grey_rgb_or_chosen(tmp_path: Path) -> None:
+def test_channels_are_grey_rgb_or_selected(tmp_path: Path) -> None:
     four = RNG.integers(0, 256, (4, 40, 60), dtype=np.uint8)
     rgba = pair("alpha", four, cells(40, 60), channel_names=("red", "green", "blue", "alpha"))
     stains = pair("stains", four, cells(40, 60), channel_names=("DNA", "ER", "RNA", "AGP"))
@@ -182,7 +183,7 @@ def test_every_pair_that_cannot_be_used_is_counted_with_its_reason(tmp_path: Pat
     assert [skip["name"] for skip in listed] == [wrong.name for wrong in bad.values()]
 
 
-def test_strict_stops_at_the_first_and_writes_nothing(tmp_path: Path) -> None:
+def test_strict_stops_at_the_first_unusable_pair_and_writes_nothing(tmp_path: Path) -> None:
     for name, wrong in bad_pairs().items():
         with pytest.raises(ImageError):
             build_labelled([grey_pair("good"), wrong], tmp_path / name, strict=True)
@@ -197,7 +198,7 @@ def test_a_set_without_an_image_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_empty_masks_are_kept_on_demand(tmp_path: Path) -> None:
+def test_empty_masks_are_kept_on_request(tmp_path: Path) -> None:
     report = build_labelled([bad_pairs()["no cells"]], tmp_path / "set", keep_empty=True)
     assert (report.num_images, report.num_cells) == (1, 0)
     assert not open_labelled(tmp_path / "set")[0].distance.any()
@@ -208,7 +209,7 @@ def test_a_cell_that_fills_its_image_is_noted_not_warned_about(tmp_path: Path) -
     assert report.notes == {"images filled by one cell": 1}
 
 
-def test_an_existing_set_stays_unless_told(tmp_path: Path) -> None:
+def test_an_existing_set_is_kept_without_overwrite(tmp_path: Path) -> None:
     build_labelled([grey_pair("a")], tmp_path / "set")
     with pytest.raises(ImageError, match="--overwrite"):
         build_labelled([grey_pair("b")], tmp_path / "set")
@@ -231,19 +232,19 @@ def test_the_same_pairs_give_the_same_bytes(tmp_path: Path) -> None:
 SLOW_BUILD = """
 import sys, time
 import numpy as np
-from dinocell.images.image import Picture
+from dinocell.images.image import Image
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import Pair, PairContent
 
 def slow():
     time.sleep(0.05)
-    return PairContent(picture=Picture(pixels=np.zeros((1, 40, 60), np.uint8)), labels=np.eye(40, 60, dtype=int))
+    return PairContent(image=Image(pixels=np.zeros((1, 40, 60), np.uint8)), labels=np.eye(40, 60, dtype=int))
 
 build_labelled([Pair(name=str(k), read=slow) for k in range(2000)], sys.argv[1])
 """
 
 
-def test_a_killed_build_leaves_nothing_that_looks_whole_and_the_next_one_works(tmp_path: Path) -> None:
+def test_a_killed_build_leaves_no_set_and_the_next_build_works(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, tmp_path / "set"])
     building = tmp_path / ".set.building"
     while not (building / "40x60" / "imgs.npy").exists():
@@ -262,7 +263,7 @@ def test_a_killed_build_leaves_nothing_that_looks_whole_and_the_next_one_works(t
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_ctrl_c_and_a_full_disk_remove_what_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_and_a_full_disk_remove_the_incomplete_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> PairContent:
         raise KeyboardInterrupt
 
@@ -285,7 +286,7 @@ def test_progress_counts_every_pair(tmp_path: Path) -> None:
     assert done == [1, 2, 3, 4, 5, 6, 7]
 
 
-# Reading sets that others wrote.
+# Reading sets of other tools.
 
 
 def save(folder: Path, **arrays: np.ndarray) -> Path:
@@ -322,80 +323,81 @@ IMAGES, LABELS = np.zeros((2, 8, 9, 3), np.uint8), np.zeros((2, 8, 9), np.int16)
 
 
 @pytest.mark.parametrize(
-    ("arrays", "says"),
+    ("arrays", "fragment"),
     [
         ({"imgs": IMAGES}, "anns.npy: no such file"),
         ({"anns": LABELS}, "no imgs.npy"),
-        ({"imgs": IMAGES, "anns": LABELS.astype(np.float32)}, "whole numbers"),
-        ({"imgs": IMAGES.astype(np.float32), "anns": LABELS}, "expected uint8"),
-        ({"imgs": IMAGES, "anns": LABELS[:1]}, "expected as many"),
-        ({"imgs": IMAGES, "anns": LABELS[:, :7]}, "of the same size"),
-        ({"imgs": IMAGES, "anns": LABELS[:, None]}, "got (2, 1, 8, 9)"),
-        ({"imgs": IMAGES[..., :2], "anns": LABELS}, "got uint8 of (2, 8, 9, 2)"),
-        ({"imgs": IMAGES, "anns": LABELS, "dist_maps": np.zeros((1, 8, 9), np.float32)}, "dist_maps.npy"),
+        ({"imgs": IMAGES, "anns": LABELS.astype(np.float32)}, "anns.npy is float32"),
+        ({"imgs": IMAGES.astype(np.float32), "anns": LABELS}, "imgs.npy is float32"),
+        ({"imgs": IMAGES, "anns": LABELS[:1]}, "anns.npy is int16 of (1, 8, 9)"),
+        ({"imgs": IMAGES, "anns": LABELS[:, :7]}, "anns.npy is int16 of (2, 7, 9)"),
+        ({"imgs": IMAGES, "anns": LABELS[:, None]}, "anns.npy is int16 of (2, 1, 8, 9)"),
+        ({"imgs": IMAGES[..., :2], "anns": LABELS}, "imgs.npy is uint8 of (2, 8, 9, 2)"),
+        (
+            {"imgs": IMAGES, "anns": LABELS, "dist_maps": np.zeros((1, 8, 9), np.float32)},
+            "dist_maps.npy is float32 of (1, 8, 9)",
+        ),
         ({"imgs": np.array([{}], object), "anns": LABELS}, "imgs.npy: damaged"),
     ],
 )
-def test_sets_that_do_not_fit_together_are_refused_in_one_line(
-    tmp_path: Path, arrays: dict[str, np.ndarray], says: str
+def test_inconsistent_sets_are_rejected_in_one_line(
+    tmp_path: Path, arrays: dict[str, np.ndarray], fragment: str
 ) -> None:
     with pytest.raises(ImageError) as caught:
         open_labelled(save(tmp_path, **arrays))
-    assert says in str(caught.value)
+    assert fragment in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_labels_below_zero_are_refused_where_they_are_read(tmp_path: Path) -> None:
-    """As they come of ids beyond 32,767 in SAMCell's int16."""
+def test_negative_labels_are_rejected_when_they_are_read(tmp_path: Path) -> None:
+    """Ids beyond 32,767 are negative in SAMCell's int16."""
     np.save(tmp_path / "imgs.npy", np.zeros((2, 8, 9, 3), np.uint8))
     labels = np.zeros((2, 8, 9), np.int16)
     labels[1, 0, 0] = -7
     np.save(tmp_path / "anns.npy", labels)
     found = open_labelled(tmp_path)
     assert found[0].labels.max() == 0
-    with pytest.raises(ImageError, match=r"anns\.npy, image 000001: negative labels \(down to -7\)"):
+    with pytest.raises(ImageError, match=r"anns\.npy, image 000001: .*-7"):
         found[1]
 
 
-def test_cut_files_and_changed_descriptions_are_refused(tmp_path: Path) -> None:
+def test_truncated_files_and_changed_descriptions_are_rejected(tmp_path: Path) -> None:
     build_labelled([grey_pair("a"), grey_pair("b")], tmp_path / "set")
     description = json.loads((tmp_path / "set" / "dataset.json").read_text())
-    for change, says in (({"version": 2}, "version 2"), ({"groups": []}, "not in"), ({}, "names 1 images")):
+    for change, fragment in (({"version": 2}, "version 2"), ({"groups": []}, "not in"), ({}, "names 1 images")):
         changed = description | change
         if not change:
             changed["groups"][0]["images"] = changed["groups"][0]["images"][:1]
         (tmp_path / "set" / "dataset.json").write_text(json.dumps(changed))
-        with pytest.raises(ImageError, match=says):
+        with pytest.raises(ImageError, match=fragment):
             open_labelled(tmp_path / "set")
     (tmp_path / "set" / "dataset.json").unlink()
     content = (tmp_path / "set" / "imgs.npy").read_bytes()
     for size in (0, 100, len(content) - 1):
         (tmp_path / "set" / "imgs.npy").write_bytes(content[:size])
-        with pytest.raises(ImageError, match="damaged or cut short"):
+        with pytest.raises(ImageError, match=r"imgs\.npy: damaged"):
             open_labelled(tmp_path / "set")
     with pytest.raises(ImageError, match="no such folder"):
         open_labelled(tmp_path / "nowhere")
 
 
-def test_a_set_travels_to_a_worker_by_its_name_not_by_its_pixels(tmp_path: Path) -> None:
+def test_a_set_is_pickled_by_its_path_without_its_pixels(tmp_path: Path) -> None:
     build_labelled([grey_pair(str(k), 200, 200) for k in range(5)], tmp_path / "set")
-    sent = pickle.dumps(open_labelled(tmp_path / "set"))
-    assert len(sent) < 1000
-    np.testing.assert_array_equal(pickle.loads(sent)[3].labels, cells(200, 200))
+    pickled = pickle.dumps(open_labelled(tmp_path / "set"))
+    assert len(pickled) < 1000
+    np.testing.assert_array_equal(pickle.loads(pickled)[3].labels, cells(200, 200))
 
 
-def test_notes_of_the_pairs_are_added_up(tmp_path: Path) -> None:
+def test_notes_of_the_pairs_are_summed(tmp_path: Path) -> None:
     def noted(name: str) -> Pair:
-        picture = Image(pixels=np.zeros((1, 40, 60), np.uint8))
-        content = PairContent(
-            picture=picture, labels=cells(40, 60), notes=Counter({"crowd regions left out": 2, "x": 0})
-        )
+        image = Image(pixels=np.zeros((1, 40, 60), np.uint8))
+        content = PairContent(image=image, labels=cells(40, 60), notes=Counter({"crowd regions skipped": 2, "x": 0}))
         return Pair(name=name, read=lambda: content)
 
-    assert build_labelled([noted("a"), noted("b")], tmp_path / "set").notes == {"crowd regions left out": 4}
+    assert build_labelled([noted("a"), noted("b")], tmp_path / "set").notes == {"crowd regions skipped": 4}
 
 
-def test_pair_errors_say_what_reports_count_by() -> None:
+def test_pair_errors_have_a_kind_for_reports() -> None:
     assert PairError("no mask", "a.tif: no mask").kind == "no mask"
 
 
@@ -406,7 +408,7 @@ def test_overwriting_replaces_labelled_sets_and_nothing_else(tmp_path: Path) -> 
     (tmp_path / "with notes" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for output in (originals, tmp_path / "with notes", tmp_path / "file"):
-        with pytest.raises(ImageError, match="not a labelled set alone"):
+        with pytest.raises(ImageError, match=re.escape(f"{output}: exists")):
             build_labelled([grey_pair("b")], output, overwrite=True)
         assert output.exists()
     assert (tmp_path / "with notes" / "notes.txt").read_text() == "mine"
@@ -426,7 +428,7 @@ def test_a_linked_output_stays_a_link(tmp_path: Path) -> None:
 def test_a_folder_of_sets_is_not_a_set_of_their_arrays(tmp_path: Path) -> None:
     for name in ("a", "b"):
         build_labelled([grey_pair(name)], tmp_path / "sets" / name, target_size=64)
-    with pytest.raises(ImageError, match=r"sets: a folder of labelled sets \(a, b\); name them one by one"):
+    with pytest.raises(ImageError, match=r"sets: .*a, b"):
         open_labelled(tmp_path / "sets")
 
 

@@ -15,8 +15,8 @@ from dinocell.labelled.distance import distance_to_boundary, labels_to_distance
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
-# The suite checks annotations at run time, which would stop these before our own message does.
-unchecked = inspect.unwrap(labels_to_distance)
+# Without the checks of annotations at run time, which would raise before our own.
+unchecked = inspect.unwrap(distance_to_boundary)
 
 
 def plain_loop(labels: np.ndarray, *, divide: bool = True) -> np.ndarray:
@@ -30,7 +30,7 @@ def plain_loop(labels: np.ndarray, *, divide: bool = True) -> np.ndarray:
 
 
 def touching_labels(seed: int, size: tuple[int, int], num_cells: int, foreground: float = 0.6) -> np.ndarray:
-    """Divide smooth blobs among random points, each pixel to the nearest."""
+    """Assign each pixel of smooth blobs to the nearest of random points."""
     generator = np.random.default_rng(seed)
     points = generator.uniform(0, 1, (num_cells, 2)) * size
     rows, columns = np.mgrid[: size[0], : size[1]]
@@ -111,14 +111,14 @@ def test_every_integer_type_gives_the_same_map(dtype: str | type) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
-def test_ids_up_to_the_end_of_their_type_cost_nothing(dtype: type) -> None:
+def test_ids_up_to_the_end_of_their_type_give_the_same_map(dtype: type) -> None:
     labels = touching_labels(2, (40, 50), 12)
     largest = int(np.iinfo(dtype).max)
     ids = np.array([largest - (12 - i) * (largest // 13) if i else 0 for i in range(13)], dtype)
     np.testing.assert_array_equal(labels_to_distance(ids[labels]), labels_to_distance(labels))
 
 
-def test_views_give_the_map_of_their_copy_and_stay_untouched() -> None:
+def test_views_give_the_map_of_their_copy_and_are_not_changed() -> None:
     whole = touching_labels(3, (60, 80), 30)
     for view in (whole.T, whole[::2, 1::3], whole[::-1, ::-1], np.asfortranarray(whole)):
         view.flags.writeable = False
@@ -129,13 +129,13 @@ def test_views_give_the_map_of_their_copy_and_stay_untouched() -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.zeros((4, 4)), "labels: expected one integer id a cell, got values of type float64"),
-        (np.zeros((4, 4), bool), "labels: expected one integer id a cell, got a bool mask"),
-        (np.array([[0, -3]]), "labels: expected ids of at least 0 .* got -3"),
-        (np.zeros((2, 4, 4), int), r"labels: expected one image \(h w\), got an array of shape \(2, 4, 4\)"),
+        (np.zeros((4, 4)), "labels: .*float64"),
+        (np.zeros((4, 4), bool), "labels: .*bool"),
+        (np.array([[0, -3]]), "labels: .* -3"),
+        (np.zeros((2, 4, 4), int), r"labels: .*\(2, 4, 4\)"),
     ],
 )
-def test_what_is_no_label_image_is_refused_in_one_line(labels: np.ndarray, message: str) -> None:
+def test_other_arrays_are_rejected_in_one_line(labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         unchecked(labels)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Flows: equal to a plain reference version, unit vectors that lead to the middle of their own cell."""
+"""Flows: equal to a plain reference implementation, unit vectors that lead to the middle of their own cell."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ FIELD = make_field(3, SyntheticConfig(size=(70, 90), channels=("AGP",), num_cell
 
 
 def reference(labels: np.ndarray) -> np.ndarray:
-    """Do what the docstring says, cell by cell over the whole image, with loops over neighbours.
+    """Compute the docstring's definition, cell by cell over the whole image.
 
-    Opposite neighbours are added first: else rounding gives the middle of a symmetrical cell a direction.
+    Opposite neighbours are added first: otherwise rounding gives the middle of a symmetrical cell a direction.
     """
     flows = np.zeros((3, *labels.shape))
     for cell in set(labels.ravel().tolist()) - {0}:
@@ -48,7 +48,7 @@ def generated() -> np.ndarray:
     return FIELD.labels
 
 
-def bent() -> np.ndarray:
+def concave() -> np.ndarray:
     labels = np.zeros((24, 30), np.int32)
     labels[3:20, 4:8], labels[16:20, 4:22], labels[3:16, 8:20] = 7, 7, 9  # a cell around the corner of another
     labels[0, 0], labels[22:24, 25:30] = 3, 2
@@ -78,13 +78,13 @@ def thin() -> np.ndarray:
 # Sums of at most 400 steps in float64, all terms positive: heat is right to 1e-13 of itself. A direction is a
 # difference of two neighbours' logarithms; where that is more than 1e-6 of them, as in these shapes, it is right to
 # 1e-7, the rounding of the result to float32.
-@pytest.mark.parametrize("make", [generated, bent, at_borders, in_pieces, thin])
-def test_flows_are_those_of_the_plain_version(make: Callable[[], np.ndarray]) -> None:
+@pytest.mark.parametrize("make", [generated, concave, at_borders, in_pieces, thin])
+def test_flows_equal_the_reference(make: Callable[[], np.ndarray]) -> None:
     labels = make()
     np.testing.assert_allclose(labels_to_flows(labels), reference(labels), rtol=0, atol=1e-6)
 
 
-def test_one_pixel_and_the_middle_of_a_symmetrical_cell_do_not_move() -> None:
+def test_one_pixel_cells_and_the_middle_of_symmetrical_cells_have_no_flow() -> None:
     labels = np.zeros((23, 20), np.int32)
     labels[2, 3], labels[6:21, 5:16] = 1, 2
     flows = labels_to_flows(labels)
@@ -92,14 +92,14 @@ def test_one_pixel_and_the_middle_of_a_symmetrical_cell_do_not_move() -> None:
     np.testing.assert_array_equal(flows[:, 13, 10], [0, 0, 1])
 
 
-def test_pieces_of_a_cell_that_do_not_touch_its_middle_are_cell_but_do_not_move() -> None:
+def test_pieces_of_a_cell_without_the_source_are_cell_but_have_no_flow() -> None:
     rows, columns, inside = labels_to_flows(in_pieces())
     np.testing.assert_array_equal(inside, in_pieces() > 0)
     assert not rows[3:5, 14:16].any()
     assert not columns[3:5, 14:16].any()
 
 
-def test_flows_are_unit_vectors_inside_cells_and_nothing_outside() -> None:
+def test_flows_are_unit_vectors_inside_cells_and_zero_outside() -> None:
     rows, columns, inside = labels_to_flows(FIELD.labels)
     length = np.hypot(rows, columns)
     np.testing.assert_array_equal(inside, FIELD.labels > 0)
@@ -116,16 +116,16 @@ def test_ids_may_have_gaps_and_be_larger_than_the_image() -> None:
     assert (labels_to_flows(full)[2] == 1).all()
 
 
-def test_a_cell_does_not_feel_its_neighbours() -> None:
+def test_flows_do_not_depend_on_other_cells() -> None:
     alone = np.where(FIELD.labels == 2, 2, 0)
     inside = alone > 0
     np.testing.assert_array_equal(labels_to_flows(alone)[:, inside], labels_to_flows(FIELD.labels)[:, inside])
 
 
-def test_no_cells_give_no_flows_and_negative_ids_are_refused() -> None:
+def test_no_cells_give_no_flows_and_negative_ids_are_rejected() -> None:
     for shape in ((4, 5), (0, 5), (0, 0)):
         flows = labels_to_flows(np.zeros(shape, np.uint8))
         assert flows.shape == (3, *shape)
         assert not flows.any()
-    with pytest.raises(ValueError, match=r"ids of at least 0 .* got -1"):
+    with pytest.raises(ValueError, match=r"labels: .* -1"):
         labels_to_flows(np.array([[0, -1]]))

@@ -1,122 +1,114 @@
-"""``dinocell dataset``: labelled images, as others hand them out, become a labelled set for fine-tuning."""
+"""``dinocell dataset``: convert published datasets of labelled images into a labelled set for fine-tuning."""
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinocell.commands._parser import whole_number
+from dinocell.commands._parser import add_command, whole_number
 
 if TYPE_CHECKING:
     from dinocell.labelled.build import BuildReport
     from dinocell.labelled.layouts import Pair
 
-_ENCODINGS = ("labels", "regions", "instances")
 _MAX_SKIPPED_LINES = 8
-_ADVICE = {"no cells": "--keep-empty keeps such images", "several channels": "--channel chooses one"}
-_ENCODING_ADVICE = {"not a label image": "--encoding says what masks are"}
+_ADVICE = {"no cells": "--keep-empty keeps such images", "several channels": "--channel selects one"}
+_ENCODING_ADVICE = {"not a label image": "--encoding sets the kind of masks"}
 
 
 def register(subparsers: Any) -> None:
-    """Add ``dataset`` and the kinds of source below it to the commands."""
-    summary = "make a labelled set (imgs.npy, dist_maps.npy, anns.npy) from images and masks"
-    parser = subparsers.add_parser(
+    """Add ``dataset`` and its kinds of source to the commands."""
+    parser = add_command(
+        subparsers,
         "dataset",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog="example:\n  dinocell dataset livecell --input LIVECell_dataset_2021/ --output datasets/LIVECell-train "
-        "--split train\n\n'dinocell dataset KIND --help' explains a kind.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "make a labelled set (imgs.npy, dist_maps.npy, anns.npy) from images and masks",
+        "dinocell dataset livecell --input LIVECell_dataset_2021/ --output datasets/LIVECell-train --split train\n\n"
+        "'dinocell dataset KIND --help' explains a kind.",
     )
     kinds = parser.add_subparsers(title="kinds of source", metavar="KIND", required=True)
 
-    livecell = _kind(
+    livecell = _add_kind(
         kinds,
         "livecell",
         "COCO annotations: LIVECell, or any other COCO instance JSON with its images",
-        "dinocell dataset livecell --input LIVECell_dataset_2021/ --output datasets/LIVECell-train --split train",
+        "--input LIVECell_dataset_2021/ --output datasets/LIVECell-train --split train",
+        _run_livecell,
     )
-    livecell.add_argument("--split", choices=("train", "val", "test"), help="take livecell_coco_SPLIT.json")
-    livecell.add_argument("--annotations", type=Path, metavar="JSON", help="the JSON file, instead of looking for it")
-    livecell.set_defaults(run=_run_livecell)
+    livecell.add_argument("--split", choices=("train", "val", "test"), help="use livecell_coco_SPLIT.json")
+    livecell.add_argument("--annotations", type=Path, metavar="JSON", help="the JSON file (default: searched for)")
 
-    cellpose = _kind(
+    cellpose = _add_kind(
         kinds,
         "cellpose",
         "numbered pairs: 000_img.png and 000_masks.png",
-        "dinocell dataset cellpose --input cellpose/train --output datasets/Cellpose-train --target-size 512",
+        "--input cellpose/train --output datasets/Cellpose-train --target-size 512",
+        _run_cellpose,
     )
-    cellpose.add_argument("--split", metavar="NAME", help="take the sub-folder of this name, where there is one")
-    cellpose.set_defaults(run=_run_cellpose)
+    cellpose.add_argument("--split", metavar="NAME", help="use the subfolder of this name if it exists")
 
-    ctc = _kind(
+    ctc = _add_kind(
         kinds,
         "ctc",
         "Cell Tracking Challenge folders: 01/ with 01_GT/SEG or 01_ST/SEG",
-        "dinocell dataset ctc --input PhC-C2DH-U373/ --output datasets/U373 --truth silver",
+        "--input PhC-C2DH-U373/ --output datasets/U373 --truth silver",
+        _run_ctc,
     )
     ctc.add_argument(
         "--truth",
         choices=("gold", "silver"),
         default="gold",
-        help="gold: _GT, by hand, often not every cell (default); silver: _ST, by fused algorithms",
+        help="gold: _GT, annotated by hand, often not every cell (default); silver: _ST, fused results of algorithms",
     )
     ctc.add_argument("--sequence", nargs="+", default=[], metavar="01", help="only these sequences")
-    ctc.set_defaults(run=_run_ctc)
 
-    dsb2018 = _kind(
+    _add_kind(
         kinds,
         "dsb2018",
-        "2018 Data Science Bowl folders: one PNG a nucleus",
-        "dinocell dataset dsb2018 --input stage1_train/ --output datasets/DSB2018",
+        "2018 Data Science Bowl folders: one PNG per nucleus",
+        "--input stage1_train/ --output datasets/DSB2018",
+        _run_dsb2018,
     )
-    dsb2018.set_defaults(run=_run_dsb2018)
 
-    folder = _kind(
+    folder = _add_kind(
         kinds,
         "folder",
-        "any images and masks that two patterns of names tie together",
-        "dinocell dataset folder --input bbbc039/ --images 'images/{name}.tif' --masks 'masks/{name}.png' "
-        "--encoding regions --output datasets/BBBC039",
+        "any images and masks, paired by two filename patterns",
+        "--input bbbc039/ --images 'images/{name}.tif' --masks 'masks/{name}.png' --encoding regions "
+        "--output datasets/BBBC039",
+        _run_folder,
     )
     folder.add_argument("--images", required=True, metavar="PATTERN", help="such as 'images/{name}.tif'; * matches any")
     folder.add_argument("--masks", required=True, metavar="PATTERN", help="such as 'masks/{name}.png'")
     folder.add_argument(
         "--encoding",
-        choices=_ENCODINGS,
+        choices=("labels", "regions", "instances"),
         default="labels",
-        help="labels: one number a cell (default); regions: connected regions of one colour or value; "
-        "instances: one file a cell ('masks/{name}/{cell}.png')",
+        help="labels: one integer per cell (default); regions: connected regions of one colour or value; "
+        "instances: one file per cell ('masks/{name}/{cell}.png')",
     )
-    folder.set_defaults(run=_run_folder)
 
 
-def _kind(kinds: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="where the images and masks lie")
+def _add_kind(
+    kinds: Any, name: str, summary: str, example: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    parser = add_command(kinds, name, summary, f"dinocell dataset {name} {example}")
+    parser.set_defaults(run=run)
+    parser.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="folder of the images and masks")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the labelled set to write")
     parser.add_argument(
         "--target-size",
         type=whole_number(1),
         metavar="PX",
-        help="scale the longer side to this and pad to a square (default: keep sizes, one sub-folder a size)",
+        help="scale the longer side to this and pad to a square (default: keep sizes, one subfolder per size)",
     )
     parser.add_argument(
-        "--channel", type=_channel, metavar="C", help="keep one channel, by number (from 0) or name, or 'mean' of all"
+        "--channel", type=_channel, metavar="C", help="use one channel, by index (from 0) or name, or 'mean' of all"
     )
     parser.add_argument("--keep-empty", action="store_true", help="keep images without a cell")
     parser.add_argument("--strict", action="store_true", help="stop at the first pair that cannot be used")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument(
-        "--licence", default="", metavar="TEXT", help="note on the data's licence, kept in dataset.json"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing labelled set")
+    parser.add_argument("--licence", default="", metavar="TEXT", help="the licence of the data, noted in dataset.json")
     return parser
 
 
@@ -212,5 +204,5 @@ def _print_report(report: "BuildReport") -> None:
         first = next(skip.reason for skip in report.skipped if skip.kind == kind)
         table.add_row("", f"{count:,} x {kind}, such as {first}")
     if report.skipped:
-        table.add_row("", f"all of them: {report.output / 'dataset.json'}")
+        table.add_row("", f"complete list: {report.output / 'dataset.json'}")
     Console(markup=False, highlight=False, emoji=False).print(table)  # names may hold [brackets]

@@ -187,7 +187,7 @@ def _cost(files: Sequence[Path], pipeline: "DINOCellPipeline", request: "Request
     )
 
 
-def _first_picture(files: Sequence[Path], *, frames: bool) -> "Picture | None":
+def _first_picture(files: Sequence[Path], *, frames: bool) -> "Image | None":
     from dinocell.images.read import read_image, read_stack
 
     for file in files:

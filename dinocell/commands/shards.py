@@ -62,7 +62,11 @@ def _add_build(actions: Any) -> None:
     )
     values = parser.add_argument_group("values")
     values.add_argument(
-        "--bit-depth", choices=("keep", "8"), default="keep", help="keep the source's type, or convert to 8 bit (keep)"
+        "--bit-depth",
+        "--depth",
+        choices=("keep", "8"),
+        default="keep",
+        help="keep the source's type, or convert to 8 bit (keep)",
     )
     values.add_argument(
         "--percentiles",

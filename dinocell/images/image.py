@@ -1,34 +1,38 @@
-"""One picture in memory, and how its grey levels become 8 bits."""
+"""An image in memory, and the mapping of its grey levels to 8 bits."""
 
 import math
+import struct
+import tokenize
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Integer, Shaped, UInt8
 
-from dinocell.errors import ImageError
+from dinocell.errors import ImageError, one_line
 
 COLOURS = ("red", "green", "blue")
-# Channels are told from rows by their number: no microscope takes pictures of fewer rows.
-MOST_CHANNELS = 16
-# Percentiles of a channel that become 0 and 1 before channels are averaged.
+# An axis at least this long is rows, not channels: no microscope records images of fewer rows.
+MAX_CHANNELS = 16
+# Percentiles of a channel that are mapped to 0 and 1 before channels are averaged.
 MEAN_PERCENTILES = (0.1, 99.9)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Image:
-    """One frame of an image file, with the values and the type that the file holds.
+    """One frame of an image file, with the file's values and type.
 
     Attributes
     ----------
     pixels
         In native byte order and C order: bool, any integer or any float.
     channel_names
-        One name a channel, or empty if the file does not say. Colour files say ``red``, ``green``, ``blue`` (and
-        ``alpha``, where it says something: an alpha that is the same everywhere is dropped on reading).
+        One name per channel, or empty if unknown. Colour files have ``red``, ``green``, ``blue`` (and ``alpha``, unless
+        it is constant: such an alpha is dropped on reading).
     pixel_size_um
-        Side of a pixel in micrometres; None if the file does not say, or says it differently along the two axes.
+        Side of a pixel in micrometres; None if unknown or different along the two axes.
     """
 
     pixels: Shaped[np.ndarray, "c h w"]
@@ -46,61 +50,46 @@ class Image:
         """Whether the first three channels are red, green and blue."""
         return self.channel_names[:3] == COLOURS
 
-    def select(self, channel: int | str) -> "Picture":
-        """Return one channel, by its number (from 0) or its name; ``mean``, where none is called so: see `mean`.
-
-        Raises
-        ------
-        ImageError
-            If there is no such channel.
-        """
+    def select(self, channel: int | str) -> "Image":
+        """Return one channel, by its index or its name; ``mean``, unless a channel has that name: see `mean`."""
         if channel == "mean" and "mean" not in self.channel_names:
             return self.mean()
-        known = f"{len(self.pixels)} channel(s)" + (f": {', '.join(self.channel_names)}" if self.channel_names else "")
-        if isinstance(channel, str):
-            if channel not in self.channel_names:
-                raise ImageError(f"no channel {channel!r} in a picture of {known}")
-            channel = self.channel_names.index(channel)
-        if not 0 <= channel < len(self.pixels):
-            raise ImageError(f"no channel {channel} in a picture of {known} (the first is 0)")
-        return replace(
-            self, pixels=self.pixels[channel : channel + 1], channel_names=self.channel_names[channel : channel + 1]
-        )
+        index = self.channel_names.index(channel) if channel in self.channel_names else channel
+        if isinstance(index, str) or not 0 <= index < len(self.pixels):
+            names = f": {', '.join(self.channel_names)}" if self.channel_names else ""
+            raise ImageError(
+                f"no channel {channel!r} in an image of {len(self.pixels)} channel(s){names} (the first is 0)"
+            )
+        return self._keep(slice(index, index + 1))
 
-    def mean(self) -> "Picture":
-        """Return the mean of the channels (alpha aside), each first mapped from its own percentiles to 0 to 1, float32.
+    def _keep(self, channels: slice) -> "Image":
+        return replace(self, pixels=self.pixels[channels], channel_names=self.channel_names[channels])
 
-        The percentiles are `MEAN_PERCENTILES`, those of pretraining's views: without them the brightest stain would be
-        all that is seen. One channel, and a grey picture stored as RGB, stay as they are.
+    def mean(self) -> "Image":
+        """Return the mean of the channels without alpha, each first scaled by its own percentiles to 0..1, float32.
+
+        The percentiles are `MEAN_PERCENTILES`, those of pretraining's views: without them the brightest channel would
+        dominate. An image of one channel, and a grey image stored as RGB, are returned unscaled.
         """
-        picture = self.grey()
-        if picture.channel_names[-1:] == ("alpha",):
-            picture = replace(picture, pixels=picture.pixels[:-1], channel_names=picture.channel_names[:-1])
-        if len(picture.pixels) == 1:
-            return picture
-        total = np.zeros(picture.pixels.shape[1:], np.float32)
-        for plane in picture.pixels:
+        image = self.grey().without_alpha()
+        if len(image.pixels) == 1:
+            return image
+        total = np.zeros(image.pixels.shape[1:], np.float32)
+        for plane in image.pixels:
             low, high = percentile_range(plane, *MEAN_PERCENTILES)
             scale = np.float32(1 / (high - low)) if high > low else np.float32(0)
             total += np.clip((plane.astype(np.float32) - np.float32(low)) * scale, 0, 1)
-        return replace(picture, pixels=(total / len(picture.pixels))[None], channel_names=("mean",))
+        return replace(image, pixels=(total / len(image.pixels))[None], channel_names=("mean",))
 
     def plane(self, channel: int | str | None = None) -> Shaped[np.ndarray, "h w"]:
-        """Return the one plane that is looked at: a channel, see `select`, or else the `mean` of all.
+        """Return one plane: the channel chosen as in `select`, or by default the `mean` of all channels."""
+        return np.asarray((self.mean() if channel is None else self.select(channel)).pixels[0])
 
-        Raises
-        ------
-        ImageError
-            If there is no such channel.
-        """
-        plane: np.ndarray = (self.mean() if channel is None else self.select(channel)).pixels[0]
-        return plane
+    def grey(self) -> "Image":
+        """Return one channel if a grey image is stored as red = green = blue, else the image itself.
 
-    def grey(self) -> "Picture":
-        """Return one channel where a grey picture was stored as red = green = blue; any other picture as it is.
-
-        Nothing is lost and nothing is weighted: a picture with real colour keeps its channels, and it is the caller who
-        decides what to do with them. An alpha beside three equal planes goes with them.
+        Colours are not converted: an image with real colour keeps its channels. An alpha next to three equal planes is
+        dropped with them.
         """
         if not self.is_colour:
             return self
@@ -109,35 +98,66 @@ class Image:
             return self
         return replace(self, pixels=self.pixels[:1], channel_names=())
 
+    def without_alpha(self) -> "Image":
+        """Return the image without an alpha as its last channel."""
+        return self._keep(slice(-1)) if self.channel_names[-1:] == ("alpha",) else self
+
 
 def square_pixel(across: float | None, down: float | None) -> float | None:
-    """Return the side of a pixel; None where it is not known, not a positive number, or not the same along both axes.
+    """Return the side of a pixel; None if it is unknown, not positive and finite, or different along the two axes.
 
-    Files say 0, infinite or NaN (in OME's XML too) where a microscope was not calibrated.
+    Files of uncalibrated microscopes contain 0, infinity or NaN (also in OME-XML).
     """
     if across is None or down is None or not (0 < across < math.inf and abs(across - down) <= 0.001 * across):
         return None
     return float(across)
 
 
+def is_constant(plane: Shaped[np.ndarray, "h w"]) -> bool:
+    """Return whether all pixels are equal, as in an alpha channel without information."""
+    return bool((plane == plane[0, 0]).all())
+
+
+def native(pixels: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+    """Return an array in native byte order and C order."""
+    return np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
+
+
+# What parsers raise on damaged headers besides ValueError, RuntimeError and OSError, found by changing random bytes:
+# tifffile, zarr and bioio use tags and attributes unchecked, Pillow raises SyntaxError, NumPy TokenError.
+_HEADER_ERRORS = (
+    *(TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    *(SyntaxError, struct.error, tokenize.TokenError),
+)
+
+
+@contextmanager
+def header_errors() -> Iterator[None]:
+    """Turn what parsers raise on damaged headers and metadata into ValueError."""
+    try:
+        yield
+    except _HEADER_ERRORS as error:
+        raise ValueError(one_line(error)) from error
+
+
 def as_image(image: Shaped[np.ndarray, "..."]) -> Image:
-    """Return an array as a picture: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
+    """Return an array as an image: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
 
     Raises
     ------
     ImageError
         If it is empty, of another shape, or has too many channels.
     """
-    if image.size == 0 or image.ndim not in (2, 3):
-        raise ImageError(f"expected an image (h w), (c h w) or (h w c), got an array of shape {image.shape}")
+    shape = image.shape
     if image.ndim == 2:
-        return Image(pixels=image[None])
-    rows, _, last = image.shape
-    # A colour picture may be as low as others have channels; none with so many channels is 3 or 4 pixels wide.
-    if last <= MOST_CHANNELS < rows or (last in (3, 4) and rows > 4):
+        image = image[None]
+    # Channels last: a short axis after a long one. A colour image may have few rows, but not so few columns.
+    elif image.ndim == 3 and (shape[2] <= MAX_CHANNELS < shape[0] or (shape[2] in (3, 4) and shape[0] > 4)):
         image = np.moveaxis(image, 2, 0)
-    if image.shape[0] > MOST_CHANNELS:
-        raise ImageError(f"expected at most {MOST_CHANNELS} channels, got an array of shape {image.shape}")
+    if image.size == 0 or image.ndim != 3 or len(image) > MAX_CHANNELS:
+        raise ImageError(
+            f"expected an image (h w), (c h w) or (h w c) of at most {MAX_CHANNELS} channels, got an array of {shape}"
+        )
     is_rgba = len(image) == 4 and image.dtype == np.uint8
     names = (*COLOURS, "alpha") if is_rgba else COLOURS if len(image) == 3 else ()
     return Image(pixels=image, channel_names=names)
@@ -145,7 +165,7 @@ def as_image(image: Shaped[np.ndarray, "..."]) -> Image:
 
 @runtime_checkable
 class Frames(Protocol):
-    """An open image file: its frames, read one at a time."""
+    """An open image file whose frames are read one at a time."""
 
     def __len__(self) -> int: ...
 
@@ -156,24 +176,24 @@ class Frames(Protocol):
 
 
 class Range(NamedTuple):
-    """The grey levels that become black and white."""
+    """The grey levels that are mapped to black and white."""
 
     low: float
     high: float
 
 
 def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: int | float) -> Range:
-    """Return the grey levels at two percentiles (0 to 100) of all pixels, as ``numpy.percentile`` interpolates them.
+    """Return the grey levels at two percentiles (0 to 100) of all pixels, interpolated as by ``numpy.percentile``.
 
     Raises
     ------
     ImageError
-        If a value is not finite, or if there is none.
+        If a value is not finite, or there are no pixels.
     """
     if not 0 <= low <= high <= 100:
         raise ValueError(f"percentiles: expected 0 <= low <= high <= 100, got {low} and {high}")
     if pixels.size == 0:
-        raise ImageError("a picture without pixels has no grey levels")
+        raise ImageError("the image has no pixels")
     if pixels.dtype == np.bool_:
         pixels = pixels.view(np.uint8)
     if pixels.dtype in (np.uint8, np.uint16):
@@ -181,14 +201,14 @@ def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: 
         return Range(*(_level_of(counts, pixels.size, percent) for percent in (low, high)))
     _check_finite(pixels)
     if pixels.dtype.kind in "iu" or pixels.dtype == np.float16:
-        pixels = pixels.astype(np.float64)  # NumPy takes differences of levels, which such types may not hold
+        pixels = pixels.astype(np.float64)  # differences of levels may overflow these types
     return Range(*(float(level) for level in np.percentile(pixels, (low, high))))
 
 
 def to_uint8(pixels: Shaped[np.ndarray, "*shape"], low: int | float, high: int | float) -> UInt8[np.ndarray, "*shape"]:
     """Map grey levels linearly: ``low`` and below to 0, ``high`` and above to 255, rounded to the nearest.
 
-    Where ``low`` equals ``high``, as in a constant picture, everything up to it is 0 and everything above is 255.
+    If ``low`` equals ``high``, as in a constant image, values up to it become 0 and all others 255.
 
     Raises
     ------
@@ -200,27 +220,28 @@ def to_uint8(pixels: Shaped[np.ndarray, "*shape"], low: int | float, high: int |
     if pixels.dtype == np.bool_:
         pixels = pixels.view(np.uint8)
     if pixels.dtype in (np.uint8, np.uint16):
+        # A lookup table of all levels, instead of arithmetic on every pixel.
         table = _mapped(np.arange(np.iinfo(pixels.dtype).max + 1, dtype=np.float64), low, high)
         return np.asarray(table[pixels])
     _check_finite(pixels)
     return _mapped(pixels.astype(np.float64), low, high)
 
 
-def _mapped(levels: np.ndarray, low: int | float, high: int | float) -> np.ndarray:
+def _mapped(levels: Shaped[np.ndarray, "*s"], low: int | float, high: int | float) -> UInt8[np.ndarray, "*s"]:
     if low == high:
         return np.where(levels > high, 255, 0).astype(np.uint8)
     return np.rint(np.clip((levels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
-def _level_of(counts: np.ndarray, total: int, percent: float) -> float:
-    """Return the percentile from a cumulative histogram: between the two nearest ranks, linearly."""
+def _level_of(counts: Integer[np.ndarray, " levels"], total: int, percent: float) -> float:
+    """Return a percentile from a cumulative histogram, interpolated between the two nearest ranks."""
     rank = percent / 100 * (total - 1)
     below = int(np.searchsorted(counts, math.floor(rank), side="right"))
     above = int(np.searchsorted(counts, math.ceil(rank), side="right"))
     return below + (above - below) * (rank - math.floor(rank))
 
 
-def _check_finite(pixels: np.ndarray) -> None:
+def _check_finite(pixels: Shaped[np.ndarray, "..."]) -> None:
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         bad = int(pixels.size - np.isfinite(pixels).sum())
         raise ImageError(f"{bad} of {pixels.size} values are not finite (NaN or infinite); replace them first")

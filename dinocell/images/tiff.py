@@ -1,11 +1,13 @@
-"""The frames of a TIFF file, whatever its flavour: plain, ImageJ, OME, MetaMorph; and what it says about itself.
+"""The frames of a TIFF file (plain, ImageJ, OME, MetaMorph), with pixel size and channel names from its metadata.
 
-A frame is one two-dimensional picture with its channels. The axes C (channel) and S (sample of a colour) become
-channels; every other axis longer than 1 - time, depth, the pages of a plain multi-page file, the images of an OME
-file - counts frames, in the order of the file. Previews (pages marked as reduced) are not frames.
+A frame is one two-dimensional image with its channels. The axes C (channel) and S (sample of a colour) become
+channels; every other axis longer than 1 (time, z, the pages of a plain multi-page file, the images of an OME file)
+counts frames, in the order of the file. Previews (pages marked as reduced) are not frames.
 """
 
+import bisect
 import io
+import itertools
 import logging
 import math
 import os
@@ -15,50 +17,48 @@ from typing import Any
 
 import numpy as np
 import tifffile
+from jaxtyping import Shaped
 
 from dinocell.errors import ImageError
-from dinocell.images.image import COLOURS, Image, square_pixel
+from dinocell.images.image import COLOURS, Image, header_errors, is_constant, native, square_pixel
 
 _UM_PER_UNIT = {"um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "microns": 1.0, "\\u00b5m": 1.0}
 _UM_PER_UNIT |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
-# tifffile logs what it finds odd. What makes a picture incomplete is checked below; the rest is no news to a user who
-# has not set up logging (without a handler, Python prints it to stderr).
+_NOT_GREY_OR_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB", "CFA", "LOGL", "LOGLUV", "LINEAR_RAW")
+_TRUNCATED = "the file is truncated: its pixels extend beyond its end; copy it again"
+
+# tifffile logs unusual tags, which Python prints to stderr where logging is not set up. What makes an image incomplete
+# is checked below.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 class TiffFrames:
-    """An open TIFF file, as a list of frames that are read one at a time.
+    """An open TIFF file (a local path or its bytes), as a list of frames that are read one at a time."""
 
-    Parameters
-    ----------
-    file
-        A path on this disk, or the bytes of the file.
-    """
-
+    @header_errors()
     def __init__(self, file: str | io.BytesIO) -> None:
         self._tiff = tifffile.TiffFile(file)
         try:
-            self._size = _num_bytes(file)
-            _check_page_chain(self._tiff, self._size)
+            _check_page_chain(self._tiff)
             self._series = [
-                _Series(self._tiff, series, number, None if isinstance(file, str) else file)
-                for number, series in enumerate(self._tiff.series)
+                _Series(self._tiff, series, index, None if isinstance(file, str) else file)
+                for index, series in enumerate(self._tiff.series)
                 if not series.keyframe.is_reduced
             ]
+            self._ends = list(itertools.accumulate(series.num_frames for series in self._series))
         except BaseException:
             self._tiff.close()
             raise
 
     def __len__(self) -> int:
-        return sum(series.num_frames for series in self._series)
+        return self._ends[-1] if self._ends else 0
 
+    @header_errors()
     def __getitem__(self, index: int) -> Image:
-        for series in self._series:
-            if index < series.num_frames:
-                return series.read(index, self._size)
-            index -= series.num_frames
-        raise IndexError(index)
+        position = bisect.bisect_right(self._ends, index)
+        series = self._series[position]
+        return series.read(index - (self._ends[position] - series.num_frames))
 
     def close(self) -> None:
         """Close the file."""
@@ -66,13 +66,13 @@ class TiffFrames:
 
 
 class _Series:
-    """Pages of one size and type, laid out along named axes."""
+    """Pages of one size and type, arranged along named axes."""
 
-    def __init__(self, tiff: tifffile.TiffFile, series: Any, number: int, content: io.BytesIO | None) -> None:
+    def __init__(self, tiff: tifffile.TiffFile, series: Any, index: int, content: io.BytesIO | None) -> None:
         self._tiff, self._series, self._content = tiff, series, content
         self._axes, self._shape = str(series.axes), tuple(int(size) for size in series.shape)
         if not {"Y", "X"} <= set(self._axes):
-            raise ImageError(f"no picture in it: its axes are {self._axes}, of sizes {self._shape}")
+            raise ImageError(f"no image in it: its axes are {self._axes}, of sizes {self._shape}")
         self._frame_axes = [k for k, axis in enumerate(self._axes) if axis not in "CSYX"]
         self._frame_shape = [self._shape[k] for k in self._frame_axes]
         self.num_frames = math.prod(self._frame_shape)
@@ -82,76 +82,75 @@ class _Series:
         if undecoded or self._photometric in _NOT_GREY_OR_RGB:
             raise ImageError(f"its colours are {self._photometric}; convert it to RGB or grey")
         self._alpha = bool(page.extrasamples) and int(page.extrasamples[-1]) in (1, 2)
-        self._pixel_size_um, self._channel_names = _described(tiff, page, number)
+        self._pixel_size_um, self._channel_names = _described(tiff, page, index)
 
-    def read(self, index: int, num_bytes: int) -> Image:
+    def read(self, index: int) -> Image:
         position = np.unravel_index(index, self._frame_shape) if self._frame_axes else ()
         selection: list[Any] = [slice(None)] * len(self._shape)
-        for axis, at in zip(self._frame_axes, position, strict=True):
-            selection[axis] = int(at)
-        pixels = self._pixels(tuple(selection), num_bytes)
+        for axis, coordinate in zip(self._frame_axes, position, strict=True):
+            selection[axis] = int(coordinate)
+        pixels = self._pixels(tuple(selection))
+        # The remaining axes in the order channel, sample, row, column; the first two become channels.
         axes = [axis for axis in self._axes if axis in "CSYX"]
         pixels = pixels.transpose([axes.index(axis) for axis in "CSYX" if axis in axes])
         pixels = pixels.reshape(-1, *pixels.shape[-2:])
-        return self._picture(pixels)
+        return self._image(pixels)
 
-    def _pixels(self, selection: tuple[Any, ...], num_bytes: int) -> np.ndarray:
+    def _pixels(self, selection: tuple[Any, ...]) -> Shaped[np.ndarray, "..."]:
         series, page = self._series, self._series.keyframe
-        if series.dataoffset is not None:  # one uncompressed block: touch only what the frame needs
-            dtype = page.dtype.newbyteorder(self._tiff.byteorder)
-            if series.dataoffset + math.prod(self._shape) * dtype.itemsize > num_bytes:
-                raise ImageError("the file is cut short: its pixels end beyond it; copy it again")
-            return np.array(self._mapped(dtype)[selection])
+        if series.dataoffset is not None:  # one uncompressed block: read only the bytes of the frame
+            dtype, count = page.dtype.newbyteorder(self._tiff.byteorder), math.prod(self._shape)
+            if series.dataoffset + count * dtype.itemsize > self._tiff.filehandle.size:
+                raise ImageError(_TRUNCATED)
+            if self._content is not None:
+                block = np.frombuffer(self._content.getbuffer(), dtype, count, series.dataoffset).reshape(self._shape)
+            else:
+                block = self._tiff.filehandle.memmap_array(dtype, self._shape, series.dataoffset)
+            return np.array(block[selection])
         page_ndim = len(page.shape)
         leading = self._shape[: len(self._shape) - page_ndim]
         by_page = math.prod(leading) == len(series.pages) and self._shape[len(leading) :] == tuple(page.shape)
         if not by_page or any(axis >= len(leading) for axis in self._frame_axes):
-            self._check_whole(range(len(series.pages)))
+            # Frames are within pages, as in volumetric tiles: decode everything.
+            self._check_complete(range(len(series.pages)))
             return np.asarray(series.asarray(maxworkers=1)[selection])
-        numbers = np.arange(len(series.pages)).reshape(leading)[selection[: len(leading)]]
-        self._check_whole(numbers.ravel().tolist())
-        planes = [_read_page(series.pages[number]) for number in numbers.ravel().tolist()]
-        return np.stack(planes).reshape(*numbers.shape, *page.shape)
+        pages = np.arange(len(series.pages)).reshape(leading)[selection[: len(leading)]]
+        self._check_complete(pages.ravel().tolist())
+        planes = [_read_page(series.pages[index]) for index in pages.ravel().tolist()]
+        return np.stack(planes).reshape(*pages.shape, *page.shape)
 
-    def _mapped(self, dtype: np.dtype[Any]) -> np.ndarray:
-        count, start = math.prod(self._shape), self._series.dataoffset
-        if self._content is not None:
-            return np.frombuffer(self._content.getbuffer(), dtype, count, start).reshape(self._shape)
-        return np.asarray(self._tiff.filehandle.memmap_array(dtype, self._shape, start))
-
-    def _check_whole(self, numbers: range | list[int]) -> None:
+    def _check_complete(self, pages: range | list[int]) -> None:
         """Raise if strips or tiles are missing, which tifffile would fill with zeros."""
-        for number in numbers:
-            page = self._series.pages[number]
+        for index in pages:
+            page = self._series.pages[index]
             if page is None:
-                raise ImageError(f"plane {number} is missing, or in another file that is not beside this one")
+                raise ImageError(f"plane {index} is missing, or in another file that is not next to this one")
             ends = [start + size for start, size in zip(page.dataoffsets, page.databytecounts, strict=False)]
             written = sum(size > 0 for size in page.databytecounts[: len(ends)])
             expected = math.prod(self._series.keyframe.chunked)
-            if written < expected:
-                raise ImageError(f"only {written} of {expected} strips or tiles of its pixels were written")
-            if max(ends) > page.parent.filehandle.size:  # an OME-TIFF may lie in several files
-                raise ImageError("the file is cut short: its pixels end beyond it; copy it again")
+            if written < expected or max(ends) > page.parent.filehandle.size:  # an OME-TIFF may be several files
+                missing = f"only {written} of {expected} strips or tiles of its pixels were written"
+                raise ImageError(missing if written < expected else _TRUNCATED)
 
-    def _picture(self, pixels: np.ndarray) -> Image:
-        pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("="))
+    def _image(self, pixels: Shaped[np.ndarray, "c h w"]) -> Image:
+        pixels = native(pixels)
         if self._photometric == "MINISWHITE" and pixels.dtype.kind == "u":
-            # Stored with 0 as white: turned, so that more is brighter everywhere. One-bit masks stay: tifffile marks
-            # all that it writes so, and means by 1 what Python means by True.
+            # Stored with 0 as white: inverted, so that larger is brighter in every image. Not one-bit masks: tifffile
+            # writes all of them as MINISWHITE, with 1 for True.
             pixels = ~pixels
         names = self._channel_names
         if self._photometric in ("RGB", "YCBCR") and "S" in self._axes and len(names) != len(pixels):
             names = {3: COLOURS, 4: (*COLOURS, "alpha") if self._alpha else ()}.get(len(pixels), ())
-        if self._alpha and len(pixels) > 1 and (pixels[-1] == pixels[-1, 0, 0]).all():
-            pixels, names = pixels[:-1], names[: len(pixels) - 1] if len(names) >= len(pixels) - 1 else ()
+        if self._alpha and len(pixels) > 1 and is_constant(pixels[-1]):
+            pixels, names = pixels[:-1], names[: len(pixels) - 1]
         if len(names) != len(pixels):
             names = ()
         return Image(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
 
 
-def _read_page(page: Any) -> np.ndarray:
+def _read_page(page: Any) -> Shaped[np.ndarray, "..."]:
     handle = page.parent.filehandle
-    was_closed = handle.closed  # as those of an OME-TIFF's other files are
+    was_closed = handle.closed  # as for the other files of an OME-TIFF
     handle.open()
     try:
         return np.asarray(page.asarray(maxworkers=1))
@@ -160,41 +159,30 @@ def _read_page(page: Any) -> np.ndarray:
             handle.close()
 
 
-_NOT_GREY_OR_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB", "CFA", "LOGL", "LOGLUV", "LINEAR_RAW")
-
-
-def _num_bytes(file: str | io.BytesIO) -> int:
-    if isinstance(file, str):
-        return os.stat(file).st_size  # noqa: PTH116 - a str is what tifffile takes
-    file.seek(0, os.SEEK_END)
-    return file.tell()
-
-
-def _check_page_chain(tiff: tifffile.TiffFile, num_bytes: int) -> None:
-    """Raise if the last page that could be read points on to another one: the file was cut between its pages."""
+def _check_page_chain(tiff: tifffile.TiffFile) -> None:
+    """Raise if the last page that could be read has a successor: the file was truncated between its pages."""
     if len(tiff.pages) == 0:
-        raise ImageError("there is no picture in it")
+        raise ImageError("there is no image in it")
     if tiff.is_ndpi:  # 32-bit offsets in files beyond 4 GB
         return
+    # A page is the number of its tags, the tags, and the offset of the next page, 0 in the last one.
     layout, last, handle = tiff.tiff, tiff.pages[-1], tiff.filehandle
     handle.seek(last.offset)
     (num_tags,) = struct.unpack(layout.tagnoformat, handle.read(layout.tagnosize))
     handle.seek(num_tags * layout.tagsize, os.SEEK_CUR)
-    (onward,) = struct.unpack(layout.offsetformat, handle.read(layout.offsetsize))
-    if onward != 0:
-        where = "beyond its end" if onward >= num_bytes else "that cannot be read"
-        raise ImageError(f"the file is cut short: after page {len(tiff.pages)} it has one {where}; copy it again")
+    if any(handle.read(layout.offsetsize)):
+        raise ImageError(f"the file is truncated: the page after page {len(tiff.pages)} is missing; copy it again")
 
 
-def _described(tiff: tifffile.TiffFile, page: Any, number: int) -> tuple[float | None, tuple[str, ...]]:
-    """Return pixel size and channel names, from the description of OME, ImageJ or MetaMorph.
+def _described(tiff: tifffile.TiffFile, page: Any, index: int) -> tuple[float | None, tuple[str, ...]]:
+    """Return pixel size and channel names from the metadata of OME, ImageJ or MetaMorph.
 
-    The plain resolution tags are not believed: they hold screen dots an inch (72), and Opera Phenix puts the camera's
-    pixel there, not the sample's. Nor are inches of ImageJ's: where a picture says dots an inch, and nothing else, it
-    takes these for the sample's.
+    The plain resolution tags are ignored: they contain screen resolutions (72 dots per inch), and in Opera Phenix files
+    the pixel size of the camera, not of the sample. ImageJ's inches are ignored too: it takes the dots per inch of an
+    imported file for the scale of the sample.
     """
     if tiff.is_ome and tiff.ome_metadata:
-        return _described_by_ome(tiff.ome_metadata, number)
+        return _described_by_ome(tiff.ome_metadata, index)
     if tiff.is_imagej:
         description: dict[str, Any] = tiff.imagej_metadata or {}
         names = tuple(str(label) for label in description.get("Labels", ()))
@@ -211,21 +199,20 @@ def _described(tiff: tifffile.TiffFile, page: Any, number: int) -> tuple[float |
     return None, ()
 
 
-def _described_by_ome(text: str, number: int) -> tuple[float | None, tuple[str, ...]]:
+def _described_by_ome(text: str, index: int) -> tuple[float | None, tuple[str, ...]]:
     try:
-        root = ElementTree.fromstring(text)
+        images = ElementTree.fromstring(text).findall("{*}Image")
     except ElementTree.ParseError:
         return None, ()
-    images = [element for element in root if _tag(element) == "Image"]
-    pixels = [part for part in images[number] if _tag(part) == "Pixels"] if number < len(images) else []
-    if not pixels:
+    pixels = images[index].find("{*}Pixels") if index < len(images) else None
+    if pixels is None:
         return None, ()
     sizes: list[float | None] = []
     for axis in "XY":
-        unit = _UM_PER_UNIT.get(pixels[0].get(f"PhysicalSize{axis}Unit", "µm").lower())
-        size = pixels[0].get(f"PhysicalSize{axis}")
+        unit = _UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").lower())
+        size = pixels.get(f"PhysicalSize{axis}")
         sizes.append(float(size) * unit if size and unit else None)
-    names = tuple(part.get("Name", "") for part in pixels[0] if _tag(part) == "Channel")
+    names = tuple(channel.get("Name", "") for channel in pixels.findall("{*}Channel"))
     return square_pixel(*sizes), names if all(names) else ()
 
 
@@ -234,7 +221,3 @@ def _um_per_pixel(page: Any, tag: str, um_per_unit: float | None) -> float | Non
         return None
     pixels, units = page.tags[tag].value
     return float(um_per_unit * units / pixels) if pixels else None
-
-
-def _tag(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]

@@ -1,4 +1,4 @@
-"""Writing pictures, whole or not at all: to a temporary name beside the file, then renamed."""
+"""Write images atomically: to a temporary file in the same folder, which is then renamed."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from dinocell.runtime.files import replacing
 
 _TIFF_TYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 _ZLIB_LEVEL = 6
-# Above this a file has 64-bit offsets: noise takes as much deflated as plain, and 32 bits reach 4 GB.
+# Larger images get 64-bit offsets: compressed noise is as large as plain, and 32 bits address 4 GB.
 _CLASSIC_TIFF_BYTES = 2**32 - 2**25
 
 
@@ -27,23 +27,16 @@ def write_tiff(
 ) -> None:
     """Write an OME-TIFF (deflate), which Fiji, QuPath, napari and ``read_image`` open with channels and pixel size.
 
-    The same picture always gives the same bytes.
-
-    Raises
-    ------
-    ImageError
-        If the file cannot be written; an older file of that name is then still whole.
+    The same image always gives the same bytes. If it cannot be written (ImageError), an existing file is unchanged.
     """
-    if pixels.dtype.name not in _TIFF_TYPES:
-        raise ValueError(f"pixels: expected one of {', '.join(_TIFF_TYPES)}, got {pixels.dtype}")
     planes = pixels if pixels.ndim == 3 else pixels[None]
-    if planes.size == 0:
-        raise ValueError(f"pixels: expected at least one, got an array of shape {pixels.shape}")
+    if pixels.dtype.name not in _TIFF_TYPES or pixels.size == 0:
+        raise ValueError(f"pixels: expected one of {', '.join(_TIFF_TYPES)}, got {pixels.dtype} of {pixels.shape}")
     if channel_names and len(channel_names) != len(planes):
         raise ValueError(f"channel_names: expected {len(planes)} or none, got {len(channel_names)}")
     import tifffile
 
-    # An OME file names itself by a UUID; drawn from the content, it does not differ from run to run.
+    # OME requires a UUID; derived from the content, it is the same in every run.
     digest = hashlib.sha256(np.ascontiguousarray(planes).data).hexdigest()
     metadata: dict[str, Any] = {
         "axes": "CYX" if len(planes) > 1 else "YX",
@@ -62,24 +55,18 @@ def write_tiff(
             temporary,
             planes if len(planes) > 1 else planes[0],
             ome=True,
-            bigtiff=planes.nbytes > _CLASSIC_TIFF_BYTES,  # tifffile itself decides so only where nothing is deflated
+            bigtiff=planes.nbytes > _CLASSIC_TIFF_BYTES,  # tifffile decides only for uncompressed images
             photometric="minisblack",
             compression="zlib",
             compressionargs={"level": _ZLIB_LEVEL},
-            predictor=planes.dtype.kind in "ui",  # of floats, not every reader can undo it
+            predictor=planes.dtype.kind in "ui",  # not all readers support it for floats
             metadata=metadata,
             **options,
         )
 
 
 def write_labels(path: str | Path, labels: Integer[np.ndarray, "h w"], *, pixel_size_um: float | None = None) -> None:
-    """Write a label image as TIFF: uint16, or uint32 where an id exceeds 65,535. Ids stay what they are.
-
-    Raises
-    ------
-    ImageError
-        If the file cannot be written.
-    """
+    """Write a label image as TIFF: uint16, or uint32 if an id exceeds 65,535. Ids are not changed."""
     low, high = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
     if low < 0 or high >= 2**32:
         raise ValueError(f"labels: expected ids from 0 to {2**32 - 1}, got {low} to {high}")
@@ -87,13 +74,7 @@ def write_labels(path: str | Path, labels: Integer[np.ndarray, "h w"], *, pixel_
 
 
 def write_png(path: str | Path, pixels: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "c h w"]) -> None:
-    """Write a PNG: uint8 or uint16 (bool becomes 0 and 255), with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
-
-    Raises
-    ------
-    ImageError
-        If the file cannot be written.
-    """
+    """Write a PNG: uint8 or uint16 (bool becomes 0 and 255), with 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
     planes = pixels if pixels.ndim == 3 else pixels[None]
     if planes.dtype == np.bool_:
         planes = planes.astype(np.uint8) * 255
@@ -104,7 +85,7 @@ def write_png(path: str | Path, pixels: Shaped[np.ndarray, "h w"] | Shaped[np.nd
     import imagecodecs
 
     samples = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
-    # A copy in any case: of one pixel every order is contiguous, and the encoder looks at the strides.
+    # Always a copy: one pixel is contiguous in every order, and the encoder depends on the strides.
     content = imagecodecs.png_encode(samples.copy(order="C"))
     with _replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -112,7 +93,7 @@ def write_png(path: str | Path, pixels: Shaped[np.ndarray, "h w"] | Shaped[np.nd
 
 @contextmanager
 def _replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name in the same folder; afterwards rename it to ``path``, or remove it if writing failed."""
+    """Yield a temporary name next to ``path``; rename it to ``path`` afterwards, or remove it if writing failed."""
     try:
         with replacing(Path(path)) as temporary:
             yield temporary

@@ -1,7 +1,7 @@
-"""Build a labelled set from image and mask pairs, one pair in memory at a time; the folder appears whole or not at all.
+"""Build a labelled set from image and mask pairs, one pair in memory at a time; the output is complete or absent.
 
-What cannot be used is skipped, counted and listed with its reason. Nothing is cropped: images of several sizes go to
-one sub-folder a size, or, with a target size, are fitted into a square and padded.
+Pairs that cannot be used are skipped, counted and listed with the reason. Nothing is cropped: each image size has its
+own subfolder, or, with a target size, images are scaled and padded to a square.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, Shaped, UInt8
 
 from dinocell._version import __version__
 from dinocell.errors import ImageError
@@ -25,15 +25,15 @@ from dinocell.images.image import Image, percentile_range, to_uint8
 from dinocell.labelled.dataset import FORMAT_NAME, FORMAT_VERSION
 from dinocell.labelled.distance import labels_to_distance
 from dinocell.labelled.layouts import Pair, PairContent
-from dinocell.labelled.masks import PairError
+from dinocell.labelled.masks import PairError, reject
 from dinocell.runtime.files import folder_lock
 
-# What is not 8 bit yet is mapped so that one pixel in a thousand at either end, dust and dead pixels, saturates.
+# Images of more than 8 bit are scaled so that one pixel in a thousand saturates at either end: dust and dead pixels.
 PERCENTILES = (0.1, 99.9)
 
 
 class Skipped(NamedTuple):
-    """A pair that is not in the set, and why."""
+    """A pair that is not in the set, and the reason."""
 
     name: str
     kind: str
@@ -42,7 +42,7 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What a build did: images and cells by size (rows, columns), what was skipped, what was noted on the way."""
+    """The result of a build; ``sizes`` are numbers of images by rows and columns, ``notes`` counts of lost details."""
 
     output: Path
     num_images: int
@@ -75,42 +75,40 @@ def build_labelled(
     source, licence
         Kept in ``dataset.json``.
     target_size
-        Scale each image so that its longer side has this many pixels (area average down, linear up; labels: nearest)
-        and pad it to a square with 0 at the bottom or the right. None keeps every image as it is.
+        Scale each image so that its longer side has this many pixels (down: area average, up: linear; labels: nearest)
+        and pad it to a square with 0 at the bottom or the right. None keeps the sizes.
     channel
-        Keep this channel of each image, by number or name; ``mean``: see `Picture.mean`. None: grey and RGB as they
-        are; anything else is skipped.
+        Keep this channel of each image, by index or name; ``mean``: see `Image.mean`. None keeps grey and RGB images
+        and skips all others.
     keep_empty
         Keep images without a cell instead of skipping them.
     strict
         Stop at the first pair that cannot be used.
     overwrite
-        Replace ``output`` if it is a labelled set; anything else that exists stays.
+        Replace ``output`` if it is a labelled set; other files and folders are never replaced.
     advice
-        By the kind of what is wrong with a pair: which setting of the caller would mend it. It follows the reason.
+        The caller's setting that solves a kind of problem, by kind; appended to the reason.
     progress
         Called with the number of pairs done.
 
     Raises
     ------
     ImageError
-        If nothing could be used, the output exists or cannot be written, or ``strict`` met a bad pair.
+        If no pair can be used, the output exists or cannot be written, or a pair cannot be used and ``strict`` is set.
     """
     output = Path(output)
-    if target_size is not None and target_size < 1:
-        raise ValueError(f"target_size: expected at least 1, got {target_size}")
-    with folder_when_done(output, overwrite=overwrite) as building:
+    with _folder_when_done(output, overwrite=overwrite) as building:
         writer = _SetWriter(building)
         for done, pair in enumerate(pairs, start=1):
             try:
                 writer.check_name(pair.name)
                 content = pair.read()
-                example = _prepared(pair.name, content, target_size=target_size, channel=channel, keep_empty=keep_empty)
+                example = _example(pair.name, content, target_size=target_size, channel=channel, keep_empty=keep_empty)
             except ImageError as error:
                 kind = error.kind if isinstance(error, PairError) else "cannot be read"
                 reason = f"{error} ({advice[kind]})" if advice and kind in advice else str(error)
                 if strict:
-                    raise PairError(kind, reason) from error
+                    reject(kind, reason, error)
                 writer.skipped.append(Skipped(pair.name, kind, reason))
             else:
                 writer.append(example, content.notes)
@@ -120,36 +118,39 @@ def build_labelled(
 
 
 class _SetWriter:
-    """The arrays of all sizes, and what is to be told about them."""
+    """The arrays of all sizes, and the content of ``dataset.json``."""
 
     def __init__(self, folder: Path) -> None:
         self.skipped: list[Skipped] = []
         self._folder = folder
-        self._sizes: dict[tuple[int, int], SizeWriter] = {}
+        self._sizes: dict[tuple[int, int], _SizeWriter] = {}
         self._notes: Counter[str] = Counter()
         self._names: set[str] = set()
 
     def check_name(self, name: str) -> None:
         if name in self._names:
-            raise PairError("duplicate name", f"{name}: a second pair of that name")
+            reject("duplicate name", f"{name}: a second pair of that name")
 
     def append(self, example: "_Example", notes: Counter[str]) -> None:
         self._names.add(example.record["name"])
         self._notes += notes + example.notes
         height, width = size = example.labels.shape
         if size not in self._sizes:
-            self._sizes[size] = SizeWriter(self._folder / f"{height}x{width}", height, width)
-        self._sizes[size].append(example.pixels, example.labels, example.distance, example.record)
+            self._sizes[size] = _SizeWriter(self._folder / f"{height}x{width}", height, width)
+        self._sizes[size].append(example)
 
     def finish(self, output: Path, settings: dict[str, Any]) -> BuildReport:
         if not self._sizes:
             reasons = Counter(skip.kind for skip in self.skipped)
             counted = ", ".join(f"{count} x {kind}" for kind, count in reasons.most_common()) or "there are no pairs"
             first = f"; first: {self.skipped[0].reason}" if self.skipped else ""
-            raise ImageError(f"{output}: not one pair could be used ({counted}){first}")
+            raise ImageError(f"{output}: no pair could be used ({counted}){first}")
         groups = [arrays.finish() for _, arrays in sorted(self._sizes.items())]
-        if len(groups) == 1:
-            move_up(self._folder / groups[0]["folder"])
+        if len(groups) == 1:  # its arrays are directly in the set's folder
+            subfolder = self._folder / groups[0]["folder"]
+            for path in sorted(subfolder.iterdir()):
+                path.rename(self._folder / path.name)
+            subfolder.rmdir()
             groups[0]["folder"] = "."
         records = [record for group in groups for record in group["images"]]
         pixel_sizes = {record["pixel_size_um"] for record in records}
@@ -179,31 +180,32 @@ class _SetWriter:
 
 
 class _Example(NamedTuple):
-    """What one pair adds to the arrays."""
+    """The entries of one pair in the arrays and in ``dataset.json``."""
 
-    pixels: np.ndarray  # (h w 3) uint8, blue green red
-    labels: np.ndarray
-    distance: np.ndarray
+    pixels: UInt8[np.ndarray, "h w 3"]  # blue, green, red
+    labels: Int32[np.ndarray, "h w"]
+    distance: Float32[np.ndarray, "h w"]
     notes: Counter[str]
     record: dict[str, Any]
 
 
-def _prepared(
+def _example(
     name: str, content: PairContent, *, target_size: int | None, channel: int | str | None, keep_empty: bool
 ) -> _Example:
-    picture, labels, notes = content.picture, content.labels, Counter[str]()
-    if labels.shape != picture.pixels.shape[1:]:
-        image_size, mask_size = (f"{h} x {w}" for h, w in (picture.pixels.shape[1:], labels.shape))
-        raise PairError("sizes differ", f"{name}: the image is {image_size}, the mask {mask_size}")
-    if labels.max() > np.iinfo(np.int32).max:
-        raise PairError("ids too large", f"{name}: id {labels.max()}; the largest that fits is {2**31 - 1}")
-    if not keep_empty and not labels.any():
-        raise PairError("no cells", f"{name}: the mask is empty")
+    image, labels, notes = content.image, content.labels, Counter[str]()
     try:
-        pixels, levels = _to_bgr(picture if channel is None else picture.select(channel))
+        image_size, mask_size = (f"{h} x {w}" for h, w in (image.pixels.shape[1:], labels.shape))
+        for is_wrong, kind, reason in (
+            (image_size != mask_size, "sizes differ", f"the image is {image_size}, the mask {mask_size}"),
+            (labels.max() >= 2**31, "ids too large", f"id {labels.max()}; the maximum is {2**31 - 1}"),
+            (not keep_empty and not labels.any(), "no cells", "the mask is empty"),
+        ):
+            if is_wrong:
+                reject(kind, reason)
+        pixels, levels = _to_bgr(image if channel is None else image.select(channel))
     except ImageError as error:
         kind = error.kind if isinstance(error, PairError) else "values or channels"
-        raise PairError(kind, f"{name}: {error}") from error
+        reject(kind, f"{name}: {error}", error)
     labels = labels.astype(np.int32)
     num_before, scale = _num_cells(labels), 1.0
     if target_size is not None:
@@ -220,23 +222,22 @@ def _prepared(
         "num_cells": _num_cells(labels),
         "levels": levels,
         "scale": scale,
-        "pixel_size_um": picture.pixel_size_um / scale if picture.pixel_size_um is not None else None,
+        "pixel_size_um": image.pixel_size_um / scale if image.pixel_size_um is not None else None,
     }
     if target_size is not None:
-        # After the distances: the end of the picture is not the boundary of a cell.
+        # After the distance map: the edge of the image is not the boundary of a cell.
         missing = [(0, target_size - side) for side in labels.shape]
         labels, distance = np.pad(labels, missing), np.pad(distance, missing)
         pixels = np.pad(pixels, [*missing, (0, 0)])
     return _Example(pixels, labels, distance, notes, record)
 
 
-def _to_bgr(picture: Image) -> tuple[np.ndarray, list[float] | None]:
-    """Return (h w 3) uint8, blue green red, and the grey levels that became 0 and 255 (None: it was 8 bit already)."""
-    picture = picture.grey()
-    pixels = picture.pixels[:-1] if picture.channel_names[-1:] == ("alpha",) else picture.pixels
+def _to_bgr(image: Image) -> tuple[UInt8[np.ndarray, "h w 3"], list[float] | None]:
+    """Return blue, green, red in 8 bit, and the grey levels that became 0 and 255 (None if they were 8 bit before)."""
+    pixels = image.grey().without_alpha().pixels
     if len(pixels) not in (1, 3):
-        names = f" ({', '.join(picture.channel_names)})" if picture.channel_names else ""
-        raise PairError("several channels", f"{len(pixels)} channels{names}; expected one, or red, green and blue")
+        names = f" ({', '.join(image.channel_names)})" if image.channel_names else ""
+        reject("several channels", f"{len(pixels)} channels{names}; expected one, or red, green and blue")
     levels = None
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255
@@ -246,67 +247,60 @@ def _to_bgr(picture: Image) -> tuple[np.ndarray, list[float] | None]:
     return np.ascontiguousarray(np.broadcast_to(pixels[::-1], (3, *pixels.shape[1:])).transpose(1, 2, 0)), levels
 
 
-def _scaled(pixels: np.ndarray, labels: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _scaled(
+    pixels: UInt8[np.ndarray, "h w 3"], labels: Int32[np.ndarray, "h w"], scale: float
+) -> tuple[UInt8[np.ndarray, "h2 w2 3"], Int32[np.ndarray, "h2 w2"]]:
     import cv2
 
     height, width = (max(1, round(side * scale)) for side in labels.shape)
     if (height, width) == labels.shape:
         return pixels, labels
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    # Nearest by pixel centres, in plain indexing: exact for every id.
+    # Nearest by pixel centres, by indexing: cv2 does not resize int32.
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), labels.shape, strict=True)
     )
     return np.asarray(cv2.resize(pixels, (width, height), interpolation=method)), labels[np.ix_(rows, columns)]
 
 
-def _num_cells(labels: np.ndarray) -> int:
+def _num_cells(labels: Int32[np.ndarray, "h w"]) -> int:
     return int(np.count_nonzero(np.unique(labels)))
 
 
-# --- labelled_arrays -----------------------------------------------------------------------------------------------
-#
-# The files of a labelled set while they are written: arrays that grow, in a folder renamed when all is there.
+# --- the files of a labelled set while they are written ------------------------------------------------------------
 
 
-class SizeWriter:
+class _SizeWriter:
     """The three arrays of one image size (rows, columns), in a folder of their own."""
 
     def __init__(self, folder: Path, height: int, width: int) -> None:
         folder.mkdir()
         self._folder, self._shape = folder, (height, width)
-        self._images = GrowingArray(folder / "imgs.npy", np.dtype(np.uint8), (height, width, 3))
-        self._labels = GrowingArray(folder / "anns.npy", np.dtype(np.int16), (height, width))
-        self._distance = GrowingArray(folder / "dist_maps.npy", np.dtype(np.float32), (height, width))
+        self._images = _GrowingArray(folder / "imgs.npy", np.dtype(np.uint8), (height, width, 3))
+        self._labels = _GrowingArray(folder / "anns.npy", np.dtype(np.int16), (height, width))
+        self._distance = _GrowingArray(folder / "dist_maps.npy", np.dtype(np.float32), (height, width))
         self._records: list[dict[str, Any]] = []
 
-    def append(
-        self,
-        pixels: UInt8[np.ndarray, "h w 3"],
-        labels: Int32[np.ndarray, "h w"],
-        distance: Float32[np.ndarray, "h w"],
-        record: dict[str, Any],
-    ) -> None:
-        """Add one image; ``record`` goes to ``dataset.json``."""
-        if labels.max() > np.iinfo(self._labels.dtype).max:
+    def append(self, example: _Example) -> None:
+        if example.labels.max() > np.iinfo(self._labels.dtype).max:
             self._labels = self._labels.widened(np.dtype(np.int32))
-        self._images.append(pixels)
-        self._labels.append(labels)
-        self._distance.append(distance)
-        self._records.append(record)
+        self._images.append(example.pixels)
+        self._labels.append(example.labels)
+        self._distance.append(example.distance)
+        self._records.append(example.record)
 
     def finish(self) -> dict[str, Any]:
-        """Make the files whole; return what ``dataset.json`` says about them."""
+        """Complete the files; return their entry in ``dataset.json``."""
         for array in (self._images, self._labels, self._distance):
             array.finish()
         height, width = self._shape
         return {"folder": self._folder.name, "height": height, "width": width, "images": self._records}
 
 
-class GrowingArray:
+class _GrowingArray:
     """A .npy file whose first axis grows; its header, of fixed length, is written last.
 
-    The file is open only while something is written: a folder may hold more sizes than a process may open files.
+    The file is open only during writes: a set may have more sizes than a process may have open files.
     """
 
     _HEADER_BYTES = 256  # a multiple of 64, so that the data is aligned
@@ -316,7 +310,7 @@ class GrowingArray:
         self._path, self._item_shape, self._count = path, item_shape, 0
         path.write_bytes(bytes(self._HEADER_BYTES))
 
-    def append(self, item: np.ndarray) -> None:
+    def append(self, item: Shaped[np.ndarray, "..."]) -> None:
         """Add one item, converted to the type of the array."""
         assert item.shape == self._item_shape
         with self._path.open("ab") as file:
@@ -324,7 +318,7 @@ class GrowingArray:
         self._count += 1
 
     def finish(self) -> None:
-        """Write the header, and make sure that everything is on the disk."""
+        """Write the header, and flush everything to the disk."""
         shape = (self._count, *self._item_shape)
         content = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': {shape!r}, }}".encode("ascii")
         length = self._HEADER_BYTES - 10
@@ -333,11 +327,11 @@ class GrowingArray:
             file.flush()
             os.fsync(file.fileno())
 
-    def widened(self, dtype: np.dtype[Any]) -> "GrowingArray":
-        """Return the same array in another type, at the same place."""
+    def widened(self, dtype: np.dtype[Any]) -> "_GrowingArray":
+        """Convert the file to another type."""
         self.finish()
         before = self._path.rename(self._path.with_suffix(".narrow"))
-        wide = GrowingArray(self._path, dtype, self._item_shape)
+        wide = _GrowingArray(self._path, dtype, self._item_shape)
         for item in np.lib.format.open_memmap(before, mode="r"):
             wide.append(item)
         before.unlink()
@@ -345,14 +339,14 @@ class GrowingArray:
 
 
 @contextmanager
-def folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a hidden folder beside ``output``; rename it to that when all went well, remove it when not."""
+def _folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a hidden folder next to ``output``; rename it to that on success, remove it on failure."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not _is_labelled_set(output):
-            raise ImageError(f"{output}: exists already and is not a labelled set alone; choose another output")
-        if not overwrite:
-            raise ImageError(f"{output}: exists already; add --overwrite to replace it")
-    target = output.resolve()  # a link stays, and what it leads to is replaced
+        is_set = output.is_dir() and _is_labelled_set(output)
+        if not (is_set and overwrite):
+            advice = "add --overwrite to replace it" if is_set else "not a labelled set only, choose another output"
+            raise ImageError(f"{output}: exists; {advice}")
+    target = output.resolve()  # a link is kept, and its target is replaced
     building = target.with_name(f".{target.name}.building")
     old = target.with_name(f".{target.name}.old")
     try:
@@ -361,7 +355,8 @@ def folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
             if not is_ours:
                 raise ImageError(f"{output}: another process is building it now")
             try:
-                _clear(building)  # what a killed build left
+                for path in building.iterdir():  # left by a killed build
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
                 yield building
                 if target.exists():
                     shutil.rmtree(old, ignore_errors=True)
@@ -375,27 +370,13 @@ def folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _is_labelled_set(folder: Path) -> bool:
-    """Say whether a folder holds the files of a labelled set and nothing else, so that no picture is ever removed."""
-    if not (folder / "dataset.json").is_file():
-        return False
+    """Return whether a folder has the files of a labelled set and no others, so that no image is ever removed."""
     arrays = {"imgs.npy", "anns.npy", "dist_maps.npy"}
-    for path in folder.iterdir():
+
+    def belongs(path: Path) -> bool:
         if path.is_dir():
-            known = re.fullmatch(r"\d+x\d+", path.name) and {file.name for file in path.iterdir()} <= arrays
-        else:
-            known = path.name in arrays | {"dataset.json"}
-        if not known:
-            return False
-    return True
+            is_size = re.fullmatch(r"\d+x\d+", path.name) is not None
+            return is_size and {file.name for file in path.iterdir()} <= arrays
+        return path.name in arrays | {"dataset.json"}
 
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def move_up(folder: Path) -> None:
-    """Move what a folder holds into the one above it."""
-    for path in sorted(folder.iterdir()):
-        path.rename(folder.parent / path.name)
-    folder.rmdir()
+    return (folder / "dataset.json").is_file() and all(belongs(path) for path in folder.iterdir())

@@ -1,15 +1,15 @@
-"""Labelled sets on disk, in SAMCell's files, read through memory maps: nothing is loaded before it is asked for.
+"""Labelled sets on disk, in SAMCell's file format, read through memory maps: images are loaded when they are used.
 
-A folder holds images of one size::
+A folder contains images of one size::
 
-    imgs.npy       (n h w 3) uint8, blue green red; others' files may be (n h w), grey
-    anns.npy       (n h w) int16, int32 where an id exceeds it; others' files may be (n 2 h w): cells, crowd regions
-    dist_maps.npy  (n h w) float32 in [0, 1]; may be missing
-    dataset.json   source, licence, names, counts, pixel size; missing in others' sets
+    imgs.npy       (n h w 3) uint8, blue green red; in other tools' sets also (n h w), grey
+    anns.npy       (n h w) int16, int32 for larger ids; in other tools' sets also (n 2 h w): cells, crowd regions
+    dist_maps.npy  (n h w) float32 in [0, 1]; optional
+    dataset.json   source, licence, names, counts, pixel size; not in other tools' sets
 
-or sub-folders of that kind, one a size (``520x704/``). Images that were fitted to a target size are padded below and to
-the right; ``dataset.json`` says how far the picture goes, and reading returns the picture without the padding.
-``wms.npy`` (weights of other tools) is ignored.
+or one such subfolder per size (``520x704/``). Images that were scaled to a target size are padded at the bottom and the
+right; ``dataset.json`` contains their sizes, and reading returns the image without the padding. ``wms.npy`` (weights of
+other tools) is ignored.
 """
 
 import json
@@ -19,32 +19,34 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Float32, Integer, Real
+from jaxtyping import Bool, Float32, Integer, Real, Shaped
 
-from dinocell.errors import ImageError
+from dinocell.errors import ImageError, one_line
 
 FORMAT_NAME = "dinocell labelled set"
 FORMAT_VERSION = 1
 
-# Each holds three open files, and 1,024 is a common limit of a process.
+# Each has three open files, and 1,024 is a common limit of a process.
 _MAX_OPEN_FOLDERS = 64
+
+_MappedArray = Shaped[np.ndarray, "..."]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelledImage:
-    """One image of a labelled set; its arrays are views into memory-mapped files and cannot be written to.
+    """One image of a labelled set; its arrays are read-only views of memory-mapped files.
 
     Attributes
     ----------
     pixels
-        Red, green, blue (equal in a grey picture), or one grey channel in sets whose file holds only that: uint8 in
-        labelled sets, what the file holds where image files are read one by one.
+        Red, green, blue (equal in a grey image), or one grey channel if the file has only that: uint8 in labelled sets,
+        the file's type where image files are read one by one.
     labels
-        0 is background, each other number one cell.
+        0 is background, each other integer one cell.
     distance
         The distance map, 0 to 1; None if the set has none.
     crowd
-        Regions in which cells were not told apart; None if the set does not say.
+        Regions in which cells are not annotated one by one; None if the set has no such annotation.
     """
 
     pixels: Real[np.ndarray, "c h w"]
@@ -79,11 +81,11 @@ class LabelledSet:
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self._groups[number].read(index - int(self._first[number]))
+        group = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._groups[group].read(index - int(self._first[group]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A loader's worker opens the files again; NumPy would send it their whole content.
+        # A data loader's worker opens the files again; NumPy would pickle their whole content.
         return open_labelled, (self.folder,)
 
     def _records(self, path: Path) -> list[dict[str, Any]] | None:
@@ -97,12 +99,12 @@ class LabelledSet:
 
 
 def open_labelled(folder: str | Path) -> LabelledSet:
-    """Open a labelled set, ours or one of SAMCell's own making.
+    """Open a labelled set, of DINOCell or of SAMCell.
 
     Raises
     ------
     ImageError
-        If files are missing, damaged, of another type than expected, or do not fit together.
+        If files are missing, damaged, of an unexpected type, or do not match each other.
     """
     return LabelledSet(Path(folder))
 
@@ -120,7 +122,7 @@ class _Group:
     def __len__(self) -> int:
         return self._length
 
-    def _map(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def _map(self) -> tuple[_MappedArray, _MappedArray, _MappedArray | None]:
         has_distance = (self._folder / "dist_maps.npy").exists()
         return (
             _mapped(self._folder / "imgs.npy"),
@@ -137,10 +139,10 @@ class _Group:
         height, width = record.get("valid", all_images.shape[1:3])
         image = all_images[index][:height, :width]
         labels = all_labels[index][..., :height, :width]
-        if labels.dtype.kind == "i" and labels.min(initial=0) < 0:
-            self._fail(
-                f"anns.npy, image {self.name(index)}: negative labels (down to {labels.min()}), where 0 is background "
-                "and each other number one cell; more ids than its type can hold? Save them as int32"
+        if labels.dtype.kind == "i" and labels.min(initial=0) < 0:  # ids beyond 32,767 in SAMCell's int16
+            raise ImageError(
+                f"{self._folder}: anns.npy, image {self.name(index)}: negative labels (minimum {labels.min()}), "
+                "possibly ids beyond the range of the type; save them as int32"
             )
         distance = all_distances[index][:height, :width] if all_distances is not None else None
         return LabelledImage(
@@ -153,52 +155,57 @@ class _Group:
             pixel_size_um=record.get("pixel_size_um"),
         )
 
-    def _check(self, images: np.ndarray, labels: np.ndarray, distance: np.ndarray | None) -> None:
-        if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))):
-            self._fail(f"imgs.npy: expected uint8 of (n h w 3) or (n h w), got {images.dtype} of {images.shape}")
-        if labels.dtype.kind not in "ui":
-            self._fail(f"anns.npy: expected whole numbers, one a cell, got {labels.dtype}; resized with interpolation?")
-        if not (labels.ndim == 3 or (labels.ndim == 4 and labels.shape[1] == 2)):
-            self._fail(f"anns.npy: expected (n h w) or (n 2 h w), got {labels.shape}")
-        if len(labels) != len(images) or labels.shape[-2:] != images.shape[1:3]:
-            self._fail(f"imgs.npy is {images.shape}, anns.npy {labels.shape}; expected as many, of the same size")
-        if distance is not None:
-            expected = (len(images), *images.shape[1:3])
-            if distance.dtype != np.float32 or distance.shape != expected:
-                self._fail(
-                    f"dist_maps.npy: expected float32 of {expected}, got {distance.dtype} of {distance.shape}; "
-                    "remove it, and it is computed anew"
-                )
-        if self._records is not None and len(self._records) != len(images):
-            self._fail(f"dataset.json names {len(self._records)} images, imgs.npy holds {len(images)}")
+    def _check(self, images: _MappedArray, labels: _MappedArray, distance: _MappedArray | None) -> None:
+        def array(name: str, values: _MappedArray | None) -> str:
+            return f"{name}.npy is {values.dtype} of {values.shape}" if values is not None else ""
 
-    def _fail(self, message: str) -> None:
-        raise ImageError(f"{self._folder}: {message}")
+        size = (len(images), *images.shape[1:3])
+        names = len(images) if self._records is None else len(self._records)
+        checks = [
+            (
+                images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))),
+                f"{array('imgs', images)}, expected uint8 of (n h w 3) or (n h w)",
+            ),
+            (
+                labels.dtype.kind in "ui",
+                f"{array('anns', labels)}, expected one integer per cell; resized with interpolation?",
+            ),
+            (
+                labels.shape in (size, (size[0], 2, *size[1:])),
+                f"{array('imgs', images)}, {array('anns', labels)}, expected the same number and size",
+            ),
+            (
+                distance is None or (distance.dtype == np.float32 and distance.shape == size),
+                f"{array('dist_maps', distance)}, expected float32 of {size}; remove it, and it is computed",
+            ),
+            (names == len(images), f"dataset.json names {names} images, imgs.npy contains {len(images)}"),
+        ]
+        for is_valid, problem in checks:
+            if not is_valid:
+                raise ImageError(f"{self._folder}: {problem}")
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _mapped(path: Path) -> _MappedArray:
     try:
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file; a labelled set needs imgs.npy and anns.npy") from None
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except (OSError, ValueError, EOFError) as error:
-        cause = " ".join(str(error).split())
-        raise ImageError(f"{path}: damaged or cut short ({cause}); build or copy the set again") from error
-    return array
+        problem = f"damaged or truncated ({one_line(error)}); build or copy the set again"
+        if isinstance(error, FileNotFoundError):
+            problem = "no such file; a labelled set needs imgs.npy and anns.npy"
+        raise ImageError(f"{path}: {problem}") from error
 
 
 def _array_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ImageError(f"{folder}: no such folder")
     if (folder / "imgs.npy").exists():
         return [folder]
     folders = sorted(path.parent for path in folder.glob("*/imgs.npy"))
-    if not folders:
-        raise ImageError(f"{folder}: no labelled set (no imgs.npy); make one with 'dinocell dataset'")
-    # Read as groups of one, their own descriptions would be lost: padding would be taken for picture.
+    # Sets read as sizes of one set would lose their descriptions, and padding would be part of the images.
     sets = [path.name for path in folders if (path / "dataset.json").exists()]
-    if sets:
-        raise ImageError(f"{folder}: a folder of labelled sets ({', '.join(sets[:4])}); name them one by one")
+    if sets or not folders:
+        problem = f"a folder of labelled sets ({', '.join(sets[:4])}); list them one by one"
+        if not folders:
+            problem = "no labelled set (no imgs.npy); make one with 'dinocell dataset'"
+        raise ImageError(f"{folder}: {problem if folder.is_dir() else 'no such folder'}")
     return folders
 
 
@@ -209,11 +216,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: cannot be read ({error}); build the set again") from error
+        raise ImageError(f"{path}: cannot be read ({one_line(error)}); build the set again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
         return {}  # another tool's file of that name
     if content.get("version") != FORMAT_VERSION:
         raise ImageError(
-            f"{path}: version {content.get('version')}, this DINOCell reads {FORMAT_VERSION}; build it again"
+            f"{path}: version {content.get('version')}, this version of DINOCell reads {FORMAT_VERSION}; build it again"
         )
     return content

@@ -1,8 +1,7 @@
-"""Labels to distance maps: the target that fine-tuning learns, 1 in the middle of each cell, falling to its boundary.
+"""Labels to distance maps, a training target: 1 in the middle of each cell, decreasing towards its boundary.
 
-Every cell is measured against its own boundary, so two cells that touch keep a valley between them; the edge of the
-image is not a boundary, so a cell that the picture cuts in two is not drawn as if it ended there. One pass serves all
-labels, whatever their number.
+Distances are to the boundary of a pixel's own cell, so there is a valley between touching cells. The edge of the image
+is not a boundary: a cell cut by it does not end there. One pass computes all labels, whatever their number.
 """
 
 import warnings
@@ -11,32 +10,33 @@ import edt
 import numpy as np
 from jaxtyping import Float32, Integer
 
+from dinocell.images.image import native
+
 
 def labels_to_distance(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w"]:
-    """Give every pixel its distance to the boundary of its own cell, as a share of that cell's largest distance.
+    """Return every pixel's distance to the boundary of its own cell, divided by the maximum in that cell.
 
-    The result is 0 on the background, in (0, 1] inside cells, and 1 at the pixel or pixels of each cell that lie
-    deepest. A label in several pieces is one cell: its pieces share one maximum, as in SAMCell's training sets, where
-    each label's mask is transformed by itself. Within 1e-6 of that loop done with SciPy's exact transform (SAMCell's
-    own notebook takes OpenCV's 3x3 approximation).
+    The result is 0 on the background, in (0, 1] inside cells, and 1 at the deepest pixels of each cell. A label in
+    several pieces is one cell with one maximum, as in SAMCell's training sets, where each label's mask is transformed
+    separately. Equal within 1e-6 to that loop with SciPy's exact transform (SAMCell's notebook uses OpenCV's 3x3
+    approximation).
 
     Parameters
     ----------
     labels
-        0 is background, each other number one cell. Ids may have gaps and be as large as their type allows.
+        0 is background, each other integer one cell. Ids may have gaps and any value that their type allows.
 
     Raises
     ------
     ValueError
-        If ``labels`` is not two-dimensional, is not of an integer type, or has negative ids.
+        If ``labels`` is not of an integer type, or has negative ids.
 
     Warns
     -----
     UserWarning
-        If one label fills the whole image. It has no boundary, and becomes 1 everywhere.
+        If one label fills the whole image: it has no boundary, and the result is 1 everywhere.
     """
-    labels = _checked(labels)
-    distance = _distance_in_pixels(labels)
+    distance = distance_to_boundary(labels)
     if distance.size == 0:
         return distance
     if np.isinf(distance[0, 0]):
@@ -47,7 +47,7 @@ def labels_to_distance(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray
         )
         return np.ones_like(distance)
 
-    # A cell is few runs of equal neighbours in memory order, and sorting run ids is cheap where sorting pixels is not.
+    # Maximum per cell, by runs of equal neighbours in memory order: there are far fewer runs to sort than pixels.
     flat = labels.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     ids, cell_of_run = np.unique(flat[starts], return_inverse=True)
@@ -59,37 +59,23 @@ def labels_to_distance(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray
 
 
 def distance_to_boundary(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w"]:
-    """Give every pixel the distance in pixels to the nearest pixel that is not of its own label; 0 on the background.
+    """Return every pixel's distance in pixels to the nearest pixel with another label; 0 on the background.
 
-    Exact and Euclidean, from pixel centre to pixel centre, so a one-pixel cell has distance 1. What lies outside the
-    image is unknown and never nearest: where one label fills the whole image the distance is infinite. A cell's largest
-    value is the radius of the largest disc inside it, to half a pixel.
-
-    Raises
-    ------
-    ValueError
-        If ``labels`` is not two-dimensional, is not of an integer type, or has negative ids.
+    Exact and Euclidean, between pixel centres, so a one-pixel cell has distance 1. Pixels outside the image do not
+    count: if one label fills the whole image, the distance is infinite. A cell's maximum is the radius of the largest
+    disc inside it, to half a pixel. ValueError as in `labels_to_distance`.
     """
-    return _distance_in_pixels(_checked(labels))
-
-
-def _checked(labels: np.ndarray) -> np.ndarray:
-    """Return the labels in C order and native byte order, or say what is wrong with them."""
-    if labels.ndim != 2:
-        raise ValueError(f"labels: expected one image (h w), got an array of shape {labels.shape}")
-    if labels.dtype == np.bool_:
+    if labels.ndim != 2 or labels.dtype.kind not in "ui":  # a bool mask would silently give one cell
         raise ValueError(
-            "labels: expected one integer id a cell, got a bool mask, in which touching cells are one: "
-            "number its pieces first (scipy.ndimage.label)"
+            f"labels: expected one integer id per cell (h w), got {labels.dtype} of {labels.shape}; "
+            "scipy.ndimage.label numbers the pieces of a mask"
         )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels: expected one integer id a cell, got values of type {labels.dtype}")
+    check_not_negative(labels)
+    # Two threads are not faster than one on a 2048 px image (edt 3.1.2).
+    return np.asarray(edt.edt(native(labels), black_border=False, parallel=1))
+
+
+def check_not_negative(labels: Integer[np.ndarray, "h w"]) -> None:
+    """Raise ValueError if an id is negative."""
     if labels.size and labels.dtype.kind == "i" and labels.min() < 0:
         raise ValueError(f"labels: expected ids of at least 0 (0 is background), got {labels.min()}")
-    return np.ascontiguousarray(labels, dtype=labels.dtype.newbyteorder("="))
-
-
-def _distance_in_pixels(labels: np.ndarray) -> np.ndarray:
-    # Threads do not help: 2 take as long as 1 on a 2048 px image (edt 3.1.2).
-    distance: np.ndarray = edt.edt(labels, black_border=False, parallel=1)
-    return distance

@@ -1,84 +1,75 @@
-"""Labels to flows: the other target that fine-tuning can learn (Cellpose: Stringer et al. 2021, Nature Methods 18).
+"""Labels to flows, the other training target (Cellpose: Stringer et al. 2021, Nature Methods 18).
 
-Heat starts at the middle of each cell and spreads inside it; a pixel's flow is the direction in which it is warmer.
-Following the flows from every pixel of a cell leads to its middle, see `dinocell.eval.segmentation.flows`.
+Heat diffuses inside each cell from a source in its middle; a pixel's flow is the direction of the heat gradient.
+Following the flows from any pixel of a cell leads to its middle, see `dinocell.eval.segmentation.flows`.
 """
 
 import math
 
 import numpy as np
-from jaxtyping import Float32, Integer
+from jaxtyping import Float32, Float64, Int32, Int64, Integer
 
+from dinocell.labelled.distance import check_not_negative
 from dinocell.runtime.jit import compiled, inlined
 
 
 def labels_to_flows(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray, "3 h w"]:
-    """Return for each pixel of a cell a unit vector along rows and columns, and whether there is a cell (0 or 1).
+    """Return each pixel's flow as a unit vector along rows and columns, and whether it is in a cell (0 or 1).
 
-    The source is the cell's pixel nearest to the median of its rows and columns; each of ``2 * (rows + columns)`` of
-    its box iterations adds 1 to the source and replaces every value by the mean of its 3 x 3 neighbours in the cell,
-    with 0 outside. Flows are the central differences of ``log(1 + heat)``, brought to length 1; 0 where they vanish,
-    and in pieces of a cell that do not touch the source's. Each cell's flows follow from its own pixels alone.
+    The source is the cell's pixel nearest to the median of its rows and columns. Each of ``2 * (rows + columns)``
+    iterations, of its bounding box, adds 1 to the source and replaces every value by the mean of its 3 x 3 neighbours,
+    with 0 outside the cell. Flows are the central differences of ``log(1 + heat)``, normalised to length 1; 0 where
+    they vanish, and in pieces of a cell that are not connected to the source. They depend on the cell's own pixels
+    only.
 
     Raises
     ------
     ValueError
         If an id is negative.
     """
-    if labels.size and labels.dtype.kind == "i" and labels.min() < 0:
-        raise ValueError(f"labels: expected ids of at least 0 (0 is background), got {labels.min()}")
+    check_not_negative(labels)
     flows = np.zeros((3, *labels.shape), np.float32)
     if labels.any():
-        numbers = labels.astype(np.int32) if labels.max() <= labels.size else _renumbered(labels)
-        write_flows(np.ascontiguousarray(numbers), int(numbers.max()), flows)
+        if labels.max() > labels.size:  # consecutive ids: the kernel has one entry per id up to the maximum
+            from skimage.segmentation import relabel_sequential
+
+            labels = relabel_sequential(labels)[0]  # type: ignore[no-untyped-call]
+        _write_flows(np.ascontiguousarray(labels, np.int32), int(labels.max()), flows)
     return flows
 
 
-def _renumbered(labels: np.ndarray) -> np.ndarray:
-    """Give cells numbers from 1 without gaps: the kernel makes an entry for every id up to the largest."""
-    ids, numbers = np.unique(labels, return_inverse=True)
-    return (numbers.reshape(labels.shape) + int(ids[0] != 0)).astype(np.int32)
-
-
-# --- heat ----------------------------------------------------------------------------------------------------------
-#
-# The kernel of `dinocell.labelled.flows`: heat that spreads inside each cell, and where it is warmer.
-
-__all__ = ["write_flows"]
-
-_Array = np.ndarray
-
-
 @compiled
-def write_flows(labels: _Array, num_cells: int, flows: _Array) -> None:
-    """Write to zeros (3 h w) what `labels_to_flows` returns; the ids of ``labels`` (h w) go up to ``num_cells``."""
+def _write_flows(labels: Int32[np.ndarray, "h w"], num_cells: int, flows: Float32[np.ndarray, "3 h w"]) -> None:
+    """Fill ``flows``, zeros at first, with the result of `labels_to_flows`; ids are at most ``num_cells``."""
     boxes = _boxes(labels, num_cells)
-    longest = 0
-    for number in range(num_cells):
-        longest = max(longest, (boxes[number, 1] - boxes[number, 0] + 3) * (boxes[number, 3] - boxes[number, 2] + 3))
-    room, other_room = np.empty(longest), np.empty(longest)
-    for number in range(num_cells):
-        first_row, last_row, first_column, last_column = boxes[number]
-        if last_row < 0:  # an id that no pixel has
+    largest = 0
+    for cell in range(num_cells):
+        largest = max(largest, (boxes[cell, 1] - boxes[cell, 0] + 3) * (boxes[cell, 3] - boxes[cell, 2] + 3))
+    # Two buffers that all cells weight.
+    weight_buffer, heat_buffer = np.empty(largest), np.empty(largest)
+    for cell in range(num_cells):
+        first_row, last_row, first_column, last_column = boxes[cell]
+        if last_row < 0:  # no pixel has this id
             continue
-        # A pixel of margin on each side, so that every pixel of the cell has all of its neighbours.
+        # The bounding box with a margin of one pixel, so that every pixel of the cell has all of its neighbours.
         rows, columns = last_row - first_row + 3, last_column - first_column + 3
-        share = room[: rows * columns].reshape((rows, columns))
-        heat = other_room[: rows * columns].reshape((rows, columns))
-        share[:] = 0
+        weight = weight_buffer[: rows * columns].reshape((rows, columns))
+        heat = heat_buffer[: rows * columns].reshape((rows, columns))
+        weight[:] = 0
         heat[:] = 0
         for row in range(1, rows - 1):
             for column in range(1, columns - 1):
-                if labels[first_row + row - 1, first_column + column - 1] == number + 1:
-                    share[row, column] = 1 / 9
-        _spread(heat, share)
+                if labels[first_row + row - 1, first_column + column - 1] == cell + 1:
+                    weight[row, column] = 1 / 9
+        _diffuse(heat, weight)
+        # The logarithm makes the differences visible far from the source, where heat is tiny.
         for row in range(1, rows - 1):
             for column in range(1, columns - 1):
-                if share[row, column] > 0:
+                if weight[row, column] > 0:
                     heat[row, column] = math.log1p(heat[row, column])
         for row in range(1, rows - 1):
             for column in range(1, columns - 1):
-                if share[row, column] > 0:
+                if weight[row, column] > 0:
                     down = heat[row + 1, column] - heat[row - 1, column]
                     right = heat[row, column + 1] - heat[row, column - 1]
                     length = math.hypot(down, right)
@@ -89,8 +80,8 @@ def write_flows(labels: _Array, num_cells: int, flows: _Array) -> None:
 
 
 @inlined
-def _boxes(labels: _Array, num_cells: int) -> _Array:
-    """Return each cell's first and last row, and its first and last column (n 4)."""
+def _boxes(labels: Int32[np.ndarray, "h w"], num_cells: int) -> Int64[np.ndarray, "cells 4"]:
+    """Return the first and last row, and the first and last column, of each cell."""
     boxes = np.empty((num_cells, 4), np.int64)
     boxes[:, 0], boxes[:, 1], boxes[:, 2], boxes[:, 3] = labels.shape[0], -1, labels.shape[1], -1
     for row in range(labels.shape[0]):
@@ -103,25 +94,25 @@ def _boxes(labels: _Array, num_cells: int) -> _Array:
 
 
 @inlined
-def _spread(heat: _Array, share: _Array) -> None:
-    """Add 1 to the source and replace all heat by the mean of its 3 x 3 neighbours, as often as is to be.
+def _diffuse(heat: Float64[np.ndarray, "h w"], weight: Float64[np.ndarray, "h w"]) -> None:
+    """Iterate: add 1 to the source, then replace every value by the mean of its 3 x 3 neighbours.
 
-    ``share`` is 1 / 9 in the cell, 0 elsewhere. Opposite neighbours are added first: so a symmetrical cell's heat is
-    symmetrical to the last bit. Rows that no heat has come to yet are left out.
+    ``weight`` is 1 / 9 in the cell, 0 elsewhere. Opposite neighbours are added first, which makes the heat of a
+    symmetrical cell symmetrical to the last bit.
     """
-    source_row, source_column = _source(share)
-    top = bottom = source_row
-    # Sums of three neighbours in a row: of the row above, the row that is written, and the row below.
-    above, here, below = np.empty(share.shape[1]), np.empty(share.shape[1]), np.empty(share.shape[1])
-    for _ in range(2 * (share.shape[0] - 2 + share.shape[1] - 2)):
+    source_row, source_column = _source(weight)
+    top = bottom = source_row  # only the rows that heat has reached are computed
+    # Sums of three neighbours in a row: in the row above, the current row, and the row below.
+    above, here, below = np.empty(weight.shape[1]), np.empty(weight.shape[1]), np.empty(weight.shape[1])
+    for _ in range(2 * (weight.shape[0] - 2 + weight.shape[1] - 2)):
         heat[source_row, source_column] += 1
-        top, bottom = max(top - 1, 1), min(bottom + 1, share.shape[0] - 2)
+        top, bottom = max(top - 1, 1), min(bottom + 1, weight.shape[0] - 2)
         above[:] = 0
         _add_three(heat[top], here)
         for row in range(top, bottom + 1):
             _add_three(heat[row + 1], below)
-            for column in range(1, share.shape[1] - 1):
-                heat[row, column] = ((above[column] + below[column]) + here[column]) * share[row, column]
+            for column in range(1, weight.shape[1] - 1):
+                heat[row, column] = ((above[column] + below[column]) + here[column]) * weight[row, column]
             above, here, below = here, below, above
         if not heat[top].any():
             top += 1
@@ -130,19 +121,19 @@ def _spread(heat: _Array, share: _Array) -> None:
 
 
 @inlined
-def _add_three(heat: _Array, sums: _Array) -> None:
+def _add_three(heat: Float64[np.ndarray, " w"], sums: Float64[np.ndarray, " w"]) -> None:
     for column in range(1, len(heat) - 1):
         sums[column] = (heat[column - 1] + heat[column + 1]) + heat[column]
 
 
 @inlined
-def _source(share: _Array) -> tuple[int, int]:
-    """Return the cell's pixel nearest to the median of its rows and columns; of equally near ones the first."""
-    places = np.argwhere(share)
-    middle_row, middle_column = np.median(places[:, 0]), np.median(places[:, 1])
-    nearest, first = math.inf, 0
-    for place in range(len(places)):
-        distance = (places[place, 0] - middle_row) ** 2 + (places[place, 1] - middle_column) ** 2
-        if distance < nearest:
-            nearest, first = distance, place
-    return places[first, 0], places[first, 1]
+def _source(weight: Float64[np.ndarray, "h w"]) -> tuple[int, int]:
+    """Return the cell's pixel nearest to the median of its rows and columns; the first of equally near ones."""
+    pixels = np.argwhere(weight)
+    middle_row, middle_column = np.median(pixels[:, 0]), np.median(pixels[:, 1])
+    minimum, nearest = math.inf, 0
+    for index in range(len(pixels)):
+        distance = (pixels[index, 0] - middle_row) ** 2 + (pixels[index, 1] - middle_column) ** 2
+        if distance < minimum:
+            minimum, nearest = distance, index
+    return pixels[nearest, 0], pixels[nearest, 1]
