@@ -13,7 +13,7 @@ from dinocell.eval import scoring
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.refine import Mending
+from dinocell.eval.segmentation.refine import Refinement
 from dinocell.eval.segmentation.watershed import distance_to_labels
 from dinocell.eval.threshold_search import search
 from dinocell.finetune.model import DINOCell, replace_settings
@@ -215,11 +215,11 @@ def test_scoring_scales_images_and_drops_small_cells_as_the_segmenter_in_use_doe
     own = ctc_score(FIELD.labels, in_use).op_csb
     assert own != ctc_score(FIELD.labels, DINOCellPipeline(mirror.model, "cpu").run(picture)).op_csb
     assert score_segmenter(mirror.model, [image], False).metrics["score/op_csb"] == pytest.approx(own)
-    tried: list[Mending] = []
+    tried: list[Refinement] = []
 
-    def coarse(*args: Any, mending: Mending, **_: Any) -> Any:
-        tried.append(mending)
-        return search(*args, steps=2, mending=mending)
+    def coarse(*args: Any, refinement: Refinement, **_: Any) -> Any:
+        tried.append(refinement)
+        return search(*args, steps=2, refinement=refinement)
 
     monkeypatch.setattr(scoring, "search", coarse)
     score_segmenter(mirror.model, [image], True)

@@ -10,11 +10,11 @@ from scipy import ndimage
 
 from dinocell.eval.segmentation.refine import (
     CellMeasures,
-    Mending,
+    Refinement,
     estimate_blur_px,
     measure_cells,
-    mend,
-    restore_borders,
+    refine_boundaries,
+    refine_labels,
 )
 from dinocell.eval.segmentation.watershed import distance_to_labels
 from dinocell.labelled.distance import distance_to_boundary, labels_to_distance
@@ -82,7 +82,7 @@ def test_merging_is_transitive_and_leaves_other_cells_alone() -> None:
     labels = np.zeros((1, 12), np.int32)
     labels[0, :9] = [1, 1, 2, 2, 3, 3, 4, 4, 4]
     distance = np.array([[0.9, 0.85, 0.85, 0.9, 0.85, 0.9, 0.2, 0.9, 0.2, 0, 0, 0]], np.float32)
-    merged = mend(labels, distance, cell_fill=0.09, mending=Mending(merge_px=50, restore_border=False))
+    merged = refine_labels(labels, distance, cell_fill=0.09, refinement=Refinement(merge_px=50, restore_border=False))
     np.testing.assert_array_equal(merged, [[1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0]])
 
 
@@ -123,7 +123,7 @@ def test_growth_of_a_perfect_map_equals_brute_force(seed: int) -> None:
     cell_fill = generator.uniform(0.2, 0.75)
     distance = np.ones(labels.shape, np.float32)
     measures = measure_cells(labels, distance, count)
-    grown = restore_borders(labels, distance, measures, cell_fill=cell_fill, blur_px=0)
+    grown = refine_boundaries(labels, distance, measures, cell_fill=cell_fill, blur_px=0)
     expected = brute_force_growth(labels, cell_fill / (1 - cell_fill) * measures.radius_px.astype(float))
     np.testing.assert_array_equal(grown, expected)
 
@@ -185,13 +185,15 @@ def test_one_cell_over_the_whole_image_stays_that() -> None:
 def test_labels_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"labels: expected the shape of the distance map, \(3, 4\), got \(4, 3\)"):
         # The suite checks annotations at run time, which would stop this before our own message does.
-        inspect.unwrap(mend)(np.zeros((4, 3), np.int32), np.zeros((3, 4), np.float32), cell_fill=0.1, mending=Mending())
+        inspect.unwrap(refine_labels)(
+            np.zeros((4, 3), np.int32), np.zeros((3, 4), np.float32), cell_fill=0.1, refinement=Refinement()
+        )
 
 
 def test_mend_leaves_its_input_as_it_was() -> None:
     labels, distance = touching(), labels_to_distance(touching())
     labels.flags.writeable = distance.flags.writeable = False
-    mended = mend(labels, distance, cell_fill=0.09, mending=Mending(min_area_px=1))
+    mended = refine_labels(labels, distance, cell_fill=0.09, refinement=Refinement(min_area_px=1))
     assert mended is not labels
 
 
@@ -223,10 +225,10 @@ def test_border_of_a_merged_cell_is_that_of_the_cell_in_one_piece() -> None:
     distance = labels_to_distance(whole)
     cut_region = np.where(distance > 0.09, whole, 0).astype(np.int32)
     pieces = np.where((cut_region > 0) & (np.arange(70)[:, None] > 12), 2, cut_region).astype(np.int32)
-    options = Mending(merge_px=0.5, blur_px=0)
-    expected = mend(cut_region, distance, cell_fill=0.09, mending=options)
+    options = Refinement(merge_px=0.5, blur_px=0)
+    expected = refine_labels(cut_region, distance, cell_fill=0.09, refinement=options)
     assert pieces.max() == 2
-    np.testing.assert_array_equal(mend(pieces, distance, cell_fill=0.09, mending=options), expected)
+    np.testing.assert_array_equal(refine_labels(pieces, distance, cell_fill=0.09, refinement=options), expected)
 
 
 def test_smallest_area_is_inclusive() -> None:

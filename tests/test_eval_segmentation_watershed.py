@@ -11,7 +11,7 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 from dinocell.errors import DinocellError
-from dinocell.eval.segmentation.refine import PLAIN, Mending, mend
+from dinocell.eval.segmentation.refine import PLAIN, Refinement, refine_labels
 from dinocell.eval.segmentation.watershed import cut, distance_to_labels, flood
 from dinocell.labelled.distance import labels_to_distance
 
@@ -196,8 +196,8 @@ def test_cut_drops_what_was_reached_through_lower_ground() -> None:
 def test_mended_cut_is_what_the_whole_chain_gives() -> None:
     distance = labels_to_distance(discs(7))
     flooded = flood(distance, cells_max=0.6, lowest_fill=0.05)
-    for options in (Mending(), Mending(merge_px=1.5, min_area_px=50), Mending(restore_border=False), PLAIN):
-        labels = mend(cut(flooded, 0.2), distance, cell_fill=0.2, mending=options)
+    for options in (Refinement(), Refinement(merge_px=1.5, min_area_px=50), Refinement(restore_border=False), PLAIN):
+        labels = refine_labels(cut(flooded, 0.2), distance, cell_fill=0.2, refinement=options)
         expected = distance_to_labels(distance, cells_max=0.6, cell_fill=0.2, **vars(options))
         np.testing.assert_array_equal(labels, expected)
 

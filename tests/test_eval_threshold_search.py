@@ -13,7 +13,7 @@ from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.metrics.matching import matching_score
-from dinocell.eval.segmentation.refine import PLAIN, Mending
+from dinocell.eval.segmentation.refine import PLAIN, Refinement
 from dinocell.eval.segmentation.watershed import distance_to_labels
 from dinocell.eval.threshold_search import METRICS, keep_maps, search
 from dinocell.labelled.distance import labels_to_distance
@@ -37,12 +37,18 @@ def images() -> tuple[list[np.ndarray], list[np.ndarray]]:
 MAPS, LABELS = images()
 
 
-@pytest.mark.parametrize("mending", [PLAIN, Mending(), Mending(min_area_px=40, merge_depth=0.0, blur_px=0.0)])
-def test_every_point_is_what_the_whole_chain_gives(mending: Mending) -> None:
-    merges = [None] if mending.merge_px is None else [2.0, 5.0, None]
-    borders = [mending.restore_border] if mending == PLAIN else [False, True]
+@pytest.mark.parametrize("mending", [PLAIN, Refinement(), Refinement(min_area_px=40, merge_depth=0.0, blur_px=0.0)])
+def test_every_point_is_what_the_whole_chain_gives(refinement: Refinement) -> None:
+    merges = [None] if refinement.merge_px is None else [2.0, 5.0, None]
+    borders = [refinement.restore_border] if refinement == PLAIN else [False, True]
     found = search(
-        MAPS, LABELS, steps=4, merge_px=merges, restore_border=borders, mending=mending, cell_fill_range=(0.05, 0.6)
+        MAPS,
+        LABELS,
+        steps=4,
+        merge_px=merges,
+        restore_border=borders,
+        refinement=refinement,
+        cell_fill_range=(0.05, 0.6),
     )
     assert found.scores["seg"].shape == (4, 4, len(merges), len(borders))
     for m, cells_max in enumerate(found.axes["cells_max"]):
@@ -57,11 +63,11 @@ def test_every_point_is_what_the_whole_chain_gives(mending: Mending) -> None:
                         distance,
                         cells_max=cells_max,
                         cell_fill=cell_fill,
-                        min_area_px=mending.min_area_px,
+                        min_area_px=refinement.min_area_px,
                         merge_px=merge_px,
-                        merge_depth=mending.merge_depth,
+                        merge_depth=refinement.merge_depth,
                         restore_border=restore_border,
-                        blur_px=mending.blur_px,
+                        blur_px=refinement.blur_px,
                     )
                     for distance in MAPS
                 ]

@@ -22,7 +22,7 @@ from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
 from dinocell.eval.metrics.summary import ImageScores, PooledScores, pool, score_tables
 from dinocell.eval.scoring import FOUND, OURS, PLAIN, FoundThresholds, rules_of
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.refine import Mending
+from dinocell.eval.segmentation.refine import Refinement
 from dinocell.eval.threshold_search import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, keep_maps, search, search_flows
 from dinocell.labelled.dataset import LabelledImage
 from dinocell.labelled.masks import read_labels
@@ -257,7 +257,7 @@ def _search(
         cell_fill_range=grid.cell_fill_range,
         steps=grid.steps,
         restore_border=(True, False),
-        mending=Mending(min_area_px=settings.min_area_px, merge_px=settings.merge_px),
+        refinement=Refinement(min_area_px=settings.min_area_px, merge_px=settings.merge_px),
         progress=lambda done, total: progress("searched", done, total),
     )
 

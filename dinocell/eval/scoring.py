@@ -11,7 +11,7 @@ from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.metrics.matching import matching_score
 from dinocell.eval.segmentation.flows import flows_to_labels
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.refine import Mending
+from dinocell.eval.segmentation.refine import Refinement
 from dinocell.eval.segmentation.watershed import distance_to_labels
 from dinocell.eval.threshold_search import FlowThresholds, GridSearch, Thresholds, search, search_flows
 from dinocell.finetune.model import DINOCell
@@ -55,7 +55,7 @@ def score_segmenter(
                 references,
                 merge_px=_MERGES,
                 restore_border=_BORDERS,
-                mending=Mending(min_area_px=model.settings.min_area_px),
+                refinement=Refinement(min_area_px=model.settings.min_area_px),
             )
         )
         if not ctc_score(references, labels).op_csb >= found.best_score:

@@ -22,7 +22,7 @@ from dinocell.eval.metrics.ctc import MISSED_COST, SPLIT_COST, SPURIOUS_COST, ct
 from dinocell.eval.metrics.matching import find_matches
 from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
 from dinocell.eval.segmentation.flows import find_masks, keep
-from dinocell.eval.segmentation.refine import Mending, mend
+from dinocell.eval.segmentation.refine import Refinement, refine_labels
 from dinocell.eval.segmentation.watershed import cut, flood
 from dinocell.images.read import write_png
 from dinocell.runtime.files import replacing
@@ -257,7 +257,7 @@ def search(
     steps: int = STEPS,
     merge_px: Sequence[int | float | None] | None = None,
     restore_border: Sequence[bool] | None = None,
-    mending: Mending | None = None,
+    refinement: Refinement | None = None,
     metric: Metric = "op_csb",
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -272,7 +272,7 @@ def search(
     cells_max_range, cell_fill_range, steps
         Least and largest value of each threshold, and how many of each, evenly spaced.
     merge_px, restore_border
-        Values of these to try with each pair; None tries that of ``mending``.
+        Values of these to try with each pair; None tries that of ``refinement``.
     mending
         What else is done after the flood, the same for all points; ``mending.PLAIN`` for the plain watershed.
     metric
@@ -287,16 +287,18 @@ def search(
     DinocellError
         If a range or a map is impossible, or maps and references do not fit together.
     """
-    mending = mending or Mending()
+    refinement = refinement or Refinement()
     peaks = _grid("cells_max", *cells_max_range, steps)
     fills = _grid("cell_fill", *cell_fill_range, steps)
-    tried = (mending.merge_px,) if merge_px is None else merge_px
+    tried = (refinement.merge_px,) if merge_px is None else merge_px
     merges = tuple(None if value is None else float(value) for value in tried)
-    borders = (mending.restore_border,) if restore_border is None else tuple(restore_border)
-    mendings = [[replace(mending, merge_px=value, restore_border=restored) for restored in borders] for value in merges]
+    borders = (refinement.restore_border,) if restore_border is None else tuple(restore_border)
+    refinements = [
+        [replace(refinement, merge_px=value, restore_border=restored) for restored in borders] for value in merges
+    ]
 
     def evaluate(distance: np.ndarray, reference: np.ndarray, cells_max: float) -> np.ndarray:
-        return _scored(distance, reference, cells_max, fills, mendings)
+        return _scored(distance, reference, cells_max, fills, refinements)
 
     return search_grid(
         distances,
@@ -315,19 +317,21 @@ def _scored(
     reference: np.ndarray,
     cells_max: float,
     fills: Sequence[float],
-    mendings: Sequence[Sequence[Mending]],
+    refinements: Sequence[Sequence[Refinement]],
 ) -> np.ndarray:
     """Flood once, then cut, mend and score at every fill threshold, none above the peaks'; (f g r sums)."""
-    found = np.full((len(fills), len(mendings), len(mendings[0]), len(Sums._fields)), np.nan)
+    found = np.full((len(fills), len(refinements), len(refinements[0]), len(Sums._fields)), np.nan)
     possible = [(number, fill) for number, fill in enumerate(fills) if fill <= cells_max]
     if not possible:
         return found
     flooded = flood(distance, cells_max=cells_max, lowest_fill=possible[0][1])
     for number, fill in possible:
         plain = cut(flooded, fill)
-        for which, ways in enumerate(mendings):
-            for way, mending in enumerate(ways):
-                table = find_overlaps(reference, mend(plain, flooded.distance, cell_fill=fill, mending=mending))
+        for which, ways in enumerate(refinements):
+            for way, refinement in enumerate(ways):
+                table = find_overlaps(
+                    reference, refine_labels(plain, flooded.distance, cell_fill=fill, refinement=refinement)
+                )
                 found[number, which, way] = sums_of(table)
     return found
 

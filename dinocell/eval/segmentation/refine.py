@@ -57,7 +57,7 @@ def measure_cells(labels: _Array, distance: _Array, num_labels: int) -> CellMeas
     return CellMeasures(*_measure(labels, distance, depth, num_labels))
 
 
-def measure_some(labels: _Array, distance: _Array, which: _Array) -> CellMeasures:
+def measure_selected(labels: _Array, distance: _Array, which: _Array) -> CellMeasures:
     """Measure the labels where ``which``, one entry a label, is True; the others have 0 everywhere.
 
     The same numbers as `measure_cells`: the pixel nearest to a label's inside lies in its bounding box or beside it.
@@ -100,7 +100,7 @@ MERGE_DEPTH = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mending:
+class Refinement:
     """What is done after the flood. `dinocell.eval.segmentation.watershed.distance_to_labels` explains the fields.
 
     Raises
@@ -126,11 +126,15 @@ class Mending:
             raise DinocellError(f"blur_px: expected at least 0 pixels, or None to estimate it, got {self.blur_px}")
 
 
-PLAIN = Mending(merge_px=None, restore_border=False)
+PLAIN = Refinement(merge_px=None, restore_border=False)
 
 
-def mend(
-    labels: Int32[np.ndarray, "h w"], distance: Float32[np.ndarray, "h w"], *, cell_fill: int | float, mending: Mending
+def refine_labels(
+    labels: Int32[np.ndarray, "h w"],
+    distance: Float32[np.ndarray, "h w"],
+    *,
+    cell_fill: int | float,
+    refinement: Refinement,
 ) -> Int32[np.ndarray, "h w"]:
     """Merge, restore borders, drop small cells, and number the rest from 1 without gaps, in the order of their ids.
 
@@ -144,14 +148,16 @@ def mend(
     if labels.shape != distance.shape:
         raise DinocellError(f"labels: expected the shape of the distance map, {distance.shape}, got {labels.shape}")
     num_labels = int(labels.max(initial=0))
-    if num_labels and (mending.merge_px is not None or mending.restore_border):
+    if num_labels and (refinement.merge_px is not None or refinement.restore_border):
         measures = measure_cells(labels, distance, num_labels)
-        if mending.merge_px is not None:
-            ids = merged_ids(labels, distance, measures, merge_px=mending.merge_px, merge_depth=mending.merge_depth)
+        if refinement.merge_px is not None:
+            ids = merged_ids(
+                labels, distance, measures, merge_px=refinement.merge_px, merge_depth=refinement.merge_depth
+            )
             labels, measures = _merge(labels, distance, measures, ids)
-        if mending.restore_border:
-            labels = restore_borders(labels, distance, measures, cell_fill=cell_fill, blur_px=mending.blur_px)
-    return _numbered(labels, mending.min_area_px)
+        if refinement.restore_border:
+            labels = refine_boundaries(labels, distance, measures, cell_fill=cell_fill, blur_px=refinement.blur_px)
+    return _numbered(labels, refinement.min_area_px)
 
 
 def _merge(labels: _Array, distance: _Array, measures: CellMeasures, ids: _Array) -> tuple[_Array, CellMeasures]:
@@ -160,7 +166,7 @@ def _merge(labels: _Array, distance: _Array, measures: CellMeasures, ids: _Array
     if not is_merged.any():
         return labels, measures
     labels = ids[labels]
-    merged = measure_some(labels, distance, is_merged)
+    merged = measure_selected(labels, distance, is_merged)
     return labels, CellMeasures(
         radius_px=np.where(is_merged, merged.radius_px, measures.radius_px),
         middle=np.where(is_merged, merged.middle, measures.middle),
@@ -256,7 +262,7 @@ _STEEP = np.linspace(-6, 6, 2401)
 _RAMP = _STEEP * ndtr(_STEEP) + np.exp(-(_STEEP**2) / 2) / math.sqrt(2 * math.pi)
 
 
-def restore_borders(
+def refine_boundaries(
     labels: _Array, distance: _Array, measures: CellMeasures, *, cell_fill: int | float, blur_px: int | float | None
 ) -> _Array:
     """Move each label's border from where the map crosses ``cell_fill`` to where the cell ends.

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int32
 from scipy import ndimage
 
 from dinocell.errors import DinocellError
-from dinocell.eval.segmentation.refine import MERGE_DEPTH, MERGE_PX, Mending, mend
+from dinocell.eval.segmentation.refine import MERGE_DEPTH, MERGE_PX, Refinement, refine_labels
 from dinocell.runtime.jit import compiled, inlined
 
 # SAMCell's defaults, found on its own held-out images.
@@ -101,7 +101,7 @@ def distance_to_labels(
         outside [0, 1], or an option is out of its range.
     """
     cells_max, cell_fill = checked_thresholds(cells_max, cell_fill)
-    mending = Mending(
+    refinement = Refinement(
         min_area_px=min_area_px,
         merge_px=merge_px,
         merge_depth=merge_depth,
@@ -110,7 +110,7 @@ def distance_to_labels(
     )
     distance = _checked_map(distance)
     labels = _library_flood(distance, cells_max, cell_fill) if exact else _flood(distance, cells_max, cell_fill).labels
-    return mend(labels, distance, cell_fill=cell_fill, mending=mending)
+    return refine_labels(labels, distance, cell_fill=cell_fill, refinement=refinement)
 
 
 def flood(distance: Float[np.ndarray, "h w"], *, cells_max: int | float, lowest_fill: int | float) -> Flooded:
