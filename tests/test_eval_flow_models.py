@@ -169,9 +169,9 @@ def test_the_segment_command_takes_such_a_model(file: Path, tmp_path: Path, caps
     np.testing.assert_array_equal(labels, flows_to_labels(flows, probability=0.3, flow_error=4))
     capsys.readouterr()
     assert main([*words, "--save-dist-map"]) == 2
-    assert "probability 0.3, flow error 4, stride 192, not by model" in capsys.readouterr().err
+    assert "probability 0.3, flow error 4, stride 192, not with model" in capsys.readouterr().err
     assert main([*words, "--save-dist-map", "--flow-error", "4", "--probability", "0.3"]) == 0
-    assert "there already" in capsys.readouterr().out
+    assert "skipped" in capsys.readouterr().out
     assert main([*words, "--cells-max", "0.4"]) == 2
     assert "cells_max: this segmenter is one of target flows" in capsys.readouterr().err
 
