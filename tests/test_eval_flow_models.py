@@ -91,9 +91,7 @@ def test_thresholds_are_the_models_unless_told_otherwise(knowing: DINOCell, monk
     assert pipeline_of(knowing, monkeypatch).run(PICTURE).max() == 0
     pipeline = pipeline_of(knowing, monkeypatch, probability=0.5)
     assert pipeline.run(PICTURE).max() > 5
-    [[none], [all_cells]] = pipeline.run_batch_thresholds([PICTURE], [(0.995, 4.0), (0.5, 4.0)])
-    assert none.max() == 0
-    assert all_cells.max() > 5
+    assert pipeline.cells(pipeline.maps(PICTURE), probability=0.995, flow_error=4.0).max() == 0
 
 
 def test_thresholds_of_the_other_target_are_refused(model: DINOCell) -> None:

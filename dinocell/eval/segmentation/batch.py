@@ -286,7 +286,7 @@ def _source(file: Path, output: Path) -> Record:
 def _is_source(record: Record, file: Path, output: Path, content_hash: Callable[[Path], str]) -> bool:
     """Return whether a record is of this image: the same unchanged file, or another one with the same content."""
     if "sha256" not in record:  # by an older version, which recorded the path alone
-        recorded = output / record["file"]
+        recorded = output / str(record["file"])
         return recorded.exists() and recorded.samefile(file)
     return _source(file, output).items() <= record.items() or content_hash(file) == str(record["sha256"])
 
