@@ -40,17 +40,16 @@ def coco_image(labels: Integer[np.ndarray, "h w"], *, file_name: str, frame: int
     ids, runs = _run_lengths(labels)
     masks = coco_mask.frPyObjects(runs, height, width) if runs else []
     boxes = np.asarray(coco_mask.toBbox(masks) if runs else [], np.int64).tolist()
-    areas = np.asarray(coco_mask.area(masks) if runs else [], np.int64).tolist()
     annotations = tuple(
         {
             "category_id": _CATEGORY["id"],
             "iscrowd": 0,
             "bbox": box,
-            "area": area,
+            "area": sum(run["counts"][1::2]),
             "segmentation": {"size": [height, width], "counts": mask["counts"].decode("ascii")},
             "cell": label,
         }
-        for label, box, area, mask in zip(ids.tolist(), boxes, areas, masks, strict=True)
+        for label, box, run, mask in zip(ids.tolist(), boxes, runs, masks, strict=True)
     )
     return CocoImage(image=image, annotations=annotations)
 
