@@ -146,13 +146,13 @@ def _cost(tasks: "list[ImageTask]", pipeline: "DINOCellPipeline", options: "Segm
 
     for task in tasks:
         with suppress(ImageError):
-            picture = next(read_stack(task.file)) if options.frames else read_image(task.file)
+            image = next(read_stack(task.file)) if options.frames else read_image(task.file)
             break
     else:
         return "; none of them can be read" if tasks else ""
-    plane = picture.plane(options.channel)
+    plane = image.plane(options.channel)
     crop = plane[:_TIMED_PX, :_TIMED_PX]
-    size = picture.pixel_size_um if options.pixel_size_um is None else options.pixel_size_um
+    size = image.pixel_size_um if options.pixel_size_um is None else options.pixel_size_um
     for _ in range(2):  # the first run compiles, and allocates the network's memory
         start = perf_counter()
         pipeline.run(crop, pixel_size_um=size)

@@ -72,13 +72,13 @@ class CellTable:
 def measure_table(labels: Integer[np.ndarray, "h w"], channels: Sequence[Shaped[np.ndarray, "h w"]] = ()) -> CellTable:
     """Measure every cell, and its intensities in each channel (bool, any integer or any float type)."""
     relabelled, _, ids_of = relabel_sequential(labels)  # type: ignore[no-untyped-call]
-    numbers = np.ascontiguousarray(relabelled, np.int32)
+    cells = np.ascontiguousarray(relabelled, np.int32)
     ids = np.asarray(ids_of, np.int64)  # ids[0] is 0, the background
-    area, box, sums = _sweep(numbers, len(ids))
+    area, box, sums = _sweep(cells, len(ids))
     # The rows of all cells in one array: those of cell k are rows[k] to rows[k + 1].
     rows = np.zeros(len(ids) + 1, np.int64)
     np.cumsum(box[:, 2] - box[:, 0], out=rows[1:])
-    perimeter, ends, pairs = _border_sweep(numbers, box, rows)
+    perimeter, ends, pairs = _border_sweep(cells, box, rows)
     pairs = np.unique(pairs)
     neighbours = np.bincount(pairs // len(ids), minlength=len(ids)) + np.bincount(pairs % len(ids), minlength=len(ids))
     axes = _axes(area[1:], sums[1:])
@@ -94,7 +94,7 @@ def measure_table(labels: Integer[np.ndarray, "h w"], channels: Sequence[Shaped[
         orientation=axes[3],
         solidity=area[1:] / hull_areas(ends, rows)[1:],
         num_neighbours=neighbours[1:],
-        intensities=tuple(_intensities_of(numbers, area, channel) for channel in channels),
+        intensities=tuple(_intensities_of(cells, area, channel) for channel in channels),
     )
 
 
@@ -114,152 +114,152 @@ def _axes(area: _Ints, sums: _Ints) -> tuple[_Floats, _Floats, _Floats, _Floats]
     return 4 * np.sqrt(np.clip(large, 0, None)), 4 * np.sqrt(small), eccentricity, orientation
 
 
-def _intensities_of(numbers: _Cells, area: _Ints, channel: Shaped[np.ndarray, "h w"]) -> Intensities:
+def _intensities_of(cells: _Cells, area: _Ints, channel: Shaped[np.ndarray, "h w"]) -> Intensities:
     if channel.dtype == np.bool_:
         channel = channel.view(np.uint8)
     elif channel.dtype not in (np.uint8, np.uint16, np.float32):
         channel = channel.astype(np.float64)
-    mean, minimum, maximum, std = _intensities(numbers, area, np.ascontiguousarray(channel))
+    mean, minimum, maximum, std = _intensities(cells, area, np.ascontiguousarray(channel))
     return Intensities(mean=mean[1:], minimum=minimum[1:], maximum=maximum[1:], std=std[1:])
 
 
 @compiled
-def _sweep(numbers: _Cells, num: int) -> tuple[_Ints, _Ints, _Ints]:
+def _sweep(cells: _Cells, num_cells: int) -> tuple[_Ints, _Ints, _Ints]:
     """Return areas, boxes, and the sums of r, c, rr, cc and rc, relative to the corner of each box."""
-    height, width = numbers.shape
-    area = np.zeros(num, np.int64)
-    box = np.zeros((num, 4), np.int64)
+    height, width = cells.shape
+    area = np.zeros(num_cells, np.int64)
+    box = np.zeros((num_cells, 4), np.int64)
     for row in range(height):
         for column in range(width):
-            number = numbers[row, column]
-            if number == 0:
+            cell = cells[row, column]
+            if cell == 0:
                 continue
-            if area[number] == 0:
-                box[number, 0], box[number, 1] = row, column
-            area[number] += 1
-            box[number, 1] = min(box[number, 1], column)
-            box[number, 2] = row + 1
-            box[number, 3] = max(box[number, 3], column + 1)
-    sums = np.zeros((num, 5), np.int64)
+            if area[cell] == 0:
+                box[cell, 0], box[cell, 1] = row, column
+            area[cell] += 1
+            box[cell, 1] = min(box[cell, 1], column)
+            box[cell, 2] = row + 1
+            box[cell, 3] = max(box[cell, 3], column + 1)
+    sums = np.zeros((num_cells, 5), np.int64)
     for row in range(height):
         for column in range(width):
-            number = numbers[row, column]
-            if number > 0:
-                r, c = row - box[number, 0], column - box[number, 1]
-                sums[number, 0] += r
-                sums[number, 1] += c
-                sums[number, 2] += r * r
-                sums[number, 3] += c * c
-                sums[number, 4] += r * c
+            cell = cells[row, column]
+            if cell > 0:
+                r, c = row - box[cell, 0], column - box[cell, 1]
+                sums[cell, 0] += r
+                sums[cell, 1] += c
+                sums[cell, 2] += r * r
+                sums[cell, 3] += c * c
+                sums[cell, 4] += r * c
     return area, box, sums
 
 
 @compiled
-def _is_border(numbers: _Cells, row: int, column: int, number: int) -> bool:
+def _is_border(cells: _Cells, row: int, column: int, cell: int) -> bool:
     """Return whether a pixel belongs to the cell, and one of its 4 neighbours does not."""
-    height, width = numbers.shape
-    if row < 0 or column < 0 or row >= height or column >= width or numbers[row, column] != number:
+    height, width = cells.shape
+    if row < 0 or column < 0 or row >= height or column >= width or cells[row, column] != cell:
         return False
     return bool(
         row == 0
         or column == 0
         or row == height - 1
         or column == width - 1
-        or numbers[row - 1, column] != number
-        or numbers[row + 1, column] != number
-        or numbers[row, column - 1] != number
-        or numbers[row, column + 1] != number
+        or cells[row - 1, column] != cell
+        or cells[row + 1, column] != cell
+        or cells[row, column - 1] != cell
+        or cells[row, column + 1] != cell
     )
 
 
 @compiled
-def _border_sweep(numbers: _Cells, box: _Ints, rows: _Ints) -> tuple[_Floats, _Ints, _Ints]:
+def _border_sweep(cells: _Cells, box: _Ints, rows: _Ints) -> tuple[_Floats, _Ints, _Ints]:
     """Return perimeters, the first and last column of each row of each cell, and pairs of cells that touch.
 
     A border pixel has weight 1, sqrt(2) or (1 + sqrt(2)) / 2, depending on the number of border pixels among its 4
     neighbours and at its corners (Benkrid and Crookes, "Design and FPGA implementation of a perimeter estimator",
     2000).
     """
-    height, width = numbers.shape
-    num = len(box)
-    perimeter = np.zeros(num, np.float64)
+    height, width = cells.shape
+    num_cells = len(box)
+    perimeter = np.zeros(num_cells, np.float64)
     ends = np.full((rows[-1], 2), -1, np.int64)
     pairs = np.empty(1024, np.int64)
     num_pairs = 0
-    last = np.zeros(num, np.int64)
+    last = np.zeros(num_cells, np.int64)
     for row in range(height):
         for column in range(width):
-            number = numbers[row, column]
-            if number == 0:
+            cell = cells[row, column]
+            if cell == 0:
                 continue
-            place = rows[number] + row - box[number, 0]
+            place = rows[cell] + row - box[cell, 0]
             if ends[place, 0] < 0:
                 ends[place, 0] = column
             ends[place, 1] = column
-            if not _is_border(numbers, row, column, number):
+            if not _is_border(cells, row, column, cell):
                 continue  # another cell that touches it by a corner also touches one of its neighbours by a side
             sides = corners = 0
             for step in (-1, 1):
-                sides += _is_border(numbers, row + step, column, number)
-                sides += _is_border(numbers, row, column + step, number)
-                corners += _is_border(numbers, row + step, column - 1, number)
-                corners += _is_border(numbers, row + step, column + 1, number)
+                sides += _is_border(cells, row + step, column, cell)
+                sides += _is_border(cells, row, column + step, cell)
+                corners += _is_border(cells, row + step, column - 1, cell)
+                corners += _is_border(cells, row + step, column + 1, cell)
             if 2 <= sides <= 3 and corners <= 2:
-                perimeter[number] += 1
+                perimeter[cell] += 1
             elif (sides == 0 and corners == 2) or (sides == 1 and corners == 3):
-                perimeter[number] += _SQRT2
+                perimeter[cell] += _SQRT2
             elif sides == 1 and 1 <= corners <= 2:
-                perimeter[number] += (1 + _SQRT2) / 2
+                perimeter[cell] += (1 + _SQRT2) / 2
             # Every pair of cells once, from the smaller id; repeats of the last partner are skipped at once.
             for down in range(-1, 2):
                 for right in range(-1, 2):
                     other_row, other_column = row + down, column + right
                     if other_row < 0 or other_column < 0 or other_row >= height or other_column >= width:
                         continue
-                    other = numbers[other_row, other_column]
-                    if other <= number or last[number] == other:
+                    other = cells[other_row, other_column]
+                    if other <= cell or last[cell] == other:
                         continue
-                    last[number] = other
+                    last[cell] = other
                     if num_pairs == len(pairs):
                         larger = np.empty(2 * num_pairs, np.int64)
                         larger[:num_pairs] = pairs
                         pairs = larger
-                    pairs[num_pairs] = number * np.int64(num) + other
+                    pairs[num_pairs] = cell * np.int64(num_cells) + other
                     num_pairs += 1
     return perimeter, ends, pairs[:num_pairs]
 
 
 @compiled
 def _intensities(
-    numbers: _Cells, area: _Ints, channel: Shaped[np.ndarray, "h w"]
+    cells: _Cells, area: _Ints, channel: Shaped[np.ndarray, "h w"]
 ) -> tuple[_Floats, _Floats, _Floats, _Floats]:
     """Return mean, minimum, maximum and standard deviation; 0 for missing cells."""
-    height, width = numbers.shape
-    num = len(area)
-    mean, std = np.zeros(num, np.float64), np.zeros(num, np.float64)
-    minimum, maximum = np.zeros(num, np.float64), np.zeros(num, np.float64)
-    is_seen = np.zeros(num, np.bool_)
+    height, width = cells.shape
+    num_cells = len(area)
+    mean, std = np.zeros(num_cells, np.float64), np.zeros(num_cells, np.float64)
+    minimum, maximum = np.zeros(num_cells, np.float64), np.zeros(num_cells, np.float64)
+    is_seen = np.zeros(num_cells, np.bool_)
     for row in range(height):
         for column in range(width):
-            number = numbers[row, column]
-            if number > 0:
+            cell = cells[row, column]
+            if cell > 0:
                 value = np.float64(channel[row, column])
-                if not is_seen[number]:
-                    is_seen[number] = True
-                    minimum[number] = maximum[number] = value
-                mean[number] += value
-                minimum[number] = min(minimum[number], value)
-                maximum[number] = max(maximum[number], value)
+                if not is_seen[cell]:
+                    is_seen[cell] = True
+                    minimum[cell] = maximum[cell] = value
+                mean[cell] += value
+                minimum[cell] = min(minimum[cell], value)
+                maximum[cell] = max(maximum[cell], value)
     # A second sweep for the squares: exact where the mean is large against the deviation.
-    for number in range(1, num):
-        mean[number] /= area[number]
+    for cell in range(1, num_cells):
+        mean[cell] /= area[cell]
     for row in range(height):
         for column in range(width):
-            number = numbers[row, column]
-            if number > 0:
-                std[number] += (np.float64(channel[row, column]) - mean[number]) ** 2
-    for number in range(1, num):
-        std[number] = np.sqrt(std[number] / area[number])
+            cell = cells[row, column]
+            if cell > 0:
+                std[cell] += (np.float64(channel[row, column]) - mean[cell]) ** 2
+    for cell in range(1, num_cells):
+        std[cell] = np.sqrt(std[cell] / area[cell])
     return mean, minimum, maximum, std
 
 
@@ -274,11 +274,11 @@ def hull_areas(ends: _Ints, rows: _Ints) -> _Ints:
 
     Coordinates are half pixels, hence integers: row i is at y = 2 i, and a pixel extends by one to every side.
     """
-    num = len(rows) - 1
-    areas = np.zeros(num, np.int64)
-    for number in range(num):
-        first = rows[number]
-        height = rows[number + 1] - first
+    num_cells = len(rows) - 1
+    areas = np.zeros(num_cells, np.int64)
+    for cell in range(num_cells):
+        first = rows[cell]
+        height = rows[cell + 1] - first
         if height == 0:
             continue
         left, left_size = _chain(ends[first : first + height], 0)
@@ -294,7 +294,7 @@ def hull_areas(ends: _Ints, rows: _Ints) -> _Ints:
             x, span = _crossing(left, at_left, y)
             begin = -((-x) // (2 * span))
             x, span = _crossing(right, at_right, y)
-            areas[number] += x // (2 * span) - begin + 1
+            areas[cell] += x // (2 * span) - begin + 1
     return areas
 
 

@@ -27,7 +27,7 @@ from dinocell.eval.export.outlines import trace_cells
 from dinocell.eval.metrics.ctc_files import check_ids, write_mask
 from dinocell.eval.segmentation.jobs import COCO, SUMMARY, ImageTask, SegmentOptions
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, FlowSegmentation, Segmentation
-from dinocell.images.image import Picture
+from dinocell.images.item import Picture
 from dinocell.images.read import read_image, read_stack
 from dinocell.images.write import write_labels
 from dinocell.runtime.files import folder_lock, replacing
@@ -117,14 +117,14 @@ class _Batch:
         writing: deque[Future[None]] = deque()
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
             coming = reader.submit(next, images, None)
-            while (image := coming.result()) is not None:
+            while (item := coming.result()) is not None:
                 coming = reader.submit(next, images, None)
-                task, picture, source = image
+                task, image, source = item
                 try:
-                    if isinstance(picture, ImageError):
-                        raise picture
-                    result = self._predict(task, picture)
-                    writing.append(writer.submit(self._write, task, picture, result, source))
+                    if isinstance(image, ImageError):
+                        raise image
+                    result = self._predict(task, image)
+                    writing.append(writer.submit(self._write, task, image, result, source))
                 except ImageError as error:
                     writing.append(writer.submit(self._report_failure, task, error))
                 while len(writing) > _MAX_WAITING:
@@ -152,47 +152,47 @@ class _Batch:
             error = ImageError(f"{file}: has fewer frames than before")
             try:
                 source = _source(file, self.options.output) | {"sha256": _content_hash(file)}
-                for frame, picture in enumerate(read_stack(file) if self.options.frames else [read_image(file)]):
+                for frame, image in enumerate(read_stack(file) if self.options.frames else [read_image(file)]):
                     if waiting[0].frame in (None, frame):
-                        yield waiting.popleft(), picture, source
+                        yield waiting.popleft(), image, source
                     if not waiting:
                         break
             except StackError:
                 error = ImageError(
-                    f"{file}: several frames (time, depth or pages); add --frames to segment each of them"
+                    f"{file}: several frames (time, depth or pages); add --frames to segment all of them"
                 )
             except (ImageError, OSError) as reason:
                 error = reason if isinstance(reason, ImageError) else ImageError(f"{file}: cannot be read ({reason})")
             for task in waiting:
                 yield task, error, {}
 
-    def _predict(self, task: ImageTask, picture: Picture) -> _Result:
+    def _predict(self, task: ImageTask, image: Picture) -> _Result:
         result = self.pipeline.run(
-            picture.plane(self.options.channel),
+            image.plane(self.options.channel),
             return_dist_map=True,
-            pixel_size_um=self._pixel_size_um(picture),
+            pixel_size_um=self._pixel_size_um(image),
             progress=functools.partial(self._report_tiles, task),
         )
         if self.options.save_ctc:
             check_ids(result.labels, task.paths["save_ctc"])
         return result
 
-    def _write(self, task: ImageTask, picture: Picture, result: _Result, source: Record) -> None:
-        paths, (labels, maps), size = task.paths, result, self._pixel_size_um(picture)
+    def _write(self, task: ImageTask, image: Picture, result: _Result, source: Record) -> None:
+        paths, (labels, maps), size = task.paths, result, self._pixel_size_um(image)
         num_cells = int(labels.max())
         record = {"image": task.name, "cells": num_cells, "covered_share": float((labels > 0).mean())}
         with _output_errors(self.options.output):
             # Labels mean that all files are complete: those of an earlier run must not vouch for a mixture.
             paths["labels"].unlink(missing_ok=True)
             if "csv" in paths:
-                grey = picture.grey()
+                grey = image.grey()
                 writers.write_cells(
                     paths["csv"], labels, grey.pixels, channel_names=grey.channel_names, pixel_size_um=size
                 )
             if "save_dist_map" in paths:
                 writers.write_maps(paths["save_dist_map"], maps, pixel_size_um=size)
             if "save_viz" in paths:
-                writers.write_overlay(paths["save_viz"], picture.plane(self.options.channel), labels)
+                writers.write_overlay(paths["save_viz"], image.plane(self.options.channel), labels)
             if "save_outlines" in paths:
                 writers.write_outlines(paths["save_outlines"], labels)
             outlines = trace_cells(labels) if {"save_geojson", "save_rois"} & paths.keys() else []
@@ -210,8 +210,8 @@ class _Batch:
             write_labels(paths["labels"], labels, pixel_size_um=size)
         self._report(f"{task.title}: {num_cells} cells")
 
-    def _pixel_size_um(self, picture: Picture) -> float | None:
-        return picture.pixel_size_um if self.options.pixel_size_um is None else self.options.pixel_size_um
+    def _pixel_size_um(self, image: Picture) -> float | None:
+        return image.pixel_size_um if self.options.pixel_size_um is None else self.options.pixel_size_um
 
     def _report_failure(self, task: ImageTask, error: ImageError) -> None:
         text = str(error) if str(task.file) in str(error) else f"{task.title}: {error}"

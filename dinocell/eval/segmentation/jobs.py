@@ -41,7 +41,7 @@ class SegmentOptions:
 class ImageTask:
     """One image, or one frame of a stack, and its result files.
 
-    ``name`` begins the names of the results; ``paths`` are by product, the labels last (key ``labels``).
+    ``name`` begins the names of the results; ``paths`` are by product, with the labels last (key ``labels``).
     """
 
     file: Path
