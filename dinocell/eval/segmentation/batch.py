@@ -27,7 +27,7 @@ from dinocell.eval.export.outlines import trace_cells
 from dinocell.eval.metrics.ctc_files import check_ids, write_mask
 from dinocell.eval.segmentation.jobs import COCO, SUMMARY, ImageTask, SegmentOptions
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, FlowSegmentation, Segmentation
-from dinocell.images.item import Picture
+from dinocell.images.image import Picture
 from dinocell.images.read import read_image, read_stack
 from dinocell.images.write import write_labels
 from dinocell.runtime.files import folder_lock, replacing
