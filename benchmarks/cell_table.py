@@ -102,7 +102,7 @@ def check_equal(ours: CellTable, table: dict[str, np.ndarray]) -> None:
     # The same axis after half a turn, as rounding decides.
     np.testing.assert_allclose(np.sin(ours.orientation - table["orientation"]), 0, atol=1e-6)
     for number, levels in enumerate(ours.intensities):
-        for name, values in zip(LEVELS, (levels.mean, levels.lowest, levels.highest, levels.deviation), strict=True):
+        for name, values in zip(LEVELS, (levels.mean, levels.minimum, levels.maximum, levels.std), strict=True):
             np.testing.assert_allclose(values, table[f"{name}-{number}"])
 
 

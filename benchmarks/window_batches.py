@@ -3,8 +3,8 @@
     python benchmarks/window_batches.py           # writes results/window_batches.md
     python benchmarks/window_batches.py --quick   # the smallest network, 2 rounds; writes nothing
 
-A small image has few windows (one up to 192 px of height and width, four up to 384), so `DINOCellPipeline.run_batch`,
-which takes one image after the other, gives the network batches of one or of four. What batches across images could
+A small image has few windows (one up to 192 px of height and width, four up to 384), so segmenting
+one image after the other gives the network batches of one or of four. What batches across images could
 save is what the network needs more for eight windows in such batches than in one of eight.
 """
 

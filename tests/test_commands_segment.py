@@ -1,4 +1,4 @@
-"""``dinocell segment`` as its user types it."""
+"""The command line of ``dinocell segment``: inputs, options, and what is refused before any work."""
 
 import csv
 import re
@@ -35,7 +35,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_output_comes_from_one_call_and_fits_the_others(images: Path, model: str, tmp_path: Path) -> None:
+def test_one_call_writes_labels_map_overlay_and_table_that_agree(images: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert segment(images, "--model", model, "--output", out, "--csv", "--save-viz", "--save-dist-map") == 0
     labels = tifffile.imread(out / "a_labels.tif")
@@ -53,16 +53,16 @@ def test_every_output_comes_from_one_call_and_fits_the_others(images: Path, mode
     for number, plane in enumerate(read_image(images / "a.ome.tif").pixels):
         means = np.bincount(labels.ravel(), plane.ravel())[1:] / np.bincount(labels.ravel())[1:]
         np.testing.assert_allclose([float(row[f"mean_intensity_{number}"]) for row in rows], means, rtol=1e-6)
-    picture = np.asarray(Image.open(out / "a_overlay.png"))
-    assert picture.shape == (96, 130, 3)
-    coloured = picture[..., 0] != picture[..., 2]
+    overlay = np.asarray(Image.open(out / "a_overlay.png"))
+    assert overlay.shape == (96, 130, 3)
+    coloured = overlay[..., 0] != overlay[..., 2]
     assert (labels[coloured] > 0).all()
     with (out / "summary.csv").open(encoding="utf-8") as file:
         summary = {row["image"]: int(row["cells"]) for row in csv.DictReader(file)}
     assert summary == {"a": labels.max(), "zwei größen": tifffile.imread(out / "zwei größen_labels.tif").max()}
 
 
-def test_what_is_there_is_not_computed_again_unless_asked(images: Path, model: str, tmp_path: Path) -> None:
+def test_existing_results_are_skipped_unless_overwritten(images: Path, model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = (images / "a.ome.tif", "--model", model, "--output", out)
     assert segment(*line) == 0
@@ -73,7 +73,7 @@ def test_what_is_there_is_not_computed_again_unless_asked(images: Path, model: s
     assert tifffile.imread(out / "a_labels.tif").shape == (96, 130)
 
 
-def test_one_bad_file_is_named_and_the_others_are_done(
+def test_a_damaged_file_is_reported_and_the_others_are_segmented(
     images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "broken.tif").write_bytes((images / "a.ome.tif").read_bytes()[:900])
@@ -83,7 +83,7 @@ def test_one_bad_file_is_named_and_the_others_are_done(
     assert not (tmp_path / "out" / "broken_labels.tif").exists()
 
 
-def test_names_that_collide_are_refused_before_anything_is_done(images: Path, model: str, tmp_path: Path) -> None:
+def test_two_files_of_one_name_are_refused_before_any_work(images: Path, model: str, tmp_path: Path) -> None:
     (images / "sub" / "a.png").write_bytes((images / "sub" / "zwei größen.png").read_bytes())
     assert segment(images, "--model", model, "--output", tmp_path / "out") == 2
     assert not (tmp_path / "out").exists()
@@ -107,15 +107,17 @@ def test_frames_of_a_stack_are_segmented_on_request(model: str, tmp_path: Path) 
     assert sorted(path.name for path in out.glob("*_labels.tif")) == [f"film_f{n:04d}_labels.tif" for n in range(3)]
 
 
-def test_a_stack_without_frames_says_which_option_is_meant(
+def test_a_stack_without_frames_option_names_that_option(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tifffile.imwrite(tmp_path / "film; 2.tif", np.zeros((3, 40, 40), np.uint8), imagej=True, metadata={"axes": "TYX"})
     assert segment(tmp_path / "film; 2.tif", "--model", model, "--output", tmp_path / "out") == 1
-    assert "film; 2.tif: several frames (time, depth or pages); add --frames to segment each" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "film; 2.tif: " in out
+    assert "--frames" in out
 
 
-def test_a_dry_run_lists_and_writes_nothing(
+def test_a_dry_run_lists_results_and_writes_nothing(
     images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = (images, "--model", model, "--output", tmp_path / "out", "--dry-run", "--save-rois", "--save-coco")
@@ -138,11 +140,12 @@ def test_a_dry_run_lists_and_writes_nothing(
 
 
 @pytest.mark.parametrize("words", [("nothing/*.tif",), ("missing.tif",)])
-def test_an_input_that_means_nothing_is_one_line(
+def test_an_input_without_images_is_named_in_one_line(
     words: tuple[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert segment(*words, "--model", model, "--output", tmp_path / "out") == 2
-    assert "no image there" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words[0] in line
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_an_option_out_of_range_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_backbone_is_no_segmenter(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backbone_as_model_is_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"teacher": {"backbone.cls_token": torch.zeros(1, 1, 4)}}, tmp_path / "teacher.pth")
     assert segment(images, "--model", tmp_path / "teacher.pth", "--output", tmp_path / "out") == 2
     assert "'dinocell finetune' makes a segmenter of a backbone" in capsys.readouterr().err
@@ -186,7 +189,7 @@ def test_the_table_of_cells_names_units_and_channels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["@", "--list"])
-def test_a_list_names_files_folders_and_patterns(
+def test_a_list_holds_files_folders_and_patterns(
     how: str,
     images: Path,
     model: str,
@@ -204,58 +207,63 @@ def test_a_list_names_files_folders_and_patterns(
     assert "2 images" in shown
 
 
-def found_in(folder: Path, *inputs: object, without: Path) -> list[str]:
+def images_in(folder: Path, *inputs: object, without: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in find_images([*map(str, inputs)], without=without)]
 
 
-def test_a_folder_is_searched_through_its_links_but_not_where_files_are_hidden(tmp_path: Path) -> None:
+def test_folders_are_searched_through_links_but_hidden_files_and_results_are_skipped(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     for path in (folder / ".ipynb_checkpoints" / "a.tif", folder / "._a.tif", folder / "a.tif", elsewhere / "b.tif"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    for name in ("notes.txt", "a_seg.npy"):  # the latter is Cellpose's, and no picture
+    for name in ("notes.txt", "a_seg.npy"):  # the latter is Cellpose's, and no image
         (folder / name).touch()
     (folder / "plate").symlink_to(elsewhere)
     (elsewhere / "round").symlink_to(folder)
     results = folder / "results"
-    assert found_in(folder, folder, without=results) == ["a.tif", "plate/b.tif"]
+    assert images_in(folder, folder, without=results) == ["a.tif", "plate/b.tif"]
     for each in (folder, results):
         (each / "c_labels.tif").parent.mkdir(exist_ok=True)
         (each / "c_labels.tif").touch()
-    assert found_in(folder, folder, without=results) == ["a.tif", "c_labels.tif", "plate/b.tif"]
-    assert found_in(folder, f"{folder}/**/*.tif", without=results) == ["a.tif", "c_labels.tif"]
+    assert images_in(folder, folder, without=results) == ["a.tif", "c_labels.tif", "plate/b.tif"]
+    assert images_in(folder, f"{folder}/**/*.tif", without=results) == ["a.tif", "c_labels.tif"]
     (elsewhere / "round").unlink()
-    assert found_in(folder, f"{folder}/pl*", without=results) == ["plate/b.tif"]
-    assert found_in(folder, f"{results}/*.tif", without=results) == ["results/c_labels.tif"]
-    assert found_in(folder, f"{folder}/.ipy*/*.tif", without=results) == [".ipynb_checkpoints/a.tif"]
+    assert images_in(folder, f"{folder}/pl*", without=results) == ["plate/b.tif"]
+    assert images_in(folder, f"{results}/*.tif", without=results) == ["results/c_labels.tif"]
+    assert images_in(folder, f"{folder}/.ipy*/*.tif", without=results) == [".ipynb_checkpoints/a.tif"]
     (results / "chosen").mkdir()
     (results / "chosen" / "d.tif").touch()
-    assert found_in(folder, results / "chosen", without=results) == ["results/chosen/d.tif"]
+    assert images_in(folder, results / "chosen", without=results) == ["results/chosen/d.tif"]
 
 
-def test_an_image_that_is_named_twice_is_segmented_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_given_twice_is_segmented_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.tif").touch()
     monkeypatch.chdir(tmp_path)
     assert find_images(["a.tif", str(tmp_path), f"{tmp_path}/*.tif"], without=tmp_path / "out") == [Path("a.tif")]
 
 
-def test_results_beside_the_images_are_neither_segmented_nor_written_over_images(
+def test_results_next_to_the_images_are_neither_segmented_nor_overwrite_images(
     images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert segment(images, "--model", model, "--output", images) == 2
-    assert f"{images}: is where the results go, too" in capsys.readouterr().err
+    assert f"results folder {images}" in capsys.readouterr().err
     file = images / "a.ome.tif"
     assert segment(file, "--model", model, "--output", images) == 0
     assert segment(*sorted(images.glob("*.tif")), "--model", model, "--output", images, "--overwrite") == 2
-    assert "a_labels.tif: is given as an image, and results of" in capsys.readouterr().err
-    assert sorted(path.name for path in images.glob("*.*")) == ["a.ome.tif", "a_labels.tif", "summary.csv"]
+    assert "a_labels.tif: is given as an image" in capsys.readouterr().err
+    assert sorted(path.name for path in images.glob("*.*")) == [
+        "a.ome.tif",
+        "a_labels.tif",
+        "summary.csv",
+        "summary.jsonl",
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("n" * 249, "too long for those of its results"), ("zelle\udcf6", r"zelle\xf6_labels.tif is not")],
+    [("n" * 249, "too long"), ("zelle\udcf6", r"zelle\xf6_labels.tif")],
 )
-def test_a_name_that_results_cannot_have_is_refused_before_anything_is_done(
+def test_a_name_that_results_cannot_have_is_refused_before_any_work(
     name: str, said: str, images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "a.ome.tif").rename(tmp_path / f"{name}.tif")
@@ -268,7 +276,7 @@ def test_a_name_that_results_cannot_have_is_refused_before_anything_is_done(
     ("content", "said"),
     [(None, "cannot be read"), (b"# nothing\n", "is empty"), (b"II*\x00\xff\xfe", "is it an image?")],
 )
-def test_a_list_that_is_none_is_one_line(
+def test_a_list_that_cannot_be_used_is_named_in_one_line(
     content: bytes | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:

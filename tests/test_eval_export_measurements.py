@@ -1,4 +1,4 @@
-"""The table of cells says what scikit-image measures, cell by cell."""
+"""The table of cells equals the measurements of scikit-image."""
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ PROPERTIES = (
 )
 
 
-def random_pieces(seed: int) -> np.ndarray:
-    """Cells in pieces, of one pixel, of one line, with holes; some touch the image's edges; ids with gaps."""
+def random_fragments(seed: int) -> np.ndarray:
+    """Cells in fragments, of one pixel, of one line, with holes; some touch the image's edges; ids with gaps."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((60, 70), np.int32)
     for label in range(1, 40):
@@ -41,11 +41,11 @@ def field(seed: int) -> np.ndarray:
     return make_field(seed, SyntheticConfig(size=(256, 300), num_cells=(40, 50), cell_radius_px=14.0)).labels
 
 
-IMAGES = [random_pieces(seed) for seed in range(4)] + [field(0), field(1), field(2) * 70001]
+IMAGES = [random_fragments(seed) for seed in range(4)] + [field(0), field(1), field(2) * 70001]
 
 
 @pytest.mark.parametrize("labels", IMAGES, ids=str)
-def test_everything_is_what_regionprops_measures(labels: np.ndarray) -> None:
+def test_all_measurements_equal_regionprops(labels: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     channels = [rng.integers(0, 60000, labels.shape).astype(np.uint16), rng.normal(0, 1, labels.shape)]
     ours = measure_table(labels, channels)
@@ -61,9 +61,9 @@ def test_everything_is_what_regionprops_measures(labels: np.ndarray) -> None:
     np.testing.assert_array_equal(ours.solidity, theirs["solidity"])
     for number, levels in enumerate(ours.intensities):
         np.testing.assert_allclose(levels.mean, theirs[f"intensity_mean-{number}"])
-        np.testing.assert_array_equal(levels.lowest, theirs[f"intensity_min-{number}"])
-        np.testing.assert_array_equal(levels.highest, theirs[f"intensity_max-{number}"])
-        np.testing.assert_allclose(levels.deviation, theirs[f"intensity_std-{number}"], atol=1e-9)
+        np.testing.assert_array_equal(levels.minimum, theirs[f"intensity_min-{number}"])
+        np.testing.assert_array_equal(levels.maximum, theirs[f"intensity_max-{number}"])
+        np.testing.assert_allclose(levels.std, theirs[f"intensity_std-{number}"], atol=1e-9)
     # A direction is the same after half a turn; a round cell has none.
     long = ours.eccentricity > 1e-3
     turned = np.abs(np.sin(ours.orientation - theirs["orientation"]))[long]
@@ -83,7 +83,7 @@ def brute_neighbours(labels: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("labels", IMAGES, ids=str)
-def test_neighbours_are_the_other_cells_around(labels: np.ndarray) -> None:
+def test_neighbours_equal_a_brute_force_count(labels: np.ndarray) -> None:
     assert measure_table(labels).num_neighbours.tolist() == brute_neighbours(labels)
 
 

@@ -91,9 +91,7 @@ def test_thresholds_are_the_models_unless_told_otherwise(knowing: DINOCell, monk
     assert pipeline_of(knowing, monkeypatch).run(PICTURE).max() == 0
     pipeline = pipeline_of(knowing, monkeypatch, probability=0.5)
     assert pipeline.run(PICTURE).max() > 5
-    [[none], [all_cells]] = pipeline.run_batch_thresholds([PICTURE], [(0.995, 4.0), (0.5, 4.0)])
-    assert none.max() == 0
-    assert all_cells.max() > 5
+    assert pipeline.cells(pipeline.maps(PICTURE), probability=0.995, flow_error=4.0).max() == 0
 
 
 def test_thresholds_of_the_other_target_are_refused(model: DINOCell) -> None:
@@ -169,9 +167,9 @@ def test_the_segment_command_takes_such_a_model(file: Path, tmp_path: Path, caps
     np.testing.assert_array_equal(labels, flows_to_labels(flows, probability=0.3, flow_error=4))
     capsys.readouterr()
     assert main([*words, "--save-dist-map"]) == 2
-    assert "probability 0.3, flow error 4, stride 192, not by model" in capsys.readouterr().err
+    assert "probability 0.3, flow error 4, stride 192, not with model" in capsys.readouterr().err
     assert main([*words, "--save-dist-map", "--flow-error", "4", "--probability", "0.3"]) == 0
-    assert "there already" in capsys.readouterr().out
+    assert "skipped" in capsys.readouterr().out
     assert main([*words, "--cells-max", "0.4"]) == 2
     assert "cells_max: this segmenter is one of target flows" in capsys.readouterr().err
 

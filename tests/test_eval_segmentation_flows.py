@@ -27,7 +27,7 @@ def as_predicted(labels: np.ndarray, seed: int, noise: float = 0.2) -> np.ndarra
 
 
 def reference(flows: np.ndarray, probability: float, flow_error: float, min_area_px: int) -> np.ndarray:
-    """Do the same a pixel at a time, with dictionaries."""
+    """Do the same pixel by pixel, with dictionaries."""
     _, height, width = flows.shape
     is_cell = flows[2] > probability
     field = {(r, c): flows[:2, r, c].astype(float) for r, c in np.argwhere(is_cell).tolist()}
@@ -92,7 +92,7 @@ def reference(flows: np.ndarray, probability: float, flow_error: float, min_area
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("probability", "flow_error", "area"), [(0.5, 0.4, 0), (0.3, 0.3, 40), (0.0, 4.0, 0)])
-def test_labels_are_those_of_the_plain_version(seed: int, probability: float, flow_error: float, area: int) -> None:
+def test_labels_equal_a_plain_reference_version(seed: int, probability: float, flow_error: float, area: int) -> None:
     field = make_field(seed, SyntheticConfig(size=(48, 56), channels=("AGP",), num_cells=(4, 8), cell_radius_px=8.0))
     flows = as_predicted(field.labels, seed)
     found = flows_to_labels(flows, probability=probability, flow_error=flow_error, min_area_px=area)
@@ -107,14 +107,14 @@ def test_perfect_flows_give_back_the_labels() -> None:
     assert score.seg > 0.98
 
 
-def test_touching_cells_stay_apart_and_a_bent_one_in_one_piece() -> None:
+def test_touching_cells_stay_apart_and_a_curved_cell_stays_whole() -> None:
     labels = np.zeros((60, 60), np.int32)
     labels[5:25, 5:25], labels[5:25, 25:45] = 1, 2
     labels[30:56, 5:14], labels[47:56, 5:50] = 3, 3
     np.testing.assert_array_equal(flows_to_labels(labels_to_flows(labels)), labels)
 
 
-def test_holes_belong_to_the_cell_around_them_and_bays_to_nobody() -> None:
+def test_holes_are_filled_and_bays_are_not() -> None:
     rows, columns = np.mgrid[:40, :40]
     disc = np.hypot(rows - 20, columns - 20) < 15
     flows = labels_to_flows(disc.astype(np.int32))
@@ -125,7 +125,7 @@ def test_holes_belong_to_the_cell_around_them_and_bays_to_nobody() -> None:
     assert not flows_to_labels(flows)[20, 30:].any()
 
 
-def test_what_two_cells_enclose_stays_background() -> None:
+def test_background_enclosed_by_two_cells_stays_background() -> None:
     labels = np.zeros((30, 40), np.int32)
     labels[5:25, 5:20], labels[5:25, 20:35] = 1, 2
     labels[13:16, 19:21] = 0
@@ -134,7 +134,7 @@ def test_what_two_cells_enclose_stays_background() -> None:
     assert found.max() == 2
 
 
-def test_a_cell_that_contradicts_its_flows_is_dropped_and_the_others_keep_their_order() -> None:
+def test_a_cell_of_high_flow_error_is_dropped_and_the_others_keep_their_order() -> None:
     labels = np.zeros((30, 80), np.int32)
     for number in range(3):
         labels[5:25, 5 + 25 * number : 25 + 25 * number] = number + 1
@@ -144,7 +144,7 @@ def test_a_cell_that_contradicts_its_flows_is_dropped_and_the_others_keep_their_
     np.testing.assert_array_equal(flows_to_labels(flows), np.where(labels == 2, 0, np.minimum(labels, 2)))
 
 
-def test_small_cells_and_empty_maps_give_nothing() -> None:
+def test_small_cells_are_dropped_and_empty_maps_have_no_cells() -> None:
     masks = find_masks(labels_to_flows(FIELD.labels), probability=0.5)
     areas = np.sort(masks.areas)
     kept = keep(masks, flow_error=4, min_area_px=int(areas[2]) + 1)
@@ -165,15 +165,15 @@ def test_a_million_pixels_take_seconds() -> None:
 @pytest.mark.parametrize(
     ("flows", "options", "message"),
     [
-        (np.zeros((2, 4, 4), np.float32), {}, r"three maps .* got an array of shape \(2, 4, 4\)"),
-        (np.zeros((3, 4, 4), np.int32), {}, "floating point"),
-        (np.zeros((3, 0, 4), np.float32), {}, "at least one pixel"),
-        (np.full((3, 4, 4), np.nan, np.float32), {}, "48 of 48"),
-        (np.zeros((3, 4, 4), np.float32), {"probability": 1.0}, "probability: expected"),
-        (np.zeros((3, 4, 4), np.float32), {"flow_error": 0}, "flow_error: expected"),
-        (np.zeros((3, 4, 4), np.float32), {"min_area_px": -1}, "min_area_px: expected"),
+        (np.zeros((2, 4, 4), np.float32), {}, r"flows: .*\(2, 4, 4\)"),
+        (np.zeros((3, 4, 4), np.int32), {}, "flows: .*int32"),
+        (np.zeros((3, 0, 4), np.float32), {}, r"flows: .*\(3, 0, 4\)"),
+        (np.full((3, 4, 4), np.nan, np.float32), {}, "flows: .*48 of 48"),
+        (np.zeros((3, 4, 4), np.float32), {"probability": 1.0}, "probability: "),
+        (np.zeros((3, 4, 4), np.float32), {"flow_error": 0}, "flow_error: "),
+        (np.zeros((3, 4, 4), np.float32), {"min_area_px": -1}, "min_area_px: "),
     ],
 )
-def test_bad_input_is_one_line(flows: np.ndarray, options: dict[str, float], message: str) -> None:
+def test_bad_input_is_refused_by_name(flows: np.ndarray, options: dict[str, float], message: str) -> None:
     with pytest.raises(DinocellError, match=message):
         unchecked(flows, **options)

@@ -50,7 +50,7 @@ def as_picture(labels: np.ndarray) -> np.ndarray:
     return np.rint(labels_to_distance(labels) * 255).astype(np.uint8)
 
 
-def test_a_network_that_knows_the_map_gives_back_the_cells(mirror: DINOCellPipeline) -> None:
+def test_a_network_that_returns_the_true_map_gives_the_cells(mirror: DINOCellPipeline) -> None:
     labels, distance = mirror.run(as_picture(FIELD.labels), return_dist_map=True)
     assert labels.dtype == np.int32
     assert np.abs(distance - labels_to_distance(FIELD.labels)).max() < 0.01
@@ -58,12 +58,12 @@ def test_a_network_that_knows_the_map_gives_back_the_cells(mirror: DINOCellPipel
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.float64, np.int16])
-def test_range_and_type_do_not_matter(mirror: DINOCellPipeline, dtype: type) -> None:
+def test_intensity_range_and_type_do_not_change_the_cells(mirror: DINOCellPipeline, dtype: type) -> None:
     picture = as_picture(FIELD.labels)
     np.testing.assert_array_equal(mirror.run(picture), mirror.run((picture.astype(np.float64) * 7 + 11).astype(dtype)))
 
 
-def test_layouts_mean_the_same(mirror: DINOCellPipeline) -> None:
+def test_all_channel_layouts_give_the_same_cells(mirror: DINOCellPipeline) -> None:
     plane = as_picture(FIELD.labels)
     expected = mirror.run(plane)
     rgb = np.repeat(plane[None], 3, axis=0)
@@ -72,7 +72,7 @@ def test_layouts_mean_the_same(mirror: DINOCellPipeline) -> None:
         np.testing.assert_array_equal(mirror.run(image), expected)
 
 
-def test_a_low_colour_picture_is_no_stack_of_narrow_channels(mirror: DINOCellPipeline) -> None:
+def test_a_low_colour_image_is_not_read_as_many_channels(mirror: DINOCellPipeline) -> None:
     plane = as_picture(FIELD.labels)[60:70]
     rgb = np.repeat(plane[..., None], 3, axis=2)
     np.testing.assert_array_equal(mirror.run(rgb), mirror.run(plane))
@@ -86,24 +86,16 @@ def test_a_channel_can_be_chosen(mirror: DINOCellPipeline) -> None:
         mirror.run(stack, channel=2)
 
 
-def test_thresholds_of_one_call_do_not_stick(mirror: DINOCellPipeline) -> None:
+def test_thresholds_of_one_call_do_not_change_the_next(mirror: DINOCellPipeline) -> None:
     picture = as_picture(FIELD.labels)
     before = mirror.run(picture)
     other = mirror.run(picture, cells_max=0.9, cell_fill=0.8)
     assert not np.array_equal(other, before)
     np.testing.assert_array_equal(mirror.run(picture), before)
-    [[first], [second]] = mirror.run_batch_thresholds([picture], [(0.47, 0.09), (0.9, 0.8)])
-    np.testing.assert_array_equal(first, before)
-    np.testing.assert_array_equal(second, other)
+    np.testing.assert_array_equal(mirror.cells(mirror.maps(picture), cells_max=0.9, cell_fill=0.8), other)
 
 
-def test_a_batch_gives_what_each_image_gives(mirror: DINOCellPipeline) -> None:
-    images = [as_picture(FIELD.labels), as_picture(FIELD.labels[:60, :90])]
-    for found, image in zip(mirror.run_batch(images), images, strict=True):
-        np.testing.assert_array_equal(found, mirror.run(image))
-
-
-def test_an_image_of_another_pixel_size_is_scaled_and_the_labels_come_back(
+def test_an_image_of_another_pixel_size_is_scaled_and_the_labels_back(
     model: DINOCell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_settings(model, pixel_size_um=1.0)
@@ -115,29 +107,29 @@ def test_an_image_of_another_pixel_size_is_scaled_and_the_labels_come_back(
     assert ctc_score(large, labels).op_csb > 0.9
 
 
-def test_a_pixel_size_in_another_unit_is_refused_and_asks_for_no_memory(mirror: DINOCellPipeline) -> None:
+def test_a_pixel_size_in_another_unit_is_refused(mirror: DINOCellPipeline) -> None:
     replace_settings(mirror.model, pixel_size_um=0.5)
-    with pytest.raises(ImageError, match=r"pixels of 325 um, where the segmenter learnt from 0\.5 um"):
+    with pytest.raises(ImageError, match=r"325 um.*0\.5 um"):
         mirror.run(np.zeros((64, 64), np.uint8), pixel_size_um=325)
     replace_settings(mirror.model, pixel_size_um=None)
     for size in (0, -1, np.inf, np.nan):
-        with pytest.raises(DinocellError, match="pixel_size_um: expected more than 0"):
+        with pytest.raises(DinocellError, match="pixel_size_um: "):
             mirror.run(np.zeros((64, 64), np.uint8), pixel_size_um=float(size))
 
 
-def test_a_stride_that_is_too_wide_or_a_device_that_is_not_there_is_refused_at_once(model: DINOCell) -> None:
+def test_a_stride_out_of_range_and_a_missing_device_are_refused(model: DINOCell) -> None:
     for stride in (0, 113):
-        with pytest.raises(DinocellError, match=rf"stride: expected 1 to 112 px .*, got {stride}"):
+        with pytest.raises(DinocellError, match=rf"stride: .*got {stride}"):
             DINOCellPipeline(model, crop_size=128, stride=stride)
     assert DINOCellPipeline(model, crop_size=128, stride=112).run(np.zeros((130, 200), np.uint8)).max() == 0
-    with pytest.raises(DinocellError, match="expected auto, cpu, cuda or cuda:N, got 'gpu'"):
+    with pytest.raises(DinocellError, match="'gpu'"):
         DINOCellPipeline(model, device="gpu")
     with pytest.raises(DinocellError, match=r"cuda(:99)? was asked for, and there (is none|are)"):
         DINOCellPipeline(model, device="cuda:99")
 
 
 @pytest.mark.parametrize("image", [np.zeros((0, 4)), np.zeros(7), np.zeros((2, 3, 4, 5)), np.full((32, 32), np.nan)])
-def test_what_is_no_image_raises(mirror: DINOCellPipeline, image: np.ndarray) -> None:
+def test_arrays_that_are_no_images_are_refused(mirror: DINOCellPipeline, image: np.ndarray) -> None:
     with pytest.raises(ImageError):
         mirror.run(image)
 
@@ -146,7 +138,7 @@ def test_a_blank_image_has_no_cells(mirror: DINOCellPipeline) -> None:
     assert mirror.run(np.full((70, 40), 300, np.uint16)).max() == 0
 
 
-def test_the_pipeline_prepares_as_the_model_says(model: DINOCell, tmp_path: Path) -> None:
+def test_images_are_prepared_by_the_settings_of_the_model(model: DINOCell, tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
 
     def look(images: torch.Tensor) -> torch.Tensor:
@@ -190,7 +182,7 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(
 
 
 @pytest.mark.parametrize("restore_border", [False, True])
-def test_borders_are_drawn_as_the_model_says(mirror: DINOCellPipeline, restore_border: bool) -> None:
+def test_boundaries_are_refined_by_the_settings_of_the_model(mirror: DINOCellPipeline, restore_border: bool) -> None:
     replace_settings(mirror.model, cell_fill=0.3, restore_border=restore_border)
     maps = mirror.maps(as_picture(FIELD.labels))
     wanted = distance_to_labels(
@@ -203,7 +195,7 @@ def test_borders_are_drawn_as_the_model_says(mirror: DINOCellPipeline, restore_b
     assert (other != wanted).any()
 
 
-def test_scoring_scales_images_and_drops_small_cells_as_the_segmenter_in_use_does(
+def test_scoring_scales_images_and_drops_small_cells_as_the_pipeline_does(
     mirror: DINOCellPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_settings(mirror.model, pixel_size_um=1.0, min_area_px=400, cells_max=0.6)
@@ -226,7 +218,7 @@ def test_scoring_scales_images_and_drops_small_cells_as_the_segmenter_in_use_doe
     assert [each.min_area_px for each in tried] == [400]
 
 
-def test_windows_are_as_large_as_the_crops_of_the_training(model: DINOCell) -> None:
+def test_tiles_are_as_large_as_the_training_crops(model: DINOCell) -> None:
     assert DINOCellPipeline(model).crop_size == 256
     replace_settings(model, window_px=128)
     own, asked = DINOCellPipeline(model, stride=96), DINOCellPipeline(model, crop_size=128)

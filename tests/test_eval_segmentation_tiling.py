@@ -1,4 +1,4 @@
-"""Windows: an identity model, a plain loop over a padded image, and what must not matter."""
+"""Tiled prediction: an identity model, a plain loop over a padded image, and what must not change the maps."""
 
 import inspect
 import tracemalloc
@@ -10,7 +10,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from dinocell.eval.segmentation import tiling as windows_module
+from dinocell.eval.segmentation import tiling as tiling
 from dinocell.eval.segmentation.tiling import predict
 
 # The suite checks annotations at run time, which would stop some calls before our own message does.
@@ -88,7 +88,7 @@ def test_blending_equals_a_plain_loop(size: tuple[int, int], stride: int) -> Non
     np.testing.assert_allclose(maps, plain_predict(image, model, 32, 8, stride), rtol=0, atol=2e-5)
 
 
-def test_number_of_windows_is_samcells() -> None:
+def test_the_number_of_tiles_is_that_of_samcell() -> None:
     for (height, width), expected, fewer in [((256, 256), 4, 4), ((520, 704), 12, 12), ((2048, 2048), 121, 100)]:
         image = np.zeros((1, height, width), np.uint8)
         for stride, count in ((None, expected), (224, fewer)):
@@ -98,7 +98,7 @@ def test_number_of_windows_is_samcells() -> None:
 
 
 @pytest.mark.parametrize(("stride", "margin"), [(192, 32), (224, 16)])
-def test_a_windows_margin_never_decides_alone_and_never_at_the_images_border(stride: int, margin: int) -> None:
+def test_margins_have_at_most_half_the_weight_and_none_at_the_images_border(stride: int, margin: int) -> None:
     def is_margin(windows: Tensor) -> Tensor:
         maps = torch.ones_like(windows)
         maps[..., margin:-margin, :] = 0
@@ -111,14 +111,14 @@ def test_a_windows_margin_never_decides_alone_and_never_at_the_images_border(str
 
 
 @pytest.mark.parametrize("stride", [None, 224])
-def test_batch_size_does_not_matter(stride: int | None) -> None:
+def test_batch_size_does_not_change_the_maps(stride: int | None) -> None:
     image, model = random_image(3, 2, 500, 430), PlaceMap()
     one = predict(image, model, batch_size=1, stride=stride)
     for batch_size in (2, 5, 64):
         np.testing.assert_allclose(predict(image, model, batch_size=batch_size, stride=stride), one, rtol=0, atol=1e-5)
 
 
-def test_batches_are_full_across_rows_of_windows() -> None:
+def test_batches_are_full_across_rows_of_tiles() -> None:
     sizes: list[int] = []
     done: list[tuple[int, int]] = []
     predict(
@@ -147,7 +147,7 @@ def test_views_and_read_only_images_stay_untouched() -> None:
         np.testing.assert_allclose(predict(view, unchanged), view, rtol=0, atol=1e-6)
 
 
-def test_memory_maps_in_and_out_need_no_more_than_a_band(tmp_path: Path) -> None:
+def test_memory_maps_need_the_memory_of_one_band(tmp_path: Path) -> None:
     image = open_memmap(tmp_path / "image.npy", mode="w+", dtype=np.uint8, shape=(1, 6000, 800))
     image[:] = np.random.default_rng(6).integers(0, 255, image.shape, np.uint8)
     out = open_memmap(tmp_path / "maps.npy", mode="w+", dtype=np.float32, shape=(1, 6000, 800))
@@ -167,7 +167,7 @@ def test_out_may_have_less_precision() -> None:
     np.testing.assert_allclose(out, image, rtol=0, atol=1e-3)
 
 
-def test_bfloat16_is_the_models_and_not_the_blendings() -> None:
+def test_bfloat16_is_used_by_the_model_and_not_by_the_blending() -> None:
     image, model = random_image(8, 1, 300, 300), PlaceMap()
     types: list[torch.dtype] = []
     model.convolution.register_forward_hook(lambda *call: types.append(call[2].dtype))
@@ -189,7 +189,7 @@ def test_torch_blends_as_numpy_does(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a GPU the maps stay tensors; here they are made to.
     image, model = random_image(11, 1, 500, 430), PlaceMap()
     expected = predict(image, model)
-    monkeypatch.setattr(windows_module, "_array", lambda tensor: tensor)
+    monkeypatch.setattr(tiling, "_array", lambda tensor: tensor)
     np.testing.assert_allclose(predict(image, model), expected, rtol=0, atol=1e-5)
 
 
@@ -205,22 +205,22 @@ def test_cuda_gives_the_maps_of_the_cpu() -> None:
 
 
 def test_modules_in_training_mode_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"model: in training mode, .* call model.eval\(\) first"):
+    with pytest.raises(ValueError, match="model: in training mode"):
         predict(np.zeros((1, 8, 8)), nn.Conv2d(1, 1, 1))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "window and batch_size: expected at least 1, got 0 and 8"),
-        ({"batch_size": 0}, "window and batch_size: expected at least 1, got 256 and 0"),
-        ({"overlap": 129}, "overlap: expected 0 to 128 for windows of 256 px, got 129"),
-        ({"overlap": -1}, "overlap: expected 0 to 128"),
-        ({"stride": 225}, r"stride: expected 1 to 224 \(window 256 px, overlap 32 px\), got 225"),
-        ({"stride": 0}, "stride: expected 1 to 224"),
-        ({"precision": "bf16"}, "precision: expected one of auto, float32, bfloat16, got 'bf16'"),
-        ({"out": np.zeros((1, 8, 9))}, r"out: expected a floating array of \(1, 8, 8\), got float64 of \(1, 8, 9\)"),
-        ({"out": np.zeros((1, 8, 8), int)}, r"out: expected a floating array of \(1, 8, 8\), got int64"),
+        ({"window": 0}, "window and batch_size: .* 0 and 8"),
+        ({"batch_size": 0}, "window and batch_size: .* 256 and 0"),
+        ({"overlap": 129}, "overlap: .*129"),
+        ({"overlap": -1}, "overlap: .*-1"),
+        ({"stride": 225}, "stride: .*225"),
+        ({"stride": 0}, "stride: .*0"),
+        ({"precision": "bf16"}, "precision: .*bf16"),
+        ({"out": np.zeros((1, 8, 9))}, r"out: .*\(1, 8, 9\)"),
+        ({"out": np.zeros((1, 8, 8), int)}, "out: .*int64"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
@@ -231,12 +231,12 @@ def test_options_out_of_range_are_refused(options: dict[str, object], message: s
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((1, 0, 8)), r"image: expected at least one pixel, got an array of shape \(1, 0, 8\)"),
-        (np.zeros((0, 8, 8)), r"image: expected at least one pixel, got an array of shape \(0, 8, 8\)"),
-        (np.zeros((1, 8, 8), complex), "image: expected real numbers, got values of type complex128"),
-        (np.full((1, 8, 8), np.nan), r"image: expected finite values, got .* in rows 0 to 7"),
-        (np.full((1, 8, 8), np.inf, np.float32), "image: expected finite values, got"),
-        (np.full((1, 8, 8), 1e39), "image: expected finite values, got .* beyond float32"),
+        (np.zeros((1, 0, 8)), r"image: .*\(1, 0, 8\)"),
+        (np.zeros((0, 8, 8)), r"image: .*\(0, 8, 8\)"),
+        (np.zeros((1, 8, 8), complex), "image: .*complex128"),
+        (np.full((1, 8, 8), np.nan), "image: .*finite.* rows 0 to 7"),
+        (np.full((1, 8, 8), np.inf, np.float32), "image: .*finite"),
+        (np.full((1, 8, 8), 1e39), "image: .*finite.* beyond float32"),
     ],
 )
 def test_images_that_cannot_be_predicted_are_refused(image: np.ndarray, message: str) -> None:
@@ -248,9 +248,9 @@ def test_images_that_cannot_be_predicted_are_refused(image: np.ndarray, message:
 @pytest.mark.parametrize(
     ("maps", "message"),
     [
-        ((2, 1, 128, 128), r"model: expected maps \(b k h w\) of \(2, 1, 256, 256\), got \(2, 1, 128, 128\)"),
-        ((2, 256, 256), r"model: expected maps \(b k h w\) of .*, got \(2, 256, 256\)"),
-        ((1, 3, 256, 256), r"of \(2, 3, 256, 256\), got \(1, 3, 256, 256\)"),
+        ((2, 1, 128, 128), r"model: .*\(2, 1, 256, 256\).*\(2, 1, 128, 128\)"),
+        ((2, 256, 256), r"model: .*\(2, 256, 256\)"),
+        ((1, 3, 256, 256), r"model: .*\(2, 3, 256, 256\).*\(1, 3, 256, 256\)"),
     ],
 )
 def test_maps_of_another_size_are_refused(maps: tuple[int, ...], message: str) -> None:
@@ -260,5 +260,5 @@ def test_maps_of_another_size_are_refused(maps: tuple[int, ...], message: str) -
 
 def test_maps_that_are_not_finite_are_refused() -> None:
     image = np.zeros((1, 500, 10))
-    with pytest.raises(ValueError, match="model: expected finite maps, got 1600 values that are not in rows 0 to 159"):
+    with pytest.raises(ValueError, match=r"model: .*finite.*1600 .* rows 0 to 159"):
         predict(image, lambda windows: windows / windows)

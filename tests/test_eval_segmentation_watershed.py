@@ -20,10 +20,8 @@ unchecked = inspect.unwrap(distance_to_labels)
 THRESHOLDS = [(0.47, 0.09), (0.6, 0.3), (0.3, 0.29), (0.5, 0.0), (0.4, 0.4)]
 
 
-def plain(distance: np.ndarray, cells_max: float = 0.47, cell_fill: float = 0.09, **options: bool) -> np.ndarray:
-    return distance_to_labels(
-        distance, cells_max=cells_max, cell_fill=cell_fill, merge_px=None, restore_border=False, **options
-    )
+def plain(distance: np.ndarray, cells_max: float = 0.47, cell_fill: float = 0.09) -> np.ndarray:
+    return distance_to_labels(distance, cells_max=cells_max, cell_fill=cell_fill, merge_px=None, restore_border=False)
 
 
 def library(distance: np.ndarray, cells_max: float = 0.47, cell_fill: float = 0.09) -> np.ndarray:
@@ -77,13 +75,7 @@ def test_any_small_map_equals_scikit_image(data: st.DataObject) -> None:
     np.testing.assert_array_equal(plain(distance), library(distance))
 
 
-def test_exact_switch_takes_the_library_and_gives_the_same() -> None:
-    distance = random_map(1, 65535)
-    np.testing.assert_array_equal(plain(distance, exact=True), plain(distance))
-    np.testing.assert_array_equal(distance_to_labels(distance, exact=True), distance_to_labels(distance))
-
-
-def test_bent_nested_and_tiny_peaks_all_become_cells() -> None:
+def test_curved_nested_and_one_pixel_peaks_become_cells() -> None:
     distance = np.full((40, 60), 0.2, np.float32)
     distance[5:35, 5:35] = 0.9  # a frame around ...
     distance[10:30, 10:30] = 0.2
@@ -105,7 +97,7 @@ def test_thresholds_are_exclusive() -> None:
     np.testing.assert_array_equal(plain(distance, 0.5, 0.25), [[0, 0, 0, 1, 1]])
 
 
-def test_ground_without_a_peak_is_background() -> None:
+def test_regions_without_a_peak_are_background() -> None:
     distance = np.zeros((9, 20), np.float32)
     distance[2:7, 2:7], distance[4, 4], distance[2:7, 12:17] = 0.3, 0.9, 0.3
     assert (plain(distance) > 0).sum() == 25
@@ -113,7 +105,7 @@ def test_ground_without_a_peak_is_background() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 6)])
-def test_even_maps_are_one_cell_or_none(value: float, shape: tuple[int, int]) -> None:
+def test_constant_maps_are_one_cell_or_none(value: float, shape: tuple[int, int]) -> None:
     labels = distance_to_labels(np.full(shape, value, np.float32))
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, np.full(shape, int(value == 1)))
@@ -151,7 +143,7 @@ def test_small_cells_are_dropped_and_the_others_stay_as_they_were() -> None:
     np.testing.assert_array_equal(large > 0, kept)
 
 
-def test_values_that_overshoot_the_unit_range_a_little_are_taken_as_they_are() -> None:
+def test_values_slightly_outside_the_unit_range_are_accepted() -> None:
     distance = random_map(4, None) * np.float32(1.3) - np.float32(0.1)
     assert distance.min() < 0
     assert distance.max() > 1
@@ -185,7 +177,7 @@ def test_only_maps_with_ties_between_peaks_need_a_second_flood() -> None:
         assert flood(random_map(seed, None), cells_max=0.47, lowest_fill=0.05).exact_below == np.inf
 
 
-def test_cut_drops_what_was_reached_through_lower_ground() -> None:
+def test_cut_drops_pixels_reached_through_lower_ones() -> None:
     distance = np.array([[0.9, 0.4, 0.1, 0.3, 0.3]], np.float32)
     flooded = flood(distance, cells_max=0.5, lowest_fill=0.05)
     np.testing.assert_array_equal(cut(flooded, 0.05), [[1, 1, 1, 1, 1]])
@@ -193,7 +185,7 @@ def test_cut_drops_what_was_reached_through_lower_ground() -> None:
     np.testing.assert_array_equal(flooded.taken_at, np.array([[0.9, 0.4, 0.1, 0.1, 0.1]], np.float32))
 
 
-def test_mended_cut_is_what_the_whole_chain_gives() -> None:
+def test_a_refined_cut_equals_the_full_pipeline() -> None:
     distance = labels_to_distance(discs(7))
     flooded = flood(distance, cells_max=0.6, lowest_fill=0.05)
     for options in (Refinement(), Refinement(merge_px=1.5, min_area_px=50), Refinement(restore_border=False), PLAIN):
@@ -205,17 +197,17 @@ def test_mended_cut_is_what_the_whole_chain_gives() -> None:
 @pytest.mark.parametrize(
     ("distance", "message"),
     [
-        (np.zeros((2, 4, 4), np.float32), r"distance: expected one map \(h w\), got an array of shape \(2, 4, 4\)"),
-        (np.zeros((4, 4), np.uint8), "distance: expected floating point numbers from 0 to 1, got .* type uint8"),
-        (np.zeros((4, 4), bool), "distance: expected floating point numbers from 0 to 1, got .* type bool"),
-        (np.zeros((0, 5), np.float32), r"distance: expected at least one pixel, got a map of shape \(0, 5\)"),
-        (np.array([[0.1, np.nan]]), "distance: expected a number in every pixel, got NaN in 1 of 2"),
-        (np.array([[0.1, np.inf]]), "distance: expected values from 0 to 1, got 0.1 to inf"),
-        (np.array([[0.0, 31.0]]), "distance: expected values from 0 to 1, got 0 to 31; .*labels_to_distance"),
-        (np.array([[-4.0, 0.5]]), "distance: expected values from 0 to 1, got -4 to 0.5"),
+        (np.zeros((2, 4, 4), np.float32), r"distance: .*\(2, 4, 4\)"),
+        (np.zeros((4, 4), np.uint8), "distance: .*uint8"),
+        (np.zeros((4, 4), bool), "distance: .*bool"),
+        (np.zeros((0, 5), np.float32), r"distance: .*\(0, 5\)"),
+        (np.array([[0.1, np.nan]]), "distance: .*NaN"),
+        (np.array([[0.1, np.inf]]), "distance: .*0.1 to inf"),
+        (np.array([[0.0, 31.0]]), "distance: .*0 to 31; .*labels_to_distance"),
+        (np.array([[-4.0, 0.5]]), "distance: .*-4 to 0.5"),
     ],
 )
-def test_what_is_no_distance_map_is_refused_in_one_line(distance: np.ndarray, message: str) -> None:
+def test_maps_that_are_no_distance_maps_are_refused_in_one_line(distance: np.ndarray, message: str) -> None:
     with pytest.raises(DinocellError, match=message) as caught:
         unchecked(distance)
     assert "\n" not in str(caught.value)
@@ -224,15 +216,15 @@ def test_what_is_no_distance_map_is_refused_in_one_line(distance: np.ndarray, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cells_max": 1.0}, "cells_max: expected at least 0 and less than 1, got 1.0"),
-        ({"cells_max": float("nan")}, "cells_max: expected at least 0 and less than 1, got nan"),
-        ({"cell_fill": -0.1}, "cell_fill: expected at least 0 and less than 1, got -0.1"),
-        ({"cells_max": 0.3, "cell_fill": 0.4}, "cell_fill: expected at most cells_max, which is 0.3, got 0.4"),
-        ({"merge_px": 0.0}, "merge_px: expected more than 0 pixels, or None to merge nothing, got 0.0"),
-        ({"merge_px": float("nan")}, "merge_px: expected more than 0 pixels"),
-        ({"merge_depth": -0.1}, "merge_depth: expected 0 to 1, got -0.1"),
-        ({"min_area_px": -1}, "min_area_px: expected at least 0, got -1"),
-        ({"blur_px": float("inf")}, "blur_px: expected at least 0 pixels, or None to estimate it, got inf"),
+        ({"cells_max": 1.0}, "cells_max: .*1.0"),
+        ({"cells_max": float("nan")}, "cells_max: .*nan"),
+        ({"cell_fill": -0.1}, "cell_fill: .*-0.1"),
+        ({"cells_max": 0.3, "cell_fill": 0.4}, "cell_fill: .*cells_max.*0.4"),
+        ({"merge_px": 0.0}, "merge_px: .*0.0"),
+        ({"merge_px": float("nan")}, "merge_px: .*nan"),
+        ({"merge_depth": -0.1}, "merge_depth: .*-0.1"),
+        ({"min_area_px": -1}, "min_area_px: .*-1"),
+        ({"blur_px": float("inf")}, "blur_px: .*inf"),
     ],
 )
 def test_options_out_of_range_are_refused_in_one_line(options: dict, message: str) -> None:
@@ -244,11 +236,11 @@ def test_options_out_of_range_are_refused_in_one_line(options: dict, message: st
 def test_cut_below_the_flood_or_above_the_peaks_is_refused() -> None:
     flooded = flood(random_map(0, None), cells_max=0.5, lowest_fill=0.2)
     for cell_fill in (0.1, 0.6, float("nan")):
-        with pytest.raises(DinocellError, match=r"cell_fill: expected 0.2 .* to 0.5 .* got"):
+        with pytest.raises(DinocellError, match="cell_fill: "):
             cut(flooded, cell_fill)
 
 
-def test_sixty_thousand_cells_keep_their_number() -> None:
+def test_sixty_thousand_cells_keep_their_ids() -> None:
     labels = np.zeros((1250, 1250), np.int32)
     for row in range(1, 4):
         for column in range(1, 4):

@@ -37,7 +37,7 @@ def images() -> tuple[list[np.ndarray], list[np.ndarray]]:
 MAPS, LABELS = images()
 
 
-@pytest.mark.parametrize("mending", [PLAIN, Refinement(), Refinement(min_area_px=40, merge_depth=0.0, blur_px=0.0)])
+@pytest.mark.parametrize("refinement", [PLAIN, Refinement(), Refinement(min_area_px=40, merge_depth=0.0, blur_px=0.0)])
 def test_every_point_is_what_the_whole_chain_gives(refinement: Refinement) -> None:
     merges = [None] if refinement.merge_px is None else [2.0, 5.0, None]
     borders = [refinement.restore_border] if refinement == PLAIN else [False, True]

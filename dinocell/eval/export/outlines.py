@@ -1,99 +1,112 @@
 """Outlines of cells along the edges of their pixels: polygons that hold exactly the pixels of the label image.
 
-Corners are (x, y) in whole numbers; the pixel in row r and column c is the square from (c, r) to (c + 1, r + 1), as
-QuPath, ImageJ and COCO have it. Rings are simple (no corner twice), run clockwise on the screen round a piece and
-counter-clockwise round a hole, have a corner only where the direction changes, and do not repeat their first corner.
+Corners are integers (x, y); the pixel in row r and column c is the square from (c, r) to (c + 1, r + 1), as in QuPath,
+ImageJ and COCO. Rings are simple (no corner twice), run clockwise on the screen around a fragment and counter-clockwise
+around a hole, have a corner only where the direction changes, and do not repeat their first corner.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int32, Integer
-from skimage.measure import label as label_pieces
+from jaxtyping import Bool, Int32, Int64, Integer
+from skimage.measure import label as label_image
 
 from dinocell.runtime.jit import compiled
 
-_Array = np.ndarray
+_Labels = Int32[np.ndarray, "h w"]
+_Rows = Int32[np.ndarray, "n k"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CellOutline:
-    """One cell: its pieces (pixels that hang together by their sides), each a ring and the rings of its holes."""
+    """One cell: its 4-connected fragments, each as the outer ring and the rings of its holes."""
 
     label: int
-    pieces: tuple[tuple[Int32[np.ndarray, "_ 2"], ...], ...]
+    fragments: tuple[tuple[Int32[np.ndarray, "_ 2"], ...], ...]
 
 
 def trace_cells(labels: Integer[np.ndarray, "h w"]) -> list[CellOutline]:
     """Return the outline of every cell, in the order of their ids.
 
-    Pieces that touch only by a corner are pieces of their own, so that every polygon is valid by the rules of OGC.
+    Fragments that touch only by a corner are separate, so that every polygon is valid by the rules of OGC.
     """
-    pieces = np.asarray(label_pieces(labels, background=0, connectivity=1), np.int32)  # type: ignore[no-untyped-call]
-    num_pieces = int(pieces.max(initial=0))
-    corners, rings, first = _trace(pieces, num_pieces)
-    of_pieces: list[list[_Array]] = [[] for _ in range(num_pieces)]
+    fragments = np.asarray(label_image(labels, background=0, connectivity=1), np.int32)  # type: ignore[no-untyped-call]
+    num_fragments = int(fragments.max(initial=0))
+    corners, rings, first = _trace(fragments, num_fragments)
+    rings_of: list[list[Int32[np.ndarray, "_ 2"]]] = [[] for _ in range(num_fragments)]
     start = 0
-    for end, piece, is_hole in rings.tolist():
-        found = of_pieces[piece - 1]
-        found.insert(len(found) if is_hole else 0, corners[start:end])
+    for end, fragment, is_hole in rings.tolist():
+        own = rings_of[fragment - 1]
+        own.insert(len(own) if is_hole else 0, corners[start:end])
         start = end
-    cells: dict[int, list[tuple[_Array, ...]]] = {}
-    for label, found in zip(labels.ravel()[first].tolist(), of_pieces, strict=True):
-        cells.setdefault(label, []).append(tuple(found))
-    return [CellOutline(label=label, pieces=tuple(cells[label])) for label in sorted(cells)]
+    cells: dict[int, list[tuple[Int32[np.ndarray, "_ 2"], ...]]] = {}
+    for label, own in zip(labels.ravel()[first].tolist(), rings_of, strict=True):
+        cells.setdefault(label, []).append(tuple(own))
+    return [CellOutline(label=label, fragments=tuple(cells[label])) for label in sorted(cells)]
 
 
 def inner_edges(labels: Integer[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Return the pixels of cells that have a pixel of something else above, below, left or right, inside the image."""
+    """Return the pixels of cells with a pixel of another cell or of background among their 4 neighbours."""
     different = np.zeros(labels.shape, np.bool_)
     down, across = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
     different[1:] |= down
     different[:-1] |= down
     different[:, 1:] |= across
     different[:, :-1] |= across
-    edges: np.ndarray = different & (labels > 0)
-    return edges
+    return different & (labels > 0)
 
 
 @compiled
-def _grown(rows: _Array) -> _Array:
-    """Return the rows in an array that has twice as many."""
+def _grown(rows: _Rows) -> _Rows:
+    """Return the rows in an array twice as long."""
     larger = np.empty((2 * rows.shape[0], rows.shape[1]), np.int32)
     larger[: rows.shape[0]] = rows
     return larger
 
 
 @compiled
-def _is_piece(pieces: _Array, row: int, column: int, piece: int) -> bool:
-    height, width = pieces.shape
-    return bool(0 <= row < height and 0 <= column < width and pieces[row, column] == piece)
+def _is_fragment(fragments: _Labels, row: int, column: int, fragment: int) -> bool:
+    height, width = fragments.shape
+    return bool(0 <= row < height and 0 <= column < width and fragments[row, column] == fragment)
 
 
 @compiled
-def _walk(pieces: _Array, seen: _Array, row: int, column: int, walk: _Array) -> tuple[_Array, int]:
-    """Go round a boundary, the piece on the right hand, from a pixel's upper left corner until that is met again.
+def _walk(fragments: _Labels, seen: Bool[np.ndarray, "h w"], row: int, column: int, walk: _Rows) -> tuple[_Rows, int]:
+    """Follow a boundary, the fragment on the right, from the upper left corner of a pixel until it is reached again.
 
-    Each corner becomes a row of ``walk``: x, y, and whether two pixels of the piece meet in this corner alone.
+    Each corner becomes a row of ``walk``: x, y, and whether two pixels of the fragment meet only in this corner.
     """
-    piece = pieces[row, column]
+    fragment = fragments[row, column]
     heading, length = 0, 0  # clockwise on the screen: east, south, west, north
+    # At each corner look at the two pixels ahead: go straight along an edge, else turn right, or left around a pixel.
     while True:
         if heading == 0:
             if seen[row, column]:
                 return walk, length
             seen[row, column] = True
             column += 1
-            right, left = _is_piece(pieces, row, column, piece), _is_piece(pieces, row - 1, column, piece)
+            right, left = (
+                _is_fragment(fragments, row, column, fragment),
+                _is_fragment(fragments, row - 1, column, fragment),
+            )
         elif heading == 1:
             row += 1
-            right, left = _is_piece(pieces, row, column - 1, piece), _is_piece(pieces, row, column, piece)
+            right, left = (
+                _is_fragment(fragments, row, column - 1, fragment),
+                _is_fragment(fragments, row, column, fragment),
+            )
         elif heading == 2:
             column -= 1
-            right, left = _is_piece(pieces, row - 1, column - 1, piece), _is_piece(pieces, row, column - 1, piece)
+            right, left = (
+                _is_fragment(fragments, row - 1, column - 1, fragment),
+                _is_fragment(fragments, row, column - 1, fragment),
+            )
         else:
             row -= 1
-            right, left = _is_piece(pieces, row - 1, column, piece), _is_piece(pieces, row - 1, column - 1, piece)
+            right, left = (
+                _is_fragment(fragments, row - 1, column, fragment),
+                _is_fragment(fragments, row - 1, column - 1, fragment),
+            )
         if right and not left:
             continue
         if length == walk.shape[0]:
@@ -104,8 +117,8 @@ def _walk(pieces: _Array, seen: _Array, row: int, column: int, walk: _Array) -> 
 
 
 @compiled
-def _is_hole(corners: _Array, start: int, end: int) -> bool:
-    """Say whether a ring runs counter-clockwise on the screen."""
+def _is_hole(corners: _Rows, start: int, end: int) -> bool:
+    """Return whether a ring runs counter-clockwise on the screen, by the sign of its area."""
     doubled_area = 0
     before = end - 1
     for index in range(start, end):
@@ -116,10 +129,10 @@ def _is_hole(corners: _Array, start: int, end: int) -> bool:
 
 
 @compiled
-def _cut(walk: _Array, length: int, stack: _Array, corners: _Array, used: int, ends: _Array) -> tuple[_Array, int, int]:
-    """Append a walk to ``corners`` as rings that do not touch themselves; return those, their number, and the rings'.
+def _cut(walk: _Rows, length: int, stack: _Rows, corners: _Rows, used: int, ends: _Rows) -> tuple[_Rows, int, int]:
+    """Append a walk to ``corners`` as rings that do not touch themselves; return corners, their number, that of rings.
 
-    Where the walk comes to a corner for the second time, what lies between is a ring.
+    When the walk reaches a corner for the second time, the corners in between are a ring of their own.
     """
     depth, num_rings = 0, 0
     while corners.shape[0] < used + length:
@@ -146,31 +159,32 @@ def _cut(walk: _Array, length: int, stack: _Array, corners: _Array, used: int, e
 
 
 @compiled
-def _trace(pieces: _Array, num_pieces: int) -> tuple[_Array, _Array, _Array]:
-    """Return all corners; of each ring its end, its piece and whether it is a hole; of each piece its first pixel."""
-    height, width = pieces.shape
-    seen = np.zeros((height, width), np.bool_)  # the upper sides that a walk has passed
-    first = np.full(num_pieces, -1, np.int64)
+def _trace(fragments: _Labels, num_fragments: int) -> tuple[_Rows, _Rows, Int64[np.ndarray, " n"]]:
+    """Return all corners; per ring its end, its fragment and whether it is a hole; per fragment its first pixel."""
+    height, width = fragments.shape
+    seen = np.zeros((height, width), np.bool_)  # upper sides that a walk has passed
+    first = np.full(num_fragments, -1, np.int64)
     walk, corners, rings = np.empty((256, 3), np.int32), np.empty((4096, 2), np.int32), np.empty((1024, 3), np.int32)
     stack, ends = np.empty((256, 1), np.int32), np.empty((256, 1), np.int32)
     used = num_rings = 0
     for row in range(height):
         for column in range(width):
-            piece = pieces[row, column]
-            if piece == 0 or seen[row, column] or (row > 0 and pieces[row - 1, column] == piece):
+            fragment = fragments[row, column]
+            # Every boundary, of an outside or a hole, has an upper side of a pixel to start from.
+            if fragment == 0 or seen[row, column] or (row > 0 and fragments[row - 1, column] == fragment):
                 continue
-            if first[piece - 1] < 0:
-                first[piece - 1] = row * width + column
-            walk, length = _walk(pieces, seen, row, column, walk)
+            if first[fragment - 1] < 0:
+                first[fragment - 1] = row * width + column
+            walk, length = _walk(fragments, seen, row, column, walk)
             while stack.shape[0] < length:
                 stack, ends = _grown(stack), _grown(ends)
             start = used
             corners, used, num_new = _cut(walk, length, stack, corners, used, ends)
             while rings.shape[0] < num_rings + num_new:
                 rings = _grown(rings)
-            for number in range(num_new):
-                rings[num_rings, 0], rings[num_rings, 1] = ends[number, 0], piece
-                rings[num_rings, 2] = _is_hole(corners, start, ends[number, 0])
-                start = ends[number, 0]
+            for index in range(num_new):
+                rings[num_rings, 0], rings[num_rings, 1] = ends[index, 0], fragment
+                rings[num_rings, 2] = _is_hole(corners, start, ends[index, 0])
+                start = ends[index, 0]
                 num_rings += 1
     return corners[:used], rings[:num_rings], first

@@ -1,4 +1,4 @@
-"""What segmenting leaves on the disk besides labels: map, overlay, table of cells; each whole or not at all."""
+"""Result files besides labels: maps, overlays, tables of cells, outlines for other programs; all written atomically."""
 
 import csv
 import json
@@ -16,17 +16,17 @@ from dinocell.images.image import percentile_range, to_uint8
 from dinocell.images.write import write_png, write_tiff
 from dinocell.runtime.files import replacing
 
-# Outlines: a yellow that is seen on dark fluorescence and on bright phase contrast.
+# Outlines: a yellow that is visible on dark fluorescence and on bright phase contrast.
 _OUTLINE = (255, 210, 0)
 _PERCENTILES = (0.5, 99.8)
 
 
 def overlay(image: Real[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"]) -> UInt8[np.ndarray, "3 h w"]:
-    """Return the image as grey levels (percentiles 0.5 to 99.8) with the cells' inner outlines in yellow."""
+    """Return the image in grey (percentiles 0.5 to 99.8) with the inner outlines of the cells in yellow."""
     low, high = percentile_range(image, *_PERCENTILES)
-    picture = np.repeat(to_uint8(image, low, high)[None], 3, axis=0)
-    picture[:, inner_edges(labels)] = np.array(_OUTLINE, np.uint8)[:, None]
-    return picture
+    rgb = np.repeat(to_uint8(image, low, high)[None], 3, axis=0)
+    rgb[:, inner_edges(labels)] = np.array(_OUTLINE, np.uint8)[:, None]
+    return rgb
 
 
 def write_overlay(path: Path, image: Real[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"]) -> None:
@@ -35,16 +35,16 @@ def write_overlay(path: Path, image: Real[np.ndarray, "h w"], labels: Integer[np
 
 
 def write_outlines(path: Path, labels: Integer[np.ndarray, "h w"]) -> None:
-    """Write the cells' inner outlines in yellow as PNG, transparent elsewhere: to lay upon any picture."""
-    picture = np.zeros((4, *labels.shape), np.uint8)
-    picture[:, inner_edges(labels)] = np.array((*_OUTLINE, 255), np.uint8)[:, None]
-    write_png(path, picture)
+    """Write the inner outlines of the cells in yellow as PNG with a transparent background."""
+    rgba = np.zeros((4, *labels.shape), np.uint8)
+    rgba[:, inner_edges(labels)] = np.array((*_OUTLINE, 255), np.uint8)[:, None]
+    write_png(path, rgba)
 
 
 def write_maps(
     path: Path, maps: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"], *, pixel_size_um: float | None
 ) -> None:
-    """Write a distance map, or flows and the chance of a cell, as TIFF of 32-bit floats, a channel a map."""
+    """Write a distance map, or flows and cell probability, as TIFF of 32-bit floats, one channel per map."""
     write_tiff(path, maps if maps.ndim == 3 else maps[None], pixel_size_um=pixel_size_um)
 
 
@@ -56,12 +56,12 @@ def write_cells(
     channel_names: Sequence[str] = (),
     pixel_size_um: float | None = None,
 ) -> None:
-    """Write one line a cell; see `measure_table` for what is measured.
+    """Write a CSV with one row per cell; see `CellTable` for the measurements.
 
-    Lengths and areas are in micrometres where the pixel size is known, else in pixels, as the header says; places are
-    always rows and columns in pixels, the box's ends exclusive; the orientation is that of the major axis against the
-    rows' axis; intensities are those of the image as it was read, ``mean_intensity`` and so on, of several channels
-    with the channel's name or number at the end (``mean_intensity_DNA``, ``mean_intensity_0``).
+    Lengths and areas are in micrometres if the pixel size is known, else in pixels, as the column names say; positions
+    are always rows and columns in pixels, with exclusive ends of the box; intensities are in the units of the image,
+    ``mean_intensity`` and so on. With several channels the name or index of the channel follows
+    (``mean_intensity_DNA``, ``mean_intensity_0``).
     """
     unit, size = ("um", pixel_size_um) if pixel_size_um is not None else ("px", 1.0)
     table = measure_table(labels, list(channels))
@@ -83,12 +83,12 @@ def write_cells(
         "solidity": table.solidity,
         "neighbours": table.num_neighbours,
     }
-    for end, levels in zip(_channel_ends(len(channels), channel_names), table.intensities, strict=True):
+    for end, intensities in zip(_channel_ends(len(channels), channel_names), table.intensities, strict=True):
         columns |= {
-            f"mean_intensity{end}": levels.mean,
-            f"min_intensity{end}": levels.lowest,
-            f"max_intensity{end}": levels.highest,
-            f"std_intensity{end}": levels.deviation,
+            f"mean_intensity{end}": intensities.mean,
+            f"min_intensity{end}": intensities.minimum,
+            f"max_intensity{end}": intensities.maximum,
+            f"std_intensity{end}": intensities.std,
         }
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file)
@@ -97,33 +97,33 @@ def write_cells(
 
 
 def _channel_ends(num_channels: int, names: Sequence[str]) -> list[str]:
-    """Return what tells the channels' columns apart: nothing of one channel, names where they differ, else numbers."""
+    """Return the ends of the column names: nothing for one channel, names if they differ, else indices."""
     if num_channels == 1:
         return [""]
     spelled = ["_".join(name.split()) for name in names]
     if len(set(spelled)) == num_channels and all(spelled):
         return [f"_{name}" for name in spelled]
-    return [f"_{number}" for number in range(num_channels)]
+    return [f"_{index}" for index in range(num_channels)]
 
 
 def _shown(column: np.ndarray) -> list[object]:
-    """Return whole numbers as they are, others with eight digits."""
+    """Return integers as they are, floats with eight digits."""
     return [f"{value:.8g}" for value in column.tolist()] if column.dtype.kind == "f" else column.tolist()
 
 
 # --- exports -------------------------------------------------------------------------------------------------------
 #
-# Cells for other programs: GeoJSON for QuPath, regions of interest for ImageJ; pixel-exact, whole or not at all.
+# Cells for other programs, pixel-exact: GeoJSON for QuPath, regions of interest for ImageJ.
 
 _CELL = "cell {}"
 
 
 def write_geojson(path: Path, cells: Sequence[CellOutline], *, name: str) -> None:
-    """Write a FeatureCollection of detections, one feature a cell, one line a feature.
+    """Write a FeatureCollection of detections, one feature per cell and line.
 
-    Coordinates are pixels, x before y, the picture's upper left corner is (0, 0), as QuPath has it. A cell in several
-    pieces is a MultiPolygon; holes are inner rings. Ids are drawn from ``name`` and the cell's number: the same picture
-    always gives the same bytes.
+    Coordinates are pixels, x before y; the image's upper left corner is (0, 0), as in QuPath. A cell in several
+    fragments is a MultiPolygon; holes are inner rings. Ids are derived from ``name`` and the cell's id: the same cells
+    always give the same bytes.
 
     Raises
     ------
@@ -132,14 +132,14 @@ def write_geojson(path: Path, cells: Sequence[CellOutline], *, name: str) -> Non
     """
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, cell in enumerate(cells):
-            file.write(",\n" if number else "\n")
+        for index, cell in enumerate(cells):
+            file.write(",\n" if index else "\n")
             json.dump(_feature(cell, name), file)
         file.write("\n]}\n")
 
 
 def write_rois(path: Path, cells: Iterable[CellOutline]) -> None:
-    """Write a zip of ImageJ regions of interest, named by the cells' numbers; holes and pieces make it a composite.
+    """Write a zip of ImageJ regions of interest named by cell id; cells with holes or fragments are composites.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def write_rois(path: Path, cells: Iterable[CellOutline]) -> None:
 
 
 def _feature(cell: CellOutline, name: str) -> dict[str, Any]:
-    polygons = [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in cell.pieces]
+    polygons = [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in cell.fragments]
     is_one = len(polygons) == 1
     return {
         "type": "Feature",
@@ -170,17 +170,17 @@ def _roi(cell: CellOutline) -> Any:
     from roifile import ROI_TYPE, ImagejRoi
 
     name = f"{cell.label:05d}"
-    rings = [ring for piece in cell.pieces for ring in piece]
+    rings = [ring for fragment in cell.fragments for ring in fragment]
     if len(rings) == 1:
         roi = ImagejRoi.frompoints(rings[0], name=name)
-        roi.roitype = ROI_TYPE.TRACED  # what ImageJ's wand leaves: integer corners, along the pixels' edges
+        roi.roitype = ROI_TYPE.TRACED  # as from ImageJ's wand: integer corners along pixel edges
         return roi
     corners = np.concatenate(rings)
     left, top = (int(side) for side in corners.min(axis=0))
     right, bottom = (int(side) for side in corners.max(axis=0))
     path = np.concatenate([_path(ring) for ring in rings])
     return ImagejRoi(
-        roitype=ROI_TYPE.RECT,  # of composites, ImageJ's own files say so
+        roitype=ROI_TYPE.RECT,  # as in ImageJ's own files of composites
         name=name,
         left=left,
         top=top,
@@ -192,7 +192,7 @@ def _roi(cell: CellOutline) -> Any:
 
 
 def _path(ring: np.ndarray) -> np.ndarray:
-    """Return a ring as ImageJ's path: 0 x y moves there, 1 x y draws a line, 4 closes."""
+    """Return a ring as a path of ImageJ: 0 x y moves, 1 x y draws a line, 4 closes."""
     steps = np.ones((len(ring), 3), np.float32)
     steps[0, 0] = 0
     steps[:, 1:] = ring

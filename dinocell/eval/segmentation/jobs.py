@@ -1,18 +1,15 @@
-"""What `dinocell segment` is asked for: which files, and under which names their results are written."""
+"""Which images `dinocell segment` works on, and the names of the files that it writes for each."""
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, ImageError
 
 SUMMARY, COCO = "summary.csv", "coco.json"
-Product = Literal["csv", "save_dist_map", "save_viz", "save_outlines", "save_geojson", "save_rois"]
-# What can be written of each image, by option: the end of the file's name. Maps are called as the model's target is.
-ENDINGS: dict[Product, str] = {
+# The files of each image, by option: the end of the file name. Maps are named after the model's target.
+ENDINGS: dict[str, str] = {
     "csv": "_cells.csv",
     "save_dist_map": "_{maps}.tif",
     "save_viz": "_overlay.png",
@@ -21,263 +18,173 @@ ENDINGS: dict[Product, str] = {
     "save_rois": "_rois.zip",
 }
 LABELS = "_labels.tif"
-_MOST_BYTES = 255  # of a file's name
+_MAX_NAME_BYTES = 255  # of most file systems
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is wanted of all images.
+class SegmentOptions:
+    """What to write, and how to read the images."""
 
-    Attributes
-    ----------
-    output
-        The folder of the results.
-    products
-        What is written of each image besides its labels.
-    maps
-        What the model's maps are called, if they are among the products.
-    save_ctc, save_coco
-        Also masks in the Cell Tracking Challenge's layout; also one file of all images in COCO's format.
-    frames
-        Files are stacks, each frame is a picture.
-    channel
-        The one to look at, from 0; None: their mean.
-    pixel_size_um
-        Of the images, whatever their files say; None: what they say.
-    overwrite
-        Compute again what is there.
-    settings
-        How cells are found, in words: what is there of other settings is not taken for what is asked for. Empty: that
-        is not looked at.
-    """
-
-    output: Path
-    products: frozenset[Product] = frozenset()
-    maps: str = "distance"
-    save_ctc: bool = False
-    save_coco: bool = False
-    frames: bool = False
-    channel: int | None = None
-    pixel_size_um: float | None = None
+    output: Path  # the results folder
+    products: frozenset[str] = frozenset()  # files per image in addition to its labels
+    maps: str = "distance"  # name of the model's maps: distance or flows
+    save_ctc: bool = False  # masks in the layout of the Cell Tracking Challenge
+    save_coco: bool = False  # one COCO file of all images
+    frames: bool = False  # segment every frame of a stack
+    channel: int | None = None  # from 0; None: the mean of all channels
+    pixel_size_um: float | None = None  # overrides the file metadata
     overwrite: bool = False
-    settings: str = ""
+    settings: str = ""  # what the labels depend on besides the image, as text; recorded and compared
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A file, the stem of its results' names, and where its mask goes in the Cell Tracking Challenge's layout.
+class ImageTask:
+    """One image, or one frame of a stack, and its result files.
 
-    ``ctc_mask`` is None where that layout is not asked for; of a stack it is the folder of its frames' masks.
+    ``name`` begins the names of the results; ``paths`` are by product, with the labels last (key ``labels``).
     """
 
     file: Path
-    stem: str
-    ctc_mask: Path | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Where the results of one picture go, by what they are: the names of `ENDINGS`, ``save_ctc``, ``labels``."""
-
+    frame: int | None
     name: str
     paths: dict[str, Path]
 
     @property
-    def is_done(self) -> bool:
-        """Whether every file is there."""
-        return all(path.exists() for path in self.paths.values())
+    def title(self) -> str:
+        """The file, and the frame of a stack, for messages."""
+        return str(self.file) if self.frame is None else f"{self.file}, frame {self.frame}"
 
 
 def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
-    """Return the image files that paths, folders, patterns and lists of those (``@list.txt``) mean, each once.
+    """Return the image files of paths, folders, patterns and lists of those (``@list.txt``), each once.
 
-    Folders are searched all through, linked ones too; what is hidden there is left out, and what lies below
-    ``without``, where results go. A folder inside of that is taken as it is.
+    Folders are searched recursively, through links; hidden files and the results folder ``without`` are skipped,
+    unless the input itself is inside that folder.
 
     Raises
     ------
     DinocellError
-        If an input means nothing, or a folder cannot be searched.
+        If an input has no image, or a folder cannot be searched.
     """
     from dinocell.images.read import IMAGE_SUFFIXES
 
-    found: dict[str, Path] = {}
-    texts = [each for text in inputs for each in (_read_list(Path(text[1:])) if text.startswith("@") else [text])]
-    for text in texts:
-        path = Path(text)
-        meant = [path] if path.exists() else _matching(path, without)
-        images = [image for each in meant for image in (_images_in(each, without) if _is_folder(each) else [each])]
-        if not images and any(each.is_dir() and each.resolve() == without.resolve() for each in meant):
-            raise DinocellError(
-                f"{text}: is where the results go, too, and these would be taken for images; choose another --output, "
-                "or name the images themselves"
-            )
-        if not images:
-            raise DinocellError(f"{text}: no image there ({', '.join(IMAGE_SUFFIXES)})")
-        for image in images:
-            found.setdefault(_absolute(image), image)
-    return list(found.values())
+    images: dict[str, Path] = {}
+    for text in inputs:
+        for entry in _read_list(Path(text[1:])) if text.startswith("@") else [text]:
+            path = Path(entry)
+            matches = [path] if path.exists() else _matching(path, without)
+            files = [file for match in matches for file in _images_in(match, without)]
+            if not files:
+                suffixes = ", ".join(IMAGE_SUFFIXES)
+                raise DinocellError(f"{entry}: no image found ({suffixes}; not in the results folder {without})")
+            for file in files:
+                images.setdefault(_absolute(file), file)
+    return list(images.values())
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and path.suffix.lower() != ".zarr"
-
-
-def _images_in(folder: Path, without: Path) -> list[Path]:
-    """Return the images of a folder and of those below it."""
+def _images_in(path: Path, without: Path) -> list[Path]:
+    """Return a file itself, or the images in a folder and its subfolders."""
     from dinocell.images.read import has_image_name
     from dinocell.images.storage import list_files
 
-    listed = [Path(file.path) for file in list_files(folder, folders_as_files=(".zarr",))]
-    images = [path for path in listed if has_image_name(path.name)]
-    return images if _is_inside(folder.resolve(), without) else [each for each in images if not _is_in(each, without)]
+    if not path.is_dir() or path.suffix.lower() == ".zarr":
+        return [path]
+    files = [Path(file.path) for file in list_files(path, folders_as_files=(".zarr",))]
+    is_inside = without.resolve() in path.resolve().parents
+    return [file for file in files if has_image_name(file.name) and (is_inside or not _is_in(file, without))]
+
+
+def _matching(pattern: Path, without: Path) -> list[Path]:
+    """Return the matches of a pattern such as ``plate*/**/*.tif`` that the shell has passed on; no hidden files."""
+    parts = pattern.parts
+    num_fixed = next((index for index, part in enumerate(parts) if set("*?[") & set(part)), len(parts))
+    try:
+        matches = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    except (NotImplementedError, ValueError, IndexError):
+        return []
+    if not any(part.startswith(".") for part in parts[num_fixed:]):
+        matches = [match for match in matches if not any(part.startswith(".") for part in match.parts[num_fixed:])]
+    is_inside = _is_in(Path(*parts[:num_fixed]) / "file", without)
+    return [match for match in matches if is_inside or not _is_in(match, without)]
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """Say whether a file lies in a folder or below it; a link to a file lies where the link does."""
-    place = path.parent.resolve()
-    return place == folder.resolve() or _is_inside(place, folder)
-
-
-def _is_inside(place: Path, folder: Path) -> bool:
-    return folder.resolve() in place.parents
+    """Return whether a file is in a folder or below it; a linked file is where the link is."""
+    parent = path.parent.resolve()
+    return folder.resolve() in (parent, *parent.parents)
 
 
 def _absolute(path: Path) -> str:
-    """Return where a file lies; links keep their names, as those of git-annex and DVC mean it."""
+    """Return the absolute path; links keep their names, as with git-annex and DVC."""
     return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow them
 
 
 def _read_list(path: Path) -> list[str]:
-    """Return the lines of a list, which mean what they would on the command line; # begins a remark."""
+    """Return the lines of a list of inputs; ``#`` begins a comment line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DinocellError(f"{path}: the list cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DinocellError(f"{path}: expected a list of images, one a line, in UTF-8; is it an image?") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text; is it an image?"
+        raise DinocellError(f"{path}: the list cannot be read ({reason})") from error
     entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not entries:
-        raise DinocellError(f"{path}: the list is empty; expected images, folders or patterns, one a line")
+        raise DinocellError(f"{path}: the list is empty; expected images, folders or patterns, one per line")
     return entries
 
 
-def _matching(pattern: Path, without: Path) -> list[Path]:
-    """Return what a pattern such as ``plate*/**/*.tif`` means: a shell that does not expand it hands it on as it is.
-
-    Hidden files are not meant, as in a shell, and neither is what lies below ``without``, unless the pattern says so.
-    """
-    parts = pattern.parts
-    number = next((k for k, part in enumerate(parts) if set("*?[") & set(part)), len(parts))
-    fixed, is_hidden_meant = Path(*parts[:number]), any(part.startswith(".") for part in parts[number:])
-    try:
-        found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    except (NotImplementedError, ValueError, IndexError):
-        return []
-    if not is_hidden_meant:
-        found = [each for each in found if not any(part.startswith(".") for part in each.parts[number:])]
-    return found if _is_in(fixed / "x", without) else [each for each in found if not _is_in(each, without)]
-
-
-def plan_jobs(files: Sequence[Path], request: Request) -> list[Job]:
-    """Return what is to be done; two files that would write the same are an error.
+def plan_tasks(files: Sequence[Path], options: SegmentOptions) -> list[ImageTask]:
+    """Return every image and frame to segment, with the names of its results.
 
     Raises
     ------
     DinocellError
-        If names collide, results would replace an image, a name is too long or not Unicode, or it has no frame number
-        where the challenge's layout needs one.
+        If two files would write the same results, results would replace an input image, a name is too long or not
+        Unicode, or it has no frame number where the challenge's layout needs one.
     """
-    from dinocell.images.read import IMAGE_SUFFIXES, image_stem
-
-    given = {_absolute(file) for file in files}
-    stems: dict[str, Path] = {}
-    masks: dict[Path, Path] = {}
-    jobs = []
-    for file in files:
-        stem = image_stem(file.name) if file.name.lower().endswith(IMAGE_SUFFIXES) else file.stem
-        mask = _ctc_mask(file, stem, request) if request.save_ctc else None
-        for wanted, taken in ((f"{stem}{LABELS}", stems.get(stem)), (mask, masks.get(mask) if mask else None)):
-            if taken is not None:
+    inputs = {_absolute(file) for file in files}
+    sources: dict[Path, Path] = {}
+    tasks = [task for file in files for task in _tasks_of(file, options)]
+    for task in tasks:
+        for path in task.paths.values():
+            source = sources.setdefault(path, task.file)
+            if source != task.file:
+                raise DinocellError(f"{source} and {task.file} would both write {path}; segment them to two folders")
+            if _absolute(path) in inputs:
                 raise DinocellError(
-                    f"{taken} and {file} would both write {request.output / str(wanted)}; segment them to two folders"
+                    f"{path}: is given as an image, and results of {task.file} have this name; choose another --output"
                 )
-        stems[stem] = file
-        if mask is not None:
-            masks[mask] = file
-        jobs.append(Job(file=file, stem=stem, ctc_mask=mask))
-        target = first_target(jobs[-1], request)
-        _check_names(file, target)
-        replaced = next((path for path in target.paths.values() if _absolute(path) in given), None)
-        if replaced is not None:
-            raise DinocellError(
-                f"{replaced}: is given as an image, and results of {file} have this name; choose another --output, or "
-                "leave it out"
-            )
-    return jobs
+            encoded = os.fsencode(path.name)
+            if len(encoded) > _MAX_NAME_BYTES or encoded != path.name.encode(errors="replace"):
+                name = encoded.decode("utf-8", "backslashreplace")
+                raise DinocellError(f"{name}: too long a file name, or not Unicode (UTF-8); rename the image")
+    return tasks
 
 
-def _check_names(file: Path, target: Target) -> None:
-    for path in target.paths.values():
-        name = os.fsencode(path.name)
-        if len(name) > _MOST_BYTES:
-            raise DinocellError(
-                f"{file}: its name is too long for those of its results ({len(name)} bytes, most disks take "
-                f"{_MOST_BYTES}); rename it"
-            )
+def _tasks_of(file: Path, options: SegmentOptions) -> list[ImageTask]:
+    from dinocell.images.read import IMAGE_SUFFIXES, count_frames, image_stem
+
+    stem = image_stem(file.name) if file.name.lower().endswith(IMAGE_SUFFIXES) else file.stem
+    frames: list[tuple[int | None, str, str]]  # index, name and mask in the challenge's layout
+    if options.frames:
         try:
-            name.decode()
-        except UnicodeDecodeError:
-            shown = name.decode("utf-8", "backslashreplace")
-            raise DinocellError(f"{file.parent}: the name {shown} is not Unicode (UTF-8); rename the image") from None
-
-
-def _ctc_mask(file: Path, stem: str, request: Request) -> Path:
-    """Return ``01_RES/mask007.tif`` for ``01/t007.tif``, and for a stack the folder ``NAME_RES``."""
-    if request.frames:
-        return Path(f"{stem}_RES")
-    number = re.search(r"\d+$", stem)
-    if number is None:
-        raise DinocellError(
-            f"{file}: --save-ctc needs the frame's number at the end of the name, such as t007.tif; of a stack, "
-            "add --frames"
-        )
-    return Path(f"{Path(_absolute(file)).parent.name}_RES") / f"mask{number[0]}.tif"
-
-
-def names_of_results(job: Job, request: Request) -> list[str]:
-    """Return the files of one image for people to read, the labels first; of a stack those of its first frame."""
-    target = first_target(job, request)
-    *others, labels = target.paths.values()
-    more = ["..."] if request.frames else []
-    return [*map(str, (labels, *others)), *more, *(["(there already)"] if target.is_done else [])]
-
-
-def first_target(job: Job, request: Request) -> Target:
-    """Return where the results of a file go; of a stack those of its first frame."""
-    return next(targets_of_frames(job, 1, request)) if request.frames else target_of(job, request)
-
-
-def target_of(job: Job, request: Request) -> Target:
-    """Return where the results of a file of one picture go."""
-    return _target(job.stem, job.ctc_mask, request)
-
-
-def targets_of_frames(job: Job, num_frames: int, request: Request) -> Iterator[Target]:
-    """Yield where the results of each frame of a stack go."""
-    digits = max(3, len(str(num_frames - 1)))
-    for number in range(num_frames):
-        mask = job.ctc_mask / f"mask{number:0{digits}d}.tif" if job.ctc_mask is not None else None
-        yield _target(f"{job.stem}_f{number:04d}", mask, request)
-
-
-def _target(name: str, mask: Path | None, request: Request) -> Target:
-    paths: dict[str, Path] = {
-        product: request.output / f"{name}{ending.format(maps=request.maps)}"
-        for product, ending in ENDINGS.items()
-        if product in request.products
-    }
-    if mask is not None:
-        paths["save_ctc"] = request.output / mask
-    paths["labels"] = request.output / f"{name}{LABELS}"  # the last one written: where it is, all is
-    return Target(name=name, paths=paths)
+            num_frames = count_frames(file)
+        except ImageError:  # reported when the file is read
+            num_frames = 1
+        digits = max(3, len(str(num_frames - 1)))
+        frames = [(k, f"{stem}_f{k:04d}", f"{stem}_RES/mask{k:0{digits}d}.tif") for k in range(num_frames)]
+    else:
+        number = stem[len(stem.rstrip("0123456789")) :]
+        if options.save_ctc and not number:
+            raise DinocellError(
+                f"{file}: --save-ctc needs the frame number at the end of the name, such as t007.tif; for a stack, add "
+                "--frames"
+            )
+        frames = [(None, stem, f"{Path(_absolute(file)).parent.name}_RES/mask{number}.tif")]
+    tasks = []
+    for frame, name, mask in frames:
+        endings = {product: ending for product, ending in ENDINGS.items() if product in options.products}
+        results = {product: f"{name}{ending.format(maps=options.maps)}" for product, ending in endings.items()}
+        results |= ({"save_ctc": mask} if options.save_ctc else {}) | {"labels": f"{name}{LABELS}"}
+        paths = {product: options.output / result for product, result in results.items()}
+        tasks.append(ImageTask(file=file, frame=frame, name=name, paths=paths))
+    return tasks

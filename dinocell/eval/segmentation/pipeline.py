@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
@@ -23,21 +23,21 @@ from dinocell.finetune.preprocess import prepare
 from dinocell.images.image import as_image
 from dinocell.runtime.distributed import find_device
 
-# Pixel sizes that differ by less are taken as they are: resampling would cost more than it gives.
+# Pixel sizes that differ by less are taken as equal: resampling would cost more than it gains.
 _SAME_SCALE = 0.02
-# What differs by more is no magnification but a mistaken unit, and may ask for more memory than there is.
-_MOST_RESAMPLED = 16
+# A larger ratio is a wrong unit rather than a magnification, and might need more memory than there is.
+_MAX_RESAMPLING = 16
 
 
 class Segmentation(NamedTuple):
-    """What was found in an image: cells, ids from 1 without gaps, and the map that they were cut from."""
+    """The cells of an image, ids from 1 without gaps, and the distance map."""
 
     labels: Int32[np.ndarray, "h w"]
     distance: Float32[np.ndarray, "h w"]
 
 
 class FlowSegmentation(NamedTuple):
-    """What a segmenter of target ``flows`` found; its maps are the flow along rows, along columns, and the chance."""
+    """The cells of an image and the maps of a flow model: flow along rows, along columns, and cell probability."""
 
     labels: Int32[np.ndarray, "h w"]
     flows: Float32[np.ndarray, "3 h w"]
@@ -49,24 +49,24 @@ class DINOCellPipeline:
     Parameters
     ----------
     model
-        A `dinocell.DINOCell`; put on ``device`` and into eval mode.
+        A `dinocell.DINOCell`; moved to ``device`` and set to eval mode.
     device
-        None: CUDA if there is one, else the CPU.
+        None: CUDA if available, else the CPU.
     crop_size
-        Side of the windows that the network sees; None: that of the crops which it learnt from.
+        Side of the tiles in pixels; None: that of the training crops.
     cells_max, cell_fill
-        Thresholds of a model of target ``distance``; None: those stored in the model.
+        Distance models: thresholds of peaks and masks; None: those stored in the model.
     probability, flow_error
-        Thresholds of a model of target ``flows``; None: those stored in the model.
+        Flow models: minimum cell probability, maximum flow error; None: those stored in the model.
     stride
-        From window to window, at most seven eighths of ``crop_size``; None: three quarters (SAMCell's 192 of 256).
+        Distance between tiles, at most seven eighths of ``crop_size``; None: three quarters (SAMCell's 192 of 256).
     batch_size
-        Windows at a time.
+        Tiles per batch.
 
     Raises
     ------
     DinocellError
-        If a threshold or the stride is out of range, a threshold is not one of the model's target, or there is no such
+        If a threshold or the stride is out of range, a threshold is of the other kind of model, or there is no such
         device.
     """
 
@@ -92,7 +92,7 @@ class DINOCellPipeline:
         largest = self.crop_size - overlap
         if not 1 <= self.stride <= largest:
             raise DinocellError(
-                f"stride: expected 1 to {largest} px for windows of {self.crop_size} px (this model's), got {stride}"
+                f"stride: expected 1 to {largest} px for this model's tiles of {self.crop_size} px, got {stride}"
             )
         self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
         self.cells_max, self.cell_fill = checked_thresholds(
@@ -142,30 +142,30 @@ class DINOCellPipeline:
     ) -> Int32[np.ndarray, "h w"] | Segmentation | FlowSegmentation:
         """Return the cells of an image, int32 (h w), and with ``return_dist_map`` the maps too.
 
-        These are the distance map (h w), as `Segmentation`; a model of target ``flows`` has none and returns its flows
-        and the chance of a cell (3 h w), as `FlowSegmentation`.
+        Distance models return a `Segmentation` with the distance map (h w), flow models a `FlowSegmentation` with flows
+        and cell probability (3 h w).
 
         Parameters
         ----------
         image
             (h w), (c h w) or (h w c), of any real type; RGB with or without alpha.
         cells_max, cell_fill
-            For this call alone; an error for a model of target ``flows``.
+            For this call only; an error for flow models.
         channel
-            Of several channels the one to look at; None: their mean, each brought to its own range first.
+            Channel to segment; None: the mean of all, each scaled to its own range first.
         pixel_size_um
-            Of the image. If the model knows the size that it was trained at, the image is scaled to that, and the
+            Of the image. If the model stores the pixel size of its training, the image is scaled to that, and the
             labels back.
         progress
-            Called after each batch with the windows that are done and their total.
+            Called after each batch with the number of finished tiles and their total.
 
         Raises
         ------
         ImageError
-            If the image is empty, of another shape, or not finite, or its pixel size is out of all proportion to that
-            of the training.
+            If the image is empty, of another shape, or not finite, or its pixel size differs too much from that of the
+            training.
         DinocellError
-            If thresholds or the pixel size are out of range, or thresholds are not those of the model's target.
+            If thresholds or the pixel size are out of range, or thresholds are of the other kind of model.
         """
         self._refuse(cells_max=cells_max, cell_fill=cell_fill)  # before the network's long work
         maps = self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
@@ -173,26 +173,6 @@ class DINOCellPipeline:
         if not return_dist_map:
             return labels
         return Segmentation(labels, maps) if self.model.target == "distance" else FlowSegmentation(labels, maps)
-
-    def run_batch(self, images: Sequence[Shaped[np.ndarray, "..."]]) -> list[np.ndarray]:
-        """Return the cells of several images, which may differ in size, one after the other.
-
-        Batches hold the windows of one image: on the CPU, batches across images gain nothing, but for images of a
-        single window of 128 px or less (benchmarks/results/window_batches.md).
-        """
-        return [self.run(image) for image in images]
-
-    def run_batch_thresholds(
-        self, images: Sequence[Shaped[np.ndarray, "..."]], thresholds: Sequence[tuple[float, float]]
-    ) -> list[list[np.ndarray]]:
-        """Return for each pair of thresholds the cells of every image; the network sees each image once.
-
-        A pair is (cells_max, cell_fill), for a model of target ``flows`` (probability, flow_error).
-        """
-        maps = [self.maps(image) for image in images]
-        if self.model.target == "flows":
-            return [[self.cells(each, probability=one, flow_error=two) for each in maps] for one, two in thresholds]
-        return [[self.cells(each, cells_max=peak, cell_fill=fill) for each in maps] for peak, fill in thresholds]
 
     def maps(
         self,
@@ -202,7 +182,7 @@ class DINOCellPipeline:
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"]:
-        """Return the distance map of an image, or its flows and chances (3 h w); parameters as for `run`."""
+        """Return the distance map of an image, or its flows and cell probability; parameters as for `run`."""
         plane = as_image(image).plane(channel)
         scale = self._scale(pixel_size_um)
         prepared = prepare(_scaled(plane, scale), self.model.settings)
@@ -216,9 +196,9 @@ class DINOCellPipeline:
             device=self.device,
             progress=progress,
         )
-        np.clip(maps[-1], 0, 1, out=maps[-1])  # blending leaves rounding; of flows the last is the chance of a cell
+        np.clip(maps[-1], 0, 1, out=maps[-1])  # rounding of the blending; the last map of flows is the cell probability
         if scale != 1:
-            maps = np.stack([_resized(each, plane.shape) for each in maps])
+            maps = np.stack([_resized(plane_map, plane.shape) for plane_map in maps])
         return maps if self.model.target == "flows" else maps[0]
 
     def distance(
@@ -234,12 +214,10 @@ class DINOCellPipeline:
         Raises
         ------
         DinocellError
-            If the model is of target ``flows``: see `maps`.
+            If it is a flow model: see `maps`.
         """
         if self.model.target != "distance":
-            raise DinocellError(
-                f"this segmenter was trained for {self.model.target}, it has no distance map; take maps"
-            )
+            raise DinocellError(f"this segmenter was trained for {self.model.target}, it has no distance map; use maps")
         return self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
 
     def cells(
@@ -251,7 +229,7 @@ class DINOCellPipeline:
         probability: int | float | None = None,
         flow_error: int | float | None = None,
     ) -> Int32[np.ndarray, "h w"]:
-        """Return the cells of what `maps` gave, by the model's settings unless told otherwise."""
+        """Return the cells of the maps from `maps`; thresholds default to the model's."""
         settings = self.model.settings
         self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
         if self.model.target == "flows":
@@ -271,7 +249,7 @@ class DINOCellPipeline:
         )
 
     def _refuse(self, **thresholds: int | float | None) -> None:
-        """Refuse thresholds of the other target, which would be ignored."""
+        """Refuse thresholds of the other kind of model, which would be ignored."""
         ours = ("cells_max", "cell_fill") if self.model.target == "distance" else ("probability", "flow_error")
         for name, value in thresholds.items():
             if value is not None and name not in ours:
@@ -287,10 +265,10 @@ class DINOCellPipeline:
         if pixel_size_um is None or trained is None:
             return 1.0
         scale = float(pixel_size_um) / trained
-        if not 1 / _MOST_RESAMPLED <= scale <= _MOST_RESAMPLED:
+        if not 1 / _MAX_RESAMPLING <= scale <= _MAX_RESAMPLING:
             raise ImageError(
-                f"pixels of {pixel_size_um:g} um, where the segmenter learnt from {trained:g} um: is the size in "
-                "another unit? Say what it is with pixel_size_um (--pixel-size)"
+                f"pixels of {pixel_size_um:g} um, but the segmenter was trained on {trained:g} um: is the size in "
+                "another unit? Set it with pixel_size_um (--pixel-size)"
             )
         return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
 

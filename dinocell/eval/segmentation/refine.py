@@ -1,10 +1,13 @@
-"""Mend what the plain watershed cannot give back: cells in several pieces, and the border below the fill threshold."""
+"""Refine the labels of the watershed: merge the fragments of one cell, and correct the boundaries.
+
+The watershed alone gets neither right, not even on a perfect distance map.
+"""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Integer, Shaped
 from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -16,40 +19,41 @@ from dinocell.runtime.jit import compiled
 
 # --- measure -------------------------------------------------------------------------------------------------------
 #
-# What mending needs to know of each label: how wide it is, and how high the map stands in it.
+# The width of each label, and the height of the map in it.
 
-_Array = np.ndarray
+_Labels = Int32[np.ndarray, "h w"]
+_Map = Float32[np.ndarray, "h w"]
+_PerLabel = Shaped[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False)
 class CellMeasures:
-    """One entry a label; entry 0 is the background's and 0.
+    """One entry per label; entry 0, the background, is 0.
 
     Attributes
     ----------
     radius_px
-        Of the largest disc inside the label, to half a pixel.
+        Radius of the largest disc inside the label, to half a pixel.
     middle
-        The map's value at that disc's centre.
+        The map's value at the centre of that disc.
     peak
-        The map's highest value in the label.
+        The map's maximum in the label.
     """
 
-    radius_px: _Array
-    middle: _Array
-    peak: _Array
+    radius_px: _PerLabel
+    middle: _PerLabel
+    peak: _PerLabel
 
     @property
-    def full_radius_px(self) -> _Array:
-        """The radius at which the map would be 1: it falls by 1 / this with every pixel towards the cell's boundary."""
-        radius_px: _Array = self.radius_px / np.maximum(self.middle, np.float32(1e-3))
-        return radius_px
+    def full_radius_px(self) -> _PerLabel:
+        """The radius at which the map would be 1: per pixel towards the boundary it falls by 1 / this."""
+        return np.asarray(self.radius_px / np.maximum(self.middle, np.float32(1e-3)))
 
 
-def measure_cells(labels: _Array, distance: _Array, num_labels: int) -> CellMeasures:
-    """Measure labels 1 to ``num_labels``; those that are missing have 0 everywhere.
+def measure_cells(labels: _Labels, distance: _Map, num_labels: int) -> CellMeasures:
+    """Measure labels 1 to ``num_labels``; missing ones are 0.
 
-    A label that fills the whole image has no boundary: it is given half the image's longer side as its radius.
+    A label that fills the whole image has no boundary: its radius is half the longer side of the image.
     """
     depth = distance_to_boundary(labels)
     if np.isinf(depth[0, 0]):
@@ -57,29 +61,29 @@ def measure_cells(labels: _Array, distance: _Array, num_labels: int) -> CellMeas
     return CellMeasures(*_measure(labels, distance, depth, num_labels))
 
 
-def measure_selected(labels: _Array, distance: _Array, which: _Array) -> CellMeasures:
-    """Measure the labels where ``which``, one entry a label, is True; the others have 0 everywhere.
+def measure_selected(labels: _Labels, distance: _Map, which: Bool[np.ndarray, " n"]) -> CellMeasures:
+    """Measure the labels where ``which``, one entry per label, is True; the others are 0.
 
-    The same numbers as `measure_cells`: the pixel nearest to a label's inside lies in its bounding box or beside it.
+    The same numbers as `measure_cells`: the pixel nearest to a label's inside is in its bounding box or next to it.
     """
     boxes = ndimage.find_objects(labels, max_label=len(which) - 1)
-    wanted = [(label, boxes[label - 1]) for label in np.flatnonzero(which).tolist() if label and boxes[label - 1]]
-    if sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, (rows, columns) in wanted) > labels.size:
+    selected = [(label, boxes[label - 1]) for label in np.flatnonzero(which).tolist() if label and boxes[label - 1]]
+    if sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, (rows, columns) in selected) > labels.size:
         return measure_cells(np.where(which[labels], labels, 0), distance, len(which) - 1)
-    found = CellMeasures(*(np.zeros(len(which), np.float32) for _ in range(3)))
-    for label, box in wanted:
+    measures = CellMeasures(*(np.zeros(len(which), np.float32) for _ in range(3)))
+    for label, box in selected:
         wider = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
         own = np.ascontiguousarray(labels[wider] == label, np.int32)
         depth = distance_to_boundary(own)
         if np.isinf(depth[0, 0]):
             depth.fill(max(labels.shape) / 2)
         radius, middle, peak = _measure(own, distance[wider], depth, 1)
-        found.radius_px[label], found.middle[label], found.peak[label] = radius[1], middle[1], peak[1]
-    return found
+        measures.radius_px[label], measures.middle[label], measures.peak[label] = radius[1], middle[1], peak[1]
+    return measures
 
 
 @compiled
-def _measure(labels: _Array, distance: _Array, depth: _Array, num_labels: int) -> tuple[_Array, _Array, _Array]:
+def _measure(labels: _Labels, distance: _Map, depth: _Map, num_labels: int) -> tuple[_PerLabel, _PerLabel, _PerLabel]:
     radius = np.zeros(num_labels + 1, np.float32)
     middle = np.zeros(num_labels + 1, np.float32)
     peak = np.zeros(num_labels + 1, np.float32)
@@ -95,13 +99,13 @@ def _measure(labels: _Array, distance: _Array, depth: _Array, num_labels: int) -
 
 
 MERGE_PX = 3.0
-# By trial on the real masks under benchmarks/round_trip.py: a network's noise lies below, two cells' valley above.
+# By trial on the real masks of benchmarks/round_trip.py: above the noise of networks, below valleys between two cells.
 MERGE_DEPTH = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """What is done after the flood. `dinocell.eval.segmentation.watershed.distance_to_labels` explains the fields.
+    """Steps after the flood. `dinocell.eval.segmentation.watershed.distance_to_labels` explains the fields.
 
     Raises
     ------
@@ -116,14 +120,16 @@ class Refinement:
     blur_px: int | float | None = None
 
     def __post_init__(self) -> None:
-        if self.min_area_px < 0:
-            raise DinocellError(f"min_area_px: expected at least 0, got {self.min_area_px}")
-        if self.merge_px is not None and not 0 < self.merge_px < math.inf:
-            raise DinocellError(f"merge_px: expected more than 0 pixels, or None to merge nothing, got {self.merge_px}")
-        if not 0 <= self.merge_depth <= 1:
-            raise DinocellError(f"merge_depth: expected 0 to 1, got {self.merge_depth}")
-        if self.blur_px is not None and not 0 <= self.blur_px < math.inf:
-            raise DinocellError(f"blur_px: expected at least 0 pixels, or None to estimate it, got {self.blur_px}")
+        merge_px, blur_px = self.merge_px, self.blur_px
+        checks = (
+            ("min_area_px", self.min_area_px >= 0, "at least 0"),
+            ("merge_px", merge_px is None or 0 < merge_px < math.inf, "more than 0 pixels, or None to merge nothing"),
+            ("merge_depth", 0 <= self.merge_depth <= 1, "0 to 1"),
+            ("blur_px", blur_px is None or 0 <= blur_px < math.inf, "at least 0 pixels, or None to estimate it"),
+        )
+        for name, is_valid, expected in checks:
+            if not is_valid:
+                raise DinocellError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
 PLAIN = Refinement(merge_px=None, restore_border=False)
@@ -136,7 +142,7 @@ def refine_labels(
     cell_fill: int | float,
     refinement: Refinement,
 ) -> Int32[np.ndarray, "h w"]:
-    """Merge, restore borders, drop small cells, and number the rest from 1 without gaps, in the order of their ids.
+    """Merge fragments, refine boundaries, drop small cells; the rest is relabelled from 1 in the order of the ids.
 
     ``labels`` are those of a flood: 0 and ids from 1, at most as many as pixels. They are not written to.
 
@@ -157,11 +163,18 @@ def refine_labels(
             labels, measures = _merge(labels, distance, measures, ids)
         if refinement.restore_border:
             labels = refine_boundaries(labels, distance, measures, cell_fill=cell_fill, blur_px=refinement.blur_px)
-    return _numbered(labels, refinement.min_area_px)
+    areas_px = np.bincount(labels.ravel())
+    return relabel(labels, areas_px >= max(refinement.min_area_px, 1))
 
 
-def _merge(labels: _Array, distance: _Array, measures: CellMeasures, ids: _Array) -> tuple[_Array, CellMeasures]:
-    """Give every label its new id, and measure the merged ones anew."""
+def relabel(labels: Integer[np.ndarray, "h w"], is_kept: Bool[np.ndarray, " n"]) -> Int32[np.ndarray, "h w"]:
+    """Return the labels without those that ``is_kept``, by label, excludes; the rest from 1 in the order of the ids."""
+    is_kept[0] = False
+    return np.take(np.where(is_kept, np.cumsum(is_kept), 0).astype(np.int32), labels)
+
+
+def _merge(labels: _Labels, distance: _Map, measures: CellMeasures, ids: _PerLabel) -> tuple[_Labels, CellMeasures]:
+    """Give every label its new id, and measure the merged ones."""
     is_merged = np.bincount(ids, minlength=len(ids))[ids] > 1
     if not is_merged.any():
         return labels, measures
@@ -174,59 +187,51 @@ def _merge(labels: _Array, distance: _Array, measures: CellMeasures, ids: _Array
     )
 
 
-def _numbered(labels: _Array, min_area_px: int) -> _Array:
-    area_px = np.bincount(labels.reshape(-1))
-    keep = area_px >= max(min_area_px, 1)
-    keep[0] = False
-    numbers = np.where(keep, np.cumsum(keep), 0).astype(np.int32)
-    numbered: _Array = numbers[labels]
-    return numbered
-
-
 # --- merging -------------------------------------------------------------------------------------------------------
 #
-# Merge the pieces of one cell: several peaks above the threshold need not be several cells.
+# Merge the fragments of one cell: several peaks above the threshold need not be several cells. Two rules:
 #
-# Two rules, each for what the other cannot see.
-#
-# - A long or bent cell is wide in several places, and the map has a peak in each. Between them it falls to the width of
-#   the waist, while between two cells it falls to their common border, that is to about one pixel. So pixels are
+# - A long or curved cell is wide in several places, and the map has a peak in each. Between them it falls to the width
+#   of the waist, but between two cells to their common border, that is to about one pixel. So widths in pixels are
 #   compared: the map's saddle times the cell's radius.
-# - Noise makes peaks of its own beside a true one. They rise next to nothing above the saddle.
+# - Noise makes additional peaks next to a true one, which hardly rise above the saddle.
 
 
 def merged_ids(
-    labels: _Array, distance: _Array, measures: CellMeasures, *, merge_px: int | float, merge_depth: int | float
-) -> _Array:
-    """Return for every label the smallest label of the cell that it belongs to, as one array from old id to new.
+    labels: _Labels, distance: _Map, measures: CellMeasures, *, merge_px: int | float, merge_depth: int | float
+) -> Int32[np.ndarray, " n"]:
+    """Return for every label the smallest label of its cell.
 
-    Two labels that share a border (4-connected) are one cell if its saddle, the highest value on both of its sides,
-    times the smaller of their full radii is more than ``merge_px``; or if the lower of their peaks is less than
-    ``merge_depth`` above the saddle. All borders are judged as the flood left them, whatever else merges.
+    Two labels that share a border (4-connected) are one cell if its saddle, the maximum over the border of the lower of
+    both sides, times the smaller of their full radii is more than ``merge_px``; or if the lower of their peaks is less
+    than ``merge_depth`` above the saddle. Every border is judged as the flood left it, whatever else merges.
     """
     num_labels = len(measures.peak) - 1
     first, second, saddle = _highest_contacts(labels, distance, num_labels)
     full_radius = measures.full_radius_px
+    # On a perfect map the saddle is (half-width of the waist) / radius.
     half_width_px = saddle * np.minimum(full_radius[first], full_radius[second])
     rise = np.minimum(measures.peak[first], measures.peak[second]) - saddle
     same = (half_width_px > merge_px) | (rise < merge_depth)
+    # Cells are the connected components of the graph of merging pairs, named after their smallest label.
     size = num_labels + 1
     graph = coo_array((np.ones(same.sum(), np.int8), (first[same], second[same])), shape=(size, size))
     _, group = connected_components(graph, directed=False)
     _, smallest = np.unique(group, return_index=True)
-    ids: _Array = smallest[group].astype(np.int32)
-    return ids
+    return np.asarray(smallest[group], np.int32)
 
 
-def _highest_contacts(labels: _Array, distance: _Array, num_labels: int) -> tuple[_Array, _Array, _Array]:
-    """Return each pair of neighbouring labels once, the smaller first, with the saddle between them."""
+def _highest_contacts(labels: _Labels, distance: _Map, num_labels: int) -> tuple[_PerLabel, _PerLabel, _PerLabel]:
+    """Return the pairs of neighbouring labels, the smaller first, with the saddle between them."""
     stride = num_labels + 1
     pairs, heights = [], []
-    for one, other in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
-        meet = (labels[one] != labels[other]) & (labels[one] != 0) & (labels[other] != 0)
-        left, right = labels[one][meet], labels[other][meet]
+    # Every two neighbouring pixels of different cells are a contact, as high as the lower of the two.
+    for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
+        is_contact = (labels[here] != labels[there]) & (labels[here] != 0) & (labels[there] != 0)
+        left, right = labels[here][is_contact], labels[there][is_contact]
         pairs.append(np.minimum(left, right).astype(np.int64) * stride + np.maximum(left, right))
-        heights.append(np.minimum(distance[one][meet], distance[other][meet]))
+        heights.append(np.minimum(distance[here][is_contact], distance[there][is_contact]))
+    # Sort the contacts by pair; the saddle of a pair is the maximum over its run.
     pair, height = np.concatenate(pairs), np.concatenate(heights)
     order = np.argsort(pair, kind="stable")
     pair = pair[order]
@@ -237,25 +242,23 @@ def _highest_contacts(labels: _Array, distance: _Array, num_labels: int) -> tupl
 
 # --- border --------------------------------------------------------------------------------------------------------
 #
-# Give each cell the border back that the fill threshold cut off.
+# Move each cell's boundary from the contour at the fill threshold to where the cell ends.
 #
-# A distance map falls from 1 to 0 over a cell's radius R, so ``distance > cell_fill`` leaves out a ring of cell_fill x
-# R
-# pixels. On a perfect map growing each label by that much undoes it. A network's map is smoother than a perfect one: at
-# the cell's boundary it does not reach 0, and a small cell's contour at ``cell_fill`` may lie on the ring's outer side.
-# For a ramp of slope 1 / R that is smoothed by a Gaussian of sigma s, the value at e pixels inside the boundary is
+# A distance map falls from 1 to 0 over a cell's radius R, so ``distance > cell_fill`` excludes a ring of cell_fill x R
+# pixels. On a perfect map growing each label by that much undoes it. A network's map is smoother: it is not 0 at the
+# cell's boundary, and a small cell's contour at ``cell_fill`` may be outside the cell. For a ramp of slope 1 / R
+# that is smoothed by a Gaussian of sigma s, the value at e pixels inside the boundary is
 #
 #     (s / R) ramp(e / s),    ramp(z) = z Phi(z) + phi(z)    (Phi, phi: the normal distribution and its density)
 #
 # and the peak of a round cell falls from 1 by sqrt(pi / 2) s / R, of a long one by sqrt(2 / pi) s / R (the mean
-# distance
-# from the centre, or from the middle line). The second gives s, the first where the contour lies.
+# distance from the centre, or from the midline). The second formula gives s, the first the position of the contour.
 
 # Between the two shapes above, 1.25 and 0.80: by trial on the real masks of nuclei and of elongated cells.
 _PEAK_LOSS = 1.1
-# Cells of fewer pixels across are too coarse to tell blur by.
+# The blur cannot be estimated from smaller cells.
 _SMALLEST_RADIUS_PX = 3
-# The boundary runs half a pixel outside the centres of the outermost pixels, which are 1 from the background's.
+# The boundary is half a pixel outside the centres of the outermost pixels, which are 1 from the background's.
 _BOUNDARY_PX = 0.5
 
 _STEEP = np.linspace(-6, 6, 2401)
@@ -263,41 +266,40 @@ _RAMP = _STEEP * ndtr(_STEEP) + np.exp(-(_STEEP**2) / 2) / math.sqrt(2 * math.pi
 
 
 def refine_boundaries(
-    labels: _Array, distance: _Array, measures: CellMeasures, *, cell_fill: int | float, blur_px: int | float | None
-) -> _Array:
-    """Move each label's border from where the map crosses ``cell_fill`` to where the cell ends.
+    labels: _Labels, distance: _Map, measures: CellMeasures, *, cell_fill: int | float, blur_px: int | float | None
+) -> _Labels:
+    """Move each label's boundary from the contour of the map at ``cell_fill`` to where the cell ends.
 
-    Outwards into free background only, Euclidean; where two labels could take a pixel the nearer one does, of two as
-    near the one with the smaller id. Inwards, where the blur has pushed the contour out of the cell, by a higher cut of
-    the map, though never above half of the label's peak.
+    Outwards only into free background, by Euclidean distance; a pixel in reach of two labels goes to the nearer one, of
+    two equally near to the smaller id. Inwards, where blur has pushed the contour out of the cell, by a higher
+    threshold, at most half of the label's peak.
 
     Parameters
     ----------
     blur_px
-        Sigma of the smoothing that the map has undergone; 0 is a perfect map; None estimates it from the peaks.
+        Sigma of the map's smoothing; 0 is a perfect map; None estimates it from the peaks.
     """
     blur = estimate_blur_px(measures, cell_fill) if blur_px is None else blur_px
     radius = measures.radius_px.astype(np.float64) / (1 - cell_fill)
-    # The full radius and the ring's width depend on each other; on a perfect map the start is the solution.
+    # The full radius and the width of the ring depend on each other; on a perfect map the start is the solution.
     for _ in range(3):
         ring = _contour_px(cell_fill * radius, blur)
         radius = measures.radius_px + np.maximum(ring, 0)
     ring = _contour_px(cell_fill * radius, blur)
-    exists = measures.radius_px > 0
-    inwards = exists & (ring < _BOUNDARY_PX) & (blur > 0)
+    # Cells whose contour is outside of them: cut the map higher, at its value on the boundary.
+    inwards = (measures.radius_px > 0) & (ring < _BOUNDARY_PX) & (blur > 0)
     if inwards.any():
         level = np.zeros(len(ring), np.float32)
         boundary_value = blur * np.interp(_BOUNDARY_PX / blur, _STEEP, _RAMP)
         level[inwards] = np.minimum(boundary_value / radius[inwards], measures.peak[inwards] / 2)
         labels = np.where(distance > level[labels], labels, 0)
+    # All others grow by the ring; rounding must not decide whether one of exactly two pixels is two pixels wide.
     growth = np.where(inwards, 0, np.maximum(ring, 0))
-    # Rounding must not decide whether a ring of exactly two pixels is two pixels wide.
-    grown: _Array = _grow(labels, np.floor(growth**2 + 1e-4).astype(np.int64))
-    return grown
+    return _grow(labels, np.floor(growth**2 + 1e-4).astype(np.int64))
 
 
 def estimate_blur_px(measures: CellMeasures, cell_fill: int | float) -> float:
-    """Return how far the map is smoothed, as the sigma in pixels that lowers the median cell's peak as much."""
+    """Return the sigma of the smoothing, in pixels, that explains the peak of the median cell."""
     wide = measures.radius_px > _SMALLEST_RADIUS_PX
     if not wide.any():
         return 0.0
@@ -305,23 +307,18 @@ def estimate_blur_px(measures: CellMeasures, cell_fill: int | float) -> float:
     return float(np.median(missing * measures.radius_px[wide] / (1 - cell_fill)) / _PEAK_LOSS)
 
 
-def _contour_px(height_px: _Array, blur_px: int | float) -> _Array:
-    """Return how far inside the boundary a smoothed ramp of slope 1 has this height."""
+def _contour_px(height_px: _PerLabel, blur_px: int | float) -> _PerLabel:
+    """Return the distance inside the boundary at which a smoothed ramp of slope 1 has this height."""
     if blur_px == 0:
         return height_px
     scaled = height_px / blur_px
-    # Beyond the table the smoothing no longer shows.
-    inside: _Array = blur_px * np.where(scaled < _RAMP[-1], np.interp(scaled, _RAMP, _STEEP), scaled)
-    return inside
+    # Beyond the table smoothing has no effect.
+    return blur_px * np.where(scaled < _RAMP[-1], np.interp(scaled, _RAMP, _STEEP), scaled)
 
 
 @compiled
-def _grow(labels: _Array, squared_reach: _Array) -> _Array:
-    """Give each free pixel to the nearest label within that label's reach.
-
-    The pixel of a label that is nearest to a free one has no neighbour of its own label on that side, left or right and
-    above or below: from a straight edge only a line of pixels has to be looked at, not a disc.
-    """
+def _grow(labels: _Labels, squared_reach: _PerLabel) -> _Labels:
+    """Give each free pixel to the nearest label within that label's reach."""
     height, width = labels.shape
     grown = labels.copy()
     nearest = np.full(labels.shape, np.iinfo(np.int32).max, np.int32)
@@ -337,6 +334,8 @@ def _grow(labels: _Array, squared_reach: _Array) -> _Array:
             right = column < width - 1 and labels[row, column + 1] != label
             if not (up or down or left or right):
                 continue
+            # The label's pixel that is nearest to a free one has no neighbour of its label on that side. So only the
+            # sides without one are searched: from a straight edge a line of pixels, not a disc.
             side = int(math.sqrt(reach))
             for target_row in range(max(row - side * up, 0), min(row + side * down, height - 1) + 1):
                 for target_column in range(max(column - side * left, 0), min(column + side * right, width - 1) + 1):
