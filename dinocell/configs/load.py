@@ -8,6 +8,7 @@ the file and line, or the override, and the dotted key.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from dinocell.configs import schema as schemas
 from dinocell.configs.schema import MisfitError, did_you_mean, join
 from dinocell.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,7 +56,7 @@ def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence
         Unknown key, wrong type, missing value, impossible combination, unreadable recipe, ...
     """
     settings = list(_recipe_settings(schema, recipe)) if recipe is not None else []
-    settings += [setting for text in overrides for setting in _override_settings(schema, text)]
+    settings += [setting for text in overrides for setting in _override_settings(schema, text, overrides)]
     tree: Any = OmegaConf.create(schemas.defaults(schema))
     for setting in settings:
         nested = setting.value
@@ -120,6 +123,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
         If the file cannot be read, is not UTF-8, is not YAML, or holds no mapping.
     """
     return _parse(path, _read(path))
+
+
+def read_stored(schema: type, path: Path) -> dict[str, Any]:
+    """Return the plain configuration that an earlier start stored, as this version would have stored it.
+
+    Renamed keys have their present names, keys that were added since have their defaults.
+
+    Raises
+    ------
+    ConfigError
+        As for `read_mapping`, or if a key is set under its former and its present name.
+    """
+    try:
+        values, _ = schemas.present_keys(schema, read_mapping(path))
+    except MisfitError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return schemas.with_defaults(schema, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -213,8 +233,17 @@ def _recipe_settings(schema: type, recipe: Path) -> Iterator[Setting]:
     text = _read(recipe)
     values = _parse(recipe, text)
     lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+    try:
+        values, former = schemas.present_keys(schema, values)
+    except MisfitError as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+    for note in schemas.notes(former):
+        _log.warning("%s: %s", recipe, note)
 
     def source(key: str) -> str:
+        for new, old in reversed(former.items()):
+            if f"{key}.".startswith(f"{new}."):
+                key = old + key[len(new) :]
         return f"{recipe}:{lines[key]}" if key in lines else str(recipe)
 
     yield from _settings(schema, "", values, source)
@@ -228,7 +257,7 @@ def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
             yield from _lines(value, key)
 
 
-def _override_settings(schema: type, text: str) -> list[Setting]:
+def _override_settings(schema: type, text: str, overrides: Sequence[str]) -> list[Setting]:
     source = f"override '{text}'"
     try:
         text.encode()
@@ -243,11 +272,37 @@ def _override_settings(schema: type, text: str) -> list[Setting]:
         raise ConfigError(f"{source}: expected key=value{hint}")
     if not all(key.split(".")):
         raise ConfigError(f"{source}: expected key=value, got the empty key '{key}'")
+    key = _present_key(schema, key, source, overrides)
     annotation = _annotation_of(schema, key, source)
     if not raw.strip():  # a shell variable that is not set: no weights, where there were to be some
         raise ConfigError(f"{source}: expected a value behind the '='; for none write {key}=null")
     value = _from_text(annotation, raw.strip(), source)
     return list(_settings(schema, key, value, lambda _: source))
+
+
+def _present_key(schema: type, key: str, source: str, overrides: Sequence[str]) -> str:
+    """Return the present name of a dotted key that may be a former one."""
+    nested: Any = _UNREAD
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    try:
+        nested, former = schemas.present_keys(schema, nested)
+    except MisfitError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    if not former:
+        return key
+    parts = []
+    while isinstance(nested, dict):
+        ((part, nested),) = nested.items()
+        parts.append(part)
+    present = ".".join(parts)
+    if present in (text.partition("=")[0].strip() for text in overrides):
+        raise ConfigError(f"{source}: {present} is set twice, also under its former name")
+    _log.warning("%s: %s", source, ", ".join(schemas.notes(former)))
+    return present
+
+
+_UNREAD = object()
 
 
 def _settings(schema: type, key: str, value: Any, source: Callable[[str], str]) -> Iterator[Setting]:

@@ -12,11 +12,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import logging
 import math
+import sys
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_log = logging.getLogger(__name__)
 
 MISSING = "???"
 """What a recipe writes for "to be set by whoever uses this"; the same as not setting the key."""
@@ -78,6 +82,9 @@ def fit(annotation: Any, value: Any, key: str = "") -> Any:
 def _fit_section(schema: type, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise MisfitError(key, _expected_got(schema, value))
+    value, former = present_keys(schema, value, key)
+    for note in notes(former):
+        _log.info(note)
     hints = field_types(schema)
     for name in value:
         if name not in hints:
@@ -244,6 +251,82 @@ def annotation_of(schema: type, key: str) -> Any:
             value = ".".join(parts[:index])
             raise MisfitError(key, f"unknown key; {value} takes {describe(annotation)}, no keys")
     return annotation
+
+
+def present_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """Return nested values with former keys under their present names, and for each of these the former name.
+
+    The module that defines a schema lists what changed, with dotted keys inside the schema: ``RENAMED_KEYS``, old to
+    new, and ``REMOVED_KEYS``, old to the one value that is still accepted because it changes nothing.
+
+    Raises
+    ------
+    MisfitError
+        If a key is set under both names, or a removed key to another value.
+    """
+    module = vars(sys.modules[schema.__module__])
+    renamed, removed = module.get("RENAMED_KEYS", {}), module.get("REMOVED_KEYS", {})
+    present, former = _copied(values), {}
+    known = set(all_keys(schema)) if renamed or removed else set()
+    for old, new in renamed.items():
+        if old in known or new not in known or (value := _take(present, old)) is _ABSENT:
+            continue
+        if _take(_copied(present), new) is not _ABSENT:
+            raise MisfitError(join(prefix, new), f"set twice, also under its former name {join(prefix, old)}")
+        *parents, name = new.split(".")
+        inside = present
+        for part in parents:
+            inside = inside.setdefault(part, {})
+        inside[name] = value
+        former[join(prefix, new)] = join(prefix, old)
+    for old, only in removed.items():
+        if old in known or (value := _take(present, old)) is _ABSENT:
+            continue
+        if value != only:
+            raise MisfitError(join(prefix, old), f"no longer exists; only {show(only)} is still accepted")
+        former[join(prefix, old)] = join(prefix, old)
+    hints = field_types(schema)
+    for name, value in present.items():
+        inner = section(hints.get(name))
+        if inner is not None and isinstance(value, Mapping):
+            present[name], more = present_keys(inner, value, join(prefix, name))
+            former |= more
+    return present, former
+
+
+def notes(former: Mapping[str, str]) -> list[str]:
+    """Return a line for each former key that `present_keys` found."""
+    return [f"{old} is now {new}" if old != new else f"{old} no longer exists" for new, old in former.items()]
+
+
+def _copied(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): _copied(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+def _take(values: dict[str, Any], key: str) -> Any:
+    """Remove a dotted key, and the sections that this empties, and return its value."""
+    name, _, rest = key.partition(".")
+    if not rest:
+        return values.pop(name, _ABSENT)
+    inside = values.get(name)
+    value = _take(inside, rest) if isinstance(inside, dict) else _ABSENT
+    if value is not _ABSENT and not inside:
+        del values[name]
+    return value
+
+
+def with_defaults(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with the keys that they lack, as far as these have defaults."""
+    return _filled(schema, defaults(schema), values)
+
+
+def _filled(schema: type, plain: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    result = {**plain, **values}
+    for name, annotation in field_types(schema).items():
+        inner, value = section(annotation), values.get(name)
+        if inner is not None and isinstance(value, Mapping):
+            result[name] = _filled(inner, plain.get(name) or defaults(inner), value)
+    return result
 
 
 def missing_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:

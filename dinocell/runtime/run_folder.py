@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from dinocell.configs.load import read_mapping, to_dict, to_yaml
+from dinocell.configs.load import read_stored, to_dict, to_yaml
 from dinocell.configs.schema import diff_configs
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.runtime.files import write_atomically
@@ -121,7 +121,7 @@ def check_same(folder: Path, config: object, ignore: Collection[str]) -> None:
     """
     config_file = folder / "config.yaml"
     if config_file.exists():
-        differing = diff_configs(read_mapping(config_file), to_dict(config), ignore)
+        differing = diff_configs(read_stored(type(config), config_file), to_dict(config), ignore)
         if differing:
             raise ConfigError(
                 f"run folder {folder} holds a run with other settings ({'; '.join(differing)}); "
