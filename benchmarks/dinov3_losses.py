@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dinocell.models.formats import recognise
 from dinocell.models.vit import VisionTransformer
-from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_ema
 from dinocell.ssl.config import HeadsConfig, LossConfig
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.student_teacher import StudentTeacher
@@ -176,7 +176,7 @@ def take_step(ours: StudentTeacher, theirs: Any, optimizers: tuple[Any, Any]) ->
     """Clip, update and average on both sides, each with its own code."""
     clip_gradients(dict(ours.student.items()), _CLIP)
     optimizers[0].step()
-    update_teacher(ours.teacher.parameters(), ours.student.parameters(), _MOMENTUM)
+    update_ema(ours.teacher.parameters(), ours.student.parameters(), _MOMENTUM)
     for module in theirs.student.values():
         nn.utils.clip_grad_norm_(module.parameters(), max_norm=_CLIP)
     optimizers[1].step()

@@ -325,7 +325,7 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
     """Return the step of the product's trainer, its phases marked."""
     from dinocell.models import config as models
     from dinocell.runtime.distributed import World
-    from dinocell.runtime.optim import BadSteps
+    from dinocell.runtime.optim import NonfiniteSteps
     from dinocell.ssl import trainer as module
     from dinocell.ssl.config import ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
     from dinocell.ssl.prepare import _spread, backbone_of, build_model
@@ -362,7 +362,7 @@ def our_step(case: Case, phases: Phases, drop_path: float) -> Callable[[], objec
         (module, "clip_gradients", "clip"),
         (module, "set_rates", "optimizer"),
         (torch.optim.Optimizer, "zero_grad", "optimizer"),
-        (BadSteps, "step", "optimizer"),
+        (NonfiniteSteps, "step", "optimizer"),
         (module, "release", "moving average"),
         (module, "update_teacher", "moving average"),
         (module.Trainer, "_masks", "masks"),

@@ -26,7 +26,7 @@ from _harness import alternate, ratio, write_result
 from torch import Tensor, nn
 
 from dinocell.models.vit import VisionTransformer, variant_config
-from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_ema
 from dinocell.ssl.config import HeadsConfig, LossConfig
 from dinocell.ssl.losses import koleo_loss
 from dinocell.ssl.masking import MaskingConfig, PatchMasks, draw_masks
@@ -134,7 +134,7 @@ def our_step(options: argparse.Namespace, *, straight: bool, again: Any) -> Call
         loss.backward()
         clip_gradients(dict(model.student.items()), 3.0)
         optimizer.step()
-        update_teacher(model.teacher.parameters(), model.student.parameters(), 0.996)
+        update_ema(model.teacher.parameters(), model.student.parameters(), 0.996)
         return float(loss.detach())
 
     return step

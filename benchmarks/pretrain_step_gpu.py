@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.device import peak_flop_per_s
 from dinocell.runtime.distributed import World
-from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_ema
 from dinocell.ssl.config import Compile, ComputeConfig, DataConfig, HeadsConfig, ModelConfig, PretrainConfig
 from dinocell.ssl.masking import MaskingConfig, draw_masks
 from dinocell.ssl.memory import step_memory
@@ -318,7 +318,7 @@ def our_step(config: PretrainConfig, device: str) -> Callable[[], torch.Tensor]:
         loss.backward()
         clip_gradients(dict(model.student.items()), 3.0)
         optimizer.step()
-        update_teacher(model.teacher.parameters(), model.student.parameters(), 0.996)
+        update_ema(model.teacher.parameters(), model.student.parameters(), 0.996)
         result: torch.Tensor = loss.detach()
         return result
 

@@ -15,7 +15,7 @@ from dinocell.runtime.optim import (
     parameter_groups,
     scaled_learning_rate,
     set_rates,
-    update_teacher,
+    update_ema,
 )
 from dinocell.ssl.heads import ProjectionHead
 
@@ -249,7 +249,7 @@ def test_teacher_moves_by_the_plain_formula() -> None:
     student, teacher = ProjectionHead(4, 6, hidden=5, bottleneck=3), ProjectionHead(4, 6, hidden=5, bottleneck=3)
     before = [p.detach().double() for p in teacher.parameters()]
     expected = [0.9 * old + 0.1 * new.double() for old, new in zip(before, student.parameters(), strict=True)]
-    update_teacher(teacher.parameters(), student.parameters(), 0.9)
+    update_ema(teacher.parameters(), student.parameters(), 0.9)
     for found, wanted in zip(teacher.parameters(), expected, strict=True):
         torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-6, atol=1e-8)
 
@@ -257,9 +257,9 @@ def test_teacher_moves_by_the_plain_formula() -> None:
 def test_momentum_one_keeps_the_teacher_bit_equal_and_zero_copies_the_student() -> None:
     student, teacher = nn.Linear(7, 5), nn.Linear(7, 5)
     before = teacher.weight.detach().clone()
-    update_teacher(teacher.parameters(), student.parameters(), 1.0)
+    update_ema(teacher.parameters(), student.parameters(), 1.0)
     assert torch.equal(teacher.weight, before)
-    update_teacher(teacher.parameters(), student.parameters(), 0.0)
+    update_ema(teacher.parameters(), student.parameters(), 0.0)
     assert torch.equal(teacher.weight, student.weight)
     assert torch.equal(teacher.bias, student.bias)
     assert student.weight.data_ptr() != teacher.weight.data_ptr()
@@ -267,8 +267,8 @@ def test_momentum_one_keeps_the_teacher_bit_equal_and_zero_copies_the_student() 
 
 def test_misfitting_teachers_and_momenta_are_refused() -> None:
     with pytest.raises(ValueError, match="same shapes in the same order"):
-        update_teacher(nn.Linear(7, 5).parameters(), nn.Linear(5, 7).parameters(), 0.5)
+        update_ema(nn.Linear(7, 5).parameters(), nn.Linear(5, 7).parameters(), 0.5)
     with pytest.raises(ValueError, match="same shapes in the same order"):
-        update_teacher(nn.Linear(7, 5).parameters(), [], 0.5)
+        update_ema(nn.Linear(7, 5).parameters(), [], 0.5)
     with pytest.raises(ValueError, match=r"momentum: expected 0 to 1, got 1\.5"):
-        update_teacher([], [], 1.5)
+        update_ema([], [], 1.5)

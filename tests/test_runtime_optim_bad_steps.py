@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dinocell.errors import DinocellError
-from dinocell.runtime.optim import BadSteps, adamw, parameter_groups, set_rates
+from dinocell.runtime.optim import NonfiniteSteps, adamw, parameter_groups, set_rates
 
 CPU = torch.device("cpu")
 GOOD, NAN, INFINITE = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
@@ -28,7 +28,7 @@ def snapshot(layer: nn.Linear, optimizer: torch.optim.Optimizer) -> list[torch.T
 @pytest.mark.parametrize("bad", [NAN, INFINITE])
 def test_a_bad_step_changes_neither_weights_nor_moments(bad: torch.Tensor) -> None:
     layer, optimizer = made()
-    steps = BadSteps(CPU, most=10, advice="")
+    steps = NonfiniteSteps(CPU, most=10, advice="")
     steps.step(optimizer, [GOOD, GOOD])
     before = snapshot(layer, optimizer)
     steps.step(optimizer, [GOOD, bad])
@@ -40,7 +40,7 @@ def test_a_bad_step_changes_neither_weights_nor_moments(bad: torch.Tensor) -> No
 
 def test_only_bad_steps_in_a_row_are_too_many() -> None:
     _, optimizer = made()
-    steps = BadSteps(CPU, most=2, advice="Do this.")
+    steps = NonfiniteSteps(CPU, most=2, advice="Do this.")
     for value in (NAN, GOOD, NAN, GOOD, NAN):
         steps.step(optimizer, [value])
         steps.check()
@@ -52,7 +52,7 @@ def test_only_bad_steps_in_a_row_are_too_many() -> None:
 
 def test_the_count_goes_on_from_its_state() -> None:
     _, optimizer = made()
-    first, second = (BadSteps(CPU, most=2, advice="") for _ in range(2))
+    first, second = (NonfiniteSteps(CPU, most=2, advice="") for _ in range(2))
     first.step(optimizer, [NAN])
     state = first.state()
     first.step(optimizer, [GOOD])

@@ -31,6 +31,9 @@ class Config:
     compute: Compute = field(default_factory=Compute)
 
 
+RENAMED_KEYS = {"learning_rate": "lr"}
+
+
 def test_a_claim_writes_the_config_and_adds_the_environment(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
     config = Config(lr=1e-5)
@@ -55,6 +58,14 @@ def test_another_config_is_refused_but_other_compute_is_not(tmp_path: Path) -> N
     assert "\n" not in message
     claim(tmp_path, Config(compute=Compute(num_workers=0)), ("compute",)).close()
     claim(tmp_path, Config(lr=0.5), ("compute", "lr")).close()
+
+
+def test_a_run_whose_stored_config_lacks_a_new_key_or_has_a_former_one_is_resumed(tmp_path: Path) -> None:
+    claim(tmp_path, Config(lr=0.5), ()).close()
+    (tmp_path / "config.yaml").write_text("learning_rate: 0.5\ncompute: {}\n")
+    claim(tmp_path, Config(lr=0.5), ()).close()
+    with pytest.raises(ConfigError, match="blocks"):
+        claim(tmp_path, Config(lr=0.5, blocks=(1,)), ())
 
 
 @pytest.mark.parametrize("content", ["[]", '{"starts": 5}', "{"])

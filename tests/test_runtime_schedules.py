@@ -103,8 +103,8 @@ def test_cosine_longer_than_the_run_is_cut_off() -> None:
 
 
 def test_freeze_is_a_factor_of_zero_then_a_ramp_then_one() -> None:
-    np.testing.assert_allclose(whole(Freeze(hold=2, warmup=4).factor(), 8), [0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
-    np.testing.assert_array_equal(whole(Freeze(hold=3).factor(), 5), [0, 0, 0, 1, 1])
+    np.testing.assert_allclose(whole(Freeze(freeze=2, warmup=4).factor(), 8), [0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
+    np.testing.assert_array_equal(whole(Freeze(freeze=3).factor(), 5), [0, 0, 0, 1, 1])
     np.testing.assert_array_equal(whole(Freeze().factor(), 3), [1, 1, 1])
 
 
@@ -163,11 +163,14 @@ class Recipe:
 
 def test_schedules_load_from_a_recipe_and_write_themselves_back(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("schedules:\n  learning_rate: {peak: 4e-3, warmup: 0.1}\n  last_layer: {hold: 1250}\n")
+    path.write_text("schedules:\n  learning_rate: {peak: 4e-3, warmup: 0.1}\n  last_layer: {freeze: 1250}\n")
     recipe = load_config(Recipe, path, ["schedules.learning_rate.warmup=1000"])
     assert recipe.schedules.learning_rate == Schedule(peak=4e-3, end=1e-6, warmup=1000)
     assert isinstance(recipe.schedules.learning_rate.warmup, int)
-    assert recipe.schedules.last_layer.hold == 1250
+    assert recipe.schedules.last_layer.freeze == 1250
+    path.write_text("schedules:\n  learning_rate: {peak: 4e-3, hold: 5}\n  last_layer: {hold: 1250}\n")
+    former = load_config(type(recipe), path)
+    assert (former.schedules.learning_rate.hold, former.schedules.last_layer.freeze) == (5, 1250)
     path.write_text(to_yaml(recipe))
     assert load_config(Recipe, path) == recipe
 

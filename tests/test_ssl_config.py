@@ -19,7 +19,7 @@ NEEDED = ("output=run", "data.shards=[set]")
         *("losses.student_temperature=0", "losses.student_temperature=.nan", "losses.sinkhorn_iterations=0"),
         *("losses.ibot_weight=.nan", "losses.koleo_weight=-1", "losses.centre_momentum=2"),
         *("optim.betas=[1.5,0.9]", "optim.betas=[0.9,1.0]", "optim.layer_decay=-1", "optim.clip=0", "optim.clip=.nan"),
-        *("optim.patch_embedding_factor=-1", "optim.head_weight_decay_factor=.inf", "optim.max_bad_steps=0"),
+        *("optim.patch_embedding_factor=-1", "optim.head_weight_decay_factor=.inf", "optim.max_nonfinite_steps=0"),
         *("compute.workers=-1", "compute.timeout_s=0"),
     ],
 )

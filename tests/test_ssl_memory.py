@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from dinocell.errors import ConfigError
 from dinocell.runtime.distributed import World
-from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_ema
 from dinocell.runtime.schedules import Schedule
 from dinocell.ssl import memory
 from dinocell.ssl.config import (
@@ -112,7 +112,7 @@ def measured(config: PretrainConfig) -> int:
         model(crops, masks, teacher_temperature=0.05).losses.total.backward()
         clip_gradients(dict(model.student.items()), 3.0)
         optimizer.step()
-        update_teacher(model.teacher.parameters(), model.student.parameters(), 0.9)
+        update_ema(model.teacher.parameters(), model.student.parameters(), 0.9)
     return live.peak
 
 

@@ -53,7 +53,7 @@ def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
         views=ViewsConfig(global_size=32, local_size=16, num_local=2),
         model=ModelConfig(variant="nano", layer_scale=0.1, drop_path=0.1),
         heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
-        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=0.2), last_layer=Freeze(hold=1)),
+        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=0.2), last_layer=Freeze(freeze=1)),
         log_every=1,
         picture_every=5,
         export_every=6,
@@ -142,7 +142,7 @@ def test_every_setting_trains(shard_set: Path, tmp_path: Path, changes: dict[str
 
 
 def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: Path) -> None:
-    config = config_of(shard_set, tmp_path / "run", optim=OptimConfig(max_bad_steps=2))
+    config = config_of(shard_set, tmp_path / "run", optim=OptimConfig(max_nonfinite_steps=2))
     samples, model, trainer = prepared(config)
     levels = channel_levels([each.manifest for each in samples.sets], config.views)
     batch = next(iter(samples))
@@ -166,7 +166,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: 
 def test_from_weights_the_backbone_rests_at_first(shard_set: Path, tmp_path: Path) -> None:
     start = pretrain(config_of(shard_set, tmp_path / "start", steps=2))
     model = ModelConfig(variant="nano", weights=str(start), drop_path=0.0)
-    schedules = Schedules(learning_rate=Schedule(peak=0.01), backbone=Freeze(hold=3, warmup=2))
+    schedules = Schedules(learning_rate=Schedule(peak=0.01), backbone=Freeze(freeze=3, warmup=2))
     config = config_of(shard_set, tmp_path / "run", model=model, schedules=schedules)
     samples, both, trainer = prepared(config)
     levels = channel_levels([each.manifest for each in samples.sets], config.views)
@@ -186,9 +186,9 @@ def test_from_weights_the_backbone_rests_at_first(shard_set: Path, tmp_path: Pat
 
 def test_weights_rest_at_first_and_random_ones_do_not_unless_the_recipe_says_so() -> None:
     assert Schedules().backbone_freeze(from_weights=False) == Freeze()
-    assert Schedules().backbone_freeze(from_weights=True).hold > 0
-    own = Schedules(backbone=Freeze(hold=7))
-    assert own.backbone_freeze(from_weights=True) == own.backbone_freeze(from_weights=False) == Freeze(hold=7)
+    assert Schedules().backbone_freeze(from_weights=True).freeze > 0
+    own = Schedules(backbone=Freeze(freeze=7))
+    assert own.backbone_freeze(from_weights=True) == own.backbone_freeze(from_weights=False) == Freeze(freeze=7)
     assert Schedules(backbone=Freeze()).backbone_freeze(from_weights=True) == Freeze()
 
 

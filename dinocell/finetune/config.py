@@ -7,6 +7,8 @@ from typing import Literal
 from dinocell.models.config import VARIANTS
 from dinocell.runtime.device import Precision
 
+RENAMED_KEYS = {"optim.max_bad_steps": "optim.max_nonfinite_steps"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -202,7 +204,7 @@ class OptimConfig:
         Largest gradient norm of backbone and decoder each.
     ema
         Share of the moving average of the weights that a step keeps, for validation and the files; 0: no average.
-    max_bad_steps
+    max_nonfinite_steps
         So many steps in a row without a finite loss and gradient end the run. Such steps change no weight.
     """
 
@@ -214,7 +216,7 @@ class OptimConfig:
     warmup_steps: int = 250
     clip: float = 1.0
     ema: float = 0.0
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip"):
@@ -229,8 +231,8 @@ class OptimConfig:
             raise ValueError(f"layer_decay: expected more than 0, up to 1, got {self.layer_decay}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 to less than 1, got {self.ema}")
-        if self.max_bad_steps < 1:
-            raise ValueError(f"max_bad_steps: expected at least 1, got {self.max_bad_steps}")
+        if self.max_nonfinite_steps < 1:
+            raise ValueError(f"max_nonfinite_steps: expected at least 1, got {self.max_nonfinite_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)

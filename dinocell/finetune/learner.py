@@ -21,7 +21,7 @@ from dinocell.finetune.model import DINOCell, create_dinocell_model, replace_set
 from dinocell.finetune.preprocess import Target
 from dinocell.runtime.device import uses_bfloat16
 from dinocell.runtime.distributed import World, sum_over_ranks
-from dinocell.runtime.optim import BadSteps, adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from dinocell.runtime.optim import NonfiniteSteps, adamw, clip_gradients, parameter_groups, set_rates, update_ema
 
 
 class Learner:
@@ -66,9 +66,9 @@ class Learner:
         )
         self._parts = {name: part for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
         self._optimizer = adamw(groups, betas=config.optim.betas)
-        self.bad_steps = BadSteps(
+        self.nonfinite_steps = NonfiniteSteps(
             world.device,
-            most=config.optim.max_bad_steps,
+            most=config.optim.max_nonfinite_steps,
             advice=f"Lower optim.learning_rate; {config.output / 'last.pt'} is the last good model",
         )
         self.kept: KeptFeatures | None = None
@@ -97,10 +97,10 @@ class Learner:
         loss.backward()
         norms = clip_gradients(self._parts, optim.clip)
         error = sum_over_ranks(loss.detach()) / self._ranks  # a rank sees its own crops: what is logged is of all
-        self.bad_steps.step(self._optimizer, [error, *norms.values()])
+        self.nonfinite_steps.step(self._optimizer, [error, *norms.values()])
         if optim.ema:
-            update_teacher(self.average.parameters(), self.model.parameters(), optim.ema)
-        metrics: dict[str, Any] = {"loss/train": error, "health/skipped_steps": self.bad_steps.total}
+            update_ema(self.average.parameters(), self.model.parameters(), optim.ema)
+        metrics: dict[str, Any] = {"loss/train": error, "health/skipped_steps": self.nonfinite_steps.total}
         metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         metrics["schedule/learning_rate"] = rate * optim.learning_rate
         if not self.model.freeze_backbone:
@@ -133,7 +133,7 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Return the tensors that the next step depends on, for a training state."""
         model, optimizer = get_state_dict(self.model, self._optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "bad": self.bad_steps.state()}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "bad": self.nonfinite_steps.state()}
         if self._optim.ema:
             state["average"] = self.average.state_dict()
         return state
@@ -143,7 +143,7 @@ class Learner:
         set_state_dict(
             self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-        self.bad_steps.restore(state["bad"])
+        self.nonfinite_steps.restore(state["bad"])
         if self._optim.ema:
             self.average.load_state_dict(state["average"])
 

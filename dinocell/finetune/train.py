@@ -223,7 +223,7 @@ class Training:
             metrics = self.step(step - 1, batch)
             self.progress.step = step
             if run.is_log_step(step):
-                self.learner.bad_steps.check()
+                self.learner.nonfinite_steps.check()
             epoch, rest = divmod(step, self.steps_per_epoch)
             if rest == 0:
                 metrics |= self._end_of_epoch(run, step, epoch, score, batch)

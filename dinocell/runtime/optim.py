@@ -267,7 +267,7 @@ def _shard_groups(parameter: DTensor) -> list[dist.ProcessGroup]:
 
 
 @torch.no_grad()
-def update_teacher(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
+def update_ema(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
     """Move each teacher parameter towards the student's: ``momentum * teacher + (1 - momentum) * student``.
 
     In place, each rank on the shard it has. Momentum 1 leaves the teacher bit-equal, 0 copies the student.
@@ -296,7 +296,7 @@ def _local(parameter: Tensor) -> Tensor:
 # Training steps with a loss or gradient that is not finite: they change no weight, and too many end the run.
 
 
-class BadSteps:
+class NonfiniteSteps:
     """Skips such steps and counts them, on the device: nothing is read back from it until `check`.
 
     Parameters

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from dinocell.errors import ConfigError
 
+# Of `Freeze`; a `Schedule` still has ``hold``.
+RENAMED_KEYS = {"hold": "freeze"}
+
 Span = int | float
 """A stretch of a run: an integer is a number of steps, a number with a decimal point a fraction of the run."""
 
@@ -57,17 +60,17 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Freeze:
-    """What does not learn at first: a factor of 0 for ``hold``, then rising linearly to 1 over ``warmup``."""
+    """A factor on a learning rate: 0 for ``freeze``, then rising linearly to 1 over ``warmup``."""
 
-    hold: int | float = 0
+    freeze: int | float = 0
     warmup: int | float = 0
 
     def __post_init__(self) -> None:
-        self.factor()  # refuses what a schedule refuses
+        self.factor()  # a schedule checks its fields
 
     def factor(self) -> Schedule:
         """Return the factor on the learning rate as a schedule."""
-        return Schedule(peak=1.0, hold=self.hold, warmup=self.warmup)
+        return Schedule(peak=1.0, hold=self.freeze, warmup=self.warmup)
 
 
 def value_at(schedule: Schedule, step: int, num_steps: int) -> float:

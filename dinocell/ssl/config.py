@@ -13,11 +13,13 @@ from dinocell.runtime.sharding import Parallel
 from dinocell.ssl.masking import MaskingConfig
 from dinocell.ssl.view_plan import ViewsConfig
 
+RENAMED_KEYS = {"optim.max_bad_steps": "optim.max_nonfinite_steps"}
+
 # --- schedules -----------------------------------------------------------------------------------------------------
 #
 # The schedules of a pretraining run.
 
-FREEZE_FROM_WEIGHTS = Freeze(hold=0.02, warmup=0.03)
+FREEZE_FROM_WEIGHTS = Freeze(freeze=0.02, warmup=0.03)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Schedules:
     teacher_temperature: Schedule = field(default_factory=lambda: Schedule(start=0.04, peak=0.07, warmup=0.3))
     local_weight: Schedule = field(default_factory=lambda: Schedule(peak=1.0))
     gram_weight: Schedule = field(default_factory=lambda: Schedule(peak=0.0))
-    last_layer: Freeze = field(default_factory=lambda: Freeze(hold=0.01))
+    last_layer: Freeze = field(default_factory=lambda: Freeze(freeze=0.01))
     backbone: Freeze | None = None
 
     def backbone_freeze(self, *, from_weights: bool) -> Freeze:
@@ -200,7 +202,7 @@ class OptimConfig:
         How the learning rate of the schedule, which is for a batch of 1,024, follows the batch.
     clip
         Largest gradient norm of each sub-module.
-    max_bad_steps
+    max_nonfinite_steps
         So many steps in a row without a finite loss and gradient end the run. Such steps change no weight.
     """
 
@@ -211,7 +213,7 @@ class OptimConfig:
     head_weight_decay_factor: float = 1.0
     clip: float = 3.0
     accumulate: int = 1
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -219,7 +221,7 @@ class OptimConfig:
         _check(self, 0, "layer_decay", "patch_embedding_factor", "head_weight_decay_factor")
         if not self.clip > 0:  # infinite: no clipping
             raise ValueError(f"clip: expected more than 0, got {self.clip}")
-        _check(self, 1, "max_bad_steps")
+        _check(self, 1, "max_nonfinite_steps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.device import uses_bfloat16
 from dinocell.runtime.distributed import World, sum_over_ranks
 from dinocell.runtime.optim import (
-    BadSteps,
+    NonfiniteSteps,
     adamw,
     clip_gradients,
     parameter_groups,
     scaled_learning_rate,
     set_rates,
-    update_teacher,
+    update_ema,
 )
 from dinocell.runtime.schedules import value_at
 from dinocell.runtime.sharding import release, sharded_parts
@@ -66,9 +66,9 @@ class Trainer:
         self._teacher_parameters = list(model.teacher.parameters())
         self._sharded = sharded_parts([model.student, model.teacher, model.gram])
         self._draw_masks = masks_of(config)
-        self._bad_steps = BadSteps(
+        self._nonfinite_steps = NonfiniteSteps(
             world.device,
-            most=config.optim.max_bad_steps,
+            most=config.optim.max_nonfinite_steps,
             advice="Lower schedules.learning_rate.peak or raise schedules.learning_rate.warmup, and start from the "
             f"last teacher in {config.output / 'eval'}",
         )
@@ -165,23 +165,23 @@ class Trainer:
 
     def _update(self, losses: Losses, norms: dict[str, Tensor], momentum: float) -> None:
         """Take the step, unless it is a bad one, and let the teacher follow."""
-        self._bad_steps.step(self._optimizer, [losses.total, *norms.values()])
+        self._nonfinite_steps.step(self._optimizer, [losses.total, *norms.values()])
         release(self._sharded)
-        update_teacher(self._teacher_parameters, self._student_parameters(), momentum)
+        update_ema(self._teacher_parameters, self._student_parameters(), momentum)
 
     def _student_parameters(self) -> list[Tensor]:
         return [parameter for part in self._parameters.values() for parameter in part]
 
     def _numbers(self, losses: Losses, norms: dict[str, Tensor], now: _Values) -> dict[str, Any]:
         """Losses are means over all ranks."""
-        self._bad_steps.check()
+        self._nonfinite_steps.check()
         mean = sum_over_ranks(torch.stack(losses)) / self._world.size
         metrics: dict[str, Any] = {f"loss/{name}": loss for name, loss in zip(Losses._fields, mean, strict=True)}
         if not self._config.uses_gram:
             del metrics["loss/gram"]
         metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         metrics |= {f"schedule/{name}": number for name, number in now._asdict().items()}
-        metrics["health/skipped_steps"] = self._bad_steps.total
+        metrics["health/skipped_steps"] = self._nonfinite_steps.total
         return metrics
 
     def _masks(self, batch: Batch) -> PatchMasks:
@@ -208,12 +208,12 @@ class Trainer:
         set_state_dict(
             self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
-        self._bad_steps.restore(state["bad"])
+        self._nonfinite_steps.restore(state["bad"])
         return restored.step
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer, "bad": self._bad_steps.state()}
+        return {"model": model, "optimizer": optimizer, "bad": self._nonfinite_steps.state()}
 
 
 def _measure(output: StepOutput) -> dict[str, Any]:
