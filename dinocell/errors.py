@@ -27,3 +27,9 @@ class StackError(ImageError):
 
 class ShardError(DinocellError):
     """A shard set that cannot be built, is missing, or is damaged."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception on one line of at most 200 characters; its class if it has no message."""
+    text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."

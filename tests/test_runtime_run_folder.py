@@ -1,4 +1,4 @@
-"""A run folder says what was run where, and lets no other run in."""
+"""A run folder stores what was run where, and keeps other runs out."""
 
 import errno
 import fcntl
@@ -89,7 +89,7 @@ def test_one_process_at_a_time_and_the_next_after_a_killed_one(tmp_path: Path) -
     ) as first:
         assert first.stdout is not None
         worker = int(first.stdout.readline())
-        with pytest.raises(DinocellError, match="another process is at work in it"):
+        with pytest.raises(DinocellError, match=str(tmp_path)):
             claim(tmp_path, Config(), (), patience_s=0.1)
         assert len(json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))["starts"]) == 1
         # A job that comes back may meet what is left of its start before, for a while.
@@ -99,7 +99,7 @@ def test_one_process_at_a_time_and_the_next_after_a_killed_one(tmp_path: Path) -
         os.kill(worker, signal.SIGTERM)
 
 
-def test_a_disk_without_locks_is_said(
+def test_a_file_system_without_locks_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def lockf(*_: object) -> None:
@@ -107,4 +107,4 @@ def test_a_disk_without_locks_is_said(
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     claim(tmp_path, Config(), ()).close()
-    assert "cannot be locked (No locks available): do not start this run twice at once" in caplog.text
+    assert "log.txt: cannot be locked (No locks available)" in caplog.text
