@@ -132,7 +132,7 @@ def test_a_stride_that_is_too_wide_or_a_device_that_is_not_there_is_refused_at_o
     assert DINOCellPipeline(model, crop_size=128, stride=112).run(np.zeros((130, 200), np.uint8)).max() == 0
     with pytest.raises(DinocellError, match="expected auto, cpu, cuda or cuda:N, got 'gpu'"):
         DINOCellPipeline(model, device="gpu")
-    with pytest.raises(DinocellError, match=r"cuda(:99)? was asked for, and there (is none|are)"):
+    with pytest.raises(DinocellError, match=r"compute\.device: cuda"):
         DINOCellPipeline(model, device="cuda:99")
 
 
