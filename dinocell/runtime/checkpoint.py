@@ -8,7 +8,8 @@
     checkpoints/.step_.../         one that is being written; renamed when all ranks have finished
 
 Tensors are copied to main memory and written while the training continues. No step draws from a global random
-generator, so random states are not saved. Checkpoints are trusted like code, unlike exported weights: use only your own.
+generator, so random states are not saved. Unlike exported weights, checkpoints are trusted like code: use only those
+that you wrote.
 """
 
 import json
