@@ -27,7 +27,7 @@ class Schedule:
     then           at ``end``
     =============  ==================================================================================
 
-    ``hold``, ``warmup`` and ``cosine`` are steps (integers) or fractions of the run (0.1). ``peak`` alone is a constant.
+    ``hold``, ``warmup`` and ``cosine`` are steps (integers) or fractions of the run (0.1); ``peak`` alone is constant.
     Without ``end`` the value stays at ``peak``; such a run can be extended without changing earlier values. A cosine
     longer than the rest of the run is cut off.
     """
