@@ -117,7 +117,7 @@ def test_info_says_what_a_checkpoint_is(tmp_path: Path) -> None:
     assert described["channels"] == "1"
     assert described["heads"] == "none"
     # ssl.md D.3: 45.1 GFLOP for one 224 px image through ViT-S/8, two per multiply-accumulate.
-    gflop = float(re.match(r"([\d.]+) GFLOP an image of 224 x 224", described["cost"])[1])
+    gflop = float(re.match(r"([\d.]+) GFLOP per image of 224 x 224", described["cost"])[1])
     assert gflop == pytest.approx(45.1, rel=0.02)
     assert described["parameters"].startswith("21,")
 
