@@ -1,7 +1,7 @@
-"""The one command line: ``dinocell COMMAND``, ``python -m dinocell COMMAND`` or ``python -m dinocell.cli COMMAND``.
+"""The command line: ``dinocell COMMAND``, ``python -m dinocell COMMAND`` or ``python -m dinocell.cli COMMAND``.
 
-Parsers are built from the standard library alone; each command imports its stage when it runs. Exit codes: 0 done,
-1 a bug (with traceback) or some images failed (listed), 2 the user's mistake (one line), 130 interrupted.
+Building the parsers imports only the standard library; each command imports its stage when it runs. Exit codes: 0
+success, 1 a bug (with traceback) or some images failed (listed), 2 a user error (one line), 130 interrupted.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from dinocell.commands import (
 from dinocell.commands._parser import CommandParser
 from dinocell.errors import DinocellError
 
-# What the machine refuses, wherever it happens: a name that is too long, no permission, a full or broken disk. No bug.
+# Errors of the system that are not bugs: a name that is too long, no permission, a full or broken disk.
 _REFUSED = {
     errno.ENAMETOOLONG,
     errno.EACCES,
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DinocellError as error:
         print(f"dinocell: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `dinocell info FILE | head` closed our output: not an error, and nobody is listening
+    except BrokenPipeError:  # `dinocell info FILE | head` has closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"dinocell: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:  # a run that was told to stop says how it goes on
+    except KeyboardInterrupt as interrupt:  # a stopped run says how to resume it
         print(f"dinocell: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="dinocell",
         description="From unlabelled multi-channel microscopy to a cell segmentation model.",
-        epilog="'dinocell COMMAND --help' explains a command, with an example.",
+        epilog="'dinocell COMMAND --help' describes a command, with an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dinocell {__version__}")
@@ -86,14 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: Sequence[str], with_recipe: bool) -> None:
-    """Refuse a command line that cannot be run, without running it: its words and, if so told, its recipe and settings.
+    """Check a command line without running it; its recipe and settings only if told to.
 
     Raises
     ------
     ConfigError
-        If there is no such recipe, or a setting that cannot be.
+        If a recipe or setting is invalid.
     SystemExit
-        If the words are no command.
+        If a command or option is invalid.
     """
     options = build_parser().parse_args(arguments)
     configure = vars(options).get("configure")
