@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dinocell.errors import WeightsError, one_line
+from dinocell.models.locate import require
 
 METADATA_KEY = "dinocell"
 """Entry of our own files with their card and configuration."""
@@ -47,12 +48,6 @@ class RawWeights(NamedTuple):
     metadata: Mapping[str, Any] | None = None
     hub_config: Mapping[str, Any] | None = None
     sidecar: Mapping[str, Any] | None = None
-
-
-def require(condition: bool, problem: str) -> None:
-    """Raise :class:`WeightsError` with this problem unless the condition holds."""
-    if not condition:
-        raise WeightsError(problem)
 
 
 def sidecar_path(path: Path) -> Path:

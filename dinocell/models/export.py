@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dinocell.configs.schema import to_plain
 from dinocell.errors import WeightsError, one_line
-from dinocell.models.checkpoint_files import METADATA_KEY, require, sidecar_path
+from dinocell.models.checkpoint_files import METADATA_KEY, sidecar_path
 from dinocell.models.config import WeightsCard
+from dinocell.models.locate import require
 from dinocell.models.positions import rotary_periods
 from dinocell.models.vit import VisionTransformer, ViTConfig
 from dinocell.runtime.files import replacing

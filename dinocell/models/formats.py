@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dinocell.errors import WeightsError
-from dinocell.models.checkpoint_files import require
 from dinocell.models.config import ViTConfig
+from dinocell.models.locate import require
 from dinocell.models.positions import LearnedPositionConfig, RopeConfig
 
 Family = Literal["dinov3", "dinov2", "cell_dino"]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dinocell.errors import WeightsError, one_line
 
-__all__ = ["RELEASES", "Release", "locate", "sha256_of", "weights_folder"]
+__all__ = ["RELEASES", "Release", "locate", "require", "sha256_of", "weights_folder"]
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _BACKOFF_S = (0.5, 1.0, 2.0)  # before the second, third and fourth attempt of a download
@@ -98,21 +98,34 @@ def locate(source: str | Path, *, sha256: str | None = None) -> Path:
         One line: the source, the problem, and what to do.
     """
     text = str(source)
-    expected = _checked_sha256(text, sha256) if sha256 is not None else None
+    try:
+        return _locate(text, None if sha256 is None else _checked_sha256(sha256))
+    except WeightsError as error:
+        # The query of a URL may hold a signature.
+        shown = re.split(r"[?#]", text)[0] if text.lower().startswith("http") else text
+        raise WeightsError(f"{shown!r}: {error}") from error
+
+
+def require(condition: bool, problem: str) -> None:
+    """Raise :class:`WeightsError` with this problem unless the condition holds."""
+    if not condition:
+        raise WeightsError(problem)
+
+
+def _locate(text: str, sha256: str | None) -> Path:
     scheme, slash = (m[1].lower(), m[2]) if (m := re.match(r"([A-Za-z][\w+.-]+):/(/?)", text)) else ("", "/")
-    if scheme not in ("", "hf", "http", "https") or not slash:
-        raise WeightsError(
-            f"{text!r}: expected a path, hf://, http:// or https://, found {scheme}:/{slash}; give a file by its path,"
-            " and a URL as text (a Path loses one slash)"
-        )
+    require(
+        scheme in ("", "hf", "http", "https") and bool(slash),
+        f"expected a path, hf://, http:// or https://, got {scheme}:/{slash}; give a file by its path, a URL as text"
+        " (a Path loses one slash)",
+    )
     if scheme.startswith("http"):
-        return _from_url(text, expected)
-    path = _from_hub_address(text) if scheme == "hf" else _weights_in(text, _find_named(text))
-    if expected is not None:
-        if path.is_dir():
-            raise WeightsError(f"{text!r}: a sha256 belongs to one file and this is a folder; name the file in it")
-        if (actual := sha256_of(path)) != expected:
-            raise WeightsError(f"{text!r}: expected sha256 {expected}, got {actual} for {path}; download it again")
+        return _from_url(text, sha256)
+    path = _from_hub_address(text) if scheme == "hf" else _weights_in(_find_named(text))
+    if sha256 is not None:
+        require(path.is_file(), "a sha256 belongs to one file and this is a folder; name the file in it")
+        actual = sha256_of(path)
+        require(actual == sha256, f"expected sha256 {sha256}, got {actual} for {path}; download it again")
     return path
 
 
@@ -129,9 +142,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checked_sha256(source: str, sha256: str) -> str:
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise WeightsError(f"{source!r}: expected a sha256 of 64 hex digits, got {sha256!r}")
+def _checked_sha256(sha256: str) -> str:
+    is_valid = re.fullmatch(r"[0-9a-fA-F]{64}", sha256) is not None
+    require(is_valid, f"expected a sha256 of 64 hex digits, got {sha256!r}")
     return sha256.lower()
 
 
@@ -149,12 +162,12 @@ def _find_named(text: str) -> Path:
         if text and path.exists():
             return path
     except (OSError, RuntimeError) as error:  # no permission, name too long, no such user
-        raise WeightsError(f"{text!r}: the path cannot be read: {one_line(error)}") from error
+        raise WeightsError(f"the path cannot be read: {one_line(error)}") from error
     is_bare = bool(text) and "/" not in text and os.sep not in text
     if is_bare and (match := _in_weights_folder(text)) is not None:
         return match
     if is_bare and text in RELEASES:
-        return _from_release(text, RELEASES[text])
+        return _from_release(RELEASES[text])
 
     nearest = [str(path.parent / n) for n in difflib.get_close_matches(path.name, _names_in(path.parent), n=1)]
     where, advice = "", ""
@@ -167,7 +180,7 @@ def _find_named(text: str) -> Path:
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
         advice = f"; for a repository on Hugging Face write hf://{text}"
     did_you_mean = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise WeightsError(f"{text!r}: no such file or folder{where}{did_you_mean}{advice}")
+    raise WeightsError(f"no such file or folder{where}{did_you_mean}{advice}")
 
 
 def _in_weights_folder(name: str) -> Path | None:
@@ -181,40 +194,38 @@ def _in_weights_folder(name: str) -> Path | None:
     released = rf"(?:{stems})(?:-[0-9a-f]{{8,64}})?{suffix}|{re.escape(repository)}"
     for pattern in (re.escape(name), re.escape(name) + suffix, released):
         matches = [entry for entry in _names_in(folder) if re.fullmatch(pattern, entry)]
-        if len(matches) > 1:
-            raise WeightsError(f"{name!r}: {folder} holds {', '.join(matches)}; give the full name of one of them")
+        require(len(matches) < 2, f"{folder} holds {', '.join(matches)}; give the full name of one of them")
         if matches:
             return folder / matches[0]
     return None
 
 
-def _from_release(name: str, release: Release) -> Path:
+def _from_release(release: Release) -> Path:
     by_hand = f"download it from {release.page} into the weights folder {weights_folder()} (DINOCELL_WEIGHTS)"
     if release.hub is None:
-        raise WeightsError(f"{name!r}: the publisher requires a form to be filled in first; {by_hand}")
-    return _from_hub_cache(name, release.hub, None) or _from_hub(name, release.hub, None, None, hint=f"; or {by_hand}")
+        raise WeightsError(f"the publisher requires a form to be filled in first; {by_hand}")
+    return _from_hub_cache(release.hub, None) or _from_hub(release.hub, None, None, hint=f"; or {by_hand}")
 
 
-def _weights_in(source: str, path: Path) -> Path:
+def _weights_in(path: Path) -> Path:
     """Return the single weights file of a folder, or the folder if it is a complete Hugging Face folder."""
     if not path.is_dir():
         return path
     names = _names_in(path)
-    if ".metadata" in names:  # written by torch.distributed.checkpoint
-        raise WeightsError(
-            f"{source!r}: a checkpoint for resuming a run; give exported weights, such as"
-            " eval/training_<step>/teacher_checkpoint.pth"
-        )
-    chosen = _choose(source, names)
+    require(
+        ".metadata" not in names,  # of torch.distributed.checkpoint
+        "a checkpoint for resuming a run; give exported weights, such as eval/training_<step>/teacher_checkpoint.pth",
+    )
+    chosen = _choose(names)
     if shard := re.search(r"-of-(\d+)\.", chosen[0]):
-        if "config.json" not in names or len(chosen) < int(shard[1]):
-            raise WeightsError(f"{source!r}: expected config.json and {int(shard[1])} shards, got {len(chosen)} shards")
+        is_complete = "config.json" in names and len(chosen) >= int(shard[1])
+        require(is_complete, f"expected config.json and {int(shard[1])} shards, got {len(chosen)} shards")
         return path
     is_hugging_face = "config.json" in names and chosen[0] in ("model.safetensors", "pytorch_model.bin")
     return path if is_hugging_face else path / chosen[0]
 
 
-def _choose(source: str, names: Iterable[str]) -> list[str]:
+def _choose(names: Iterable[str]) -> list[str]:
     """Choose the weights among the names in a folder: one file or all shards, preferably safetensors."""
     root = sorted(name for name in names if "/" not in name)
     matches = [name for name in root if name.endswith(".safetensors")]
@@ -223,11 +234,9 @@ def _choose(source: str, names: Iterable[str]) -> list[str]:
         return single
     if shards := [name for name in matches if re.fullmatch(r"(pytorch_)?model-\d+-of-\d+\.\w+", name)]:
         return shards
-    if len(matches) != 1:
-        raise WeightsError(
-            f"{source!r}: expected one weights file ({', '.join(_SUFFIXES)}), got {', '.join(matches) or 'none'}"
-            + "; give the name of one of them" * bool(matches)
-        )
+    advice = "; give the name of one of them" * bool(matches)
+    got = ", ".join(matches) or "none"
+    require(len(matches) == 1, f"expected one weights file ({', '.join(_SUFFIXES)}), got {got}{advice}")
     return matches
 
 
@@ -237,33 +246,30 @@ def _choose(source: str, names: Iterable[str]) -> list[str]:
 def _from_url(url: str, sha256: str | None) -> Path:
     """Return the file in the weights folder for a URL, downloaded unless it exists."""
     address, _, fragment = url.partition("#")
-    shown = address.split("?")[0]  # a query may hold a signature
+    path = address.split("?")[0]
     if fragment:
-        stated = _checked_sha256(shown, fragment.removeprefix("sha256="))
-        if sha256 not in (None, stated):
-            raise WeightsError(f"{shown!r}: got two hashes, {sha256} and #sha256={stated}; drop the wrong one")
+        stated = _checked_sha256(fragment.removeprefix("sha256="))
+        require(sha256 in (None, stated), f"got two hashes, {sha256} and #sha256={stated}; drop the wrong one")
         sha256 = stated
-    name = Path(urllib.parse.unquote(shown.split("://", 1)[1])).name
-    if not name.endswith(_SUFFIXES) or not name.isprintable():
-        raise WeightsError(
-            f"{shown!r}: expected a file ending in {', '.join(_SUFFIXES)}; else download it and give the path"
-        )
+    name = Path(urllib.parse.unquote(path.split("://", 1)[1])).name
+    is_weights = name.endswith(_SUFFIXES) and name.isprintable()
+    require(is_weights, f"expected a file ending in {', '.join(_SUFFIXES)}; else download it and give the path")
     in_name = re.search(r"-([0-9a-f]{8,64})\.[^.]+$", name)
-    expected = sha256 or (in_name[1] if in_name else None)
-    if expected is None:
-        raise WeightsError(
-            f"{shown!r}: a download needs its hash, which the publisher states or `sha256sum FILE` prints; give it as"
-            f" {shown}#sha256=<64 hex digits>"
-        )
+    expected = sha256 or (in_name[1] if in_name else "")
+    require(
+        bool(expected),
+        "a download needs its hash, which the publisher states or `sha256sum FILE` prints; give it as"
+        f" {path}#sha256=<64 hex digits>",
+    )
     if not (in_name and expected.startswith(in_name[1])):
         name = f"{Path(name).stem}-{expected[:8]}{Path(name).suffix}"
     target = weights_folder() / name
     if not target.is_file() or (sha256 is not None and sha256_of(target) != sha256):
-        _download(address, shown, target, expected)
+        _download(address, target, expected)
     return target
 
 
-def _download(address: str, shown: str, target: Path, sha256: str) -> None:
+def _download(address: str, target: Path, sha256: str) -> None:
     """Download to a temporary name, check the start of the hash, and rename; repeat after network errors."""
     from torch.hub import download_url_to_file
 
@@ -280,24 +286,23 @@ def _download(address: str, shown: str, target: Path, sha256: str) -> None:
                 error.close()
                 if error.code < 500 and error.code not in (408, 429):
                     advice = "the link may have expired or need a log-in" if error.code in (401, 403) else "check it"
-                    raise WeightsError(f"{shown!r}: the server answered {problem}; {advice}") from error
+                    raise WeightsError(f"the server answered {problem}; {advice}") from error
             except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.IncompleteRead) as error:
                 problem = one_line(error)
             if wait_s is not None:
                 time.sleep(wait_s)
-        raise WeightsError(f"{shown!r}: the download failed {len(_BACKOFF_S) + 1} times ({problem}); check the network")
+        raise WeightsError(f"the download failed {len(_BACKOFF_S) + 1} times ({problem}); check the network")
     except RuntimeError as error:  # of the hash, or a missing one
         raise WeightsError(
-            f"{shown!r}: expected sha256 {sha256}; the file is another one or incomplete, and was not kept"
-            f" ({one_line(error)})"
+            f"expected sha256 {sha256}; the file is another one or incomplete, and was not kept ({one_line(error)})"
         ) from error
     except (http.client.InvalidURL, ValueError) as error:  # may quote the query, so it is not shown
         if isinstance(error, WeightsError):
             raise
-        raise WeightsError(f"{shown!r}: malformed, expected http(s)://host/file") from error
+        raise WeightsError("malformed, expected http(s)://host/file") from error
     except OSError as error:
         problem = f"cannot write into {target.parent}: {one_line(error)}"
-        raise WeightsError(f"{shown!r}: {problem}; set DINOCELL_WEIGHTS to another folder") from error
+        raise WeightsError(f"{problem}; set DINOCELL_WEIGHTS to another folder") from error
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -310,14 +315,14 @@ def _from_hub_address(text: str) -> Path:
     revision_pattern = r"@(refs/(?:pr|convert)/[^/]+|[^/]+)"
     address = re.fullmatch(rf"(?i:hf)://([\w.-]+/[\w.-]+)(?:{revision_pattern})?(?:/(.+?))?/?", text)
     if address is None:
-        raise WeightsError(f"{text!r}: expected hf://owner/name, hf://owner/name@revision or hf://owner/name/file")
+        raise WeightsError("expected hf://owner/name, hf://owner/name@revision or hf://owner/name/file")
     repo, revision, file = address.groups()
-    if file is not None and not file.endswith(_SUFFIXES):
-        raise WeightsError(f"{text!r}: expected a file ending in {', '.join(_SUFFIXES)}, got {file!r}")
-    return _from_hub(text, repo, urllib.parse.unquote(revision) if revision else None, file)
+    is_weights = file is None or file.endswith(_SUFFIXES)
+    require(is_weights, f"expected a file ending in {', '.join(_SUFFIXES)}, got {file!r}")
+    return _from_hub(repo, urllib.parse.unquote(revision) if revision else None, file)
 
 
-def _from_hub(source: str, repo: str, revision: str | None, file: str | None, *, hint: str = "") -> Path:
+def _from_hub(repo: str, revision: str | None, file: str | None, *, hint: str = "") -> Path:
     """Download one file, or configuration and weights, of a repository; use the cache if the hub is unreachable."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -336,24 +341,24 @@ def _from_hub(source: str, repo: str, revision: str | None, file: str | None, *,
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or ()]
         needed = [n for n in names if re.fullmatch(r"config\.json|[^/]*model\.(safetensors|bin)\.index\.json", n)]
-        needed += _choose(source, names)
+        needed += _choose(names)
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=needed)
-        return _weights_in(source, Path(folder))
+        return _weights_in(Path(folder))
     except problems as error:
         is_missing_revision = isinstance(error, errors.RevisionNotFoundError)
-        if file is None and not is_missing_revision and (cached := _from_hub_cache(source, repo, revision)) is not None:
+        if file is None and not is_missing_revision and (cached := _from_hub_cache(repo, revision)) is not None:
             return cached
-        raise WeightsError(f"{source!r}: {_hub_problem(error, repo, revision, file)}{hint}") from error
+        raise WeightsError(f"{_hub_problem(error, repo, revision, file)}{hint}") from error
 
 
-def _from_hub_cache(source: str, repo: str, revision: str | None) -> Path | None:
+def _from_hub_cache(repo: str, revision: str | None) -> Path | None:
     """Return the folder of a repository in the Hugging Face cache; None if its weights are not complete."""
     from huggingface_hub import errors, snapshot_download
 
     patterns = ["config.json"]  # not the weights: another program may have downloaded other formats
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
-        return _weights_in(source, Path(folder))
+        return _weights_in(Path(folder))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError, WeightsError):
         return None
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dinocell.configs.schema import MisfitError, fit
 from dinocell.errors import WeightsError
-from dinocell.models.checkpoint_files import RawWeights, read_raw, require
+from dinocell.models.checkpoint_files import RawWeights, read_raw
 from dinocell.models.config import LICENCES, UNKNOWN_LICENCE, InputSettings, WeightsCard
 from dinocell.models.export import SCHEMA_VERSION, Layout, Weights, save_weights
 from dinocell.models.formats import MAX_PATCH, Recognised, recognise
 from dinocell.models.layers import AttentionKernel
-from dinocell.models.locate import locate
+from dinocell.models.locate import locate, require
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.resample import Convention, convert_channels, resize_patch_weight
 from dinocell.models.vit import VARIANTS, VisionTransformer, ViTConfig
