@@ -252,8 +252,8 @@ def present_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> t
     MisfitError
         If a key is set under both names, or a removed key to another value.
     """
-    module = vars(sys.modules[schema.__module__])
-    renamed, removed = module.get("RENAMED_KEYS", {}), module.get("REMOVED_KEYS", {})
+    module = sys.modules.get(schema.__module__)
+    renamed, removed = getattr(module, "RENAMED_KEYS", {}), getattr(module, "REMOVED_KEYS", {})
     present, former = _copied(values), {}
     known = set(all_keys(schema)) if renamed or removed else set()
     for old, new in renamed.items():

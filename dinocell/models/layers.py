@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinocell.errors import DinocellError
 from dinocell.models.positions import split_rotated
-from dinocell.models.token_rows import Segment, Subset, WantedRows
+from dinocell.models.token_rows import NeededRows, Segment, Subset
 
 # --- attention -----------------------------------------------------------------------------------------------------
 #
@@ -278,7 +278,7 @@ class Block(nn.Module):
         rows: Float[Tensor, "n d"],
         segments: Sequence[Segment],
         kept: tuple[Subset, Subset] | None = None,
-        wanted: WantedRows | None = None,
+        needed: NeededRows | None = None,
     ) -> Float[Tensor, "m d"]:
         """Transform the residual stream.
 
@@ -288,22 +288,22 @@ class Block(nn.Module):
             Tokens of all sequences, segment after segment.
         kept
             Sequences that take the attention branch and the MLP branch (`find_subsets`); ``None``: all.
-        wanted
+        needed
             Compute and return only these rows, exactly, with keys and values of every row; ``None``: all.
         """
         if kept is None:
-            if wanted is None:
+            if needed is None:
                 rows = rows + self._attention(rows, segments)
             else:
                 mixed = self.attn.mix(self._queries_keys_values(rows), segments)
-                rows = rows[wanted.rows] + self.attn.project(mixed[wanted.among_queries], self.ls1)
+                rows = rows[needed.rows] + self.attn.project(mixed[needed.among_queries], self.ls1)
             return rows + self._mlp(rows)
 
         attended, fed = kept
         rows = attended.add(rows, self._attention(rows[attended.rows], attended.segments))
-        if wanted is not None:
-            rows = rows[wanted.rows]
-            share = fed.factor_of_sequences(sum(segment.batch for segment in segments), rows)[wanted.sequence, None]
+        if needed is not None:
+            rows = rows[needed.rows]
+            share = fed.factor_of_sequences(sum(segment.batch for segment in segments), rows)[needed.sequence, None]
             return rows + self._mlp(rows) * share
         return fed.add(rows, self._mlp(rows[fed.rows]))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dinocell.models.positions import RotaryTable
 
 
-class WantedRows:
+class NeededRows:
     """The rows of a block's output that are needed, and the sequence of each.
 
     ``among_queries`` indexes the query rows of the block's segments (see `Segment.queries`), ``rows`` all rows.
@@ -104,9 +104,9 @@ def num_output_rows(segment: Segment, select: Int[Tensor, " m"] | None, num_pref
     return segment.batch * segment.tokens if select is None else segment.batch * num_prefix + len(select)
 
 
-def find_wanted_rows(
+def find_needed_rows(
     segments: list[Segment], select: Sequence[Tensor | None], num_prefix: int, device: torch.device
-) -> tuple[list[Segment], WantedRows]:
+) -> tuple[list[Segment], NeededRows]:
     """Return the rows of selected patches; in segments without any, attention computes the prefix only."""
     rows, among, sequences, shrunk = [], [], [], []
     start = start_among = start_sequence = 0
@@ -127,4 +127,4 @@ def find_wanted_rows(
         start += segment.batch * segment.tokens
         start_among += segment.batch * queries
         start_sequence += segment.batch
-    return shrunk, WantedRows(torch.cat(rows), torch.cat(among), torch.cat(sequences))
+    return shrunk, NeededRows(torch.cat(rows), torch.cat(among), torch.cat(sequences))

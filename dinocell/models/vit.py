@@ -26,8 +26,8 @@ from dinocell.models.token_rows import (
     Segment,
     Subset,
     draw_kept_sequences,
+    find_needed_rows,
     find_subsets,
-    find_wanted_rows,
     num_output_rows,
 )
 
@@ -257,8 +257,8 @@ class VisionTransformer(nn.Module):
         if self.one_pass or self.kernel != "sdpa" or images[0].device.type != "cpu":
             return self._pass(inputs, generator, local=[index > 0 for index in range(len(inputs))])
         outputs = []
-        for index, each in enumerate(inputs):
-            pieces = [self._pass([p], generator, local=[index > 0])[0] for p in self._pieces(*each)]
+        for index, part in enumerate(inputs):
+            pieces = [self._pass([p], generator, local=[index > 0])[0] for p in self._pieces(*part)]
             outputs.append(_join(pieces))
         return outputs
 
@@ -274,11 +274,11 @@ class VisionTransformer(nn.Module):
         per_piece = size * rows * columns
         for index, some in enumerate(images.split(size)):
             first = index * per_piece
-            wanted = None
+            needed = None
             if select is not None:
                 ends = torch.searchsorted(select, torch.tensor([first, first + per_piece]))
-                wanted = select[ends[0] : ends[1]] - first
-            yield _Input(some, None if masks is None else masks[index * size : (index + 1) * size], wanted)
+                needed = select[ends[0] : ends[1]] - first
+            yield _Input(some, None if masks is None else masks[index * size : (index + 1) * size], needed)
 
     def compile_pass(self) -> None:
         """Compile a pass, from pixels to normalised tokens, as one graph.
@@ -293,7 +293,7 @@ class VisionTransformer(nn.Module):
         tables = self._tables(inputs, generator)
         kept = None
         if self.training and self.noise.drop_path > 0:
-            batches = [len(each.images) for each in inputs]
+            batches = [len(part.images) for part in inputs]
             kept = draw_kept_sequences(
                 batches, self.config.depth, self.noise.drop_path, device=inputs[0].images.device, generator=generator
             )
@@ -308,7 +308,7 @@ class VisionTransformer(nn.Module):
     ) -> list[ViTOutput]:
         """Return the tokens of all inputs, after all random numbers have been drawn."""
         rows, segments = self._rows(inputs, tables)
-        select = [each.select for each in inputs]
+        select = [part.select for part in inputs]
         dropped = None if kept is None else find_subsets(segments, kept)
         for after in self._run(rows, segments, dropped, select=select):
             rows = after
@@ -361,12 +361,12 @@ class VisionTransformer(nn.Module):
     ) -> Iterator[Float[Tensor, "m d"]]:
         """Yield the residual stream after each block; the last one computes only the rows that ``select`` needs."""
         last = len(self.blocks) - 1
-        prune = any(each is not None for each in select)
+        prune = any(chosen is not None for chosen in select)
         for index, block in enumerate(self.blocks[:stop]):
-            wanted = None
+            needed = None
             if prune and index == last:
-                segments, wanted = find_wanted_rows(segments, select, self.config.num_prefix, rows.device)
-            rows = block(rows, segments, None if kept is None else kept[index], wanted)
+                segments, needed = find_needed_rows(segments, select, self.config.num_prefix, rows.device)
+            rows = block(rows, segments, None if kept is None else kept[index], needed)
             yield rows
 
     def _finish(
