@@ -6,6 +6,7 @@ next to it.
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,9 +214,9 @@ def to_hugging_face(config: ViTConfig, tensors: Mapping[str, Tensor]) -> tuple[d
         if ".attn.qkv." in name:
             named |= _split_qkv(config, name, tensor)
         elif config.positions == "rope":
-            named[_v3_name(name, config.mlp == "swiglu")] = tensor[None] if name == "mask_token" else tensor
+            named[_renamed(name, _V3_NAMES)] = tensor[None] if name == "mask_token" else tensor
         else:
-            named[_v2_name(name)] = tensor
+            named[_renamed(name, _V2_NAMES)] = tensor
     if config.positions == "rope" and not config.registers:
         named["embeddings.register_tokens"] = torch.empty(1, 0, config.width, dtype=dtype)
     if not config.layer_scale:
@@ -291,26 +292,29 @@ def _split_qkv(config: ViTConfig, name: str, tensor: Tensor) -> dict[str, Tensor
     return {f"encoder.layer.{block}.attention.attention.{n}.{part}": t.clone() for n, t in parts.items()}
 
 
-def _v3_name(name: str, gated: bool) -> str:
-    mlp = {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"} if gated else {"fc1": "up_proj", "fc2": "down_proj"}
-    if name.startswith("blocks."):
-        name = name.replace("blocks.", "layer.", 1).replace(".attn.proj.", ".attention.o_proj.")
-        name = name.replace(".ls1.gamma", ".layer_scale1.lambda1").replace(".ls2.gamma", ".layer_scale2.lambda1")
-        for ours, theirs in mlp.items():
-            name = name.replace(f".mlp.{ours}.", f".mlp.{theirs}.")
-        return name
-    if name.startswith("patch_embed.proj."):
-        return name.replace("patch_embed.proj.", "embeddings.patch_embeddings.")
-    return f"embeddings.{name}" if name.endswith(("_token", "_tokens")) else name
+_V3_NAMES = [
+    (r"^blocks\.", "layer."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.w1\.", ".mlp.gate_proj."),
+    (r"\.mlp\.(w2|fc1)\.", ".mlp.up_proj."),
+    (r"\.mlp\.(w3|fc2)\.", ".mlp.down_proj."),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
+    (r"^(\w+_tokens?)$", r"embeddings.\1"),
+]
+_V2_NAMES = [
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.w3\.", ".mlp.weights_out."),
+    (r"^norm\.", "layernorm."),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^(\w+_tokens?)$", r"embeddings.\1"),
+]
 
 
-def _v2_name(name: str) -> str:
-    if name.startswith("blocks."):
-        name = name.replace("blocks.", "encoder.layer.", 1).replace(".attn.proj.", ".attention.output.dense.")
-        name = name.replace(".ls1.gamma", ".layer_scale1.lambda1").replace(".ls2.gamma", ".layer_scale2.lambda1")
-        return name.replace(".mlp.w3.", ".mlp.weights_out.")
-    if name.startswith("norm."):
-        return name.replace("norm.", "layernorm.", 1)
-    if name.startswith("patch_embed.proj."):
-        return name.replace("patch_embed.proj.", "embeddings.patch_embeddings.projection.")
-    return "embeddings.position_embeddings" if name == "pos_embed" else f"embeddings.{name}"
+def _renamed(name: str, patterns: list[tuple[str, str]]) -> str:
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
