@@ -80,6 +80,7 @@ def recognise(
     WeightsError
         If the names match no known format, or two names mean the same tensor.
     """
+    # 1. Names: strip wrappers and translate those of Hugging Face.
     named, heads = plain_names(tensors)
     if any(name.startswith("embeddings.") for name in named):
         named = _from_hugging_face(named, hub_config)
@@ -89,18 +90,21 @@ def recognise(
     for name, ndim in (("storage_tokens", 3), ("register_tokens", 3), ("mask_token", None)):
         if name in named:
             check_ndim(name, named[name], ndim)
+    # 2. Positions: DINOv3's files have rotary ones.
     rotary = "storage_tokens" in named or periods is not None or model_type(hub_config) == "dinov3_vit"
     if "storage_tokens" in named:
         require(
             "register_tokens" not in named, "holds both 'storage_tokens' and 'register_tokens'; expected one of them"
         )
         named["register_tokens"] = named.pop("storage_tokens")
+    # 3. Tensors: one layout of gated MLPs, of the key bias and of the mask token.
     _split_gated_mlp(named)
     masked = _apply_bias_masks(named)
     _check_patch_embedding(named)
     if "mask_token" not in named:  # missing in some exports; zero when a training starts
         named["mask_token"] = torch.zeros(1, len(named["patch_embed.proj.weight"]))
     named["mask_token"] = named["mask_token"].reshape(1, -1)
+    # 4. Configuration, from the shapes unless the file states it.
     if config is None:
         _check_positions(named, rotary)
         config = infer_config(

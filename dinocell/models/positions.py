@@ -134,13 +134,16 @@ def rotary_table(
     """
     rows, columns = grid
     lengths = {"separate": (rows, columns), "min": (min(grid),) * 2, "max": (max(grid),) * 2}[config.coordinates]
+    # Centres of patches, in [0, 1] of the chosen length, then in [-1, 1]: (rows * columns, 2).
     row = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5) / lengths[0]
     column = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5) / lengths[1]
     centres = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1) * 2 - 1
     if noise is not None:
         centres = _perturb(centres, noise, generator)
     periods = rotary_periods(config, head_dim, device)
+    # (p, 2 axes, q periods) -> (p, 2q), repeated for the two halves of a head: (p, head_dim).
     angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1).tile(2)
+    # Prefix tokens get angle 0.
     angles = F.pad(angles, (0, 0, num_prefix, 0))[:, None, None, :]
     return RotaryTable(angles.cos(), angles.sin())
 
@@ -202,6 +205,7 @@ def _split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     if cos.dtype == qkv.dtype:
         first, second = queries_and_keys.chunk(2, dim=-1)
         (first_cos, second_cos), (first_sin, second_sin) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        # Keep x1 * sin before x1 is overwritten: x1 = x1 cos - x2 sin, x2 = x2 cos + x1 sin.
         crossed = first * second_sin
         first.mul_(first_cos).addcmul_(second, first_sin, value=-1.0)
         second.mul_(second_cos).add_(crossed)

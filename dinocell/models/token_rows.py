@@ -87,13 +87,15 @@ def find_subsets(segments: Sequence[Segment], kept: Sequence[Int[Tensor, "depth 
     rows, numbers, smaller, factors = [], [], [], []
     first_row = first = 0
     for segment, sequences in zip(segments, kept, strict=True):
+        # Rows of a kept sequence: its offset in the segment, plus the segment's own rows 0..tokens.
         tokens = torch.arange(first_row, first_row + segment.tokens, device=sequences.device)
         rows.append((sequences[..., None] * segment.tokens + tokens).flatten(2))
         numbers.append(sequences + first)
         smaller.append(Segment(sequences.shape[-1], segment.tokens, segment.rotary))
-        factors.append(segment.batch / sequences.shape[-1])
+        factors.append(segment.batch / sequences.shape[-1])  # 1 / share of kept sequences
         first_row += segment.batch * segment.tokens
         first += segment.batch
+    # (depth, 2 branches, _) -> one subset per block and branch, attention and MLP alternating.
     pairs = zip(torch.cat(rows, 2).flatten(0, 1), torch.cat(numbers, 2).flatten(0, 1), strict=True)
     subsets = [Subset(*pair, smaller, factors) for pair in pairs]
     return list(zip(subsets[::2], subsets[1::2], strict=True))
@@ -112,8 +114,10 @@ def find_needed_rows(
     start = start_among = start_sequence = 0
     for segment, chosen in zip(segments, select, strict=True):
         sequence = torch.arange(segment.batch, device=device)
+        # Without selected patches, attention needs the queries of the prefix tokens only.
         queries = num_prefix if chosen is not None and len(chosen) == 0 else segment.tokens
         leading = segment.tokens if chosen is None else num_prefix
+        # (sequence, token) of every needed row: first the prefix (or all tokens), then the selected patches.
         owner = sequence.repeat_interleave(leading)
         token = torch.arange(leading, device=device).repeat(segment.batch)
         if chosen is not None and len(chosen):
