@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DinocellError as error:
         print(f"dinocell: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `dinocell info FILE | head` closed our output: not an error, and nobody is listening
+    except BrokenPipeError:  # `dinocell info FILE | head` has closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="dinocell",
         description="From unlabelled multi-channel microscopy to a cell segmentation model.",
-        epilog="'dinocell COMMAND --help' explains a command, with an example.",
+        epilog="'dinocell COMMAND --help' describes a command, with an example.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dinocell {__version__}")

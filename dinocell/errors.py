@@ -30,5 +30,6 @@ class ShardError(DinocellError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception on one line; its class name if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return the message of an exception on one line of at most 200 characters; its class if it has no message."""
+    text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,4 +1,4 @@
-"""The command line, as its users type it; what a process does otherwise than a call is seen in a process of its own."""
+"""The command line as users type it, in a separate process where that matters."""
 
 import errno
 import json
@@ -44,11 +44,11 @@ def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def refused(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line that a command ends with, called here: importing torch anew for each would take long."""
+    """Return the error line of a command, called in this process to save the import of torch."""
     capsys.readouterr()
     code = main(list(map(str, arguments)))
-    said = capsys.readouterr()
-    return one_line_error(subprocess.CompletedProcess(arguments, code, said.out, said.err))
+    output = capsys.readouterr()
+    return one_line_error(subprocess.CompletedProcess(arguments, code, output.out, output.err))
 
 
 @pytest.mark.parametrize("module", ["dinocell", "dinocell.cli"])
@@ -94,7 +94,7 @@ def test_damaged_checkpoint_is_one_line(checkpoint: Path, capsys: pytest.Capture
         ["pretrain", "~nosuchuser/a.yaml"],
     ],
 )
-def test_names_that_no_file_can_have_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_file_names_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word.replace("NAME", "a" * 300) for word in words]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -109,7 +109,7 @@ def test_a_bug_keeps_its_traceback_and_exits_with_1(checkpoint: Path) -> None:
     assert "ZeroDivisionError" in result.stderr
 
 
-def test_info_says_what_a_checkpoint_is(tmp_path: Path) -> None:
+def test_info_describes_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "small8.safetensors"
     save_weights(path, Weights.of(VisionTransformer(variant_config("small"))))
     described = json.loads(dinocell("info", path, "--json").stdout)
@@ -117,19 +117,19 @@ def test_info_says_what_a_checkpoint_is(tmp_path: Path) -> None:
     assert described["channels"] == "1"
     assert described["heads"] == "none"
     # ssl.md D.3: 45.1 GFLOP for one 224 px image through ViT-S/8, two per multiply-accumulate.
-    gflop = float(re.match(r"([\d.]+) GFLOP an image of 224 x 224", described["cost"])[1])
+    gflop = float(re.match(r"([\d.]+) GFLOP per image of 224 x 224", described["cost"])[1])
     assert gflop == pytest.approx(45.1, rel=0.02)
     assert described["parameters"].startswith("21,")
 
 
-def test_info_prints_a_table_that_survives_a_closed_pipe(checkpoint: Path) -> None:
+def test_info_prints_a_table_and_accepts_a_closed_pipe(checkpoint: Path) -> None:
     assert "rotary, base 100" in dinocell("info", checkpoint).stdout
     line = f"{sys.executable} -m dinocell info {checkpoint} | head -1"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, check=False)
     assert result.stderr == ""
 
 
-def test_export_converts_and_says_what_it_did(checkpoint: Path, tmp_path: Path) -> None:
+def test_export_converts_and_prints_the_conversions(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "rgb.pth"
     result = dinocell("export", checkpoint, "--layout", "meta", "--in-channels", "3", "--output", output)
     assert result.returncode == 0, result.stderr
@@ -139,7 +139,9 @@ def test_export_converts_and_says_what_it_did(checkpoint: Path, tmp_path: Path) 
     torch.testing.assert_close(theirs(grey.repeat(1, 3, 1, 1)).cls, ours(grey).cls, rtol=1e-5, atol=1e-5)
 
 
-def test_export_never_overwrites_unasked(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_overwrites_only_with_the_option(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "there.pth"
     output.write_bytes(b"precious")
     assert "--overwrite" in refused("export", checkpoint, "--output", output, capsys=capsys)
@@ -157,12 +159,12 @@ def test_interrupting_a_command_exits_with_130(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["demo", "pretrain", "finetune"])
-def test_settings_may_stand_anywhere_on_the_line(command: str) -> None:
+def test_settings_may_be_anywhere_on_the_line(command: str) -> None:
     option, value = ("--data", "a=b") if command == "demo" else ("--dry-run", None)
     flag = [option, value] if value else [option]
     parse = build_parser().parse_args
-    wanted = parse([command, "debug", "x.y=1", "z=2 --k", *flag])
-    assert (wanted.recipe, wanted.overrides) == ("debug", ["x.y=1", "z=2 --k"])
+    expected = parse([command, "debug", "x.y=1", "z=2 --k", *flag])
+    assert (expected.recipe, expected.overrides) == ("debug", ["x.y=1", "z=2 --k"])
     lines = [
         [command, *flag, "debug", "x.y=1", "z=2 --k"],
         [command, "debug", *flag, "x.y=1", "z=2 --k"],
@@ -171,7 +173,7 @@ def test_settings_may_stand_anywhere_on_the_line(command: str) -> None:
         [command, "x.y=1", *flag, "z=2 --k", "debug"],
     ]
     for line in lines:
-        assert parse(line) == wanted, line
+        assert parse(line) == expected, line
 
 
 def test_a_path_with_an_equals_sign_is_a_recipe_and_a_missing_or_second_one_is_one_line() -> None:
@@ -184,21 +186,21 @@ def test_a_path_with_an_equals_sign_is_a_recipe_and_a_missing_or_second_one_is_o
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "line"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "dinocell: No space left on device\n"),
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), "dinocell: a/b: Permission denied\n"),
     ],
 )
-def test_what_the_machine_refuses_is_one_line(
-    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_errors_of_the_system_are_one_line(
+    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(_: object) -> None:
         raise error
 
     monkeypatch.setattr(weights, "_run_info", refuse)
     assert main(["info", "x"]) == 2
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == line
 
 
 def test_other_errors_of_the_system_are_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +217,7 @@ def test_names_that_are_too_long_are_one_line(setting: str, tmp_path: Path, caps
     name = "x" * 300
     line = ["pretrain", "debug", f"output={tmp_path}", f"data.shards=[{tmp_path}]", "online_eval.every=0"]
     assert main([*line, setting.format(name)]) == 2
-    said = capsys.readouterr().err
-    assert "xxx/" in said
-    assert said.endswith("File name too long\n")
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "xxx/" in message
+    assert message.endswith("File name too long\n")
+    assert message.count("\n") == 1

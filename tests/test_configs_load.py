@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dinocell.configs import load
 from dinocell.configs.load import find_recipe, load_config, shipped_recipes, text_override, to_dict, to_yaml
-from dinocell.configs.schema import diff_configs
+from dinocell.configs.schema import diff_configs, fit
 from dinocell.errors import ConfigError
 
 
@@ -79,6 +79,23 @@ class Texts:
 class Strict:
     source: Source
     steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    every: int = 100
+    knn: Vit | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Present:
+    online_eval: Eval = field(default_factory=Eval)
+    heads: Vit = field(default_factory=Vit)
+    steps: int = 1
+
+
+RENAMED_KEYS = {"watch.every": "online_eval.every", "vit": "heads", "drop": "dropout"}
+REMOVED_KEYS = {"watch.tasks": 0}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -145,7 +162,7 @@ def test_the_result_is_a_frozen_instance_of_real_dataclasses() -> None:
         ("shards=${oc.env:DINOCELL_TEST_SEED}/x", "shards", "7/x"),
     ],
 )
-def test_an_override_is_read_as_its_field_wants_it(
+def test_an_override_is_parsed_by_the_type_of_its_field(
     override: str, key: str, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DINOCELL_TEST_SEED", "7")
@@ -328,6 +345,52 @@ def test_a_text_override_sets_any_text(text: str) -> None:
     assert load_config(Texts, None, [text_override("many", [text, Path("b")])]).many == (text, "b")
 
 
+def test_a_former_key_in_a_recipe_sets_the_present_one_with_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = write(tmp_path, "watch:\n  every: 5\n  tasks: 0\nvit:\n  width: 32\n  drop: 0.5\n")
+    expected = Present(online_eval=Eval(every=5), heads=Vit(width=32, dropout=0.5))
+    assert load_config(Present, recipe) == expected
+    notes = [record.getMessage() for record in caplog.records]
+    assert notes == [
+        f"{recipe}: watch.every is now online_eval.every",
+        f"{recipe}: vit is now heads",
+        f"{recipe}: watch.tasks no longer exists",
+        f"{recipe}: heads.drop is now heads.dropout",
+    ]
+    assert fit(Present, {"watch": {"every": 5}, "vit": {"width": 32, "drop": 0.5}}) == expected
+    recipe = write(tmp_path, "watch:\n  every: x\n")
+    assert error_of(Present, recipe) == f"{recipe}:2: online_eval.every: expected an integer, got 'x'"
+    assert "watch.tasks" in error_of(Present, write(tmp_path, "watch:\n  tasks: 3\n"))
+
+
+def test_a_former_key_in_an_override_sets_the_present_one_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(Present, overrides=["watch.every=5", "vit.width=32"])
+    assert config == Present(online_eval=Eval(every=5), heads=Vit(width=32))
+    assert "watch.every is now online_eval.every" in caplog.text
+    assert "online_eval.every: expected an integer" in error_of(Present, None, ("watch.every=x",))
+    assert "watch.tasks" in error_of(Present, None, ("watch.tasks=0",))
+
+
+def test_an_override_of_the_present_key_replaces_a_former_one_in_the_recipe(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "watch:\n  every: 5\n")
+    assert load_config(Present, recipe, ["online_eval.every=6"]).online_eval.every == 6
+
+
+def test_a_key_under_both_names_is_refused(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "watch:\n  every: 5\nonline_eval:\n  every: 6\n")
+    assert "online_eval.every" in error_of(Present, recipe)
+    assert "online_eval.every" in error_of(Present, None, ("watch.every=5", "online_eval.every=6"))
+    with pytest.raises(ConfigError, match=r"recipe.yaml: online_eval\.every"):
+        load.read_stored(Present, recipe)
+
+
+def test_a_stored_config_gets_present_names_and_the_defaults_of_new_keys(tmp_path: Path) -> None:
+    stored = write(tmp_path, "watch:\n  every: 5\n  tasks: 0\nonline_eval:\n  knn:\n    width: 8\n")
+    values = load.read_stored(Present, stored)
+    assert not diff_configs(values, to_dict(Present(online_eval=Eval(every=5, knn=Vit(width=8)))))
+
+
 def test_to_dict_holds_only_plain_types() -> None:
     plain = to_dict(Recipe(shards="a", output=Path("b")))
     assert plain["output"] == "b"
@@ -355,9 +418,9 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pyte
     assert find_recipe("pretrain", str(own)) == own
     listed = "shipped for pretrain: demo, vits8"
     for name, message in {
-        "vits16": f"neither a .yaml file nor a shipped recipe; {listed}; did you mean 'vits8'?",
+        "vits16": f"does not exist; {listed}; did you mean 'vits8'?",
         "runs/vits8.yaml": f"{listed}; did you mean 'vits8'?",
-        str(tmp_path): f"is a folder, expected a .yaml file; {listed}",
+        str(tmp_path): f"is a folder; {listed}",
     }.items():
         with pytest.raises(ConfigError) as caught:
             find_recipe("pretrain", name)

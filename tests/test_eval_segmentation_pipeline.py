@@ -124,7 +124,7 @@ def test_a_stride_out_of_range_and_a_missing_device_are_refused(model: DINOCell)
     assert DINOCellPipeline(model, crop_size=128, stride=112).run(np.zeros((130, 200), np.uint8)).max() == 0
     with pytest.raises(DinocellError, match="'gpu'"):
         DINOCellPipeline(model, device="gpu")
-    with pytest.raises(DinocellError, match=r"cuda(:99)? was asked for, and there (is none|are)"):
+    with pytest.raises(DinocellError, match=r"compute\.device: cuda"):
         DINOCellPipeline(model, device="cuda:99")
 
 

@@ -57,7 +57,7 @@ def seconds_not_minutes() -> Iterator[None]:
 
 
 def problem(path: Path) -> str:
-    """Return what is said when `path` is refused: one line that names it."""
+    """Return the error for `path`: one line that names it."""
     with pytest.raises(WeightsError) as caught:
         load_backbone(path, patch_size=None, in_channels=None)
     return one_line(caught.value, path)
@@ -72,7 +72,7 @@ def one_line(error: WeightsError, path: Path) -> str:
 
 
 def assert_whole_or_refused(path: Path, vit: VisionTransformer) -> bool:
-    """Load or be refused as `problem` says; a loaded model has every tensor, finite, in the right shape."""
+    """Load or refuse as in `problem`; a loaded model has every tensor, finite, in the right shape."""
     try:
         loaded = load_backbone(path, patch_size=None, in_channels=None)
     except WeightsError as error:
@@ -116,7 +116,7 @@ def header_and_body(saved: dict[str, bytes]) -> tuple[dict[str, Any], bytes]:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_undamaged_file_loads_as_it_was(
+def test_an_undamaged_file_loads_unchanged(
     saved: dict[str, bytes], vit: VisionTransformer, tmp_path: Path, suffix: str
 ) -> None:
     loaded = load_backbone(put(tmp_path / f"x.{suffix}", saved[suffix]), patch_size=None, in_channels=None)
@@ -127,7 +127,7 @@ def test_an_undamaged_file_loads_as_it_was(
 # Bytes
 
 
-def test_the_length_of_a_safetensors_header_is_not_taken_for_a_pickle(saved: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_safetensors_header_length_is_not_mistaken_for_a_pickle(saved: dict[str, bytes], tmp_path: Path) -> None:
     """A header of 128, 384, ... bytes begins with the byte of a pickle."""
     whole, path = saved["safetensors"], tmp_path / "model.safetensors"
     (length,) = struct.unpack("<Q", whole[:8])
@@ -171,7 +171,7 @@ def test_random_bytes_are_refused(tmp_path: Path, start: bytes, body: bytes) -> 
     problem(put(tmp_path / "x.pth", start + body))
 
 
-def test_bytes_after_a_header_that_lies_are_refused(saved: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_header_that_contradicts_its_data_is_refused(saved: dict[str, bytes], tmp_path: Path) -> None:
     header, body = header_and_body(saved)
     first, second, *_ = (name for name in header if name != "__metadata__")
     offsets = header[first]["data_offsets"]
@@ -443,7 +443,7 @@ def test_metadata_that_is_no_usual_json_is_refused(
 # Hugging Face folders
 
 
-def test_an_undamaged_folder_loads_as_it_was(hub_folder: Path, vit: VisionTransformer) -> None:
+def test_an_undamaged_folder_loads_unchanged(hub_folder: Path, vit: VisionTransformer) -> None:
     assert assert_whole_or_refused(hub_folder, vit)
 
 
@@ -497,10 +497,10 @@ def test_a_missing_shard_and_a_tensor_in_two_shards_are_refused(hub_folder: Path
     (hub_folder / "model.safetensors").unlink()
     assert "another shard" in problem(hub_folder)
     (hub_folder / names[1]).unlink()
-    assert "expected config.json and 2 shards, found 1 shards" in problem(hub_folder)
+    assert "expected config.json and 2 shards, got 1 shards" in problem(hub_folder)
 
 
-def test_a_whole_file_beside_older_shards_is_the_model(hub_folder: Path, vit: VisionTransformer) -> None:
+def test_a_single_file_next_to_older_shards_is_the_model(hub_folder: Path, vit: VisionTransformer) -> None:
     """So transformers reads it, so the hub's files are chosen, and so an export over a folder of shards leaves it."""
     older = VisionTransformer(vit.config)
     save_weights(hub_folder.parent / "older", Weights.of(older), layout="huggingface")

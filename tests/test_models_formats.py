@@ -169,7 +169,7 @@ def test_dinov3_7b_style_file_is_read(tmp_path: Path) -> None:
     assert_tensors(weights.tensors, v3_expected(named))
 
 
-def test_rotary_periods_between_a_minimum_and_a_maximum_are_understood(tmp_path: Path) -> None:
+def test_rotary_periods_between_a_minimum_and_a_maximum_are_inferred(tmp_path: Path) -> None:
     named = meta_v3()
     named["rope_embed.periods"] = 0.25 * (40 / 0.25) ** (torch.arange(16) / 15)
     config = read_weights(write(tmp_path / "v3.pth", named)).config
@@ -178,7 +178,7 @@ def test_rotary_periods_between_a_minimum_and_a_maximum_are_understood(tmp_path:
 
 
 @pytest.mark.parametrize("base", [50.0, 100.0, 1000.0, 10000.0])
-def test_rope_base_is_found_through_bfloat16_rounding(tmp_path: Path, base: float) -> None:
+def test_rope_base_is_inferred_despite_bfloat16_rounding(tmp_path: Path, base: float) -> None:
     named = meta_v3()
     named["rope_embed.periods"] = (base ** (torch.arange(16) / 16)).bfloat16()
     rope = read_weights(write(tmp_path / "v3.pth", named)).config.rope
@@ -258,7 +258,7 @@ def head(seed: int, *, weight_norm: bool) -> Named:
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("weight_norm", [False, True])
-def test_the_teacher_of_a_training_run_is_taken_with_its_heads(tmp_path: Path, wrapper: str, weight_norm: bool) -> None:
+def test_the_teacher_of_a_training_run_is_read_with_its_heads(tmp_path: Path, wrapper: str, weight_norm: bool) -> None:
     named, dino, ibot = meta_v3(channels=1), head(7, weight_norm=weight_norm), head(8, weight_norm=False)
     teacher = {f"backbone.{wrapper}{name}": tensor for name, tensor in named.items()}
     for key in [k for k in teacher if "blocks.1." in k]:  # torch.compile of a block puts its mark in the middle
@@ -383,22 +383,22 @@ def test_hugging_face_dinov2_with_fused_gate_is_read(tmp_path: Path) -> None:
     assert_tensors(weights.tensors, named)
 
 
-def test_a_file_that_is_no_backbone_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_backbone_is_refused_with_the_reason(tmp_path: Path) -> None:
     for content, words in (
         ({"fc.weight": torch.ones(2, 2)}, "no patch embedding"),
         ({n: t for n, t in meta_v3().items() if n not in ("rope_embed.periods", "storage_tokens")}, "not a DINO"),
         (meta_v3() | {"pos_embed": torch.ones(1, 26, 128)}, "both rotary and learned"),
         ({n: t for n, t in meta_v2().items() if not n.startswith("blocks.1.")}, "without a gap"),
         (meta_v2() | {"backbone.cls_token": torch.ones(1, 1, 128)}, "two tensors are called 'cls_token'"),
-        (hub_v3(meta_v3()), "no config.json beside it"),
+        (hub_v3(meta_v3()), "no config.json"),
         (meta_v2() | {"pos_embed": torch.ones(1, 25, 128)}, "pos_embed: expected shape"),
         (meta_v3() | {"rope_embed.periods": torch.arange(1.0, 17)}, "geometric"),
-        (meta_v3() | {"rope_embed.periods": torch.full((16,), torch.nan)}, "growing, positive"),
+        (meta_v3() | {"rope_embed.periods": torch.full((16,), torch.nan)}, "periods"),
         (meta_v3() | {"norm.weight": torch.ones(64)}, "norm.weight: expected shape"),
         (meta_v3() | {"norm.weight": torch.ones(128, dtype=torch.int64)}, "expected floating-point"),
         (meta_v3() | {"mask_token": torch.ones(1, 64)}, "mask_token: expected shape"),
         (meta_v3() | {"storage_tokens": torch.ones(4)}, "storage_tokens: expected 3 dim"),
-        (meta_v2() | {"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "MLP of block 0: expected 2 dim"),
+        (meta_v2() | {"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "fc1.weight: expected 2 dim"),
         (meta_v3() | {"rope_embed.periods": torch.ones(4, 4)}, "rope_embed.periods: expected 1 dim"),
         (meta_v3() | {"blocks.0.attn.qkv.bias_mask": torch.ones(5)}, "bias_mask: expected shape"),
     ):

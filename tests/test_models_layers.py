@@ -47,7 +47,7 @@ def test_attention_equals_softmax_written_out_in_numpy() -> None:
     torch.testing.assert_close(attention(rows, [Segment(1, 5, None)]), expected)
 
 
-def test_key_bias_is_off_unless_asked_for() -> None:
+def test_key_bias_is_off_by_default() -> None:
     attention = Attention(16, 2, qkv_bias=True, key_bias=False, kernel="sdpa")
     rows, segments = torch.randn(10, 16), [segment(2, (2, 2))]
     before = attention(rows, segments)
@@ -91,7 +91,7 @@ def skip_without_xformers() -> None:
 def test_a_kernel_that_xformers_does_not_have_is_one_line() -> None:
     pytest.importorskip("xformers")
     attention = Attention(8, 1, qkv_bias=True, key_bias=False, kernel="xformers")
-    with pytest.raises(DinocellError, match=r"xformers: this build of it has no kernel for torch.float64 on cpu"):
+    with pytest.raises(DinocellError, match=r"xformers: .* torch.float64 on cpu"):
         attention.double()(torch.zeros(2, 8, dtype=torch.float64), [Segment(1, 2, None)])
 
 
@@ -174,7 +174,7 @@ def test_drop_path_leaves_skipped_samples_untouched_and_scales_the_others() -> N
     torch.testing.assert_close(out[2] - before[2], 4 * (full[2] - before[2]), rtol=1e-4, atol=1e-5)
 
 
-def test_keeping_everyone_is_the_plain_block() -> None:
+def test_keeping_every_sequence_equals_the_plain_block() -> None:
     block = make_block()
     rows, segments = torch.randn(2 * 10 + 3 * 5, 16), [segment(2, (3, 3)), segment(3, (2, 2))]
     everyone = [torch.arange(2), torch.arange(3)]
@@ -211,7 +211,7 @@ def test_every_sequence_is_kept_equally_often() -> None:
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
-def test_activations_that_are_computed_again_cost_no_matrix_product_and_change_nothing(mlp: str) -> None:
+def test_recomputed_activations_need_no_matrix_product_and_change_nothing(mlp: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     block = make_block(mlp=mlp)

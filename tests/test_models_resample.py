@@ -77,7 +77,7 @@ def test_an_enlarged_patch_gives_the_token_of_the_original() -> None:
     torch.testing.assert_close(embed(large, resize_patch_weight(weight, 16)), embed(patches, weight))
 
 
-def test_resizing_keeps_dtype_and_leaves_the_same_size_alone() -> None:
+def test_resizing_keeps_the_dtype_and_does_not_change_the_same_size() -> None:
     weight = random(4, 1, 16, 16, dtype=torch.bfloat16)
     assert resize_patch_weight(weight, 8).dtype == torch.bfloat16
     assert resize_patch_weight(weight, 16) is weight
@@ -111,7 +111,7 @@ def test_standardised_model_equals_the_rgb_model_on_the_replicated_grey_image(ch
     assert torch.equal(bias, BIAS)
 
 
-def test_the_rule_of_the_other_convention_is_far_off() -> None:
+def test_the_weights_of_the_other_convention_give_other_features() -> None:
     expected = embed(as_imagenet(GREY), WEIGHT, BIAS)
     wrong = embed(GREY, *convert_channels(WEIGHT, BIAS, in_channels=1, source="imagenet", target="standardised"))
     assert (wrong - expected).norm() > 0.5 * expected.norm()

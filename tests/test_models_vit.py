@@ -58,10 +58,10 @@ def test_unknown_variant_is_refused_with_a_suggestion() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"heads": 5}, "not a multiple"),
+        ({"heads": 5}, "width: expected a multiple of"),
         ({"depth": 0}, "depth"),
         ({"registers": -1}, "registers"),
-        ({"width": 18, "heads": 3}, "divisible by 4"),
+        ({"width": 18, "heads": 3}, "width: expected a multiple of 4"),
     ],
 )
 def test_impossible_sizes_are_refused(wrong: dict[str, int], message: str) -> None:

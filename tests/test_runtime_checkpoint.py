@@ -1,15 +1,13 @@
-"""Training states: what is saved comes back, on other numbers of ranks too; damage costs one state, not the run."""
+"""Checkpoints are restored exactly, also on other numbers of ranks; a damaged one costs one checkpoint, not the run."""
 
 import errno
 import os
-import random
 import shutil
 import threading
 import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,12 +17,12 @@ from torch.distributed.fsdp import fully_shard
 
 from dinocell.errors import DinocellError
 from dinocell.runtime import checkpoint
-from dinocell.runtime.checkpoint import Checkpointer, random_states, set_random_states
+from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.distributed import gather, max_over_ranks, start, stop, sum_over_ranks
 from helpers.ranks import fork_ranks
 
 
-def test_what_is_saved_is_what_there_was_when_save_was_called(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_values_at_the_time_of_the_call(tmp_path: Path) -> None:
     values = torch.arange(200_000.0)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(3, {"a": {"b": values}}, {"epoch": 7})
@@ -44,8 +42,8 @@ def wait_for(path: Path, limit_s: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def test_a_state_is_whole_once_it_is_written_not_when_the_next_one_is(tmp_path: Path) -> None:
-    """Killed before the next save, a run would go on from the state before: twice the steps would be lost."""
+def test_a_checkpoint_is_complete_once_written_not_at_the_next_save(tmp_path: Path) -> None:
+    """Otherwise a run that is killed before the next save would resume from the previous checkpoint."""
     checkpointer = Checkpointer(tmp_path, keep_last=1)
     for step in (1, 2):
         checkpointer.save(step, {"x": torch.full((3,), float(step))}, {})
@@ -57,10 +55,10 @@ def test_a_state_is_whole_once_it_is_written_not_when_the_next_one_is(tmp_path: 
     checkpointer.close()
 
 
-def test_filters_of_warnings_in_the_training_do_not_reach_the_writing(
+def test_warning_filters_of_the_training_do_not_affect_the_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are of the process, not of a thread: torch leaves a block of its own while a state is being written."""
+    """Filters belong to the process: torch leaves a block of its own while a checkpoint is being written."""
     begun, may_go_on = threading.Event(), threading.Event()
     write = checkpoint.save_state
 
@@ -79,7 +77,7 @@ def test_filters_of_warnings_in_the_training_do_not_reach_the_writing(
     assert len(checkpointer.steps()) == 1
 
 
-def test_the_newest_stay_and_every_mth(tmp_path: Path) -> None:
+def test_the_newest_and_every_mth_checkpoint_are_kept(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep_last=2, keep_every=4, is_async=False)
     for step in range(1, 8):
         checkpointer.save(step, {"x": torch.ones(2)}, {})
@@ -87,14 +85,14 @@ def test_the_newest_stay_and_every_mth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut short", "no description", "no mapping", "no step", "no tensors"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture) -> None:
     checkpointer = Checkpointer(tmp_path, is_async=False)
     for step in (1, 2):
         checkpointer.save(step, {"x": torch.full((5000,), float(step))}, {})
     newest = tmp_path / "step_00000002"
-    said = {"no description": "{", "no mapping": "null", "no step": '{"ranks": 1}'}
-    if harm in said:
-        (newest / "state.json").write_text(said[harm])
+    descriptions = {"no description": "{", "no mapping": "null", "no step": '{"ranks": 1}'}
+    if harm in descriptions:
+        (newest / "state.json").write_text(descriptions[harm])
     for file in newest.glob("*.distcp"):
         if harm == "cut short":
             file.write_bytes(file.read_bytes()[:100])
@@ -108,15 +106,15 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str, caplog: 
     assert "step_00000002: damaged" in caplog.text
 
 
-def test_if_all_are_damaged_it_says_so(tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     Checkpointer(tmp_path, is_async=False).save(1, {"x": torch.ones(3)}, {})
     shutil.rmtree(tmp_path / "step_00000001" / ".metadata", ignore_errors=True)
     (tmp_path / "step_00000001" / ".metadata").unlink(missing_ok=True)
-    with pytest.raises(DinocellError, match="every checkpoint is damaged"):
+    with pytest.raises(DinocellError, match=str(tmp_path)):
         Checkpointer(tmp_path).restore({"x": torch.empty(3)})
 
 
-def test_a_copy_that_somebody_kept_is_left_alone(tmp_path: Path) -> None:
+def test_a_copy_under_another_name_is_ignored(tmp_path: Path) -> None:
     """It is not taken for a checkpoint of this run, and does not end the run when old ones are dropped."""
     checkpointer = Checkpointer(tmp_path, keep_last=1, is_async=False)
     checkpointer.save(1, {"x": torch.ones(2)}, {})
@@ -126,8 +124,8 @@ def test_a_copy_that_somebody_kept_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "step_00000001_good" / "state.json").exists()
 
 
-def test_what_a_killed_start_left_half_written_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / ".step_00000017"  # where a run was told to stop: the next start does not save there again
+def test_an_unfinished_checkpoint_of_a_killed_start_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".step_00000017"  # a resumed run may never save this step again
     left.mkdir()
     (left / "__0_0.distcp").write_bytes(b"half")
     Checkpointer(tmp_path, is_async=False).save(20, {"x": torch.ones(2)}, {})
@@ -152,36 +150,19 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     checkpointer.close()
 
 
-@pytest.mark.parametrize(("first", "then"), [(False, True), (True, False)])
-def test_a_run_of_the_cpu_goes_on_on_cuda_and_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool, then: bool
-) -> None:
-    """There are more random states where there is CUDA, and a state without them is not a damaged one."""
-
-    def states(*, with_cuda: bool) -> dict[str, torch.Tensor]:
-        return random_states() | ({"cuda": torch.zeros(16, dtype=torch.uint8)} if with_cuda else {})
-
-    came_back: list[list[str]] = []
-    monkeypatch.setattr(checkpoint, "set_random_states", lambda found: came_back.append(list(found)))
-    monkeypatch.setattr(checkpoint, "random_states", lambda: states(with_cuda=first))
-    Checkpointer(tmp_path, is_async=False).save(1, {"x": torch.ones(2)}, {})
-    monkeypatch.setattr(checkpoint, "random_states", lambda: states(with_cuda=then))
-    found = {"x": torch.empty(2)}
-    restored = Checkpointer(tmp_path).restore(found)
+def test_a_checkpoint_with_random_states_of_an_earlier_version_is_restored(tmp_path: Path) -> None:
+    checkpointer, folder = Checkpointer(tmp_path), tmp_path / "step_00000001"
+    state = {"tensors": {"x": torch.ones(2)}, "random": {"rank_0": {"torch": torch.get_rng_state()}}}
+    checkpoint.save_state(state, checkpoint_id=folder, no_dist=True)
+    (folder / "state.json").write_text('{"step": 1, "ranks": 1, "random": ["torch"], "values": {}}')
+    tensors = {"x": torch.empty(2)}
+    restored = checkpointer.restore(tensors)
     assert restored is not None
-    assert torch.equal(found["x"], torch.ones(2))
-    assert came_back == [list(random_states())]
+    assert torch.equal(tensors["x"], torch.ones(2))
 
 
-def test_nothing_saved_is_none(tmp_path: Path) -> None:
+def test_restoring_without_a_checkpoint_gives_none(tmp_path: Path) -> None:
     assert Checkpointer(tmp_path / "new").restore({}) is None
-
-
-def test_random_states_come_back() -> None:
-    states = random_states()
-    first = (torch.rand(2).tolist(), np.random.rand(), random.gauss(0, 1), np.random.standard_normal())
-    set_random_states(states)
-    assert (torch.rand(2).tolist(), np.random.rand(), random.gauss(0, 1), np.random.standard_normal()) == first
 
 
 def _train(rank: int, ranks: int, folder: str, meet: str, resumes: bool) -> None:
@@ -221,7 +202,7 @@ def _train(rank: int, ranks: int, folder: str, meet: str, resumes: bool) -> None
 
 
 @pytest.mark.slow
-def test_a_state_of_two_ranks_goes_on_on_two_and_on_three(tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_three(tmp_path: Path) -> None:
     for ranks, resumes in ((2, False), (2, True), (3, True)):
         arguments = (ranks, str(tmp_path), str(tmp_path / f"meet_{ranks}_{resumes}"), resumes)
         fork_ranks(_train, arguments, ranks)

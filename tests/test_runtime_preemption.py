@@ -124,7 +124,7 @@ def test_a_device_that_is_none_of_ours_is_named(device: str) -> None:
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DinocellError, match="cuda:2 was asked for, and there are 2 GPUs"):
+    with pytest.raises(DinocellError, match=r"cuda:2 .* 2 cuda"):
         distributed.start("cuda:2")
 
 

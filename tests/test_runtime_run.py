@@ -1,4 +1,4 @@
-"""A run folder keeps what was run and every number, through kills, resumes and pipes."""
+"""A run folder stores the configuration and every number, through kills, resumes and pipes."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_speed_is_measured_between_log_steps(tmp_path: Path, clock: list[float])
     assert lines[-1]["speed/images_per_s"] == 32.0
 
 
-def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_valid_json(tmp_path: Path) -> None:
     with Run.start(tmp_path, Config(), console=quiet()) as run:
         run.log(1, {"a": math.nan, "b": torch.tensor(math.inf), "c": -math.inf})
     (line,) = records(tmp_path)
@@ -141,11 +141,11 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ({"loss": torch.zeros(2)}, r"metric 'loss': expected a number, got a tensor of shape \(2,\)"),
+        ({"loss": torch.zeros(2)}, r"metric 'loss'"),
         ({"step": 1.0}, "a metric cannot be called step"),
     ],
 )
-def test_what_is_no_number_is_refused(tmp_path: Path, metrics: dict[str, Any], message: str) -> None:
+def test_metrics_that_are_not_numbers_are_refused(tmp_path: Path, metrics: dict[str, Any], message: str) -> None:
     with Run.start(tmp_path, Config(), console=quiet()) as run, pytest.raises(ValueError, match=message):
         run.log(1, metrics)
 
@@ -158,7 +158,7 @@ def test_another_config_is_refused_before_and_at_the_start(tmp_path: Path) -> No
     Run.check(tmp_path, Config(compute=Compute(num_workers=0)))
 
 
-def test_resuming_drops_what_will_be_computed_again(tmp_path: Path) -> None:
+def test_resuming_drops_the_records_of_later_steps(tmp_path: Path) -> None:
     with Run.start(tmp_path, Config(), console=quiet()) as run:
         for step in range(1, 51):
             run.log(step, {"loss/dino": 1.0})
@@ -173,7 +173,7 @@ def test_resuming_drops_what_will_be_computed_again(tmp_path: Path) -> None:
     assert "dropped 1 broken line(s)" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
-def test_starting_again_from_nothing_drops_the_earlier_attempt(tmp_path: Path) -> None:
+def test_starting_over_drops_all_records(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         with Run.start(tmp_path, Config(), console=quiet()) as run:
             for step in range(11):
@@ -214,12 +214,11 @@ def test_images_histograms_and_texts_reach_tensorboard(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4, 2), np.uint8), r"expected \(h, w\) or \(h, w, 3\), got \(4, 4, 2\)"),
         (np.full((4, 4), 1.5, np.float32), r"expected values in \[0, 1\], got 1.5 to 1.5"),
         (np.full((4, 4), np.nan, np.float32), r"expected values in \[0, 1\]"),
     ],
 )
-def test_an_image_of_another_shape_or_range_is_refused(tmp_path: Path, image: Any, message: str) -> None:
+def test_an_image_of_another_range_is_refused(tmp_path: Path, image: Any, message: str) -> None:
     with Run.start(tmp_path, Config(), console=quiet()) as run, pytest.raises(ValueError, match=message):
         run.image(1, "x", image)
 
@@ -293,7 +292,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_disk_that_fills_up_is_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """When numbers are written, and again when the files are closed."""
     run = Run.start(tmp_path, Config(), console=quiet())
     assert run._outputs is not None
@@ -313,13 +312,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path, monkeypatch: py
         Run.start(tmp_path / "run", Config(), console=quiet())
 
 
-@pytest.mark.parametrize("arguments", [{"log_every": 0}, {"resume_step": -1}])
-def test_impossible_steps_are_refused(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected log_every >= 1 and resume_step >= 0"):
-        Run.start(tmp_path, Config(), console=quiet(), **arguments)
-
-
-def test_git_state_tells_commit_and_changes_and_nothing_without_a_checkout(tmp_path: Path) -> None:
+def test_git_state_is_commit_and_changes_and_none_without_a_checkout(tmp_path: Path) -> None:
     assert git_state(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "--quiet"], check=True)
@@ -331,6 +324,21 @@ def test_git_state_tells_commit_and_changes_and_nothing_without_a_checkout(tmp_p
     (tmp_path / "dinocell").mkdir()
     (tmp_path / "dinocell" / "new.py").touch()
     assert git_state(tmp_path) == {**clean, "dirty": True}
+
+
+def test_tasks_print_a_line_when_complete_and_draw_bars_in_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress.task_progress() as report:
+        report("listing", 1000, None, "1,000 fields")
+        for done in range(3):
+            report("shards", done + 1, 3, f"{done} rejected")
+    assert capsys.readouterr().out == "shards 3 of 3  2 rejected\n"
+    output = Terminal()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=output, force_terminal=True, width=120))
+    with progress.task_progress() as report:
+        report("shards", 3, 3)
+    assert "3/3" in output.getvalue()
 
 
 def test_rate_is_unknown_before_the_second_step(clock: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""A run folder says what was run where, and lets no other run in."""
+"""A run folder stores what was run where, and keeps other runs out."""
 
 import errno
 import fcntl
@@ -31,6 +31,9 @@ class Config:
     compute: Compute = field(default_factory=Compute)
 
 
+RENAMED_KEYS = {"learning_rate": "lr"}
+
+
 def test_a_claim_writes_the_config_and_adds_the_environment(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
     config = Config(lr=1e-5)
@@ -57,6 +60,14 @@ def test_another_config_is_refused_but_other_compute_is_not(tmp_path: Path) -> N
     claim(tmp_path, Config(lr=0.5), ("compute", "lr")).close()
 
 
+def test_a_run_whose_stored_config_lacks_a_new_key_or_has_a_former_one_is_resumed(tmp_path: Path) -> None:
+    claim(tmp_path, Config(lr=0.5), ()).close()
+    (tmp_path / "config.yaml").write_text("learning_rate: 0.5\ncompute: {}\n")
+    claim(tmp_path, Config(lr=0.5), ()).close()
+    with pytest.raises(ConfigError, match="blocks"):
+        claim(tmp_path, Config(lr=0.5, blocks=(1,)), ())
+
+
 @pytest.mark.parametrize("content", ["[]", '{"starts": 5}', "{"])
 def test_a_broken_environment_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "environment.json").write_text(content, encoding="utf-8")
@@ -78,7 +89,7 @@ def test_one_process_at_a_time_and_the_next_after_a_killed_one(tmp_path: Path) -
     ) as first:
         assert first.stdout is not None
         worker = int(first.stdout.readline())
-        with pytest.raises(DinocellError, match="another process is at work in it"):
+        with pytest.raises(DinocellError, match=str(tmp_path)):
             claim(tmp_path, Config(), (), patience_s=0.1)
         assert len(json.loads((tmp_path / "environment.json").read_text(encoding="utf-8"))["starts"]) == 1
         # A job that comes back may meet what is left of its start before, for a while.
@@ -88,7 +99,7 @@ def test_one_process_at_a_time_and_the_next_after_a_killed_one(tmp_path: Path) -
         os.kill(worker, signal.SIGTERM)
 
 
-def test_a_disk_without_locks_is_said(
+def test_a_file_system_without_locks_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def lockf(*_: object) -> None:
@@ -96,4 +107,4 @@ def test_a_disk_without_locks_is_said(
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     claim(tmp_path, Config(), ()).close()
-    assert "cannot be locked (No locks available): do not start this run twice at once" in caplog.text
+    assert "log.txt: cannot be locked (No locks available)" in caplog.text

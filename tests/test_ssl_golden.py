@@ -51,7 +51,7 @@ def test_ten_steps_give_the_golden_losses(shard_set: Path, tmp_path: Path, centr
             learning_rate=Schedule(peak=0.005, end=1e-4, warmup=3),
             teacher_temperature=Schedule(peak=0.03),
             teacher_momentum=Schedule(peak=0.9, end=1.0),
-            last_layer=Freeze(hold=1),
+            last_layer=Freeze(freeze=1),
         ),
         log_every=1,
         picture_every=1000,

@@ -48,7 +48,7 @@ def config_of(shard_set: Path, output: Path, **compute: object) -> PretrainConfi
         views=ViewsConfig(global_size=32, local_size=16, num_local=2),
         model=ModelConfig(variant="nano", layer_scale=0.3, drop_path=0.0),
         heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
-        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=1), last_layer=Freeze(hold=1)),
+        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=1), last_layer=Freeze(freeze=1)),
         log_every=1,
         picture_every=4,
         export_every=100,

@@ -54,7 +54,7 @@ def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
         views=ViewsConfig(global_size=32, local_size=16, num_local=2),
         model=ModelConfig(variant="nano", layer_scale=0.1, drop_path=0.1),
         heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
-        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=0.2), last_layer=Freeze(hold=1)),
+        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=0.2), last_layer=Freeze(freeze=1)),
         log_every=1,
         picture_every=5,
         export_every=6,
@@ -171,7 +171,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: 
 def test_from_weights_the_backbone_is_frozen_at_first(shard_set: Path, tmp_path: Path) -> None:
     start = pretrain(config_of(shard_set, tmp_path / "start", steps=2))
     model = ModelConfig(variant="nano", weights=str(start), drop_path=0.0)
-    schedules = Schedules(learning_rate=Schedule(peak=0.01), backbone=Freeze(hold=3, warmup=2))
+    schedules = Schedules(learning_rate=Schedule(peak=0.01), backbone=Freeze(freeze=3, warmup=2))
     config = config_of(shard_set, tmp_path / "run", model=model, schedules=schedules)
     stream, both, trainer = prepared(config)
     want = load_backbone(start).state_dict()
@@ -189,9 +189,9 @@ def test_from_weights_the_backbone_is_frozen_at_first(shard_set: Path, tmp_path:
 
 def test_pretrained_weights_are_frozen_at_first_random_ones_only_by_the_recipe() -> None:
     assert Schedules().backbone_freeze(from_weights=False) == Freeze()
-    assert Schedules().backbone_freeze(from_weights=True).hold > 0
-    own = Schedules(backbone=Freeze(hold=7))
-    assert own.backbone_freeze(from_weights=True) == own.backbone_freeze(from_weights=False) == Freeze(hold=7)
+    assert Schedules().backbone_freeze(from_weights=True).freeze > 0
+    own = Schedules(backbone=Freeze(freeze=7))
+    assert own.backbone_freeze(from_weights=True) == own.backbone_freeze(from_weights=False) == Freeze(freeze=7)
     assert Schedules(backbone=Freeze()).backbone_freeze(from_weights=True) == Freeze()
 
 
@@ -219,8 +219,8 @@ def test_a_start_from_a_good_teacher_does_it_no_harm(tmp_path: Path, monkeypatch
     ("changes", "message"),
     [
         ({"views": ViewsConfig(policy="stack", channels=("x",), global_size=32, local_size=16)}, "views.channels"),
-        ({"compute": ComputeConfig(device="cuda")}, "cuda was asked for"),
-        ({"compute": ComputeConfig(device="cpu", attention="varlen")}, "compute.attention: varlen"),
+        ({"compute": ComputeConfig(device="cuda")}, "compute.device: cuda"),
+        ({"compute": ComputeConfig(device="cpu", attention="varlen")}, "varlen"),
         ({"data": DataConfig(shards=("nowhere",))}, "nowhere: no shard set"),
         ({"model": ModelConfig(variant="nano", weights="missing.pth")}, "missing.pth"),
     ],
@@ -228,7 +228,7 @@ def test_a_start_from_a_good_teacher_does_it_no_harm(tmp_path: Path, monkeypatch
 def test_user_errors_are_one_line_before_the_first_step(
     shard_set: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    if message == "cuda was asked for" and torch.cuda.is_available():
+    if message == "compute.device: cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     with pytest.raises(DinocellError, match=message):
         pretrain(config_of(shard_set, tmp_path / "run", **changes))

@@ -23,10 +23,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    parser = add_command(commands, "info", "say what a checkpoint or a segmenter is", "dinocell info dinov3_vits16.pth")
+    parser = add_command(commands, "info", "describe a checkpoint or a segmenter", "dinocell info dinov3_vits16.pth")
     _add_source(parser)
     parser.add_argument(
-        "--image-size", type=whole_number(1), default=224, metavar="PX", help="cost for this side (default 224)"
+        "--image-size", type=whole_number(1), default=224, metavar="PX", help="image size for the cost (default 224)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=_run_info)
@@ -70,8 +70,8 @@ def _add_export(commands: Any) -> None:
         "--layout",
         choices=("dinocell", "meta", "meta-flat", "huggingface"),
         default="dinocell",
-        help="dinocell: our file (default); meta: the same, for Meta's evaluators; meta-flat: the bare state dict that "
-        "Meta's model classes load; huggingface: a folder for transformers",
+        help="dinocell: our file (default); meta: the same, for Meta's evaluators; meta-flat: the bare state dict "
+        "for Meta's model classes; huggingface: a folder for transformers",
     )
     parser.add_argument(
         "--in-channels", type=whole_number(1), metavar="C", help="fold the patch embedding to C channels"
@@ -80,7 +80,8 @@ def _add_export(commands: Any) -> None:
     parser.add_argument(
         "--input",
         choices=("unit", "standardised", "imagenet"),
-        help="input convention to convert to (default: the file's; with --in-channels 3 in others' layouts imagenet)",
+        help="input convention to convert to (default: that of the file; with --in-channels 3 and a layout other than "
+        "dinocell: imagenet)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.set_defaults(run=_run_export)
@@ -93,7 +94,7 @@ def _run_export(options: argparse.Namespace) -> None:
         raise DinocellError(f"{options.output} exists already; add --overwrite to replace it")
     target = options.input
     if target is None and options.in_channels == 3 and options.layout != "dinocell":
-        target = "imagenet"  # what Meta's and Hugging Face's own preprocessing feeds
+        target = "imagenet"  # of Meta's and Hugging Face's own preprocessing
     weights = read_weights(options.source)
     fitted = fit_weights(weights, patch_size=options.patch_size, in_channels=options.in_channels, input=target)
     save_weights(options.output, fitted, layout=options.layout)

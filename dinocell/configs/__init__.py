@@ -1,1 +1,1 @@
-"""Recipes, and the one function that turns a recipe into a typed, frozen configuration."""
+"""Recipes, and the function that loads one as a typed, frozen configuration."""

@@ -1,8 +1,8 @@
-"""Every key of a schema as a Markdown table: what it takes, its default, what it means.
+"""Every key of a schema as a Markdown table: accepted values, default, meaning.
 
-``docs/configuration.md`` is made from this, and a test holds it against the schemas. The meanings are the
-``Attributes`` of the schemas' own docstrings; what a docstring says before them introduces the section. What one
-sentence says of several keys begins with their names, in its order.
+``docs/configuration.md`` is generated with this, and a test compares it with the schemas. The meanings come from the
+``Attributes`` in the docstrings of the schemas, the introduction of a section from the text before them. A description
+of several keys begins with their names.
 """
 
 import inspect
@@ -16,7 +16,7 @@ _ATTRIBUTE = re.compile(r"^(\w+(?:, \w+)*)$")
 
 
 def reference(schema: type) -> str:
-    """Return the sections of a schema, the outermost first, as Markdown below headings of the third level."""
+    """Return the sections of a schema, outermost first, as Markdown under headings of level 3."""
     parts = []
     for prefix, section in _sections(schema):
         summary, meanings = _docstring(section)
@@ -35,16 +35,16 @@ def reference(schema: type) -> str:
 
 
 def _sections(schema: type, prefix: str = "") -> list[tuple[str, type]]:
-    found = [(prefix, schema)]
+    sections = [(prefix, schema)]
     for name, annotation in schemas.field_types(schema).items():
         inner = schemas.section(annotation)
         if inner is not None:
-            found += _sections(inner, join(prefix, name))
-    return found
+            sections += _sections(inner, join(prefix, name))
+    return sections
 
 
 def _docstring(section: type) -> tuple[str, dict[str, str]]:
-    """Return what a docstring says of the whole, as one paragraph, and of each attribute."""
+    """Return the introduction of a docstring as one paragraph, and the description of each attribute."""
     text = inspect.getdoc(section) or ""
     before, _, after = text.partition("Attributes\n----------\n")
     paragraph = " ".join(line for line in before.split("\n") if not line.startswith("=")).strip()
@@ -63,11 +63,11 @@ def _docstring(section: type) -> tuple[str, dict[str, str]]:
 
 
 def _code(text: str) -> str:
-    """Turn the double backticks of docstrings into Markdown's single ones."""
+    """Replace the double backticks of docstrings by Markdown's single ones."""
     return text.replace("``", "`")
 
 
 def document(introduction: str, commands: dict[str, Any]) -> str:
-    """Return a whole page: an introduction, then a chapter a command."""
+    """Return the page: an introduction, then one chapter per command."""
     chapters = [f"## {command}\n\n{reference(schema)}" for command, schema in commands.items()]
     return introduction.rstrip() + "\n\n" + "\n".join(chapters)

@@ -1,15 +1,14 @@
 """Load a recipe: schema defaults <- recipe YAML <- ``key=value`` overrides, as one frozen object.
 
-The only module that knows OmegaConf, which reads the YAML (``1e-4`` is a number, a key given twice
-is an error) and resolves ``${other.key}`` and ``${oc.env:NAME}``. What fits where is decided by
-:mod:`dinocell.configs.schema`. Everything wrong is a :class:`ConfigError` of one line that names
-the file and line, or the override, and the dotted key.
+OmegaConf, used only in this module, reads the YAML (``1e-4`` is a number, a duplicate key is an error) and resolves
+``${other.key}`` and ``${oc.env:NAME}``; :mod:`dinocell.configs.schema` checks the values. Every problem is a
+:class:`ConfigError` of one line with the file and line, or the override, and the dotted key.
 """
 
-from __future__ import annotations
-
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -20,14 +19,16 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from dinocell.configs import schema as schemas
 from dinocell.configs.schema import MisfitError, did_you_mean, join
-from dinocell.errors import ConfigError
+from dinocell.errors import ConfigError, one_line
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One value that a recipe or an override sets, and where it was said."""
+class _Setting:
+    """One value that a recipe or an override sets, and where."""
 
     key: str
     value: Any
@@ -35,17 +36,17 @@ class Setting:
 
 
 def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Return the frozen configuration that a recipe and overrides describe.
+    """Return the frozen configuration of a recipe and overrides.
 
     Parameters
     ----------
     schema
-        Frozen, keyword-only dataclass; may hold further ones (sections).
+        Frozen, keyword-only dataclass; fields may be further ones (sections).
     recipe
-        YAML file (UTF-8) with what differs from the defaults; may be empty. None: defaults only.
+        YAML file (UTF-8) with the values that differ from the defaults; may be empty. None: defaults only.
     overrides
-        ``key=value`` with a dotted key and a YAML value (``vit.blocks=[2,5]``), merged after the
-        recipe, one by one: the last one wins. For a text or path the value is taken as it stands.
+        ``key=value`` with a dotted key and a YAML value (``vit.blocks=[2,5]``), applied after the recipe in order, so
+        the last one wins. Text and paths are taken literally.
 
     Raises
     ------
@@ -53,36 +54,29 @@ def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence
         Unknown key, wrong type, missing value, impossible combination, unreadable recipe, ...
     """
     settings = list(_recipe_settings(schema, recipe)) if recipe is not None else []
-    settings += [setting for text in overrides for setting in _override_settings(schema, text)]
+    settings += [setting for text in overrides for setting in _override_settings(schema, text, overrides)]
     tree: Any = OmegaConf.create(schemas.defaults(schema))
     for setting in settings:
-        nested = setting.value
-        for part in reversed(setting.key.split(".")):
-            nested = {part: nested}
-        tree = OmegaConf.unsafe_merge(tree, nested)
+        tree = OmegaConf.unsafe_merge(tree, _nested(setting.key, setting.value))
     values = _resolve(schema, tree, settings)
-    absent = schemas.missing_keys(schema, values)
-    if absent:
+    if missing := schemas.missing_keys(schema, values):
         where = f"{recipe}: " if recipe is not None else ""
         raise ConfigError(
-            f"{where}required, but not set: {', '.join(absent)}; set it in the recipe or with {absent[0]}=..."
+            f"{where}required, but not set: {', '.join(missing)}; set it in the recipe or with {missing[0]}=..."
         )
-    try:
+    with _errors_at(lambda key: _source_of(key, settings)):
         return schemas.fit(schema, values)  # type: ignore[no-any-return]
-    except MisfitError as error:
-        source = _source_of(error.key, settings)
-        raise ConfigError(f"{source}: {error}" if source else str(error)) from error
 
 
 def text_override(key: str, value: str | Path | Sequence[str | Path]) -> str:
-    """Return the override that sets a key to a text or path, or a list of them, whatever characters they hold."""
+    """Return the override that sets a key to a text or path, or a list of them, with any characters."""
     texts = [str(item) for item in ([value] if isinstance(value, str | Path) else value)]
     dumped = yaml.safe_dump(_escape(texts), default_flow_style=True, default_style='"', width=float("inf")).strip()
     return f"{key}={dumped[1:-1] if isinstance(value, str | Path) else dumped}"
 
 
 def find_recipe(command: str, name: str) -> Path:
-    """Return the recipe file that ``name`` means: a path to a YAML file, or the name of a shipped recipe.
+    """Return the recipe file of a path to a YAML file or the name of a shipped recipe.
 
     Raises
     ------
@@ -91,35 +85,41 @@ def find_recipe(command: str, name: str) -> Path:
     """
     try:
         path = Path(name).expanduser()
-    except RuntimeError:  # ~ of a user that there is not
+    except RuntimeError:  # ~ of an unknown user
         path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     shipped = shipped_recipes(command)
     if name in shipped:
         return _shipped_folder(command) / f"{name}.yaml"
+    kind = "is a folder" if path.is_dir() else "is another file" if path.exists() else "does not exist"
     listed = f"shipped for {command}: {', '.join(shipped) or 'none'}{did_you_mean(path.stem, shipped)}"
-    if path.is_dir():
-        raise ConfigError(f"recipe '{name}' is a folder, expected a .yaml file; {listed}")
-    if path.is_file():
-        raise ConfigError(f"recipe '{name}' is not a .yaml file; {listed}")
-    raise ConfigError(f"no recipe '{name}': neither a .yaml file nor a shipped recipe; {listed}")
+    raise ConfigError(f"no recipe '{name}': expected a .yaml file or a shipped recipe, this {kind}; {listed}")
 
 
 def shipped_recipes(command: str) -> list[str]:
-    """Return the sorted names of the recipes that come with DINOCell for ``command``."""
+    """Return the sorted names of the recipes that are installed with DINOCell for ``command``."""
     return sorted(path.stem for path in _shipped_folder(command).glob("*.yaml"))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the plain mapping that a YAML file holds, ``${...}`` left as it stands.
+    """Return the plain mapping in a YAML file, without resolving ``${...}``; :class:`ConfigError` if there is none."""
+    return _parse(path, _read(path))
+
+
+def read_stored(schema: type, path: Path) -> dict[str, Any]:
+    """Return the plain configuration that an earlier start stored, as this version would have stored it.
+
+    Renamed keys have their present names, and keys that were added since then have their defaults.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read, is not UTF-8, is not YAML, or holds no mapping.
+        As for `read_mapping`, or if a key is set under its former and its present name.
     """
-    return _parse(path, _read(path))
+    with _errors_at(lambda _: str(path)):
+        values, _ = schemas.present_keys(schema, read_mapping(path))
+    return schemas.with_defaults(schema, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """Return the YAML of a configuration object, every key written out; ``load_config`` reads it back."""
+    """Return the YAML of a configuration object with every key; ``load_config`` reads it back."""
     text: str = OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(config))))
     return text
 
@@ -139,17 +139,38 @@ def _shipped_folder(command: str) -> Path:
     return Path(__file__).parent / command
 
 
+@contextmanager
+def _errors_at(source: Callable[[str], str]) -> Iterator[None]:
+    """Add the source of a key to the errors of the schema."""
+    try:
+        yield
+    except MisfitError as error:
+        where = source(error.key)
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _nested(key: str, value: Any) -> Any:
+    """Return ``{a: {b: value}}`` for the dotted key ``a.b``."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+# --- YAML files ----------------------------------------------------------------------------------------------------
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        problem = "no such file"
     except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, expected a YAML file") from None
+        problem = "is a folder, expected a YAML file"
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        problem = f"not UTF-8 text (byte {error.start}); save it as UTF-8"
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        problem = f"cannot be read: {one_line(error)}"
+    raise ConfigError(f"{path}: {problem}")
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
@@ -161,18 +182,20 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
             kind = "a list" if isinstance(root, yaml.SequenceNode) else f"'{root.value}'"
             raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected 'key: value' lines, got {kind}")
         plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-        if (odd := _odd_number(root)) is not None:
-            raise ConfigError(f"{path}:{odd.start_mark.line + 1}: {_odd_problem(odd)}")
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}{_yaml_problem(error)}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}: column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {_yaml_problem(error)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: {_omegaconf_problem(error)}") from error
+    if (number := _ambiguous_number(root)) is not None:
+        raise ConfigError(f"{path}:{number.start_mark.line + 1}: {_ambiguity(number)}")
     assert isinstance(plain, dict)
     return {str(name): value for name, value in plain.items()}
 
 
-def _odd_number(node: yaml.Node | None) -> yaml.ScalarNode | None:
-    """Return the first number that YAML 1.1 reads as few people mean it: 010 is 8 (octal), 1:30 is 90 (base 60)."""
+def _ambiguous_number(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """Return the first number with a surprising meaning in YAML 1.1: 010 is 8 (octal), 1:30 is 90 (base 60)."""
     if isinstance(node, yaml.ScalarNode):
         is_number = node.style is None and node.tag.endswith((":int", ":float"))
         return node if is_number and re.fullmatch(r"[-+]?0[0-7_]+|[^:]+:.*", node.value) else None
@@ -181,40 +204,44 @@ def _odd_number(node: yaml.Node | None) -> yaml.ScalarNode | None:
         items = [item for pair in node.value for item in pair]
     elif isinstance(node, yaml.SequenceNode):
         items = node.value
-    return next((odd for item in items if (odd := _odd_number(item)) is not None), None)
+    return next((number for item in items if (number := _ambiguous_number(item)) is not None), None)
 
 
-def _odd_problem(node: yaml.ScalarNode) -> str:
-    meant = yaml.safe_load(node.value)
-    return f"{node.value} is {meant} to YAML; write {meant}, or '{node.value}' in quotes for a text"
+def _ambiguity(node: yaml.ScalarNode) -> str:
+    meaning = yaml.safe_load(node.value)
+    return f"{node.value} is {meaning} to YAML; write {meaning}, or '{node.value}' in quotes for a text"
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f":{mark.line + 1}: column {mark.column + 1}: not valid YAML: {error.problem or error.context}"
-    return f": not valid YAML: {' '.join(str(error).split())}"
+    return getattr(error, "problem", None) or getattr(error, "context", None) or one_line(error)
 
 
-def _first_line(error: OmegaConfBaseException) -> str:
-    return f"{error.full_key}: {_problem(error)}" if error.full_key else _problem(error)
-
-
-def _problem(error: OmegaConfBaseException) -> str:
-    """Return OmegaConf's complaint about a ``${...}`` in one line."""
+def _omegaconf_problem(error: OmegaConfBaseException, *, with_key: bool = True) -> str:
+    """Return OmegaConf's message about a ``${...}`` in one line."""
     line = str(error).splitlines()[0]
+    _, marker, reason = line.partition(" raised while resolving interpolation: ")
+    problem = reason.strip('"') if marker else line
     if isinstance(error, GrammarParseError):
-        return f"the ${{...}} in it cannot be read ({line})"
-    _, raised, reason = line.partition(" raised while resolving interpolation: ")
-    return reason.strip('"') if raised else line
+        problem = f"the ${{...}} in it cannot be read ({line})"
+    return f"{error.full_key}: {problem}" if with_key and error.full_key else problem
 
 
-def _recipe_settings(schema: type, recipe: Path) -> Iterator[Setting]:
+# --- settings of recipes and overrides -----------------------------------------------------------------------------
+
+
+def _recipe_settings(schema: type, recipe: Path) -> Iterator[_Setting]:
     text = _read(recipe)
     values = _parse(recipe, text)
     lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+    with _errors_at(lambda _: str(recipe)):
+        values, former = schemas.present_keys(schema, values)
+    for note in schemas.notes(former):
+        _log.warning("%s: %s", recipe, note)
 
     def source(key: str) -> str:
+        for new, old in reversed(former.items()):
+            if f"{key}.".startswith(f"{new}."):
+                key = old + key[len(new) :]
         return f"{recipe}:{lines[key]}" if key in lines else str(recipe)
 
     yield from _settings(schema, "", values, source)
@@ -228,78 +255,94 @@ def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
             yield from _lines(value, key)
 
 
-def _override_settings(schema: type, text: str) -> list[Setting]:
+def _override_settings(schema: type, text: str, overrides: Sequence[str]) -> Iterator[_Setting]:
     source = f"override '{text}'"
     try:
         text.encode()
-    except UnicodeEncodeError:  # a name on the disk in another encoding; config.yaml could not hold it
+    except UnicodeEncodeError:  # a file name in another encoding; config.yaml could not hold it
         shown = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
         raise ConfigError(f"override '{shown}': expected UTF-8 text; rename the file or folder") from None
-    key, equals, raw = text.partition("=")
-    key = key.strip()
+    key, equals, raw = (part.strip() for part in text.partition("="))
+    problem = ""
     if not equals:
-        known = list(schemas.all_keys(schema))
-        hint = f"; did you mean '{key}=...'?" if key in known else did_you_mean(key, known, suffix="=...")
-        raise ConfigError(f"{source}: expected key=value{hint}")
-    if not all(key.split(".")):
-        raise ConfigError(f"{source}: expected key=value, got the empty key '{key}'")
-    annotation = _annotation_of(schema, key, source)
-    if not raw.strip():  # a shell variable that is not set: no weights, where there were to be some
-        raise ConfigError(f"{source}: expected a value behind the '='; for none write {key}=null")
-    value = _from_text(annotation, raw.strip(), source)
-    return list(_settings(schema, key, value, lambda _: source))
+        keys = list(schemas.all_keys(schema))
+        hint = f"; did you mean '{key}=...'?" if key in keys else did_you_mean(key, keys, suffix="=...")
+        problem = f"expected key=value{hint}"
+    elif not all(key.split(".")):
+        problem = f"expected key=value, got the empty key '{key}'"
+    elif not raw:  # an unset shell variable
+        problem = f"expected a value behind the '='; for none write {key}=null"
+    if problem:
+        raise ConfigError(f"{source}: {problem}")
+    with _errors_at(lambda _: source):
+        key = _present_key(schema, key, source, overrides)
+        value = _from_text(schemas.annotation_of(schema, key), raw, source)
+    yield from _settings(schema, key, value, lambda _: source)
 
 
-def _settings(schema: type, key: str, value: Any, source: Callable[[str], str]) -> Iterator[Setting]:
-    """Split ``value`` into one setting a key of the schema, each checked on its own."""
-    annotation = _annotation_of(schema, key, source(key)) if key else schema
-    if schemas.section(annotation) is not None and isinstance(value, Mapping):
-        if key and not value:
-            yield Setting(key, value, source(key))
+def _present_key(schema: type, key: str, source: str, overrides: Sequence[str]) -> str:
+    """Return the present name of a dotted key that may be a former one."""
+    rest, former = schemas.present_keys(schema, _nested(key, _UNREAD))
+    if not former:
+        return key
+    present = ".".join(_keys(rest))
+    if present in (text.partition("=")[0].strip() for text in overrides):
+        raise MisfitError(present, "set twice, also under its former name")
+    _log.warning("%s: %s", source, ", ".join(schemas.notes(former)))
+    return present
+
+
+_UNREAD = object()
+
+
+def _keys(nested: Any) -> Iterator[str]:
+    if isinstance(nested, dict):
+        for name, inner in nested.items():
+            yield name
+            yield from _keys(inner)
+
+
+def _settings(schema: type, key: str, value: Any, source: Callable[[str], str]) -> Iterator[_Setting]:
+    """Split ``value`` into one setting per key of the schema, and check each."""
+    with _errors_at(lambda _: source(key)):
+        annotation = schemas.annotation_of(schema, key) if key else schema
+        is_section = schemas.section(annotation) is not None and isinstance(value, Mapping)
+        if not is_section and value != schemas.MISSING and "${" not in str(value):
+            schemas.fit(annotation, value, key)
+    if not is_section or (key and not value):
+        yield _Setting(key, value, source(key))
+    elif is_section:
         for name, item in value.items():
             yield from _settings(schema, join(key, str(name)), item, source)
-        return
-    if value != schemas.MISSING and "${" not in str(value):
-        try:
-            schemas.fit(annotation, value, key)
-        except MisfitError as error:
-            raise ConfigError(f"{source(key)}: {error}") from error
-    yield Setting(key, value, source(key))
-
-
-def _annotation_of(schema: type, key: str, source: str) -> Any:
-    try:
-        return schemas.annotation_of(schema, key)
-    except MisfitError as error:
-        raise ConfigError(f"{source}: {error}") from error
 
 
 def _from_text(annotation: Any, raw: str, source: str) -> Any:
-    """Read the right side of ``key=value``; a text or a path is taken literally unless quoted or null."""
+    """Parse the right side of ``key=value``; a text or a path is taken literally unless quoted or null."""
     if raw in get_args(annotation) and get_origin(annotation) is Literal:
         return raw
     if schemas.accepts_text(annotation) and raw[:1] not in ("", "'", '"') and raw.lower() not in ("null", "~"):
         return raw
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
-        if (odd := _odd_number(yaml.compose(raw, Loader=yaml.SafeLoader))) is not None:
-            raise ConfigError(f"{source}: {_odd_problem(odd)}")
+        number = _ambiguous_number(yaml.compose(raw, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{source}: the value is not valid YAML ({problem}); put it in quotes") from error
+        problem = f"the value is not valid YAML ({_yaml_problem(error)}); put it in quotes"
+        raise ConfigError(f"{source}: {problem}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_problem(error)}") from error
+        raise ConfigError(f"{source}: {_omegaconf_problem(error, with_key=False)}") from error
+    if number is not None:
+        raise ConfigError(f"{source}: {_ambiguity(number)}")
     return parsed["value"]
 
 
-def _resolve(schema: type, tree: Any, settings: list[Setting]) -> dict[str, Any]:
-    """Return the tree with every ``${...}`` replaced; text from the environment is read like an override."""
+def _resolve(schema: type, tree: Any, settings: list[_Setting]) -> dict[str, Any]:
+    """Return the tree with every ``${...}`` replaced; text from the environment is parsed like an override."""
     try:
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{_source_of(error.full_key or '', settings)}: {_first_line(error)}") from error
+        raise ConfigError(f"{_source_of(error.full_key or '', settings)}: {_omegaconf_problem(error)}") from error
     except RecursionError:
-        raise ConfigError("a value refers to itself through ${...}; break the circle") from None
+        raise ConfigError("a value refers to itself through ${...}") from None
     assert isinstance(values, dict)
     for setting in settings:
         if isinstance(setting.value, str) and "${" in setting.value:
@@ -307,14 +350,13 @@ def _resolve(schema: type, tree: Any, settings: list[Setting]) -> dict[str, Any]
             parent: Any = values
             for part in parents:
                 parent = parent[part] if isinstance(parent, dict) else None
-            annotation = _annotation_of(schema, setting.key, setting.source)
             if isinstance(parent, dict) and isinstance(parent.get(name), str):
-                parent[name] = _from_text(annotation, parent[name], setting.source)
+                parent[name] = _from_text(schemas.annotation_of(schema, setting.key), parent[name], setting.source)
     return {str(name): value for name, value in values.items()}
 
 
-def _source_of(key: str, settings: list[Setting]) -> str:
-    """Return where ``key``, or last something inside it, was set; empty if it is a default."""
+def _source_of(key: str, settings: list[_Setting]) -> str:
+    """Return where ``key``, or the last key inside it, was set; empty for a default."""
     for setting in reversed(settings):
         if key == setting.key or key.startswith((f"{setting.key}.", f"{setting.key}[")):
             return setting.source

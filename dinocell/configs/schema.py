@@ -1,29 +1,30 @@
-"""Schemas: which keys a frozen dataclass has, and whether a plain value fits an annotation.
+"""Schemas: the keys of a frozen dataclass, and whether a plain value fits an annotation.
 
-A schema is a ``frozen=True, kw_only=True`` dataclass whose annotations are numbers, text, paths,
-``Literal``, enums, optionals, tuples, lists, string-keyed dicts, and further schemas (*sections*).
-Nothing is converted on a guess: ``true`` is no integer, ``3.0`` is no integer, ``7`` is no text.
-An integer where a number is expected, text where a path is, a list where a tuple is, and one text
-where a list of texts or paths is (``data.shards=D``), do fit.
+A schema is a ``frozen=True, kw_only=True`` dataclass whose annotations are numbers, text, paths, ``Literal``, enums,
+optionals, tuples, lists, string-keyed dicts, and further schemas (*sections*). Types are not converted: ``true`` and
+``3.0`` are not integers, ``7`` is not text. Accepted are an integer for a number, text for a path, a list for a tuple,
+and one text for a list of texts or paths (``data.shards=D``).
 """
-
-from __future__ import annotations
 
 import dataclasses
 import difflib
 import enum
+import logging
 import math
+import sys
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+_log = logging.getLogger(__name__)
+
 MISSING = "???"
-"""What a recipe writes for "to be set by whoever uses this"; the same as not setting the key."""
+"""Value in a recipe for a key that the user must set; the same as not setting it."""
 
 
 class MisfitError(Exception):
-    """A value that its schema does not accept: the dotted key, and what is wrong with it."""
+    """A value that does not fit its schema: the dotted key and the problem."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key}: {problem}" if key else problem)
@@ -31,21 +32,12 @@ class MisfitError(Exception):
 
 
 def fit(annotation: Any, value: Any, key: str = "") -> Any:
-    """Return ``value`` as an instance of ``annotation``.
-
-    Parameters
-    ----------
-    annotation
-        A resolved annotation; a dataclass is built from a mapping, fields left out take their defaults.
-    value
-        Plain data as YAML gives it.
-    key
-        Dotted key of the value, for the message.
+    """Return plain data as an instance of a resolved annotation; a dataclass is built from a mapping.
 
     Raises
     ------
     MisfitError
-        If the value does not fit; the message says expected and got.
+        If the value does not fit, with ``key``, expected and got.
     """
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return _fit_section(annotation, value, key)
@@ -78,6 +70,9 @@ def fit(annotation: Any, value: Any, key: str = "") -> Any:
 def _fit_section(schema: type, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise MisfitError(key, _expected_got(schema, value))
+    value, former = present_keys(schema, value, key)
+    for note in notes(former):
+        _log.info(note)
     hints = field_types(schema)
     for name in value:
         if name not in hints:
@@ -88,7 +83,7 @@ def _fit_section(schema: type, value: Any, key: str) -> Any:
     values = {name: fit(hints[name], item, join(key, name)) for name, item in value.items()}
     try:
         return schema(**values)
-    except ValueError as error:  # an impossible combination, found by the schema's __post_init__
+    except ValueError as error:  # from the schema's __post_init__
         raise MisfitError(key, " ".join(str(error).split())) from error
 
 
@@ -98,7 +93,7 @@ def _fit_union(annotation: Any, value: Any, key: str) -> Any:
         return None
     real = [member for member in members if member is not type(None)]
     if len(real) == 1 and value is not None:
-        return fit(real[0], value, key)  # its message may name a key further inside
+        return fit(real[0], value, key)  # its message may name an inner key
     for member in real:
         try:
             return fit(member, value, key)
@@ -119,7 +114,7 @@ def _fit_sequence(annotation: Any, value: list[Any], key: str) -> Any:
 
 
 def _is_list_of_texts(annotation: Any) -> bool:
-    """Say whether an annotation takes any number of texts or paths."""
+    """Return whether an annotation is a list of texts or paths."""
     arguments = get_args(annotation)
     takes_any_number = get_origin(annotation) is list or (get_origin(annotation) is tuple and arguments[1:] == (...,))
     return takes_any_number and accepts_text(arguments[0])
@@ -138,7 +133,7 @@ def _expected_got(annotation: Any, value: Any) -> str:
 
 
 def describe(annotation: Any, *, plural: bool = False) -> str:
-    """Say in words what an annotation accepts: ``a list of 2 numbers``, ``one of relu, gelu, or null``."""
+    """Return in words what an annotation accepts: ``a list of 2 numbers``, ``one of relu, gelu or null``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     words = {
         int: ("an integer", "integers"),
@@ -170,7 +165,7 @@ def describe(annotation: Any, *, plural: bool = False) -> str:
 
 
 def show(value: Any, *, quote: bool = True) -> str:
-    """Show a value as YAML would spell it, at most 60 characters."""
+    """Return a value in YAML spelling, at most 60 characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -195,7 +190,7 @@ def to_plain(value: Any) -> Any:
 
 
 def field_types(schema: Any) -> dict[str, Any]:
-    """Return the resolved annotation of every field that ``schema`` takes, in its order."""
+    """Return the resolved annotation of every field of ``schema``."""
     hints = get_type_hints(schema)
     return {field.name: hints[field.name] for field in dataclasses.fields(schema) if field.init}
 
@@ -211,14 +206,14 @@ def section(annotation: Any) -> type | None:
 
 
 def accepts_text(annotation: Any) -> bool:
-    """Say whether ``annotation`` takes bare text: text, a path, or one of these or null."""
+    """Return whether ``annotation`` is text or a path, or an option of these."""
     if get_origin(annotation) in (Union, types.UnionType):
         return any(accepts_text(member) for member in get_args(annotation))
     return annotation in (str, Path)
 
 
 def defaults(schema: type) -> dict[str, Any]:
-    """Return the plain defaults of ``schema``; a field without default has no key."""
+    """Return the plain defaults of ``schema``, without the fields that have none."""
     plain = {}
     for field in dataclasses.fields(schema):
         if field.init and field.default_factory is not dataclasses.MISSING:
@@ -246,8 +241,84 @@ def annotation_of(schema: type, key: str) -> Any:
     return annotation
 
 
+def present_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, str]]:
+    """Return nested values with former keys under their present names, and for each of these the former name.
+
+    The module that defines a schema lists what changed, with dotted keys inside the schema: ``RENAMED_KEYS``, old to
+    new, and ``REMOVED_KEYS``, old to the one value that is still accepted because it changes nothing.
+
+    Raises
+    ------
+    MisfitError
+        If a key is set under both names, or a removed key to another value.
+    """
+    module = sys.modules.get(schema.__module__)
+    renamed, removed = getattr(module, "RENAMED_KEYS", {}), getattr(module, "REMOVED_KEYS", {})
+    present, former = _copied(values), {}
+    known = set(all_keys(schema)) if renamed or removed else set()
+    for old, new in renamed.items():
+        if old in known or new not in known or (value := _take(present, old)) is _ABSENT:
+            continue
+        if _take(_copied(present), new) is not _ABSENT:
+            raise MisfitError(join(prefix, new), f"set twice, also under its former name {join(prefix, old)}")
+        *parents, name = new.split(".")
+        inside = present
+        for part in parents:
+            inside = inside.setdefault(part, {})
+        inside[name] = value
+        former[join(prefix, new)] = join(prefix, old)
+    for old, only in removed.items():
+        if old in known or (value := _take(present, old)) is _ABSENT:
+            continue
+        if value != only:
+            raise MisfitError(join(prefix, old), f"no longer exists; only {show(only)} is still accepted")
+        former[join(prefix, old)] = join(prefix, old)
+    hints = field_types(schema)
+    for name, value in present.items():
+        inner = section(hints.get(name))
+        if inner is not None and isinstance(value, Mapping):
+            present[name], more = present_keys(inner, value, join(prefix, name))
+            former |= more
+    return present, former
+
+
+def notes(former: Mapping[str, str]) -> list[str]:
+    """Return a line for each former key that `present_keys` found."""
+    return [f"{old} is now {new}" if old != new else f"{old} no longer exists" for new, old in former.items()]
+
+
+def _copied(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): _copied(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+def _take(values: dict[str, Any], key: str) -> Any:
+    """Remove a dotted key, and the sections that this empties, and return its value."""
+    name, _, rest = key.partition(".")
+    if not rest:
+        return values.pop(name, _ABSENT)
+    inside = values.get(name)
+    value = _take(inside, rest) if isinstance(inside, dict) else _ABSENT
+    if value is not _ABSENT and not inside:
+        del values[name]
+    return value
+
+
+def with_defaults(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with the keys that they lack, as far as these have defaults."""
+    return _filled(schema, defaults(schema), values)
+
+
+def _filled(schema: type, plain: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    result = {**plain, **values}
+    for name, annotation in field_types(schema).items():
+        inner, value = section(annotation), values.get(name)
+        if inner is not None and isinstance(value, Mapping):
+            result[name] = _filled(inner, plain.get(name) or defaults(inner), value)
+    return result
+
+
 def missing_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted keys below ``schema`` that have no default and that ``values`` does not set."""
+    """Return the dotted keys of ``schema`` that have no default and are not set in ``values``."""
     missing: list[str] = []
     for field in dataclasses.fields(schema):
         key, value = join(prefix, field.name), values.get(field.name, MISSING)
@@ -260,7 +331,7 @@ def missing_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> l
 
 
 def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of ``schema``, sections before what is inside them."""
+    """Yield every dotted key of ``schema``, sections before their keys."""
     for name, annotation in field_types(schema).items():
         key = join(prefix, name)
         yield key
@@ -270,9 +341,9 @@ def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def did_you_mean(got: str, known: Iterable[str], *, suffix: str = "") -> str:
-    """Return ``; did you mean 'x'?`` for the nearest of ``known``, or nothing if none is near.
+    """Return ``; did you mean 'x'?`` for the most similar of ``known``, or nothing if none is similar.
 
-    Of dotted keys the last part alone may match too: ``depth`` finds ``vit.depth``.
+    The last part of a dotted key may match alone: ``depth`` finds ``vit.depth``.
     """
 
     def likeness(candidate: str) -> float:
@@ -294,27 +365,19 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 
 
 # --- differences ---------------------------------------------------------------------------------------------------
-#
-# What differs between two configurations, in words: whether a folder's run is the one that is asked for.
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ("compute",)) -> list[str]:
-    """Return what differs between two plain configurations, one ``key: old -> new`` each.
+    """Return the differences between two plain configurations, as lines ``key: old -> new``.
 
-    Parameters
-    ----------
-    old, new
-        As :func:`dinocell.configs.load.to_dict` or :func:`~dinocell.configs.load.read_mapping` give them.
-    ignore
-        Dotted keys or sections that may differ; ``compute`` holds the knobs that do not change results.
+    ``ignore`` are dotted keys or sections that may differ; ``compute`` holds the settings that do not change results.
     """
     before, after = dict(_flatten(old)), dict(_flatten(new))
     differing = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        if any(key == ignored or key.startswith(f"{ignored}.") for ignored in ignore):
-            continue
-        texts = [show(side[key]) if key in side else "(absent)" for side in (before, after)]
-        if not _same(before.get(key, _ABSENT), after.get(key, _ABSENT)):
+    for key in {**before, **after}:
+        is_ignored = any(f"{key}.".startswith(f"{ignored}.") for ignored in ignore)
+        if not is_ignored and not _same(before.get(key, _ABSENT), after.get(key, _ABSENT)):
+            texts = [show(side[key]) if key in side else "(absent)" for side in (before, after)]
             differing.append(f"{key}: {texts[0]} -> {texts[1]}")
     return differing
 
@@ -322,9 +385,9 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collect
 _ABSENT = object()
 
 
-def _same(one: Any, other: Any) -> bool:
-    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
-    return both_nan or (one == other and isinstance(one, bool) == isinstance(other, bool))
+def _same(old: Any, new: Any) -> bool:
+    both_nan = isinstance(old, float) and isinstance(new, float) and math.isnan(old) and math.isnan(new)
+    return both_nan or (old == new and isinstance(old, bool) == isinstance(new, bool))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinocell.configs.load import find_recipe, load_config, read_mapping, text_override, to_dict, to_yaml
+from dinocell.configs.load import find_recipe, load_config, read_stored, text_override, to_dict, to_yaml
 from dinocell.configs.schema import diff_configs
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.demo.data import DemoConfig, DemoData, generate, prepare_generated, prepare_own
@@ -92,7 +92,7 @@ def _claim(config: DemoConfig) -> None:
     if config.data is not None and not config.data.is_dir():
         raise ConfigError(f"data: {config.data}: no such folder")
     if path.exists():
-        differing = diff_configs(read_mapping(path), to_dict(config), ())
+        differing = diff_configs(read_stored(DemoConfig, path), to_dict(config), ())
         if differing:
             raise ConfigError(
                 f"{config.output} contains a demo with other settings ({'; '.join(differing)}); "

@@ -7,6 +7,8 @@ from typing import Literal
 from dinocell.models.config import VARIANTS
 from dinocell.runtime.device import Precision
 
+RENAMED_KEYS = {"optim.max_bad_steps": "optim.max_nonfinite_steps"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -202,7 +204,7 @@ class OptimConfig:
         Largest gradient norm of backbone and decoder each.
     ema
         Share of the moving average of the weights that a step keeps, for validation and the files; 0: no average.
-    max_bad_steps
+    max_nonfinite_steps
         So many steps in a row without a finite loss and gradient end the run. Such steps change no weight.
     """
 
@@ -230,7 +232,7 @@ class OptimConfig:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 to less than 1, got {self.ema}")
         if self.max_nonfinite_steps < 1:
-            raise ValueError(f"max_bad_steps: expected at least 1, got {self.max_nonfinite_steps}")
+            raise ValueError(f"max_nonfinite_steps: expected at least 1, got {self.max_nonfinite_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The sizes and conventions of a vision transformer, and the table of known sizes."""
+"""Configuration of a vision transformer, the table of sizes, its cost, and the card of its weights."""
 
 import difflib
 from dataclasses import dataclass, field, replace
@@ -10,9 +10,9 @@ from dinocell.models.resample import Convention
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Everything that determines the tensors of a `VisionTransformer` and what they compute in eval mode.
+    """Everything that determines the tensors of a `VisionTransformer` and its output in eval mode.
 
-    The defaults are DINOv3's, but for patch size 8 and one grey channel.
+    The defaults are those of DINOv3, except patch size 8 and one channel.
     """
 
     width: int = 384
@@ -34,21 +34,20 @@ class ViTConfig:
     local_cls_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "mlp_hidden", "patch_size", "in_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.registers < 0:
-            raise ValueError(f"registers: expected at least 0, got {self.registers}")
+        minimum = dict.fromkeys(("width", "depth", "heads", "mlp_hidden", "patch_size", "in_channels"), 1)
+        for name, low in {**minimum, "registers": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps: expected a small positive number, got {self.norm_eps}")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.positions == "rope" and (self.width // self.heads) % 4:
-            raise ValueError(f"rotary positions need a head width divisible by 4, got {self.width // self.heads}")
+        multiple = self.heads * (4 if self.positions == "rope" else 1)
+        if self.width % multiple:
+            kind = "4 * heads (rotary positions)" if self.positions == "rope" else "heads"
+            raise ValueError(f"width: expected a multiple of {kind} = {multiple}, got {self.width}")
 
     @property
     def num_prefix(self) -> int:
-        """Tokens before the patches: CLS and registers."""
+        """Number of tokens before the patches: CLS and registers."""
         return 1 + self.registers
 
 
@@ -74,13 +73,7 @@ VARIANTS: dict[str, ViTConfig] = {
 
 
 def variant_config(name: str, **changes: Any) -> ViTConfig:
-    """Return a configuration of `VARIANTS` with some fields changed.
-
-    Raises
-    ------
-    ValueError
-        If the variant is unknown.
-    """
+    """Return a configuration of `VARIANTS` with some fields changed."""
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -89,22 +82,20 @@ def variant_config(name: str, **changes: Any) -> ViTConfig:
 
 
 def variant_of(config: ViTConfig) -> str | None:
-    """Return the name that a configuration's sizes have in `VARIANTS`; None for other sizes."""
+    """Return the name of a configuration's sizes in `VARIANTS`; None for other sizes."""
     sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
-    same = (n for n, known in VARIANTS.items() if all(getattr(known, s) == getattr(config, s) for s in sizes))
-    return next(same, None)
+    matches = (name for name, v in VARIANTS.items() if all(getattr(v, s) == getattr(config, s) for s in sizes))
+    return next(matches, None)
 
 
-# --- flops ---------------------------------------------------------------------------------------------------------
+# --- cost ----------------------------------------------------------------------------------------------------------
 #
-# What a pass costs by the formula: two operations a multiply-accumulate, matrix products only.
-#
-# It costs nothing and knows what a step of several passes adds up to; `dinocell.models.describe.forward_gflop` traces a
-# model, norms and rotations included.
+# By the formula: two operations per multiply-accumulate, matrix products only. Used for a training step, where tracing
+# would take seconds; `dinocell.models.describe.forward_gflop` traces a model with fvcore.
 
 
 def forward_flop(config: ViTConfig, image_size: int) -> float:
-    """Return the operations of one image's forward pass."""
+    """Return the operations of the forward pass of one image."""
     patches = (image_size // config.patch_size) ** 2
     tokens = patches + config.num_prefix
     width, hidden = config.width, config.mlp_hidden
@@ -116,23 +107,21 @@ def forward_flop(config: ViTConfig, image_size: int) -> float:
 
 
 def head_flop(width: int, hidden: int, bottleneck: int, layers: int, num_prototypes: int) -> float:
-    """Return the operations of one token's way through a projection head and its prototypes."""
+    """Return the operations of one token in a projection head with its prototypes."""
     inside = width * hidden + (layers - 2) * hidden**2 + hidden * bottleneck if layers > 1 else width * bottleneck
     return 2.0 * (inside + bottleneck * num_prototypes)
 
 
 # --- card ----------------------------------------------------------------------------------------------------------
-#
-# What travels with weights besides the tensors: how to feed them, where they come from, on what terms.
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSettings:
-    """How images become the model's input.
+    """How images are converted to the model's input.
 
-    ``convention`` is binding (see `dinocell.models.resample.Convention`). The rest records the training: the
-    channel policy of the views, the names of the channels where their order matters, the percentiles of
-    intensity that were mapped to [0, 1], and the size of a pixel in micrometres.
+    ``convention`` is binding (see `dinocell.models.resample.Convention`). The other fields record the training: the
+    channel policy of the views, the names of the channels if their order matters, the percentiles of intensity that
+    were mapped to [0, 1], and the pixel size.
     """
 
     convention: Convention = "standardised"
@@ -144,9 +133,9 @@ class InputSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsCard:
-    """Input settings, ancestry and terms of a model.
+    """Input settings, provenance and licence of a model.
 
-    ``derived_from`` names every ancestor and every conversion, oldest first.
+    ``derived_from`` lists every source and conversion, oldest first.
     """
 
     input: InputSettings = field(default_factory=InputSettings)
@@ -162,8 +151,8 @@ LICENCES = {
     "cell_dino": "FAIR Non-Commercial Research License (Meta, Cell-DINO): non-commercial research only; not for "
     "medical use, diagnostics included. https://github.com/facebookresearch/dinov2",
 }
-"""Terms of the released families, as their own pages state them."""
+"""Licences of the released families, from their pages."""
 
 UNKNOWN_LICENCE = (
-    "not stated in the file: ask whoever trained it, and mind the terms of the weights it was started from"
+    "not stated in the file: ask its author, and respect the licence of the weights that the training started from"
 )

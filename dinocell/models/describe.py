@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words and numbers."""
+"""Description of a checkpoint for ``dinocell info``."""
 
 import logging
 import warnings
@@ -13,16 +13,16 @@ from dinocell.models.weights import Weights
 
 
 def describe(weights: Weights, *, image_size: int = 224) -> dict[str, str]:
-    """Return what there is to know about a checkpoint, as lines of name and value in reading order.
+    """Return a description of a checkpoint as names and values in reading order.
 
-    ``image_size`` is the side, in pixels, of the image for which the cost of a forward pass is stated.
+    ``image_size`` is the side, in pixels, of the image for which the cost of a forward pass is given.
     """
     config, card = weights.config, weights.card
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values()})
     names = f" ({', '.join(card.input.channel_names)})" if card.input.channel_names else ""
     return {
         "format": weights.source_format,
-        "architecture": f"ViT {variant_of(config) or 'of no standard size'}: width {config.width}, "
+        "architecture": f"ViT {variant_of(config) or 'of another size'}: width {config.width}, "
         f"{config.depth} blocks, {config.heads} heads, {config.mlp} MLP of {config.mlp_hidden}",
         "patch": f"{config.patch_size} px",
         "channels": f"{config.in_channels}{names}",
@@ -38,9 +38,9 @@ def describe(weights: Weights, *, image_size: int = 224) -> dict[str, str]:
 
 
 def forward_gflop(config: ViTConfig, *, image_size: int) -> float:
-    """Return the cost of one image's forward pass in GFLOP (two per multiply-accumulate), from traced shapes alone.
+    """Return the cost of the forward pass of one image in GFLOP, traced by fvcore on the meta device.
 
-    fvcore counts multiply-accumulates and does not know the fused attention kernel; both are made up for here.
+    fvcore counts multiply-accumulates, which are two operations each, and needs a count for fused attention.
     """
     with torch.device("meta"):
         vit = VisionTransformer(config).eval()
@@ -75,7 +75,7 @@ def _attention_macs(inputs: list[Any], _outputs: list[Any]) -> int:
 
 def _cost(config: ViTConfig, image_size: int) -> str:
     size = max(config.patch_size, image_size // config.patch_size * config.patch_size)
-    return f"{forward_gflop(config, image_size=size):.1f} GFLOP an image of {size} x {size}"
+    return f"{forward_gflop(config, image_size=size):.1f} GFLOP per image of {size} x {size}"
 
 
 def _positions(config: ViTConfig) -> str:
@@ -90,20 +90,20 @@ def _positions(config: ViTConfig) -> str:
 
 
 def _heads(weights: Weights) -> str:
-    named = [f"{name} ({sum(t.numel() for t in own.values()):,} parameters)" for name, own in weights.heads.items()]
-    return ", ".join(named) or "none"
+    heads = [f"{name} ({sum(t.numel() for t in own.values()):,} parameters)" for name, own in weights.heads.items()]
+    return ", ".join(heads) or "none"
 
 
 def _input(weights: Weights) -> str:
     settings = weights.card.input
     meaning = {
         "unit": "unit (values in [0, 1])",
-        "standardised": "standardised (mean 0, deviation 1 an image and channel)",
-        "imagenet": "imagenet (RGB in [0, 1], ImageNet mean and deviation)",
+        "standardised": "standardised (zero mean, unit variance per image and channel)",
+        "imagenet": "imagenet (RGB in [0, 1], normalised with ImageNet mean and standard deviation)",
     }[settings.convention]
     extras = [
         settings.channel_policy and f"channel policy {settings.channel_policy}",
         settings.percentiles and "percentiles {:g} to {:g}".format(*settings.percentiles),
-        settings.pixel_size_um and f"{settings.pixel_size_um:g} um a pixel",
+        settings.pixel_size_um and f"{settings.pixel_size_um:g} um per pixel",
     ]
     return ", ".join([meaning, *(extra for extra in extras if extra)])

@@ -1,11 +1,12 @@
-"""A backbone as plain data, and every layout in which it leaves the house.
+"""A backbone as plain data, and the layouts in which it is written.
 
-Whatever the layout, the file carries ancestry and terms (the card): beside the tensors where there is room, else in
-a small JSON file next to it.
+Every layout includes provenance and licence (the card): in the file if the format allows it, else in a small JSON file
+next to it.
 """
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dinocell.configs.schema import to_plain
-from dinocell.errors import WeightsError
+from dinocell.errors import WeightsError, one_line
 from dinocell.models.checkpoint_files import METADATA_KEY, sidecar_path
 from dinocell.models.config import WeightsCard
+from dinocell.models.locate import require
 from dinocell.models.positions import rotary_periods
 from dinocell.models.vit import VisionTransformer, ViTConfig
 from dinocell.runtime.files import replacing
@@ -33,8 +35,8 @@ Layout = Literal["dinocell", "meta", "meta-flat", "huggingface"]
 class Weights:
     """A backbone as plain data: configuration, tensors under the names of `VisionTransformer`, card, heads.
 
-    ``heads`` maps ``dino_head`` and ``ibot_head`` to their tensors, where a file has them. ``source_format`` is for
-    people to read.
+    ``heads`` maps ``dino_head`` and ``ibot_head`` to their tensors, if a file has them. ``source_format`` is a
+    description.
     """
 
     config: ViTConfig
@@ -45,18 +47,18 @@ class Weights:
 
     @classmethod
     def of(cls, vit: VisionTransformer, heads: Mapping[str, Mapping[str, Tensor]] | None = None) -> "Weights":
-        """Take the weights out of a model (detached, not copied)."""
+        """Return the weights of a model (detached, not copied)."""
         tensors = {name: tensor.detach() for name, tensor in vit.state_dict().items()}
         return cls(config=vit.config, tensors=tensors, card=vit.card, heads=heads or {})
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the backbone, heads not counted."""
+        """Number of parameters of the backbone, without heads."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
 def save_weights(path: str | Path, weights: Weights, *, layout: Layout = "dinocell") -> None:
-    """Write a model to one file (or, for ``huggingface``, one folder); nothing half-written is ever seen.
+    """Write a model to one file (``huggingface``: one folder), atomically.
 
     Parameters
     ----------
@@ -65,7 +67,7 @@ def save_weights(path: str | Path, weights: Weights, *, layout: Layout = "dinoce
     layout
         ``dinocell`` and ``meta``: Meta's layout of a teacher checkpoint, ``{"teacher": {"backbone.*", "dino_head.*",
         "ibot_head.*"}}``, plus our configuration and card, which Meta's evaluators ignore. ``meta-flat``: the bare
-        state dict, as Meta's released files, and ``<file>.card.json`` beside it. ``huggingface``: ``config.json``,
+        state dict, as Meta's released files, and ``<file>.card.json`` next to it. ``huggingface``: ``config.json``,
         ``model.safetensors`` and ``README.md``.
 
     Raises
@@ -77,8 +79,8 @@ def save_weights(path: str | Path, weights: Weights, *, layout: Layout = "dinoce
     if layout == "huggingface":
         _save_hugging_face(path, weights)
         return
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise WeightsError(f"{path}: expected a name that ends in .pth, .pt or .safetensors")
+    is_known = path.suffix in (".pth", ".pt", ".safetensors")
+    require(is_known, f"{path}: expected a name that ends in .pth, .pt or .safetensors")
     tensors = _packed(to_meta(weights.config, weights.tensors))
     if layout == "meta-flat":
         _save_tensors(path, tensors, None)
@@ -101,15 +103,16 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor], described_by: Weigh
     header = {"format": "pt"}
     if described_by is not None:
         header[METADATA_KEY] = json.dumps(_metadata(described_by))
-    # Not save_file, which would let nobody else read it (mode 0600).
+    # Not save_file, whose files only their owner can read (mode 0600).
     _write(path, lambda part: part.write_bytes(safetensors.torch.save(dict(tensors), metadata=header)))
 
 
 def _save_hugging_face(folder: Path, weights: Weights) -> None:
     tensors, hub_config = to_hugging_face(weights.config, weights.tensors)
-    if folder.exists() and not folder.is_dir():
-        raise WeightsError(f"{folder}: expected a folder for the huggingface layout, found a file")
-    # What transformers cannot hold is dropped or made explicit on the way out, so it is not in what comes back either.
+    require(
+        folder.is_dir() or not folder.exists(), f"{folder}: expected a folder for the huggingface layout, got a file"
+    )
+    # transformers has no local_cls_norm, and always has LayerScale; the metadata describes the exported tensors.
     exported = dataclasses.replace(weights.config, local_cls_norm=False, layer_scale=True)
     _save_tensors(folder / "model.safetensors", _packed(tensors), dataclasses.replace(weights, config=exported))
     _save_text(folder / "config.json", json.dumps(hub_config, indent=2, sort_keys=True) + "\n")
@@ -118,12 +121,12 @@ def _save_hugging_face(folder: Path, weights: Weights) -> None:
 
 def _model_card(weights: Weights) -> str:
     config, card = weights.config, weights.card
-    ancestry = "\n".join(f"- {ancestor}" for ancestor in card.derived_from) or "- trained from random weights"
+    provenance = "\n".join(f"- {ancestor}" for ancestor in card.derived_from) or "- trained from random weights"
     return (
         "# Vision transformer written by DINOCell\n\n"
         f"Width {config.width}, {config.depth} blocks, patch {config.patch_size} px, {config.in_channels} channel(s); "
         f"input convention: {card.input.convention}.\n\n"
-        f"## Licence\n\n{card.licence or 'not stated'}\n\n## Derived from\n\n{ancestry}\n"
+        f"## Licence\n\n{card.licence or 'not stated'}\n\n## Derived from\n\n{provenance}\n"
     )
 
 
@@ -137,7 +140,7 @@ def _metadata(weights: Weights) -> dict[str, Any]:
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detach, and copy what is a part of larger memory: files hold each tensor once and nothing around it."""
+    """Detach, and copy tensors that are views of larger memory, so that files hold nothing else."""
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     return {
         name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
@@ -155,21 +158,18 @@ def _save_text(path: Path, text: str) -> None:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write the whole file or nothing, making its folder."""
+    """Write a file atomically, and create its folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             write(part)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise WeightsError(f"{path}: cannot be written ({reason or error})") from error
+        raise WeightsError(f"{path}: cannot be written ({one_line(error)})") from error
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------
 #
-# Our tensors under the names and shapes that other people's code expects.
-#
-# The inverse of `dinocell.models.formats`; together they are bit-exact round trips.
+# The names and shapes of other packages: the inverse of `dinocell.models.formats`, bit-exact as a round trip.
 
 
 def to_meta(config: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,10 +184,8 @@ def to_meta(config: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             mask[1] = 0
             named |= {f"blocks.{i}.attn.qkv.bias_mask": mask.flatten().clone() for i in range(config.depth)}
         return named
-    if config.cls_norm or config.local_cls_norm:
-        raise WeightsError(
-            "dinov2's model has one final norm; this one has an untied norm and cannot be exported to it"
-        )
+    has_one_norm = not (config.cls_norm or config.local_cls_norm)
+    require(has_one_norm, "dinov2's model has one final norm; this one has an untied norm and cannot be exported to it")
     if config.mlp == "swiglu":
         for block in range(config.depth):
             for part in ("weight", "bias"):
@@ -202,24 +200,23 @@ def to_hugging_face(config: ViTConfig, tensors: Mapping[str, Tensor]) -> tuple[d
     Raises
     ------
     WeightsError
-        For what transformers' classes cannot express: an untied CLS norm, other rotary periods than a base's, a table
-        of positions that is not square, an MLP whose width is no multiple of the model's.
+        For models that transformers' classes cannot express: an untied CLS norm, rotary periods without a base, a table
+        of positions that is not square, an MLP whose width is not a multiple of the model's.
     """
-    if config.cls_norm:
-        raise WeightsError("transformers' models have one final norm; this one has an untied CLS norm")
+    require(not config.cls_norm, "transformers' models have one final norm; this one has an untied CLS norm")
     hub = _hub_v3(config) if config.positions == "rope" else _hub_v2(config)
     dtype = tensors["patch_embed.proj.weight"].dtype
     hub["dtype"] = str(dtype).removeprefix("torch.")
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith("local_cls_norm."):
-            continue  # only training uses it, and transformers has no place for it
+            continue  # only used in training, and not in transformers
         if ".attn.qkv." in name:
             named |= _split_qkv(config, name, tensor)
         elif config.positions == "rope":
-            named[_v3_name(name, config.mlp == "swiglu")] = tensor[None] if name == "mask_token" else tensor
+            named[_renamed(name, _V3_NAMES)] = tensor[None] if name == "mask_token" else tensor
         else:
-            named[_v2_name(name)] = tensor
+            named[_renamed(name, _V2_NAMES)] = tensor
     if config.positions == "rope" and not config.registers:
         named["embeddings.register_tokens"] = torch.empty(1, 0, config.width, dtype=dtype)
     if not config.layer_scale:
@@ -235,8 +232,8 @@ def to_hugging_face(config: ViTConfig, tensors: Mapping[str, Tensor]) -> tuple[d
 
 
 def _hub_v3(config: ViTConfig) -> dict[str, Any]:
-    if config.rope.min_period is not None or config.rope.coordinates != "separate":
-        raise WeightsError("transformers' DINOv3 derives its rotary periods from a base, each axis by its own length")
+    has_base = config.rope.min_period is None and config.rope.coordinates == "separate"
+    require(has_base, "transformers' DINOv3 derives its rotary periods from a base, each axis by its own length")
     return _hub_sizes(config) | {
         "architectures": ["DINOv3ViTModel"],
         "model_type": "dinov3_vit",
@@ -254,12 +251,11 @@ def _hub_v3(config: ViTConfig) -> dict[str, Any]:
 
 def _hub_v2(config: ViTConfig) -> dict[str, Any]:
     grid = (config.learned.grid_rows, config.learned.grid_columns)
-    if grid[0] != grid[1]:
-        raise WeightsError(f"transformers' Dinov2 needs a square table of positions, this one is {grid[0]} x {grid[1]}")
+    require(grid[0] == grid[1], f"transformers' Dinov2 needs a square table of positions, this one is {grid}")
     ratio = 4 if config.mlp == "swiglu" else config.mlp_hidden // config.width
     gated = (int(int(config.width * ratio) * 2 / 3) + 7) // 8 * 8
-    if config.mlp_hidden != (gated if config.mlp == "swiglu" else config.width * ratio):
-        raise WeightsError(f"transformers' Dinov2 derives its MLP width from a ratio; {config.mlp_hidden} fits none")
+    is_ratio = config.mlp_hidden == (gated if config.mlp == "swiglu" else config.width * ratio)
+    require(is_ratio, f"transformers' Dinov2 derives its MLP width from a ratio; {config.mlp_hidden} matches none")
     hub = _hub_sizes(config) | {
         "architectures": ["Dinov2WithRegistersModel" if config.registers else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if config.registers else "dinov2",
@@ -296,26 +292,29 @@ def _split_qkv(config: ViTConfig, name: str, tensor: Tensor) -> dict[str, Tensor
     return {f"encoder.layer.{block}.attention.attention.{n}.{part}": t.clone() for n, t in parts.items()}
 
 
-def _v3_name(name: str, gated: bool) -> str:
-    mlp = {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"} if gated else {"fc1": "up_proj", "fc2": "down_proj"}
-    if name.startswith("blocks."):
-        name = name.replace("blocks.", "layer.", 1).replace(".attn.proj.", ".attention.o_proj.")
-        name = name.replace(".ls1.gamma", ".layer_scale1.lambda1").replace(".ls2.gamma", ".layer_scale2.lambda1")
-        for ours, theirs in mlp.items():
-            name = name.replace(f".mlp.{ours}.", f".mlp.{theirs}.")
-        return name
-    if name.startswith("patch_embed.proj."):
-        return name.replace("patch_embed.proj.", "embeddings.patch_embeddings.")
-    return f"embeddings.{name}" if name.endswith(("_token", "_tokens")) else name
+_V3_NAMES = [
+    (r"^blocks\.", "layer."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.w1\.", ".mlp.gate_proj."),
+    (r"\.mlp\.(w2|fc1)\.", ".mlp.up_proj."),
+    (r"\.mlp\.(w3|fc2)\.", ".mlp.down_proj."),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
+    (r"^(\w+_tokens?)$", r"embeddings.\1"),
+]
+_V2_NAMES = [
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.w3\.", ".mlp.weights_out."),
+    (r"^norm\.", "layernorm."),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^(\w+_tokens?)$", r"embeddings.\1"),
+]
 
 
-def _v2_name(name: str) -> str:
-    if name.startswith("blocks."):
-        name = name.replace("blocks.", "encoder.layer.", 1).replace(".attn.proj.", ".attention.output.dense.")
-        name = name.replace(".ls1.gamma", ".layer_scale1.lambda1").replace(".ls2.gamma", ".layer_scale2.lambda1")
-        return name.replace(".mlp.w3.", ".mlp.weights_out.")
-    if name.startswith("norm."):
-        return name.replace("norm.", "layernorm.", 1)
-    if name.startswith("patch_embed.proj."):
-        return name.replace("patch_embed.proj.", "embeddings.patch_embeddings.projection.")
-    return "embeddings.position_embeddings" if name == "pos_embed" else f"embeddings.{name}"
+def _renamed(name: str, patterns: list[tuple[str, str]]) -> str:
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,7 +1,7 @@
 """Recognise a checkpoint by its names and shapes, and rename its tensors to ours.
 
-Our names are Meta's (``blocks.3.attn.qkv.weight``) with ``register_tokens`` for DINOv3's ``storage_tokens`` and without
-what can be computed (rotary periods, the mask of the key bias). Formats: `docs/checkpoints.md`.
+Our names are Meta's (``blocks.3.attn.qkv.weight``) with ``register_tokens`` for DINOv3's ``storage_tokens``, without
+tensors that can be computed (rotary periods, the mask of the key bias). Formats: `docs/checkpoints.md`.
 """
 
 import math
@@ -14,15 +14,18 @@ from torch import Tensor
 
 from dinocell.errors import WeightsError
 from dinocell.models.config import ViTConfig
+from dinocell.models.locate import require
 from dinocell.models.positions import LearnedPositionConfig, RopeConfig
 
 Family = Literal["dinov3", "dinov2", "cell_dino"]
 
 HEADS = ("dino_head", "ibot_head")
 
-MAX_PATCH = 64  # likewise: resampling takes patch ** 4 numbers; the largest release has 16
+# Limits of what a damaged file can cost.
+MAX_PATCH = 64  # resampling takes patch ** 4 numbers; the largest release has 16
+_MAX_BLOCKS = 512  # the largest release has 40
 
-# What training wrappers (DDP, FSDP, torch.compile, activation checkpointing) put into names, anywhere.
+# Added to names by training wrappers (DDP, FSDP, torch.compile, activation checkpointing).
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIXES = re.compile(r"^(?:(?:module|backbone|model|teacher)\.)+")
 _CHUNK = re.compile(r"^blocks\.\d+\.(\d+\.)")
@@ -47,7 +50,7 @@ _HUGGING_FACE_NAMES = [
 
 
 class Recognised(NamedTuple):
-    """A checkpoint under our names; ``source_format`` is for people to read."""
+    """A checkpoint under our names; ``source_format`` is its description."""
 
     config: ViTConfig
     tensors: dict[str, Tensor]
@@ -61,44 +64,47 @@ def recognise(
     hub_config: Mapping[str, Any] | None = None,
     config: ViTConfig | None = None,
 ) -> Recognised:
-    """Rename tensors, and infer the configuration from their shapes unless the file states it.
+    """Rename the tensors of a file, and infer the configuration from their shapes unless ``config`` is given.
 
     Parameters
     ----------
     tensors
-        As the file names them.
+        Under the names in the file.
     hub_config
         The ``config.json`` of a Hugging Face folder.
     config
-        The configuration that a file of ours carries.
+        The configuration in a file of ours.
 
     Raises
     ------
     WeightsError
-        If the names fit no known format, or two names mean the same tensor.
+        If the names match no known format, or two names mean the same tensor.
     """
+    # 1. Names: strip wrappers and translate those of Hugging Face.
     named, heads = plain_names(tensors)
     if any(name.startswith("embeddings.") for name in named):
         named = _from_hugging_face(named, hub_config)
     periods = named.pop("rope_embed.periods", None)
     if "register_tokens" in named and named["register_tokens"].shape[1:2] == (0,):
-        del named["register_tokens"]  # transformers' way to say that there are none
+        del named["register_tokens"]  # transformers' form of no registers
     for name, ndim in (("storage_tokens", 3), ("register_tokens", 3), ("mask_token", None)):
         if name in named:
             check_ndim(name, named[name], ndim)
-    if "storage_tokens" in named and "register_tokens" in named:
-        raise WeightsError("holds both 'storage_tokens' and 'register_tokens'; expected one of them")
+    # 2. Positions: DINOv3's files have rotary ones.
+    rotary = "storage_tokens" in named or periods is not None or model_type(hub_config) == "dinov3_vit"
     if "storage_tokens" in named:
+        require(
+            "register_tokens" not in named, "holds both 'storage_tokens' and 'register_tokens'; expected one of them"
+        )
         named["register_tokens"] = named.pop("storage_tokens")
-        rotary = True
-    else:
-        rotary = periods is not None or model_type(hub_config) == "dinov3_vit"
+    # 3. Tensors: one layout of gated MLPs, of the key bias and of the mask token.
     _split_gated_mlp(named)
     masked = _apply_bias_masks(named)
     _check_patch_embedding(named)
-    if "mask_token" not in named:  # some exports leave it out; training starts it from zero
+    if "mask_token" not in named:  # missing in some exports; zero when a training starts
         named["mask_token"] = torch.zeros(1, len(named["patch_embed.proj.weight"]))
     named["mask_token"] = named["mask_token"].reshape(1, -1)
+    # 4. Configuration, from the shapes unless the file states it.
     if config is None:
         _check_positions(named, rotary)
         config = infer_config(
@@ -111,7 +117,7 @@ def recognise(
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Strip wrappers, prefixes and block chunks from names; hand the DINO and iBOT heads back separately."""
+    """Strip wrappers, prefixes and block chunks from names; return the backbone, and the DINO and iBOT heads."""
     backbone: dict[str, Tensor] = {}
     heads: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -121,10 +127,9 @@ def plain_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
             heads.setdefault(head, {})[plain.split(".", 1)[1]] = tensor
             continue
         plain = _CHUNK.sub(r"blocks.\1", plain)
-        if plain in backbone:
-            raise WeightsError(
-                f"two tensors are called {plain!r} once prefixes are removed; expected one model in a file"
-            )
+        require(
+            plain not in backbone, f"two tensors are called {plain!r} without prefixes; expected one model per file"
+        )
         backbone[plain] = tensor
     return backbone, heads
 
@@ -138,21 +143,18 @@ def _has_key_bias(named: Mapping[str, Tensor], masked: bool, hub_config: Mapping
 
 
 def _check_positions(named: Mapping[str, Tensor], rotary: bool) -> None:
-    if rotary and "pos_embed" in named:
-        raise WeightsError("holds both rotary and learned positions; expected one of them")
-    if not rotary and "pos_embed" not in named:
-        raise WeightsError(
-            "not a DINO backbone: expected 'rope_embed.periods', 'pos_embed' or a DINOv3 config.json, "
-            f"got names such as {', '.join(sorted(named)[:3])}"
-        )
+    require(not (rotary and "pos_embed" in named), "holds both rotary and learned positions; expected one of them")
+    require(
+        rotary or "pos_embed" in named,
+        "not a DINO backbone: expected 'rope_embed.periods', 'pos_embed' or a DINOv3 config.json, "
+        f"got names such as {', '.join(sorted(named)[:3])}",
+    )
 
 
 def _from_hugging_face(named: dict[str, Tensor], hub_config: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    if hub_config is None:
-        raise WeightsError("has Hugging Face names but no config.json beside it: give the folder, not the file")
-    known = ("dinov3_vit", "dinov2", "dinov2_with_registers")
-    if model_type(hub_config) not in known:
-        raise WeightsError(f"model_type {model_type(hub_config)!r} in config.json: expected one of {', '.join(known)}")
+    require(hub_config is not None, "has Hugging Face names but no config.json: give the folder, not the file")
+    kind, kinds = model_type(hub_config), ("dinov3_vit", "dinov2", "dinov2_with_registers")
+    require(kind in kinds, f"model_type {kind!r} in config.json: expected one of {', '.join(kinds)}")
     ours: dict[str, Tensor] = {}
     for name, tensor in named.items():
         for pattern, replacement in _HUGGING_FACE_NAMES:
@@ -162,8 +164,7 @@ def _from_hugging_face(named: dict[str, Tensor], hub_config: Mapping[str, Any] |
             is_gated = gated in ours or any(n.endswith(".mlp.gate_proj.weight") for n in named)
             up, down = (".w2.", ".w3.") if is_gated else (".fc1.", ".fc2.")
             name = name.replace(".up_proj.", up).replace(".down_proj.", down)
-        if name in ours:
-            raise WeightsError(f"two tensors mean {name!r}; expected one model in a file")
+        require(name not in ours, f"two tensors mean {name!r}; expected one model per file")
         ours[name] = tensor
     for name in [n for n in ours if n.endswith(".attn.query.weight")]:
         _fuse_qkv(ours, name.removesuffix("query.weight"))
@@ -171,18 +172,16 @@ def _from_hugging_face(named: dict[str, Tensor], hub_config: Mapping[str, Any] |
 
 
 def _fuse_qkv(named: dict[str, Tensor], prefix: str) -> None:
-    """Join the three projections; a missing bias beside a present one is zero."""
-    weights = [named.pop(f"{prefix}{part}.weight", None) for part in ("query", "key", "value")]
-    if any(weight is None for weight in weights):
-        raise WeightsError(f"{prefix}*: expected query, key and value projections")
+    """Join the three projections; a missing bias is zero if another one exists."""
+    parts = ("query", "key", "value")
+    weights = [named.pop(f"{prefix}{part}.weight") for part in parts if f"{prefix}{part}.weight" in named]
+    biases = [named.pop(f"{prefix}{part}.bias", None) for part in parts]
     query = weights[0]
-    assert query is not None
-    biases = [named.pop(f"{prefix}{part}.bias", None) for part in ("query", "key", "value")]
     check_ndim(f"{prefix}query.weight", query, 2)
-    fits = [w is not None and w.shape == query.shape for w in weights]
-    if not all(fits) or any(bias is not None and bias.shape != query.shape[:1] for bias in biases):
-        raise WeightsError(f"{prefix}*: expected query, key and value projections of one shape")
-    named[f"{prefix}qkv.weight"] = torch.cat([w for w in weights if w is not None])
+    fits = len(weights) == 3 and all(weight.shape == query.shape for weight in weights)
+    fits = fits and all(bias is None or bias.shape == query.shape[:1] for bias in biases)
+    require(fits, f"{prefix}*: expected query, key and value projections of one shape")
+    named[f"{prefix}qkv.weight"] = torch.cat(weights)
     if any(bias is not None for bias in biases):
         named[f"{prefix}qkv.bias"] = torch.cat([query.new_zeros(len(query)) if b is None else b for b in biases])
 
@@ -190,39 +189,39 @@ def _fuse_qkv(named: dict[str, Tensor], prefix: str) -> None:
 def _split_gated_mlp(named: dict[str, Tensor]) -> None:
     """Split DINOv2's fused ``w12`` (gate first, then value) into ``w1`` and ``w2``."""
     for name in [n for n in named if ".mlp.w12." in n]:
-        if named[name].ndim == 0 or named[name].numel() == 0 or len(named[name]) % 2:
-            raise WeightsError(f"{name}: expected an even number of rows, got shape {tuple(named[name].shape)}")
+        shape = tuple(named[name].shape)
+        require(
+            shape != () and 0 not in shape and shape[0] % 2 == 0,
+            f"{name}: expected an even number of rows, got {shape}",
+        )
         gate, value = named.pop(name).chunk(2)
         named[name.replace(".w12.", ".w1.")], named[name.replace(".w12.", ".w2.")] = gate.clone(), value.clone()
 
 
 def _apply_bias_masks(named: dict[str, Tensor]) -> bool:
-    """Remove DINOv3's masks of the qkv bias, applying them; return whether there were any (the key bias is off then).
+    """Apply and remove DINOv3's masks of the qkv bias; return whether there were any (then the key bias is off).
 
-    The small and large DINOv3 releases ship masks (and biases) that are all zero, and fresh models masks that are NaN.
-    Both stand for "query and value yes, key no". Multiplying a zero bias changes nothing, so a rebuilt mask gives the
-    released features and lets continued training move the biases again.
+    The small and large DINOv3 releases have masks (and biases) of zeros, new models masks of NaN. Both mean "query and
+    value, but not key". Multiplying a zero bias changes nothing, so a rebuilt mask gives the released features and lets
+    continued training change the biases.
     """
     masks = [name for name in named if name.endswith(".attn.qkv.bias_mask")]
     for name in masks:
         mask, bias = named.pop(name), name.removesuffix("_mask")
-        if bias in named and named[bias].shape != mask.shape:
-            raise WeightsError(f"{name}: expected shape {tuple(named[bias].shape)}, got {tuple(mask.shape)}")
+        shape = named[bias].shape if bias in named else mask.shape
+        require(mask.shape == shape, f"{name}: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
         if bias in named and not bool(mask.isnan().any()):
-            named[bias] = named[bias] * mask.to(named[bias].dtype)  # an integer bias stays one, to be refused
+            named[bias] = named[bias] * mask.to(named[bias].dtype)  # an integer bias is refused later
     return bool(masks)
 
 
 def _check_patch_embedding(named: Mapping[str, Tensor]) -> None:
-    weight = named.get("patch_embed.proj.weight")
-    if weight is None:
-        raise WeightsError("not a DINO backbone: it has no patch embedding ('patch_embed.proj.weight')")
-    if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or 0 in weight.shape:
-        raise WeightsError(
-            f"patch_embed.proj.weight: expected shape (width, channels, patch, patch), got {tuple(weight.shape)}"
-        )
-    if weight.shape[2] > MAX_PATCH:
-        raise WeightsError(f"patch_embed.proj.weight: expected a patch of at most {MAX_PATCH}, got {weight.shape[2]}")
+    name = "patch_embed.proj.weight"
+    require(name in named, f"not a DINO backbone: it has no patch embedding ({name!r})")
+    shape = tuple(named[name].shape)
+    is_square = len(shape) == 4 and shape[2] == shape[3] and 0 not in shape
+    require(is_square, f"{name}: expected shape (width, channels, patch, patch), got {shape}")
+    require(shape[2] <= MAX_PATCH, f"{name}: expected a patch of at most {MAX_PATCH}, got {shape[2:]}")
 
 
 def _describe(family: Family, hub_config: Mapping[str, Any] | None) -> str:
@@ -231,11 +230,7 @@ def _describe(family: Family, hub_config: Mapping[str, Any] | None) -> str:
     return {"dinov3": "Meta DINOv3", "dinov2": "Meta DINOv2", "cell_dino": "Meta Cell-DINO"}[family]
 
 
-# --- infer ---------------------------------------------------------------------------------------------------------
-#
-# Read a transformer's configuration off the shapes of its tensors (under our names).
-
-_MAX_BLOCKS = 512  # bounds what a damaged file can cost; the largest release has 40
+# --- configuration from shapes -------------------------------------------------------------------------------------
 
 
 def infer_config(
@@ -246,23 +241,21 @@ def infer_config(
     rotary: bool,
     key_bias: bool,
 ) -> ViTConfig:
-    """Return the configuration that the tensors, the stored rotary periods and a hub's ``config.json`` imply.
+    """Return the configuration implied by the tensors, the stored rotary periods and a hub's ``config.json``.
 
-    What shapes cannot tell is taken from the hub's file or else is the family's: heads are 64 wide, the norm's
+    Values that shapes do not determine come from the hub's file, or else from the family: heads are 64 wide, the norm's
     epsilon is 1e-5 with rotary and 1e-6 with learned positions.
     """
     hub = hub_config or {}
     width, in_channels, patch_size, _ = named["patch_embed.proj.weight"].shape
     blocks = _blocks(named)
-    if len(blocks) > _MAX_BLOCKS:
-        raise WeightsError(f"expected at most {_MAX_BLOCKS} blocks, got {len(blocks)}")
-    if blocks != set(range(len(blocks))) or not blocks:
-        raise WeightsError(f"expected blocks numbered from 0 without a gap, got {sorted(blocks)[:50]}")
+    require(len(blocks) <= _MAX_BLOCKS, f"expected at most {_MAX_BLOCKS} blocks, got {len(blocks)}")
+    is_complete = bool(blocks) and blocks == set(range(len(blocks)))
+    require(is_complete, f"expected blocks numbered from 0 without a gap, got {sorted(blocks)[:50]}")
     gated = "blocks.0.mlp.w1.weight" in named
-    hidden = named.get("blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight")
-    if hidden is None:
-        raise WeightsError("block 0 has no MLP: expected 'mlp.fc1.weight' or 'mlp.w1.weight'")
-    check_ndim("MLP of block 0", hidden, 2)
+    first = "blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight"
+    require(first in named, "block 0 has no MLP: expected 'mlp.fc1.weight' or 'mlp.w1.weight'")
+    check_ndim(first, named[first], 2)
     if periods is not None:
         check_ndim("rope_embed.periods", periods, 1)
     head_width = 64 if periods is None else 4 * len(periods)
@@ -274,7 +267,7 @@ def infer_config(
             depth=len(blocks),
             heads=heads,
             mlp="swiglu" if gated else "gelu",
-            mlp_hidden=hidden.shape[0],
+            mlp_hidden=len(named[first]),
             patch_size=patch_size,
             in_channels=in_channels,
             registers=registers,
@@ -297,40 +290,37 @@ def _blocks(named: Mapping[str, Tensor]) -> set[int]:
 
 
 def check_sizes(config: ViTConfig, named: Mapping[str, Tensor]) -> None:
-    """Compare a stated configuration with the tensors before a model of that size is made."""
+    """Compare a stated configuration with the tensors, before a model of that size is made."""
     width, in_channels, patch_size, _ = named["patch_embed.proj.weight"].shape
-    found = {"width": width, "in_channels": in_channels, "patch_size": patch_size, "depth": len(_blocks(named))}
-    for name, size in found.items():
-        if getattr(config, name) != size:
-            raise WeightsError(f"its configuration says {name} {getattr(config, name)}, its tensors {size}")
+    sizes = {"width": width, "in_channels": in_channels, "patch_size": patch_size, "depth": len(_blocks(named))}
+    for name, size in sizes.items():
+        stated = getattr(config, name)
+        require(stated == size, f"its configuration has {name} {stated}, its tensors {size}")
 
 
 def check_ndim(name: str, tensor: Tensor, ndim: int | None) -> None:
-    """Refuse a tensor without numbers, or of another number of dimensions."""
-    if tensor.numel() == 0 or tensor.ndim != (tensor.ndim if ndim is None else ndim):
-        expected = "numbers" if ndim is None else f"{ndim} dimension(s)"
-        raise WeightsError(f"{name}: expected {expected}, got shape {tuple(tensor.shape)}")
+    """Require a tensor with numbers and, unless None, this number of dimensions."""
+    fits = tensor.numel() > 0 and ndim in (None, tensor.ndim)
+    require(fits, f"{name}: expected {ndim or 'any'} dimension(s), not empty, got shape {tuple(tensor.shape)}")
 
 
 def _number(hub: Mapping[str, Any], name: str, default: int | float) -> float:
     value = hub.get(name, default)
-    if type(value) not in (int, float) or not 0 < value < 1e9:
-        raise WeightsError(f"{name} in config.json: expected a positive number, got {str(value)[:40]!r}")
+    is_valid = type(value) in (int, float) and 0 < value < 1e9
+    require(is_valid, f"{name} in config.json: expected a positive number, got {str(value)[:40]!r}")
     return float(value)
 
 
 def _infer_rope(periods: Tensor | None, hub: Mapping[str, Any]) -> RopeConfig:
-    """Tell base from minimum and maximum period; the stored table may have been rounded to bfloat16."""
+    """Infer the base, or minimum and maximum period; the stored table may have been rounded to bfloat16."""
     if periods is None:
         return RopeConfig(base=_number(hub, "rope_theta", 100.0))
     values = periods.double()
     count = len(values)
     first, last = float(values[0]), float(values[-1])
-    if count < 2 or not 0 < first < last < 1e9:
-        raise WeightsError("rope_embed.periods: expected at least two growing, positive periods")
+    require(count >= 2 and 0 < first < last < 1e9, "rope_embed.periods: expected at least two increasing periods")
     geometric = first * (last / first) ** (torch.arange(count, dtype=torch.float64) / (count - 1))
-    if not torch.allclose(values, geometric, rtol=2e-2):
-        raise WeightsError("rope_embed.periods: expected a geometric series")
+    require(torch.allclose(values, geometric, rtol=2e-2), "rope_embed.periods: expected a geometric series")
     base = last ** (count / (count - 1))
     if abs(first - 1) < 1e-3:
         return RopeConfig(base=float(round(base)) if abs(base / round(base) - 1) < 1e-2 else base)
@@ -339,16 +329,13 @@ def _infer_rope(periods: Tensor | None, hub: Mapping[str, Any]) -> RopeConfig:
 
 def _infer_learned(table: Tensor, registers: int, hub_config: Mapping[str, Any] | None) -> LearnedPositionConfig:
     side = math.isqrt(max(0, table.shape[1] - 1)) if table.ndim == 3 and table.numel() else 0
-    if side == 0 or side * side != table.shape[1] - 1:
-        raise WeightsError(f"pos_embed: expected shape (1, 1 + side * side, width), got {tuple(table.shape)}")
-    if hub_config is not None:
-        antialias = model_type(hub_config) == "dinov2_with_registers"
-        return LearnedPositionConfig(grid_rows=side, grid_columns=side, offset=0.0, antialias=antialias)
-    return LearnedPositionConfig(
-        grid_rows=side, grid_columns=side, offset=0.0 if registers else 0.1, antialias=registers > 0
-    )
+    is_square = side > 0 and side * side == table.shape[1] - 1
+    require(is_square, f"pos_embed: expected shape (1, 1 + side * side, width), got {tuple(table.shape)}")
+    antialias = registers > 0 if hub_config is None else model_type(hub_config) == "dinov2_with_registers"
+    offset = 0.1 if hub_config is None and not registers else 0.0
+    return LearnedPositionConfig(grid_rows=side, grid_columns=side, offset=offset, antialias=antialias)
 
 
 def model_type(hub_config: Mapping[str, Any] | None) -> str | None:
-    """Return which of transformers' models a ``config.json`` describes."""
+    """Return the model type in a ``config.json`` of transformers."""
     return None if hub_config is None else str(hub_config.get("model_type"))

@@ -1,4 +1,4 @@
-"""The parts of a transformer block, and the block: pre-norm, LayerScale, batch-subset drop path."""
+"""Transformer block and its parts: attention kernels, MLPs, LayerScale, drop path on subsets of the batch."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -16,13 +16,11 @@ from dinocell.models.token_rows import NeededRows, Segment, Subset
 
 # --- attention -----------------------------------------------------------------------------------------------------
 #
-# Self-attention over rows: the tokens of all sequences, of any resolutions, below one another in one matrix.
-#
-# Linear layers see only rows and need not know where a sequence ends. Attention does: it is told by `Segment`s, one a
-# resolution, and computed by one of four kernels that give the same result:
+# Self-attention over rows: the tokens of all sequences, of all resolutions, stacked in one matrix. Linear layers work
+# on rows; attention needs the sequences, given by one `Segment` per resolution. Four kernels give the same result:
 #
 # ============  ==========================================================================================
-# ``sdpa``      one ``scaled_dot_product_attention`` call a resolution. Runs everywhere; the default.
+# ``sdpa``      one ``scaled_dot_product_attention`` call per resolution. Runs everywhere; the default.
 # ``varlen``    all sequences in one call of torch's variable-length flash attention. CUDA, bf16 or fp16.
 # ``xformers``  the same through xformers' block-diagonal mask. CUDA; needs a build for the installed torch.
 # ``dense``     one call with a dense block-diagonal mask: quadratic in all tokens, the oracle of the tests.
@@ -32,7 +30,7 @@ AttentionKernel = Literal["sdpa", "varlen", "xformers", "dense"]
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel on the output of a residual branch (Touvron et al. 2021)."""
+    """A learned factor per channel on the output of a residual branch (Touvron et al. 2021)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -51,8 +49,8 @@ class Attention(nn.Module):
     width, heads
         Width of a token and number of heads; ``width / heads`` must be a multiple of 4 for rotary positions.
     qkv_bias, key_bias
-        Whether the projection has a bias, and whether its key part counts. DINOv3 holds the key bias at zero:
-        with a plain softmax it has no effect, with rotary positions it would.
+        Whether the projection has a bias, and whether its key part is used. DINOv3 keeps the key bias at zero: with a
+        plain softmax it has no effect, with rotary positions it would.
     kernel
         See the module's table.
     """
@@ -74,25 +72,25 @@ class Attention(nn.Module):
         return F.linear(rows, self.qkv.weight, self._bias()).view(len(rows), 3, self.heads, self.width // self.heads)
 
     def project(self, mixed: Float[Tensor, "q d"], scale: LayerScale | None = None) -> Float[Tensor, "q d"]:
-        """Return the output projection of rows that `mix` gave, scaled."""
+        """Return the scaled output projection of the result of `mix`."""
         return scaled_linear(self.proj, mixed, scale)
 
     def mix(self, qkv: Float[Tensor, "n 3 k e"], segments: Sequence[Segment]) -> Float[Tensor, "q d"]:
-        """Return the attention-weighted values of every query row, before the output projection; uses ``qkv`` up."""
+        """Return the attention-weighted values of every query row, before the output projection; modifies ``qkv``."""
         parts: Sequence[Tensor] = [qkv]
         if len(segments) > 1:
-            # Each part is rotated in place, which autograd forbids to the parts of a plain split: they count as views.
+            # Parts are rotated in place, which autograd forbids for the views of a plain split.
             parts = torch.unsafe_split_with_sizes(qkv, [segment.batch * segment.tokens for segment in segments])
         triples = [_rotated(part, segment) for part, segment in zip(parts, segments, strict=True)]
         if self.kernel == "sdpa":
             mixed = [_attend(*triple, segment.queries) for triple, segment in zip(triples, segments, strict=True)]
             return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).flatten(1)
-        query, key, value = (torch.cat([x.flatten(0, 1) for x in each]) for each in zip(*triples, strict=True))
+        query, key, value = (torch.cat([x.flatten(0, 1) for x in parts]) for parts in zip(*triples, strict=True))
         lengths = [segment.tokens for segment in segments for _ in range(segment.batch)]
         return _first_queries(_PACKED[self.kernel](query, key, value, lengths).flatten(1), segments)
 
     def cls_weights(self, rows: Float[Tensor, "n d"], segment: Segment) -> Float[Tensor, "b k t"]:
-        """Return the weights that the first token of each sequence gives to all of its tokens, by head."""
+        """Return the attention weights of the first token of each sequence, per head."""
         query, key, _ = _rotated(self.queries_keys_values(rows), segment)
         products = torch.einsum("bke,btke->bkt", query[:, 0], key) * query.shape[-1] ** -0.5
         return torch.softmax(products, -1)
@@ -110,7 +108,7 @@ def _rotated(qkv: Float[Tensor, "n 3 k e"], segment: Segment) -> tuple[Tensor, T
     sequences = qkv.unflatten(0, (segment.batch, segment.tokens))
     if segment.rotary is not None:
         return split_rotated(sequences, segment.rotary)
-    # Not slices: the gradient of a slice is a matrix of zeros of the full size, and their sum.
+    # Not slices, whose gradients are full-size matrices of zeros and must be summed.
     query, key, value = sequences.unbind(2)
     return query, key, value
 
@@ -123,7 +121,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, num_queries: int | None) 
 
 
 def _first_queries(rows: Float[Tensor, "n d"], segments: Sequence[Segment]) -> Float[Tensor, "q d"]:
-    """Drop the rows that no segment asked for (the packed kernels compute them all)."""
+    """Drop rows that are not queries (the packed kernels compute all rows)."""
     if all(segment.queries is None for segment in segments):
         return rows
     parts = rows.split([segment.batch * segment.tokens for segment in segments])
@@ -146,7 +144,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Te
 
 @lru_cache(maxsize=64)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return where each sequence ends; kept, because every block of every step asks for the same few."""
+    """Return the ends of the sequences; cached, because every block of every step needs the same."""
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
@@ -157,9 +155,9 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> 
     mask = BlockDiagonalMask.from_seqlens(lengths)
     try:
         mixed: Tensor = memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
-    except NotImplementedError as error:  # it says so in forty lines
+    except NotImplementedError as error:  # a message of forty lines
         raise DinocellError(
-            f"attention kernel xformers: this build of it has no kernel for {query.dtype} on {query.device.type} with "
+            f"attention kernel xformers: this build has no kernel for {query.dtype} on {query.device.type} with "
             f"torch {torch.__version__}; use varlen (CUDA, bfloat16) or sdpa"
         ) from error
     return mixed
@@ -175,19 +173,14 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Ten
 _PACKED = {"varlen": _varlen, "xformers": _xformers, "dense": _dense}
 
 
-# --- scale ---------------------------------------------------------------------------------------------------------
+# --- LayerScale folded into the linear layer before it -------------------------------------------------------------
 #
-# LayerScale, taken as part of the linear layer before it.
-#
-# A factor a channel behind a linear layer is a factor on its weights: ``(W x + b) * g = (W * g) x + b * g``. Scaling
-# the
-# weights costs a few hundred thousand products a block; scaling the rows is a pass over the largest activations
-# forwards,
-# three backwards, and keeps them for the gradient of the factor.
+# ``(W x + b) * g = (W * g) x + b * g``. Scaling the weights costs a few hundred thousand products per block; scaling
+# the rows takes one pass over the largest activations forward and three backward, and keeps them for the gradient of g.
 
 
 def scaled_linear(linear: nn.Linear, rows: Float[Tensor, "n i"], scale: LayerScale | None) -> Float[Tensor, "n o"]:
-    """Return ``scale(linear(rows))``; without a scale just the linear layer."""
+    """Return ``scale(linear(rows))``, or ``linear(rows)`` without a scale."""
     if scale is None:
         return linear(rows)  # type: ignore[no-any-return]
     bias = None if linear.bias is None else linear.bias * scale.gamma
@@ -199,16 +192,16 @@ Made = TypeVar("Made")
 
 
 class PatchEmbedding(nn.Module):
-    """Cut images into square patches and project each to a token; the same numbers as a strided convolution."""
+    """Project square patches of images to tokens; equal to a strided convolution."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        # Kept as a convolution's parameters, which is how every released checkpoint stores them.
+        # A convolution's parameters, as in every released checkpoint.
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p d"]:
-        """Return one token a patch, row by row."""
+        """Return one token per patch, row by row."""
         size = self.patch_size
         pixels = images.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(pixels.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
@@ -227,7 +220,7 @@ class GeluMlp(nn.Module):
         return self.output(self.hidden(rows), scale)
 
     def hidden(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n h"]:
-        """Return what goes into the activation."""
+        """Return the input of the activation."""
         return self.fc1(rows)  # type: ignore[no-any-return]
 
     def output(self, hidden: Float[Tensor, "n h"], scale: LayerScale | None = None) -> Float[Tensor, "n d"]:
@@ -249,7 +242,7 @@ class SwigluMlp(nn.Module):
         return self.output(self.hidden(rows), scale)
 
     def hidden(self, rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n h"]]:
-        """Return what goes into the activation, and its factor."""
+        """Return the input of the activation, and its factor."""
         return self.w1(rows), self.w2(rows)
 
     def output(
@@ -261,10 +254,10 @@ class SwigluMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream with a LayerScale.
+    """Attention and MLP, each after a norm and added to the residual stream with a LayerScale.
 
-    With ``recompute_activations`` the outputs of norms and activations, a third of what the backward pass would keep,
-    are made again there instead; no product of matrices is.
+    With ``recompute_activations`` the outputs of norms and activations, a third of the memory for the backward pass,
+    are recomputed there; matrix products are not.
     """
 
     recompute_activations = False
@@ -285,7 +278,7 @@ class Block(nn.Module):
         rows: Float[Tensor, "n d"],
         segments: Sequence[Segment],
         kept: tuple[Subset, Subset] | None = None,
-        wanted: NeededRows | None = None,
+        needed: NeededRows | None = None,
     ) -> Float[Tensor, "m d"]:
         """Transform the residual stream.
 
@@ -294,23 +287,23 @@ class Block(nn.Module):
         rows
             Tokens of all sequences, segment after segment.
         kept
-            Sequences that take the attention branch and the MLP branch, see `find_subsets`; ``None``: all.
-        wanted
-            Compute and return only these rows; ``None``: all. Exact: keys and values still come from every row.
+            Sequences that take the attention branch and the MLP branch (`find_subsets`); ``None``: all.
+        needed
+            Compute and return only these rows, exactly, with keys and values of every row; ``None``: all.
         """
         if kept is None:
-            if wanted is None:
+            if needed is None:
                 rows = rows + self._attention(rows, segments)
             else:
                 mixed = self.attn.mix(self._queries_keys_values(rows), segments)
-                rows = rows[wanted.rows] + self.attn.project(mixed[wanted.among_queries], self.ls1)
+                rows = rows[needed.rows] + self.attn.project(mixed[needed.among_queries], self.ls1)
             return rows + self._mlp(rows)
 
         attended, fed = kept
         rows = attended.add(rows, self._attention(rows[attended.rows], attended.segments))
-        if wanted is not None:
-            rows = rows[wanted.rows]
-            share = fed.factor_of_sequences(sum(segment.batch for segment in segments), rows)[wanted.sequence, None]
+        if needed is not None:
+            rows = rows[needed.rows]
+            share = fed.factor_of_sequences(sum(segment.batch for segment in segments), rows)[needed.sequence, None]
             return rows + self._mlp(rows) * share
         return fed.add(rows, self._mlp(rows[fed.rows]))
 
@@ -323,14 +316,14 @@ class Block(nn.Module):
     def _mlp(self, rows: Tensor) -> Tensor:
         if isinstance(self.mlp, GeluMlp):
             hidden = self._light(lambda x: self.mlp.hidden(self.norm2(x)), rows)
-        else:  # Two products behind one norm: to make the norm again, the first of them would be made again, too.
+        else:  # recomputing the norm would recompute the first of the two products after it, too
             hidden = self.mlp.hidden(self.norm2(rows))
         return self._light(lambda x: self.mlp.output(x, self.ls2), hidden)  # type: ignore[arg-type]
 
     def _light(self, function: Callable[[Given], Made], values: Given) -> Made:
-        """Apply a norm or an activation and the linear layers behind it."""
+        """Apply a norm or an activation and the linear layers after it."""
         if not (self.recompute_activations and self.training and torch.is_grad_enabled()):
             return function(values)
-        # What is made again ends where the last linear layer has its input: its product is not.
+        # Recomputation stops at the input of the last linear layer, before its product.
         again: Made = checkpoint(function, values, use_reentrant=False, preserve_rng_state=False)
         return again

@@ -1,6 +1,6 @@
-"""Where a patch is: rotary tables (DINOv3) and learned, interpolated embeddings (DINOv2, Cell-DINO).
+"""Positions of patches: rotary tables (DINOv3) and learned, interpolated embeddings (DINOv2, Cell-DINO).
 
-Both are made once for a resolution and a forward pass, never once a block; tables without noise are kept.
+Both are computed once per resolution and forward pass, not per block; tables without noise are cached.
 """
 
 import math
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 class RopeConfig:
     """Axial rotary positions of DINOv3.
 
-    The ``head_dim / 4`` periods of an axis are geometric: from 1 to ``base ** (1 - 4 / head_dim)``, or, when both
-    ``min_period`` and ``max_period`` are given, from the one to the other (both ends included).
-    ``coordinates`` says what the patch centres are divided by before they are mapped to [-1, 1]: each axis by its own
-    length (``separate``), or both axes by the shorter (``min``) or longer (``max``) one.
+    The ``head_dim / 4`` periods of an axis are geometric: from 1 to ``base ** (1 - 4 / head_dim)``, or from
+    ``min_period`` to ``max_period`` (both included) if these are given. Before patch centres are mapped to [-1, 1],
+    each axis is divided by its own length (``coordinates="separate"``), or both by the shorter (``min``) or longer
+    (``max``) one.
     """
 
     base: float = 100.0
@@ -30,21 +30,21 @@ class RopeConfig:
     coordinates: Literal["separate", "min", "max"] = "separate"
 
     def __post_init__(self) -> None:
-        if (self.min_period is None) != (self.max_period is None):
-            raise ValueError("rope: give both min_period and max_period, or neither (then base is used)")
-        if self.base <= 1:
-            raise ValueError(f"rope: expected a base above 1, got {self.base}")
-        if self.min_period is not None and self.max_period is not None and not 0 < self.min_period < self.max_period:
-            raise ValueError(f"rope: expected 0 < min_period < max_period, got {self.min_period} and {self.max_period}")
+        periods = (self.min_period, self.max_period)
+        is_valid = periods == (None, None) or (None not in periods and 0 < periods[0] < periods[1])  # type: ignore[operator]
+        if not is_valid or self.base <= 1:
+            raise ValueError(
+                f"rope: expected a base above 1, and both or neither of 0 < min_period < max_period, got {self}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedPositionConfig:
-    """A table of learned positions, one a patch of the training grid, bicubically resized to other grids.
+    """A table of learned positions, one per patch of the training grid, bicubically resized to other grids.
 
     DINOv2 without registers and Cell-DINO scale by ``(size + 0.1) / trained size`` (``offset=0.1``, no antialiasing);
-    DINOv2 with registers resizes to the exact size with antialiasing (``offset=0``); Hugging Face always takes
-    the exact size.
+    DINOv2 with registers resizes to the exact size with antialiasing (``offset=0``); Hugging Face always resizes to the
+    exact size.
     """
 
     grid_rows: int = 37
@@ -53,20 +53,18 @@ class LearnedPositionConfig:
     antialias: bool = False
 
     def __post_init__(self) -> None:
-        if self.grid_rows < 1 or self.grid_columns < 1:
-            raise ValueError(f"learned: expected a grid of at least 1 x 1, got {self.grid_rows} x {self.grid_columns}")
-        if not 0 <= self.offset < 1:
-            raise ValueError(f"learned: expected an offset in [0, 1), got {self.offset}")
+        if self.grid_rows < 1 or self.grid_columns < 1 or not 0 <= self.offset < 1:
+            raise ValueError(f"learned: expected a grid of at least 1 x 1 and an offset in [0, 1), got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingNoise:
-    """What only training adds to a forward pass; a model in eval mode ignores all of it.
+    """Noise in the forward pass of a training; a model in eval mode ignores it.
 
     ``drop_path`` is the share of samples that skip each branch of each block. The ``rope_*`` values perturb the patch
-    coordinates once a forward pass and resolution: a shift by U(-shift, shift) an axis, a log-uniform factor in
-    [1/jitter, jitter] an axis, a log-uniform factor in [1/rescale, rescale] for both. The released DINOv3 models were
-    trained with ``rope_rescale=2``.
+    coordinates once per forward pass and resolution: a shift by U(-shift, shift) per axis, a log-uniform factor in
+    [1/jitter, jitter] per axis, a log-uniform factor in [1/rescale, rescale] for both axes. The released DINOv3 models
+    were trained with ``rope_rescale=2``.
     """
 
     drop_path: float = 0.0
@@ -82,15 +80,14 @@ class TrainingNoise:
     def __post_init__(self) -> None:
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"drop_path: expected a share in [0, 1), got {self.drop_path}")
-        if self.rope_shift is not None and self.rope_shift < 0:
-            raise ValueError(f"rope_shift: expected at least 0, got {self.rope_shift}")
-        for name, value in (("rope_jitter", self.rope_jitter), ("rope_rescale", self.rope_rescale)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected a factor of at least 1, got {value}")
+        for name, low in (("rope_shift", 0), ("rope_jitter", 1), ("rope_rescale", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: expected at least {low}, got {value}")
 
 
 class RotaryTable(NamedTuple):
-    """Cosines and signed-by-use sines of every token; prefix tokens (CLS, registers) have angle 0."""
+    """Cosines and sines of the angles of every token; prefix tokens (CLS, registers) have angle 0."""
 
     cos: Float[Tensor, "n 1 1 e"]
     sin: Float[Tensor, "n 1 1 e"]
@@ -116,7 +113,7 @@ def rotary_table(
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
 ) -> RotaryTable:
-    """Make the rotation of every token of one resolution.
+    """Return the rotation of every token of one resolution.
 
     Parameters
     ----------
@@ -137,13 +134,16 @@ def rotary_table(
     """
     rows, columns = grid
     lengths = {"separate": (rows, columns), "min": (min(grid),) * 2, "max": (max(grid),) * 2}[config.coordinates]
+    # Centres of patches, in [0, 1] of the chosen length, then in [-1, 1]: (rows * columns, 2).
     row = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5) / lengths[0]
     column = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5) / lengths[1]
     centres = torch.stack(torch.meshgrid(row, column, indexing="ij"), dim=-1).flatten(0, 1) * 2 - 1
     if noise is not None:
         centres = _perturb(centres, noise, generator)
     periods = rotary_periods(config, head_dim, device)
+    # (p, 2 axes, q periods) -> (p, 2q), repeated for the two halves of a head: (p, head_dim).
     angles = (2 * math.pi * centres[:, :, None] / periods).flatten(1).tile(2)
+    # Prefix tokens get angle 0.
     angles = F.pad(angles, (0, 0, num_prefix, 0))[:, None, None, :]
     return RotaryTable(angles.cos(), angles.sin())
 
@@ -152,7 +152,7 @@ def rotary_table(
 def kept_rotary_table(
     grid: tuple[int, int], num_prefix: int, head_dim: int, config: RopeConfig, device: torch.device
 ) -> RotaryTable:
-    """Return `rotary_table` without noise, made once for each of the last few resolutions: nobody writes into it."""
+    """Return `rotary_table` without noise, cached for the last few resolutions; it must not be modified."""
     return rotary_table(grid, num_prefix, head_dim, config, device=device)
 
 
@@ -185,8 +185,8 @@ def split_rotated(
 ) -> tuple[Float[Tensor, "b n k e"], Float[Tensor, "b n k e"], Float[Tensor, "b n k e"]]:
     """Return queries and keys, rotated as by `rotate`, and values.
 
-    ``qkv`` is used up: its memory holds the rotated numbers afterwards (a projection's output that nobody else reads;
-    a copy would be the second largest tensor that a block keeps for the backward pass).
+    In place: ``qkv`` is a projection's output that is not used otherwise, and a copy would be the second largest tensor
+    that a block keeps for the backward pass.
     """
     if torch.compiler.is_compiling():
         queries_and_keys, value = qkv.split((2, 1), dim=2)
@@ -199,12 +199,13 @@ def split_rotated(
 
 
 def _split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate in place and split: three views of ``qkv``, of which nobody else holds the unrotated numbers."""
+    """Rotate in place and return three views of ``qkv``."""
     qkv = qkv.detach()
     queries_and_keys = qkv[:, :, :2]
     if cos.dtype == qkv.dtype:
         first, second = queries_and_keys.chunk(2, dim=-1)
         (first_cos, second_cos), (first_sin, second_sin) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        # Keep x1 * sin before x1 is overwritten: x1 = x1 cos - x2 sin, x2 = x2 cos + x1 sin.
         crossed = first * second_sin
         first.mul_(first_cos).addcmul_(second, first_sin, value=-1.0)
         second.mul_(second_cos).add_(crossed)
@@ -217,7 +218,7 @@ def _split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> None:
-    """Rotate without the temporaries of the textbook form (two passes over memory instead of four)."""
+    """Rotate without the temporaries of the plain formula (two passes over memory instead of four)."""
     half = x.shape[-1] // 2
     torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
@@ -225,9 +226,9 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: fl
 
 
 class _SplitRotated(torch.autograd.Function):
-    """Rotation and split as one step: the gradient rotates back, straight to its place in the gradient of the whole.
+    """Rotation and split in one step; the backward pass rotates each gradient into its part of the whole gradient.
 
-    Nothing but the table is kept for the backward pass, and no part of the gradient is stacked or copied again.
+    Only the table is kept for the backward pass, and no part of the gradient is copied again.
     """
 
     @staticmethod
@@ -238,7 +239,7 @@ class _SplitRotated(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = (each.squeeze(-3) for each in ctx.saved_tensors)
+        cos, sin = (tensor.squeeze(-3) for tensor in ctx.saved_tensors)
         batch, tokens, heads, width = value.shape
         gradient = value.new_empty(batch, tokens, 3, heads, width)
         for index, part in enumerate((query, key)):
@@ -255,9 +256,9 @@ class _SplitRotated(torch.autograd.Function):
 def learned_positions(
     table: Float[Tensor, "1 q d"], grid: tuple[int, int], config: LearnedPositionConfig
 ) -> Float[Tensor, "1 n d"]:
-    """Fit a learned table (CLS first, then the training grid row by row) to another grid of patches.
+    """Resize a learned table (CLS first, then the training grid row by row) to another grid of patches.
 
-    Interpolation runs in float32. The training grid itself comes back untouched.
+    Interpolation runs in float32. For the training grid the table is returned unchanged.
     """
     trained = (config.grid_rows, config.grid_columns)
     if grid == trained:

@@ -1,9 +1,9 @@
-"""Fit released weights to microscopy: another patch size, another number of channels, another input convention.
+"""Convert released weights to another patch size, number of channels or input convention.
 
-All three change the patch embedding only, and all are exact where exactness is possible:
+All three change the patch embedding only, and are exact where possible:
 
-- patch 16 -> 8 gives the token of the image's 2x-enlarged self (FlexiViT's pseudo-inverse),
-- RGB -> one grey channel gives the RGB model's output on the replicated grey image.
+- patch 16 -> 8 gives the token of the image enlarged 2x (FlexiViT's pseudo-inverse),
+- RGB -> one grey channel gives the output of the RGB model for the replicated grey image.
 """
 
 from functools import lru_cache
@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 Convention = Literal["unit", "standardised", "imagenet"]
-"""What a model expects its pixels to be.
+"""Pixel values that a model expects.
 
-``unit``: values in [0, 1]. ``standardised``: mean 0 and standard deviation 1 an image and channel.
-``imagenet``: RGB in [0, 1] minus the ImageNet mean, over the ImageNet deviation (the released RGB models).
+``unit``: values in [0, 1]. ``standardised``: zero mean and unit variance per image and channel.
+``imagenet``: RGB in [0, 1], normalised with the ImageNet mean and standard deviation (the released RGB models).
 """
 
 # The channel statistics that DINOv2 and DINOv3 were trained with (their README files).
@@ -42,7 +42,7 @@ def resize_patch_weight(weight: Float[Tensor, "d c p p"], patch_size: int) -> Fl
 
 @lru_cache(maxsize=16)
 def _resize_pseudo_inverse(old: int, new: int) -> Float[Tensor, "new_pixels old_pixels"]:
-    """Return the pseudo-inverse of the transposed bilinear resize matrix (float64; made by resizing unit impulses)."""
+    """Return the pseudo-inverse of the transposed bilinear resize matrix (float64), by resizing unit impulses."""
     impulses = torch.eye(old * old, dtype=torch.float64).unflatten(1, (1, old, old))
     resized = F.interpolate(impulses, size=(new, new), mode="bilinear", antialias=False)
     inverse: Tensor = torch.linalg.pinv(resized.flatten(1))
@@ -59,21 +59,22 @@ def convert_channels(
 ) -> tuple[Float[Tensor, "d k p p"], Float[Tensor, " d"]]:
     """Fold a patch embedding to ``in_channels`` channels that follow the ``target`` convention.
 
-    First the convention: between ``imagenet`` and ``unit`` the fixed means and deviations move into the weights.
-    ``standardised`` pixels are the stand-in for ImageNet-normalised ones, so the filters stay as they are.
-    Then the channels: every new one gets the sum of the old filters over the new number of channels, so that an image
+    First the convention: between ``imagenet`` and ``unit`` the fixed means and standard deviations are folded into the
+    weights; ``standardised`` pixels replace ImageNet-normalised ones without a change of the filters. Then the
+    channels: every new one gets the sum of the old filters divided by the new number of channels, so that an image
     that repeats one grey plane gives the same token before and after.
 
     Raises
     ------
     ValueError
-        Between ``unit`` and ``standardised``: no fixed weights undo a normalisation that differs from image to image.
-        For ``imagenet`` with other than 3 channels.
+        Between ``unit`` and ``standardised``, because fixed weights cannot undo a normalisation per image. For
+        ``imagenet`` with other than 3 channels.
     """
     if {source, target} == {"unit", "standardised"}:
-        raise ValueError(f"a model for {source!r} input cannot be made to take {target!r} input")
-    if target == "imagenet" and in_channels != 3:
-        raise ValueError(f"ImageNet normalisation is defined for 3 channels, got {in_channels}")
+        raise ValueError(f"a model for {source!r} input cannot be converted to {target!r} input")
+    for convention, channels in ((target, in_channels), (source, weight.shape[1] if target == "unit" else 3)):
+        if convention == "imagenet" and channels != 3:
+            raise ValueError(f"ImageNet normalisation is defined for 3 channels, got {channels}")
     dtype = weight.dtype
     if (source, target) == ("imagenet", "unit"):
         wide, shift = weight.double(), bias.double()
@@ -98,7 +99,5 @@ def _spread(weight: Tensor, in_channels: int) -> Tensor:
 
 
 def _rgb_statistics(weight: Tensor) -> tuple[Tensor, Tensor]:
-    if weight.shape[1] != 3:
-        raise ValueError(f"ImageNet normalisation is defined for 3 channels, got {weight.shape[1]}")
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=weight.dtype)[..., None, None]
     return mean, std

@@ -1,7 +1,7 @@
-"""Which rows of the residual stream belong to whom, when a block computes only some of them.
+"""Bookkeeping of the rows of the residual stream when a block computes only some of them.
 
-Two reasons: drop path (some sequences skip a branch) and the last block's short cut (only some tokens will be read).
-As with `Segment`, what a block is told is neither a tuple nor a dataclass.
+There are two reasons: drop path (some sequences skip a branch) and the short cut of the last block (only some tokens
+are needed). None of the classes is a tuple or dataclass, because FSDP2 searches those for gradients at every block.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dinocell.models.positions import RotaryTable
 
 
 class NeededRows:
-    """The rows of a block's output that somebody will read, and the sequence that each belongs to.
+    """The rows of a block's output that are needed, and the sequence of each.
 
     ``among_queries`` indexes the query rows of the block's segments (see `Segment.queries`), ``rows`` all rows.
     """
@@ -24,12 +24,10 @@ class NeededRows:
 
 
 class Segment:
-    """Consecutive rows that hold ``batch`` sequences of ``tokens`` tokens each, and how to rotate them.
+    """Consecutive rows that hold ``batch`` sequences of ``tokens`` tokens each, and their rotation.
 
-    ``queries`` limits attention to the first tokens of each sequence (the last block of a pass that wants CLS only);
+    ``queries`` limits attention to the first tokens of each sequence (the last block of a pass that needs only CLS);
     ``None`` means all.
-
-    Neither a tuple nor a dataclass: FSDP2 looks for gradients inside of those, at every block.
     """
 
     def __init__(self, batch: int, tokens: int, rotary: RotaryTable | None, queries: int | None = None) -> None:
@@ -37,10 +35,10 @@ class Segment:
 
 
 class Subset:
-    """The sequences that take a branch (the others skip it: drop path).
+    """The sequences that take a branch; the others skip it (drop path).
 
-    ``segments`` are the kept sequences alone, ``rows`` theirs among all; ``sequences`` number them among those of all
-    segments. ``factors``, one a segment, keep the branch's expectation.
+    ``segments`` hold the kept sequences only, ``rows`` and ``sequences`` are their indices among all rows and all
+    sequences. ``factors``, one per segment, keep the branch's expectation.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ def draw_kept_sequences(
 ) -> list[Int[Tensor, "depth 2 _"]]:
     """Draw for each segment the ``max(1, floor(batch * (1 - drop_path)))`` sequences that take each branch of a block.
 
-    The count is fixed, so shapes are static and the saving is real; each sequence is kept with the same probability.
+    The number is fixed, so shapes are static; each sequence is kept with the same probability.
     """
     drawn = []
     for batch in batches:
@@ -82,40 +80,44 @@ def draw_kept_sequences(
 
 
 def find_subsets(segments: Sequence[Segment], kept: Sequence[Int[Tensor, "depth 2 _"]]) -> list[tuple[Subset, Subset]]:
-    """Return the subsets of the attention branch and the MLP branch of every block; ``kept`` has one tensor a segment.
+    """Return the subsets of attention branch and MLP branch of every block; ``kept`` has one tensor per segment.
 
-    All blocks at once: one by one, their indices are a dozen small operations a branch.
+    All blocks are computed at once, because the indices of one branch take a dozen small operations.
     """
     rows, numbers, smaller, factors = [], [], [], []
     first_row = first = 0
     for segment, sequences in zip(segments, kept, strict=True):
+        # Rows of a kept sequence: its offset in the segment, plus the segment's own rows 0..tokens.
         tokens = torch.arange(first_row, first_row + segment.tokens, device=sequences.device)
         rows.append((sequences[..., None] * segment.tokens + tokens).flatten(2))
         numbers.append(sequences + first)
         smaller.append(Segment(sequences.shape[-1], segment.tokens, segment.rotary))
-        factors.append(segment.batch / sequences.shape[-1])
+        factors.append(segment.batch / sequences.shape[-1])  # 1 / share of kept sequences
         first_row += segment.batch * segment.tokens
         first += segment.batch
+    # (depth, 2 branches, _) -> one subset per block and branch, attention and MLP alternating.
     pairs = zip(torch.cat(rows, 2).flatten(0, 1), torch.cat(numbers, 2).flatten(0, 1), strict=True)
     subsets = [Subset(*pair, smaller, factors) for pair in pairs]
     return list(zip(subsets[::2], subsets[1::2], strict=True))
 
 
 def num_output_rows(segment: Segment, select: Int[Tensor, " m"] | None, num_prefix: int) -> int:
-    """Return how many rows of a segment leave the last block, given its selected patches."""
+    """Return the number of rows of a segment after the last block, given its selected patches."""
     return segment.batch * segment.tokens if select is None else segment.batch * num_prefix + len(select)
 
 
 def find_needed_rows(
     segments: list[Segment], select: Sequence[Tensor | None], num_prefix: int, device: torch.device
 ) -> tuple[list[Segment], NeededRows]:
-    """Translate selected patches into rows; segments that want none ask attention for their prefix only."""
+    """Return the rows of selected patches; in segments without any, attention computes the prefix only."""
     rows, among, sequences, shrunk = [], [], [], []
     start = start_among = start_sequence = 0
     for segment, chosen in zip(segments, select, strict=True):
         sequence = torch.arange(segment.batch, device=device)
+        # Without selected patches, attention needs the queries of the prefix tokens only.
         queries = num_prefix if chosen is not None and len(chosen) == 0 else segment.tokens
         leading = segment.tokens if chosen is None else num_prefix
+        # (sequence, token) of every needed row: first the prefix (or all tokens), then the selected patches.
         owner = sequence.repeat_interleave(leading)
         token = torch.arange(leading, device=device).repeat(segment.batch)
         if chosen is not None and len(chosen):

@@ -1,7 +1,7 @@
 """The vision transformer of DINOv2, DINOv3 and Cell-DINO, for any number of channels and any patch size.
 
-`VisionTransformer.forward` takes one batch of images, or a
-list of batches of several resolutions (the global and local crops of a training step) in one call.
+`VisionTransformer.forward` accepts one batch of images, or a list of batches of several resolutions (the global and
+local crops of a training step).
 """
 
 import math
@@ -37,7 +37,7 @@ __all__ = ["VARIANTS", "ViTConfig", "ViTOutput", "VisionTransformer", "variant_c
 class ViTOutput(NamedTuple):
     """Normalised tokens of a batch.
 
-    ``patches`` runs row by row over the image, or holds just the selected patches, (m d), where a selection was given.
+    ``patches`` runs row by row over the image, or holds the selected patches, (m d), if a selection was given.
     """
 
     cls: Float[Tensor, "b d"]
@@ -45,8 +45,8 @@ class ViTOutput(NamedTuple):
     patches: Float[Tensor, "*bp d"]
 
 
-# Tokens of one pass on the CPU. Larger batches go through in pieces of about this size: the temporaries of a piece
-# stay below the size from which malloc returns memory to the system each time (benchmarks/vit_forward.py).
+# Tokens of one pass on the CPU. Larger batches are split into chunks of about this size, whose temporaries stay below
+# the size from which malloc returns memory to the system each time (benchmarks/vit_forward.py).
 CPU_PIECE_TOKENS = 3200
 
 
@@ -63,7 +63,7 @@ class VisionTransformer(nn.Module):
         How attention is computed, see `dinocell.models.layers`. With ``sdpa`` each resolution is a pass of its
         own on the CPU; otherwise the rows of all resolutions share every linear layer.
 
-    ``card`` holds what travels with the weights besides tensors: input settings, ancestry, licence. With ``one_pass``
+    ``card`` describes the weights: input settings, provenance, licence. With ``one_pass``
     all inputs go through each block in one call on the CPU too, which sharding needs.
 
     Built under ``torch.device("meta")`` the parameters take no memory: follow with ``to_empty(device=...)`` and
@@ -169,7 +169,7 @@ class VisionTransformer(nn.Module):
         masks
             Patches to replace by the mask token (iBOT), where True.
         select
-            Patches wanted, as ascending indices into the flattened (image, patch) grid, such as
+            Patches to return, as ascending indices into the flattened (image, patch) grid, such as
             ``masks.flatten().nonzero()``; may be empty. The last block then computes CLS, registers and these only,
             and ``ViTOutput.patches`` is (m d). The values do not change.
         generator
@@ -212,20 +212,20 @@ class VisionTransformer(nn.Module):
     def forward_maps(
         self, images: Float[Tensor, "b c h w"], blocks: Sequence[int], *, norm: bool = True
     ) -> list[Float[Tensor, "b d rows columns"]]:
-        """Return the patch tokens after the chosen blocks as maps of one value a patch and channel."""
+        """Return the patch tokens after the chosen blocks as maps with one value per patch and channel."""
         grid = self.grid(images)
         outputs = self.forward_blocks(images, blocks, norm=norm)
         return [out.patches.transpose(1, 2).unflatten(2, grid).contiguous() for out in outputs]
 
     def set_kernel(self, kernel: AttentionKernel) -> None:
-        """Compute attention in another way, see `dinocell.models.layers`."""
+        """Select the attention kernel, see `dinocell.models.layers`."""
         self.kernel = kernel
         for module in self.modules():
             if isinstance(module, Attention):
                 module.kernel = kernel
 
     def cls_attention(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads rows columns"]:
-        """Return how much the CLS token of the last block attends to every patch, by head; a row sums to at most 1."""
+        """Return the attention of the CLS token to every patch in the last block, per head; each sums to at most 1."""
         grid = self.grid(images)
         inputs = [_Input(images, None, None)]
         rows, segments = self._rows(inputs, self._tables(inputs))
@@ -257,16 +257,16 @@ class VisionTransformer(nn.Module):
         if self.one_pass or self.kernel != "sdpa" or images[0].device.type != "cpu":
             return self._pass(inputs, generator, local=[index > 0 for index in range(len(inputs))])
         outputs = []
-        for index, each in enumerate(inputs):
-            pieces = [self._pass([p], generator, local=[index > 0])[0] for p in self._pieces(*each)]
+        for index, part in enumerate(inputs):
+            pieces = [self._pass([p], generator, local=[index > 0])[0] for p in self._pieces(*part)]
             outputs.append(_join(pieces))
         return outputs
 
     def _pieces(self, images: Tensor, masks: Tensor | None, select: Tensor | None) -> Iterator["_Input"]:
-        """Cut a large batch on the CPU into pieces; drop path, which draws from the whole batch, forbids it."""
+        """Split a large batch on the CPU into chunks, except with drop path, which draws from the whole batch."""
         rows, columns = self.grid(images)
         size = max(1, CPU_PIECE_TOKENS // (rows * columns + self.config.num_prefix))
-        size = math.ceil(len(images) / math.ceil(len(images) / size))  # even pieces: a small last one computes badly
+        size = math.ceil(len(images) / math.ceil(len(images) / size))  # even chunks, because a small last one is slow
         whole = images.device.type != "cpu" or (self.training and self.noise.drop_path > 0)
         if whole or self.kernel != "sdpa" or len(images) <= size or torch.compiler.is_compiling():
             yield _Input(images, masks, select)
@@ -274,17 +274,17 @@ class VisionTransformer(nn.Module):
         per_piece = size * rows * columns
         for index, some in enumerate(images.split(size)):
             first = index * per_piece
-            wanted = None
+            needed = None
             if select is not None:
                 ends = torch.searchsorted(select, torch.tensor([first, first + per_piece]))
-                wanted = select[ends[0] : ends[1]] - first
-            yield _Input(some, None if masks is None else masks[index * size : (index + 1) * size], wanted)
+                needed = select[ends[0] : ends[1]] - first
+            yield _Input(some, None if masks is None else masks[index * size : (index + 1) * size], needed)
 
     def compile_pass(self) -> None:
-        """Compile all that a pass computes, from pixels to normalised tokens, as one piece.
+        """Compile a pass, from pixels to normalised tokens, as one graph.
 
-        Blocks compiled one by one cost the host a check of every block's inputs in every pass. What is drawn at random
-        stays outside; shapes are taken to be the same in every step.
+        With separate graphs the host would check the inputs of every block in every pass. Random draws are outside;
+        shapes must be the same in every step.
         """
         self._through = torch.compile(self._through, dynamic=False)  # type: ignore[method-assign]
 
@@ -293,7 +293,7 @@ class VisionTransformer(nn.Module):
         tables = self._tables(inputs, generator)
         kept = None
         if self.training and self.noise.drop_path > 0:
-            batches = [len(each.images) for each in inputs]
+            batches = [len(part.images) for part in inputs]
             kept = draw_kept_sequences(
                 batches, self.config.depth, self.noise.drop_path, device=inputs[0].images.device, generator=generator
             )
@@ -306,9 +306,9 @@ class VisionTransformer(nn.Module):
         kept: list[Tensor] | None,
         local: list[bool],
     ) -> list[ViTOutput]:
-        """Return the tokens of all inputs: what a pass computes once all that is random has been drawn."""
+        """Return the tokens of all inputs, after all random numbers have been drawn."""
         rows, segments = self._rows(inputs, tables)
-        select = [each.select for each in inputs]
+        select = [part.select for part in inputs]
         dropped = None if kept is None else find_subsets(segments, kept)
         for after in self._run(rows, segments, dropped, select=select):
             rows = after
@@ -334,11 +334,11 @@ class VisionTransformer(nn.Module):
         return rows[0] if len(rows) == 1 else torch.cat(rows), segments
 
     def _tables(self, inputs: list["_Input"], generator: torch.Generator | None = None) -> list[RotaryTable | None]:
-        """Make the rotary table of each input, or take it from the passes before."""
+        """Return the rotary table of each input, computed or cached."""
         if self.config.positions != "rope":
             return [None] * len(inputs)
         noise = self.noise if self.training and self.noise.moves_positions else None
-        # A table made in inference mode is of no use in training, and one kept is no part of a compiled graph.
+        # A table from inference mode cannot be used in training, and a cached one not in a compiled graph.
         keep = not torch.compiler.is_compiling() and noise is None and not torch.is_inference_mode_enabled()
         sizes = (self.config.num_prefix, self.config.width // self.config.heads, self.config.rope)
         tables: list[RotaryTable | None] = []
@@ -359,14 +359,14 @@ class VisionTransformer(nn.Module):
         select: Sequence[Tensor | None] = (),
         stop: int | None = None,
     ) -> Iterator[Float[Tensor, "m d"]]:
-        """Yield the residual stream after each block; the last one computes only what ``select`` wants."""
+        """Yield the residual stream after each block; the last one computes only the rows that ``select`` needs."""
         last = len(self.blocks) - 1
-        prune = any(each is not None for each in select)
+        prune = any(chosen is not None for chosen in select)
         for index, block in enumerate(self.blocks[:stop]):
-            wanted = None
+            needed = None
             if prune and index == last:
-                segments, wanted = find_needed_rows(segments, select, self.config.num_prefix, rows.device)
-            rows = block(rows, segments, None if kept is None else kept[index], wanted)
+                segments, needed = find_needed_rows(segments, select, self.config.num_prefix, rows.device)
+            rows = block(rows, segments, None if kept is None else kept[index], needed)
             yield rows
 
     def _finish(
@@ -395,12 +395,12 @@ class VisionTransformer(nn.Module):
                 before, patches, chosen_patches = prefix_norm(before), self.norm(patches), self.norm(chosen_patches)
             cls, registers = before.split((1, self.config.registers), dim=1)
             output = ViTOutput(cls.squeeze(1), registers, patches if chosen is None else chosen_patches)
-            # A wrapper hooks into what comes out, and cannot hook into a view safely (FSDP2 says so).
+            # FSDP2 hooks into the outputs, which is not safe for views.
             outputs.append(ViTOutput(*(part.clone() for part in output)) if self.one_pass else output)
         return outputs
 
     def _prefix_norm(self, is_local: bool) -> nn.LayerNorm:
-        """Return the norm of CLS and registers: DINOv3 may untie it, for local crops only while it trains."""
+        """Return the norm of CLS and registers, which DINOv3 may untie, for local crops in training only."""
         if is_local and self.training and self.local_cls_norm is not None:
             return self.local_cls_norm
         return self.norm if self.cls_norm is None else self.cls_norm

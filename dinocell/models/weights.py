@@ -1,8 +1,8 @@
-"""Exported weights: every checkpoint format in, one out. The only way to exchange a model between stages.
+"""Read weights in every checkpoint format. Stages exchange models only through these files.
 
-`load_backbone` is what the other stages call. `read_weights` and `fit_weights` are its steps, `save_weights` (from
-`dinocell.models.export`) the way out. `dinocell.models.locate` finds a file, `dinocell.models.checkpoint_files` opens
-it (nothing in it is ever run).
+The other stages call `load_backbone`; `read_weights` and `fit_weights` are its steps, `save_weights` (from
+`dinocell.models.export`) writes. `dinocell.models.locate` finds a file, `dinocell.models.checkpoint_files` opens it
+without running code from it.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from dinocell.models.config import LICENCES, UNKNOWN_LICENCE, InputSettings, Wei
 from dinocell.models.export import SCHEMA_VERSION, Layout, Weights, save_weights
 from dinocell.models.formats import MAX_PATCH, Recognised, recognise
 from dinocell.models.layers import AttentionKernel
-from dinocell.models.locate import locate
+from dinocell.models.locate import locate, require
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.resample import Convention, convert_channels, resize_patch_weight
 from dinocell.models.vit import VARIANTS, VisionTransformer, ViTConfig
@@ -51,33 +51,33 @@ def load_backbone(
         A path, ``hf://owner/name``, a URL, or a bare name such as ``dinov3_vits16``: see
         `dinocell.models.locate.locate`.
     patch_size, in_channels
-        What the model shall have; ``None`` keeps what the file has. The patch embedding is resampled (FlexiViT) and its
-        channels are folded so that a replicated grey image gives the same features.
+        Of the model; ``None`` keeps those of the file. The patch embedding is resampled (FlexiViT) and its channels are
+        folded so that a replicated grey image gives the same features.
     input
-        The input convention that the model shall follow. ``None`` keeps the file's, but released RGB models, which
-        expect ImageNet normalisation, become ``standardised`` when their channels change. A file that records one of
-        the two conventions is refused under the other.
+        Input convention of the model. ``None`` keeps the file's, except that released RGB models, which expect ImageNet
+        normalisation, become ``standardised`` if their channels change. ``unit`` and ``standardised`` cannot be
+        converted into each other.
     variant
-        Refuse a file of another size than this one of `VARIANTS`.
+        Required size, one of `VARIANTS`.
     noise, kernel
         Passed to `VisionTransformer`.
     dtype
-        Of the parameters; float32 by default, whatever the file has.
+        Of the parameters, independent of the file.
     sha256
         Expected hash of a downloaded or local file, in hexadecimal.
     allow_missing, allow_unexpected
-        Patterns (``mask_token``, ``blocks.11.*``) of tensors that may be missing (they are then initialised at random)
-        or unexpected (then dropped). Without them both are errors.
+        Patterns (``mask_token``, ``blocks.11.*``) of tensors that may be missing (then initialised at random) or
+        unexpected (then dropped). Without them both are errors.
 
     Raises
     ------
     WeightsError
-        One line: what was expected, what the file has, what to do. It is a `ValueError`.
+        One line: expected, found, what to do. It is a `ValueError`.
     """
     weights = read_weights(source, sha256=sha256, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
     if variant is not None:
         _check_variant(weights.config, variant, str(source))
-    # In the model's precision before they are fitted: rounded to a file's half precision, new filters are 1 in 500 off.
+    # Convert to the model's precision first: new filters rounded to half precision are off by 1 in 500.
     filters = {
         name: tensor.to(torch.promote_types(tensor.dtype, dtype))
         for name, tensor in weights.tensors.items()
@@ -91,7 +91,7 @@ def load_backbone(
     _check_finite(weights.tensors, str(source))
     with torch.device("meta"):
         vit = VisionTransformer(weights.config, noise=noise, kernel=kernel)
-    # Copies, so that the model neither shares memory with the file nor changes when it does.
+    # Copies, because the file may be memory-mapped.
     vit.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in weights.tensors.items()}, assign=True)
     vit.card = weights.card
     return vit.requires_grad_(True).eval()
@@ -104,13 +104,7 @@ def read_weights(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> Weights:
-    """Find, open and recognise a checkpoint; check every name and shape; change nothing.
-
-    Raises
-    ------
-    WeightsError
-        As for `load_backbone`.
-    """
+    """Find, open and recognise a checkpoint, and check every name and shape; errors as in `load_backbone`."""
     path = locate(source, sha256=sha256)
     raw = read_raw(path)
     try:
@@ -118,8 +112,8 @@ def read_weights(
         recognised = recognise(raw.tensors, raw.hub_config, metadata[0] if metadata else None)
         tensors, notes = _check_tensors(recognised, allow_missing, allow_unexpected)
     except WeightsError as error:
-        beside = " (described by the card.json beside it)" if raw.sidecar and not raw.metadata else ""
-        raise WeightsError(f"{path}{beside}: {' '.join(str(error).split())}") from error
+        described = " (described by its .card.json)" if raw.sidecar and not raw.metadata else ""
+        raise WeightsError(f"{path}{described}: {' '.join(str(error).split())}") from error
     card, source_format = (metadata[1], "DINOCell") if metadata else _foreign_card(raw, recognised, path)
     card = dataclasses.replace(card, derived_from=(*card.derived_from, *notes))
     return Weights(
@@ -136,16 +130,16 @@ def fit_weights(
 ) -> Weights:
     """Resample the patch embedding to another patch size, number of channels or input convention.
 
-    ``None`` keeps what there is, but for RGB models with ImageNet normalisation: with another number of
-    channels they become ``standardised``. Each conversion is noted in the card.
+    ``None`` keeps the current value, except that RGB models with ImageNet normalisation become ``standardised`` with
+    another number of channels. Each conversion is recorded in the card.
     """
     config, source = weights.config, weights.card.input.convention
     patch_size = config.patch_size if patch_size is None else patch_size
     in_channels = config.in_channels if in_channels is None else in_channels
-    if not 1 <= patch_size <= MAX_PATCH or in_channels < 1:
-        raise WeightsError(
-            f"expected a patch size from 1 to {MAX_PATCH} and at least 1 channel, got {patch_size} and {in_channels}"
-        )
+    require(
+        1 <= patch_size <= MAX_PATCH and in_channels >= 1,
+        f"expected a patch size from 1 to {MAX_PATCH} and at least 1 channel, got {patch_size} and {in_channels}",
+    )
     target: Convention = source if input is None else input
     if input is None and source == "imagenet" and in_channels != 3:
         target = "standardised"
@@ -171,16 +165,12 @@ def fit_weights(
 
 
 def _fit_metadata(metadata: Mapping[str, Any] | None) -> tuple[ViTConfig, WeightsCard] | None:
-    """Return the configuration and card of a file of ours; they are data from outside, so they are checked."""
+    """Return the configuration and card in a file of ours, checked."""
     if metadata is None:
         return None
-    schema = metadata.get("schema")
-    if schema != SCHEMA_VERSION:
-        raise WeightsError(
-            f"written in schema {schema!r}, this version of dinocell reads {SCHEMA_VERSION}; update dinocell"
-        )
-    if metadata.get("kind") != "backbone":
-        raise WeightsError(f"holds a {metadata.get('kind')!r}, expected a backbone")
+    schema, kind = metadata.get("schema"), metadata.get("kind")
+    require(schema == SCHEMA_VERSION, f"has schema {schema!r}, this version reads {SCHEMA_VERSION}; update dinocell")
+    require(kind == "backbone", f"holds a {kind!r}, expected a backbone")
     try:
         config: ViTConfig = fit(ViTConfig, metadata.get("vit"), "vit")
         card: WeightsCard = fit(WeightsCard, metadata.get("card"), "card")
@@ -190,7 +180,7 @@ def _fit_metadata(metadata: Mapping[str, Any] | None) -> tuple[ViTConfig, Weight
 
 
 def _foreign_card(raw: RawWeights, recognised: Recognised, path: Path) -> tuple[WeightsCard, str]:
-    """Describe a file that is not ours: what its format says, and nothing that it does not."""
+    """Describe a file of another format, as far as the format determines it."""
     rgb = recognised.config.in_channels == 3
     settings = InputSettings(convention="imagenet" if rgb else "standardised")
     trained = raw.container is not None
@@ -202,24 +192,21 @@ def _foreign_card(raw: RawWeights, recognised: Recognised, path: Path) -> tuple[
 def _check_tensors(
     recognised: Recognised, allow_missing: Sequence[str], allow_unexpected: Sequence[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Compare names and shapes with the model's; return the tensors to load and what was done to them."""
+    """Compare names and shapes with the model's; return the tensors to load and notes for the card."""
     with torch.device("meta"):
         expected = VisionTransformer(recognised.config).state_dict()
-    found = recognised.tensors
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    refused = [name for name in missing if not _matches(name, allow_missing)]
-    surplus = [name for name in unexpected if not _matches(name, allow_unexpected)]
-    if refused or surplus:
-        parts = [f"{len(refused)} missing ({_some(refused)})"] * bool(refused)
-        parts += [f"{len(surplus)} unexpected ({_some(surplus)})"] * bool(surplus)
-        raise WeightsError(f"tensors do not fit a {_outline(recognised.config)}: {', '.join(parts)}")
-    for name, tensor in expected.items():
-        if name in found and found[name].shape != tensor.shape:
-            raise WeightsError(f"{name}: expected shape {tuple(tensor.shape)}, got {tuple(found[name].shape)}")
-        if name in found and not found[name].is_floating_point():
-            raise WeightsError(f"{name}: expected floating-point numbers, got {found[name].dtype}")
-    tensors = {name: found[name] for name in expected if name in found}
+    tensors = {name: tensor for name, tensor in recognised.tensors.items() if name in expected}
+    missing = [name for name in expected if name not in tensors]
+    refused = {
+        "missing": [name for name in missing if not _matches(name, allow_missing)],
+        "unexpected": [n for n in recognised.tensors if n not in expected and not _matches(n, allow_unexpected)],
+    }
+    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in refused.items() if names]
+    require(not parts, f"tensors do not fit a {_outline(recognised.config)}: {', '.join(parts)}")
+    for name, tensor in tensors.items():
+        shape, got = tuple(expected[name].shape), tuple(tensor.shape)
+        require(got == shape, f"{name}: expected shape {shape}, got {got}")
+        require(tensor.is_floating_point(), f"{name}: expected floating-point numbers, got {tensor.dtype}")
     if not missing:
         return tensors, []
     fresh = VisionTransformer(recognised.config).state_dict()
@@ -243,19 +230,15 @@ def _outline(config: ViTConfig) -> str:
 
 
 def _check_variant(config: ViTConfig, variant: str, source: str) -> None:
-    if variant not in VARIANTS:
-        raise WeightsError(f"unknown variant {variant!r}: expected one of {', '.join(VARIANTS)}")
+    require(variant in VARIANTS, f"unknown variant {variant!r}: expected one of {', '.join(VARIANTS)}")
     sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
     expected, got = ({name: getattr(c, name) for name in sizes} for c in (VARIANTS[variant], config))
     if expected != got:
-        named = [name for name in sizes if expected[name] != got[name]]
-        wanted, found = (", ".join(f"{n} {values[n]}" for n in named) for values in (expected, got))
-        raise WeightsError(f"{source}: expected a {variant} model ({wanted}), got {found}")
+        differing = [name for name in sizes if expected[name] != got[name]]
+        first, second = (", ".join(f"{n} {values[n]}" for n in differing) for values in (expected, got))
+        raise WeightsError(f"{source}: expected a {variant} model ({first}), got {second}")
 
 
 def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise WeightsError(
-            f"{source}: NaN or infinite values in {_some(broken)}; the file is damaged or its run diverged"
-        )
+    names = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    require(not names, f"{source}: NaN or infinite values in {_some(names)}; the file is damaged or its run diverged")

@@ -1,4 +1,4 @@
-"""How much memory there is to be had, of a GPU or of the machine within a job's limits, and how much was taken."""
+"""Memory of a GPU or of the machine within a job's limits, precision of matrix products, and throughput."""
 
 import sys
 import time
@@ -10,68 +10,68 @@ import torch
 
 
 def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process could still take on a device; None where the system does not say.
+    """Return the bytes that this process can still allocate on a device; None if the system does not report it.
 
-    On the CPU that is what the kernel calls available, or what the limits of the control groups leave (containers,
-    SLURM), whichever is less. What the caches of files hold counts as available, as the kernel gives it up.
+    On the CPU it is the kernel's estimate, or what the limits of the control groups (containers, SLURM) leave if that
+    is less. File caches count as available, because the kernel frees them on demand.
 
     Parameters
     ----------
     device
         CUDA or the CPU.
     root
-        Where ``proc`` and ``sys`` lie.
+        Folder of ``proc`` and ``sys``.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    rooms = [*_of_machine(root), *_of_groups(root)]
-    return max(0, min(rooms)) if rooms else None
+    limits = [*_machine_bytes(root), *_group_bytes(root)]
+    return max(0, min(limits)) if limits else None
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most that was taken: on CUDA by tensors since the last reset, else by this process in its life."""
+    """Return the peak memory: on CUDA of tensors since the last reset, else of this process since it started."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    from resource import RUSAGE_SELF, getrusage  # Unix only: segmenting must load without it
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
 
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _of_machine(root: Path) -> Iterator[int]:
+def _machine_bytes(root: Path) -> Iterator[int]:
     for line in _lines(root / "proc" / "meminfo"):
         if line.startswith("MemAvailable:"):
             yield 1024 * int(line.split()[1])
 
 
-def _of_groups(root: Path) -> Iterator[int]:
-    """Yield what each control group above this process leaves, of version 2 or 1."""
-    mounted = root / "sys" / "fs" / "cgroup"
+def _group_bytes(root: Path) -> Iterator[int]:
+    """Yield what each control group (version 2 or 1) above this process leaves."""
+    mount = root / "sys" / "fs" / "cgroup"
     for line in _lines(root / "proc" / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            top, names, cached = mounted, ("memory.max", "memory.current"), "inactive_file"
+            top, names, cached = mount, ("memory.max", "memory.current"), "inactive_file"
         elif "memory" in controllers.split(","):
-            top, cached = mounted / "memory", "total_inactive_file"
+            top, cached = mount / "memory", "total_inactive_file"
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        # In a container the path may be that of the host, and the group itself is what is mounted.
-        folder = top / path.lstrip("/")
-        for each in (folder, *folder.parents):
-            if not each.is_relative_to(top):
+        # In a container the path may be the host's, and the group itself is mounted at the top.
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
                 break
-            limit, used = (_number(each / name) for name in names)
+            limit, used = (_integer(folder / name) for name in names)
             if limit is not None and used is not None:
-                yield limit - used + _statistic(each / "memory.stat", cached)
+                yield limit - used + _statistic(folder / "memory.stat", cached)
 
 
 def _statistic(path: Path, name: str) -> int:
     return next((int(line.split()[1]) for line in _lines(path) if line.split()[0] == name), 0)
 
 
-def _number(path: Path) -> int | None:
-    """Return the number that a file holds; None if there is no such file, or it says ``max``."""
+def _integer(path: Path) -> int | None:
+    """Return the number in a file; None without a file, or if it contains ``max``."""
     lines = _lines(path)
     return int(lines[0]) if lines and lines[0].isdigit() else None
 
@@ -83,17 +83,13 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-# --- precision -----------------------------------------------------------------------------------------------------
-#
-# In which numbers matrix products are computed.
-
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
-    """Say whether matrix products run in bfloat16; ``auto`` means on GPUs that have it.
+    """Return whether matrix products run in bfloat16; ``auto``: on GPUs that support it.
 
-    Those are NVIDIA's from Ampere on (compute capability 8.0); older ones imitate it, slower than float32.
+    These are NVIDIA's since Ampere (compute capability 8.0); older ones emulate it, slower than float32.
     """
     if precision != "auto":
         return precision == "bfloat16"
@@ -102,13 +98,9 @@ def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
     )
 
 
-# --- throughput ----------------------------------------------------------------------------------------------------
-#
-# Where the time of a training goes: waiting for data, and how much of what the device could compute is computed.
-
 Item = TypeVar("Item")
 
-# Dense bf16 (V100: fp16) matrix operations a second, from NVIDIA's data sheets; the longest name that fits counts.
+# Dense bf16 (V100: fp16) matrix operations in 1e12 per second, from NVIDIA's data sheets.
 _PEAK_TFLOPS = {
     "V100": 125.0,
     "A10": 125.0,
@@ -129,14 +121,14 @@ _PEAK_TFLOPS = {
 
 
 class Throughput:
-    """Measures a loop between two looks at it; see `metrics`.
+    """Measures a training loop; see `metrics`.
 
     Parameters
     ----------
     device
-        Whose peak counts.
+        Device with the peak performance.
     flop_per_step
-        Operations that this rank's share of a step needs by the formula, recomputation not counted.
+        Operations of this rank in a step by the formula, without recomputation.
     """
 
     def __init__(self, device: torch.device, flop_per_step: float) -> None:
@@ -147,7 +139,7 @@ class Throughput:
         self._since: float | None = None
 
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items, and count the time in which they were waited for."""
+        """Yield the items, and measure the time spent waiting for them."""
         iterator = iter(items)
         while True:
             start = time.monotonic()
@@ -163,32 +155,33 @@ class Throughput:
         self._steps += 1
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers since the last call; of the first steps, which warm up, only the memory.
+        """Return the numbers since the last call; the first call, after the warm-up, only the memory.
 
         ``speed/data_wait_share``
-            Share of the time in which the loop waited for the next batch.
+            Share of the time spent waiting for the next batch.
         ``speed/tflops``, ``speed/mfu``
-            Operations a second, by the formula, and as a share of the device's peak in bfloat16, where that is known.
+            Operations per second by the formula, and as a share of the device's peak in bfloat16 where it is known.
         ``memory/gb``, ``memory/peak_gb``
-            CUDA: allocated now, and at most since the last call; CPU: at most in the process's life, by the system.
+            CUDA: allocated now, and peak since the last call. CPU: peak of the process, from the system.
         """
         now = time.monotonic()
-        found = _memory(self._device)
+        metrics = _memory(self._device)
         if self._since is not None and now > self._since and self._steps:
             seconds = now - self._since
-            found["speed/data_wait_share"] = min(1.0, self._waited / seconds)
+            metrics["speed/data_wait_share"] = min(1.0, self._waited / seconds)
             rate = self._flop * self._steps / seconds
-            found["speed/tflops"] = rate / 1e12
+            metrics["speed/tflops"] = rate / 1e12
             if self._peak is not None:
-                found["speed/mfu"] = rate / self._peak
+                metrics["speed/mfu"] = rate / self._peak
         self._since, self._waited, self._steps = now, 0.0, 0
-        return found
+        return metrics
 
 
 def peak_flop_per_s(name: str) -> float | None:
-    """Return the peak of a GPU by its name, None if it is not in the table."""
-    fitting = [known for known in _PEAK_TFLOPS if all(word in name.replace("-", " ").split() for word in known.split())]
-    return 1e12 * _PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
+    """Return the peak of a GPU by its name (the longest match in the table), None if it is not in the table."""
+    words = set(name.replace("-", " ").split())
+    matches = [model for model in _PEAK_TFLOPS if words.issuperset(model.split())]
+    return 1e12 * _PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
 def _memory(device: torch.device) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Ranks: who am I, who else is there, and the few things that all do together.
+"""Processes of a distributed run and their collective operations.
 
-`start` reads what torchrun, SLURM (``srun``) or our launcher put into the environment; without any it is one process
-alone, and every function here does nothing. Gloo on the CPU, NCCL on CUDA.
+`start` reads the environment set by torchrun, SLURM (``srun``) or the launcher; without it there is one process, and
+the collectives return their input. Gloo on the CPU, NCCL on CUDA.
 """
 
 import os
@@ -27,16 +27,16 @@ from dinocell.runtime.files import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One process among all of them.
+    """One process of a run.
 
     Attributes
     ----------
     rank, size
-        Number of this process, and how many there are.
+        Index of this process, and number of processes.
     local_rank, local_size
         The same within this machine.
     device
-        Where this process computes.
+        Device of this process.
     """
 
     rank: int = 0
@@ -47,18 +47,18 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process writes the files."""
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Return which of ``count`` rows are this rank's: one span each, in the order of the ranks."""
+        """Return the slice of ``count`` rows that belongs to this rank."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
 def find_device(name: str = "auto") -> torch.device:
     """Return a device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``...
 
-    ``mps`` (Apple) is let through; nothing here was tried on it.
+    ``mps`` (Apple) is accepted, but untested.
 
     Raises
     ------
@@ -70,35 +70,31 @@ def find_device(name: str = "auto") -> torch.device:
     if re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) is None:
         raise DinocellError(f"compute.device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     device = torch.device(name)
-    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise DinocellError(f"compute.device: {device.type} was asked for, and there is none")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DinocellError(f"compute.device: {name} was asked for, and there are {torch.cuda.device_count()} GPUs")
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[device.type]
+    if (device.index or 0) >= count:
+        raise DinocellError(f"compute.device: {name} requested, but this machine has {count} {device.type} device(s)")
     return device
 
 
 def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
-    """Join the other processes, if there are any.
+    """Join the other processes, if there are any, and choose the device.
 
     Parameters
     ----------
     device
         ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, or one GPU: ``cuda:1``.
     timeout_s
-        How long a collective waits for a rank that does not come, before all stop with an error.
+        How long a collective waits for a missing rank before all ranks stop with an error.
 
     Raises
     ------
     DinocellError
-        If the environment speaks of several processes but does not say where they meet, or there is no such device.
+        If the environment names several processes but no address, or there is no such device.
     """
     chosen = find_device(device)
     rank, size, local_rank, local_size = _from_environment(os.environ)
     if chosen.type == "cuda":
-        # A launcher may show each process its own GPU alone; then it is number 0.
+        # A launcher may make only one GPU visible to each process; then its index is 0.
         chosen = torch.device("cuda", local_rank % torch.cuda.device_count()) if chosen.index is None else chosen
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
@@ -107,7 +103,7 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
                 f"{size} processes, but MASTER_ADDR is not set: start them with torchrun or 'dinocell launch'"
             )
         dist.init_process_group(
-            # Gloo as well: flags and names between hosts need not wait for the device.
+            # Gloo as well: flags and names are exchanged without waiting for the device.
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
             store=_meet(Path(os.environ[RENDEZVOUS]), rank, size, timeout_s) if RENDEZVOUS in os.environ else None,
             init_method=None if RENDEZVOUS in os.environ else "env://",
@@ -119,16 +115,13 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen)
 
 
-# Set by the launcher: a file, new for each start, on a disk that all see.
+# Set by the launcher: a file, new for each start, on a shared file system.
 RENDEZVOUS = "DINOCELL_RENDEZVOUS"
 _POLL_S = 0.1
 
 
 def _meet(place: Path, rank: int, size: int, timeout_s: float) -> TCPStore:
-    """Return the store of all ranks: the main one takes a port that is free and writes address and port to a file.
-
-    So no port has to be agreed on beforehand, and none can be in use.
-    """
+    """Return the store of all ranks: the main rank takes a free port and writes its address and port to a file."""
     timeout = timedelta(seconds=timeout_s)
     host = os.environ.get("MASTER_ADDR") or socket.gethostname()
     if rank == 0:
@@ -139,21 +132,21 @@ def _meet(place: Path, rank: int, size: int, timeout_s: float) -> TCPStore:
     end = time.monotonic() + timeout_s
     while not place.exists():
         if time.monotonic() > end:
-            raise DinocellError(f"rank {rank}: the main rank did not come within {timeout_s:g} s ({place} is missing)")
+            raise DinocellError(f"rank {rank}: no main rank within {timeout_s:g} s ({place} is missing)")
         time.sleep(_POLL_S)
     host, port = place.read_text(encoding="utf-8").split()
     return TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def stop() -> None:
-    """Leave the other processes; does nothing alone."""
+    """Leave the other processes, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
 def together(device: str = "auto", *, timeout_s: float = 1800.0) -> Iterator[World]:
-    """`start`, then `stop` whatever happens: without it an error on one rank leaves the others waiting."""
+    """`start`, and `stop` also after an error, so that the other ranks do not wait for this one."""
     joined = dist.is_initialized()
     world = start(device, timeout_s=timeout_s)
     try:
@@ -164,44 +157,49 @@ def together(device: str = "auto", *, timeout_s: float = 1800.0) -> Iterator[Wor
 
 
 def _from_environment(variables: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """Return rank, size, rank and size within the machine."""
+    """Return rank, size, local rank and local size."""
     if "RANK" in variables and "WORLD_SIZE" in variables:
         named = {name: variables.get(name, default) for name, default in _TORCHRUN.items()}
-        rank, size, local_rank, local_size = _numbers(named)
+        rank, size, local_rank, local_size = _integers(named)
         return rank, size, local_rank, local_size
-    # Inside `salloc` or a batch script these exist too: only a task that srun started has a step of its own.
+    # SLURM_NTASKS exists inside `salloc` and batch scripts too; SLURM_STEP_* only in tasks that srun started.
     if variables.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         named = {name: variables.get(name, "") for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")}
-        rank, size, local_rank = _numbers(named)
-        per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 8(x4): eight on each of four
+        rank, size, local_rank = _integers(named)
+        per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 8(x4): eight on each of four machines
         return rank, size, local_rank, int(per_node.split("(")[0].split(",")[0])
     return 0, 1, 0, 1
 
 
-# What torchrun sets, and what stands in where another launcher leaves the second half out.
+# Set by torchrun, with defaults for launchers that set only the first two.
 _TORCHRUN = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
-def _numbers(named: Mapping[str, str]) -> list[int]:
+def _integers(named: Mapping[str, str]) -> list[int]:
     try:
         return [int(value) for value in named.values()]
     except ValueError:
         shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
-        raise DinocellError(f"the environment's ranks are not numbers: {shown}") from None
+        raise DinocellError(f"environment: expected integers, got {shown}") from None
 
 
 def rank() -> int:
-    """Return the number of this process; alone, 0."""
+    """Return the index of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_alone() -> bool:
-    """Say whether there is no other rank."""
-    return not dist.is_initialized() or dist.get_world_size() == 1
+    """Return whether there is only one process."""
+    return world_size() == 1
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum over all ranks; alone, the values themselves."""
+    """Return the sum over all ranks."""
     if is_alone():
         return values
     total = values.clone()
@@ -210,7 +208,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
-    """Return the largest over all ranks; alone, the values themselves."""
+    """Return the maximum over all ranks."""
     if is_alone():
         return values
     largest = values.clone()
@@ -219,7 +217,7 @@ def max_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "a d"]:
-    """Return the rows of all ranks, in their order, with gradient to each rank's own; equal numbers on every rank."""
+    """Return the rows of all ranks, in order, with gradient to each rank's own; every rank has the same number."""
     if is_alone():
         return rows
     gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
@@ -227,7 +225,7 @@ def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "a d"]:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; backward, a rank's rows get what all ranks' losses say of them."""
+    """Forward: the rows of all ranks. Backward: the gradient of a rank's rows, summed over the losses of all ranks."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor) -> Tensor:
@@ -254,6 +252,6 @@ def from_main(value: object) -> object:
     """Return the main rank's value on every rank; it must be picklable."""
     if is_alone():
         return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

@@ -1,54 +1,35 @@
-"""Compile kernels with Numba once on a machine: kept in the user's cache folder, and said in one line when it happens.
+"""Compile kernels with Numba, once per machine.
 
-Only modules that hold kernels import this one, and they are imported where a kernel is called: Numba takes a third of a
-second to load, which ``import dinocell`` and most commands need not pay.
+Only modules with kernels import this one, and they are imported when a kernel is called: importing Numba takes a third
+of a second, which ``import dinocell`` and most commands need not pay.
 """
 
 import inspect
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import config, event
+from numba.core import event
 
 _log = logging.getLogger(__name__)
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: ``NUMBA_CACHE_DIR`` if set, else ``dinocell/numba`` in the user's cache.
-
-    The user's cache is ``XDG_CACHE_HOME`` if set, else ``~/.cache``.
-    """
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "dinocell" / "numba"
-
-
 def compiled(function: _Kernel) -> _Kernel:
-    """Compile a function when it is first called. It runs without the interpreter's lock, so threads can share work."""
-    folder = cache_folder()
-    before = vars(config)["CACHE_DIR"]
+    """Compile a function when it is first called. It releases the interpreter's lock, so threads can share the work.
+
+    Numba stores compiled code in the first of these folders that can be written: ``NUMBA_CACHE_DIR``, ``__pycache__``
+    next to the module, the user's cache folder.
+    """
+    plain = inspect.unwrap(function)  # without the wrapper that checks annotations in the tests
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        keep = os.access(folder, os.W_OK)
-    except OSError:
-        keep = False
-    # Where annotations are checked at run time, what arrives here is the checker: Numba needs the function itself.
-    # Numba looks for its folder when the function is decorated. Other packages' functions keep theirs.
-    vars(config)["CACHE_DIR"] = str(folder) if keep else before
-    try:
-        kernel = numba.njit(nogil=True, cache=keep)(inspect.unwrap(function))
-    finally:
-        vars(config)["CACHE_DIR"] = before
-    _announcer.kernels.add(kernel)
-    _announcer.folder = folder if keep else None
+        kernel = numba.njit(nogil=True, cache=True)(plain)
+        _announcer.kernels[kernel] = True
+    except (RuntimeError, OSError):  # no such folder
+        kernel = numba.njit(nogil=True)(plain)
+        _announcer.kernels[kernel] = False
     return cast("_Kernel", kernel)
 
 
@@ -58,25 +39,21 @@ def inlined(function: _Kernel) -> _Kernel:
 
 
 class _Announcer(event.Listener):
-    """Logs one line a process when a kernel of ours is compiled rather than loaded."""
+    """Logs one line per process when a kernel is compiled instead of loaded."""
 
     def __init__(self) -> None:
-        self.kernels: set[Any] = set()
-        self.folder: Path | None = None
-        self.has_spoken = False
+        self.kernels: dict[Any, bool] = {}  # kernel -> whether its compiled code is stored
+        self.has_logged = False
 
     def on_start(self, event: Any) -> None:
-        if self.has_spoken or event.data.get("dispatcher") not in self.kernels:
+        kernel = event.data.get("dispatcher")
+        if self.has_logged or kernel not in self.kernels:
             return
-        self.has_spoken = True
-        if self.folder is None:
-            _log.warning(
-                "compiling kernels, a few seconds in every process: %s is not writable, set NUMBA_CACHE_DIR to a "
-                "folder that is",
-                cache_folder(),
-            )
+        self.has_logged = True
+        if self.kernels[kernel]:
+            _log.info("compiling kernels, a few seconds, once per machine")
         else:
-            _log.info("compiling kernels, a few seconds, once on this machine (kept in %s)", self.folder)
+            _log.warning("compiling kernels, a few seconds in every process; set NUMBA_CACHE_DIR to a writable folder")
 
     def on_end(self, event: Any) -> None:
         pass

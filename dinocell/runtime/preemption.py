@@ -1,20 +1,19 @@
-"""Being told to stop: by the user, by the cluster before a time limit, by a job that matters more.
+"""Graceful shutdown: stop requests by the user, or by the cluster before a time limit or for preemption.
 
-A handler only sets a flag; every rank asks `StopRequest.agreed` once a step, which compares the flags, so that all
-ranks stop after the same step, save together, and nothing is lost. What happens then, such as putting the job back into
-the queue, is the launcher's: it hands a function to `on_stop`, which is called with the reason, on the main rank, after
-the save.
+A signal handler only sets a flag. Every rank calls `StopRequest.agreed` once per step, which compares the flags, so
+that all ranks stop after the same step and save together. The launcher registers with `on_stop` what follows the save,
+such as requeuing the job.
 
 ========  ==================================================================
-SIGINT    Ctrl-C: stop after this step; a second one ends at once
-SIGTERM   the cluster ends the job, or the user does: the same
-SIGUSR1   and SIGUSR2: the cluster's warning before a time limit: the same
+SIGINT    Ctrl-C: stop after this step; a second one stops immediately
+SIGTERM   the cluster or the user stops the job: the same
+SIGUSR1   and SIGUSR2, the cluster's warning before a time limit: the same
 ========  ==================================================================
 
 A shell starts the background jobs of a script with SIGINT ignored, so that Ctrl-C stops only the job in the foreground.
 Such a run keeps ignoring SIGINT; ``kill PID`` (SIGTERM) stops it and saves. The other three signals are always handled,
-even where they were inherited as ignored, because a scheduler or a user sends them to this run on purpose. Time limits
-are read from the clock and need no signal.
+even if they were inherited as ignored, because a scheduler or a user sends them to this run on purpose. Time limits are
+read from the clock and need no signal.
 """
 
 import os
@@ -31,7 +30,7 @@ from dinocell.runtime.distributed import barrier, max_over_ranks, rank
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 CTRL_C, TIME_LIMIT = "Ctrl-C", "time limit"
-# What ranks tell one another, by number; where they differ the last one of these counts.
+# Exchanged between ranks by index; if ranks differ, the largest index wins.
 _REASONS = ("", CTRL_C, TIME_LIMIT, "SIGUSR1", "SIGUSR2", "SIGTERM")
 
 
@@ -41,29 +40,26 @@ def ignores_interrupt(number: int) -> bool:
 
 
 class RunStopped(KeyboardInterrupt):
-    """A run was told to stop, has saved, and can be continued; the message says how."""
+    """A run has stopped on request and saved; the message says how to resume it."""
 
 
 _on_stop: Callable[[str], None] | None = None
 
 
 def on_stop(callback: Callable[[str], None] | None) -> None:
-    """Let ``callback`` be called with the reason, on the main rank, after a run was told to stop and has saved.
-
-    There is one; None takes it away.
-    """
+    """Set the function that is called with the reason, on the main rank, after a stopped run has saved; None: none."""
     global _on_stop
     _on_stop = callback
 
 
 class StopRequest:
-    """Whether this run has been told to stop; use it in a ``with`` block around the loop.
+    """Whether this run has been requested to stop; use it in a ``with`` block around the loop.
 
     Parameters
     ----------
     time_limit_s
-        Stop so many seconds after the start of the block; None: no limit. Under SLURM the job's own end
-        (``SLURM_JOB_END_TIME``) counts as well, less ``margin_s``.
+        Stop this number of seconds after the start; None: no limit. Under SLURM the end of the job
+        (``SLURM_JOB_END_TIME``) minus ``margin_s`` is a limit too.
     """
 
     def __init__(self, *, time_limit_s: float | None = None, margin_s: float = 120.0) -> None:
@@ -73,33 +69,30 @@ class StopRequest:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         if end.isdecimal() and int(end) > 0:
             job_end = int(end) - margin_s
-            # A job shorter than the margin is not stopped before it began.
+            # A job shorter than the margin is not stopped before it begins.
             if job_end > time.time():
                 self._deadline = job_end if self._deadline is None else min(self._deadline, job_end)
 
     @property
     def reason(self) -> str | None:
-        """Why this rank wants to stop, and once all agreed, why they all do; None if it does not.
-
-        ``Ctrl-C``, ``time limit``, ``SIGUSR1``, ``SIGUSR2`` or ``SIGTERM``.
-        """
+        """Why this rank, or after `agreed` any rank, stops: one of `_REASONS`; None if it does not."""
         return self._reason
 
     def _request(self, reason: str) -> None:
-        """Ask all ranks to stop after this step; what comes last counts."""
+        """Request all ranks to stop after this step."""
         self._reason = reason if self._reason is None else max(reason, self._reason, key=_REASONS.index)
 
     def agreed(self) -> bool:
-        """Say whether any rank wants to stop; every rank calls it after every step and gets the same answer."""
+        """Return whether any rank has a stop request; every rank calls it after every step."""
         if self._deadline is not None and time.time() >= self._deadline:
             self._request(TIME_LIMIT)
-        # In main memory, through gloo: the device is not waited for.
+        # On the CPU, through gloo, without waiting for the device.
         reason = int(max_over_ranks(torch.tensor(float(_REASONS.index(self._reason or "")))))
         self._reason = _REASONS[reason] or None
         return reason > 0
 
     def finish(self) -> None:
-        """Call what the launcher left for after the save, on the main rank; the others wait for it."""
+        """Call the function of `on_stop` on the main rank, while the other ranks wait."""
         if rank() == 0 and _on_stop is not None:
             _on_stop(self._reason or "")
         barrier()

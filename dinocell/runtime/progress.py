@@ -1,44 +1,81 @@
-"""Progress of a long loop on the console: a live bar in a terminal, plain lines in a log file."""
+"""Progress on the console: a live bar in a terminal, plain lines in a log file.
+
+`start_progress` is for loops over steps that log metrics, `task_progress` for commands that work through a list.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-# Numbers that the console shows, by how their names begin; the others are in TensorBoard.
+# Prefixes of the metrics that the console shows; the others are in TensorBoard only.
 _SHOWN = ("loss/", "probe/", "score/")
 
 
 def start_progress(
     console: Console, *, total_steps: int | None = None, done_steps: int = 0, batch_size: int | None = None
 ) -> LiveProgress | PlainProgress:
-    """Return a live bar if ``console`` is a terminal, plain lines (no control characters) if it is not.
+    """Return a live bar if ``console`` is a terminal, else plain lines without control characters.
 
     Parameters
     ----------
     console
         Where to write.
     total_steps
-        Number of the last step; None if it is not known.
+        Index of the last step; None if unknown.
     done_steps
-        Steps that an earlier start has done.
+        Steps done by an earlier start.
     batch_size
-        Images a step; the rate is shown in images/s instead of steps/s.
+        Images per step; the rate is then in images/s instead of steps/s.
     """
     rate = Rate(total_steps=total_steps, images_per_step=batch_size)
-    # isatty as well: FORCE_COLOR makes rich take a pipe for a terminal.
-    if console.is_terminal and not console.is_dumb_terminal and console.file.isatty():
+    if _is_live(console):
         return LiveProgress(console, rate, total_steps=total_steps, done_steps=done_steps)
     return PlainProgress(console, rate, total_steps=total_steps)
 
 
+def _is_live(console: Console) -> bool:
+    # isatty too, because FORCE_COLOR makes rich treat a pipe as a terminal.
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
+
+
+@contextmanager
+def task_progress(*, stderr: bool = False, transient: bool = False) -> Iterator[Callable[..., None]]:
+    """Yield a function of (task, done, total, note="") that draws one bar per task in a terminal.
+
+    Elsewhere it prints one line when a task is complete. ``total`` is None as long as it is unknown; ``note`` follows
+    the bar; ``transient`` removes the bars at the end.
+    """
+    console = Console(stderr=stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=transient)
+    tasks: dict[str, TaskID] = {}
+    is_live = _is_live(console)
+
+    def report(task: str, done: int, total: int | None, note: str = "") -> None:
+        if is_live:
+            if task not in tasks:
+                tasks[task] = bars.add_task(task, total=total, note=note)
+            bars.update(tasks[task], completed=done, total=total, note=note)
+        elif done == total:
+            line = f"{task} {done} of {total}  {note}".rstrip()
+            console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    if not is_live:
+        yield report
+        return
+    with bars:
+        yield report
+
+
 class Rate:
-    """Steps a second since the first step of this process, which itself is not counted: it warms up."""
+    """Steps per second since the first step of this process, which is a warm-up and not counted."""
 
     def __init__(self, *, total_steps: int | None, images_per_step: int | None) -> None:
         self._total_steps = total_steps
@@ -48,7 +85,7 @@ class Rate:
         self._step = 0
 
     def update(self, step: int) -> None:
-        """Note that ``step`` is done now."""
+        """Record that ``step`` is done now."""
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)
@@ -65,14 +102,14 @@ class Rate:
         return f"{_rounded(self._steps_per_s * self._images_per_step)} img/s"
 
     def eta_text(self) -> str:
-        """Return ``ETA h:mm:ss``; empty if the end or the rate is not known."""
+        """Return ``ETA h:mm:ss``; empty if the end or the rate is unknown."""
         if self._total_steps is None or self._steps_per_s == 0.0:
             return ""
         return f"ETA {timedelta(seconds=round(max(0, self._total_steps - self._step) / self._steps_per_s))}"
 
 
 class LiveProgress:
-    """A bar with step, rate, time left and losses, redrawn in place."""
+    """A bar with step, rate, remaining time and losses."""
 
     def __init__(self, console: Console, rate: Rate, *, total_steps: int | None, done_steps: int) -> None:
         self._rate = rate
@@ -103,12 +140,12 @@ class LiveProgress:
         self._bar.console.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Draw the bar for the last time."""
+        """Draw the final bar."""
         self._bar.stop()
 
 
 class PlainProgress:
-    """One line a log step: for SLURM logs, CI and pipes."""
+    """One line per log step, for SLURM logs, CI and pipes."""
 
     def __init__(self, console: Console, rate: Rate, *, total_steps: int | None) -> None:
         self._console = console
@@ -116,7 +153,7 @@ class PlainProgress:
         self._total = "" if total_steps is None else f"/{total_steps}"
 
     def advance(self, step: int) -> None:
-        """Count the step, print nothing."""
+        """Count the step without printing."""
         self._rate.update(step)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -131,7 +168,7 @@ class PlainProgress:
         self._console.file.flush()
 
     def close(self) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no bar."""
 
 
 def _losses(metrics: Mapping[str, float]) -> str:

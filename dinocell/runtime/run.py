@@ -1,20 +1,21 @@
-"""The run folder: what was run, where, and every number that came out of it.
+"""The run folder and everything that a run logs.
 
 ::
 
     config.yaml, environment.json    see dinocell.runtime.run_folder
-    metrics.jsonl      one line a log step, see dinocell.runtime.run
+    metrics.jsonl      {"step": 120, "time": <seconds since 1970>, "loss/dino": 8.91, ...}, one line per log step
     log.txt            notes with their time (UTC)
     tensorboard/       the same numbers, plus images, histograms and texts
 
-Steps count from 1. A start that resumes at step ``n`` continues ``metrics.jsonl`` and TensorBoard
-after step ``n``: what an earlier attempt logged beyond its last checkpoint is computed again, so it
-is dropped; a start from step 0 drops it all. Only the main rank writes; on the others every method
+Steps count from 1. A start that resumes at step ``n`` continues ``metrics.jsonl`` and TensorBoard after step ``n`` and
+drops later records, because those steps are computed again. Only the main rank writes; on the other ranks every method
 does nothing.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -29,35 +30,23 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from rich.console import Console
 
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, one_line
+from dinocell.runtime.files import write_atomically
 from dinocell.runtime.progress import LiveProgress, PlainProgress, start_progress
 from dinocell.runtime.run_folder import check_same, claim
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-
-import json
-import math
-
-from dinocell.runtime.files import write_atomically
-
-# --- metrics_file --------------------------------------------------------------------------------------------------
-#
-# ``metrics.jsonl``: one JSON object a line, ``{"step": 120, "time": <seconds since 1970>, "loss/dino": 8.91, ...}``.
-#
-# Numbers that JSON cannot hold are the texts ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which
-# Python's ``float()`` reads.
-
+# JSON has no such numbers; ``float()`` reads these texts.
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 class MetricsFile:
-    """The open file; every record is on disk, as far as this process can tell, once :meth:`write` returns.
+    """``metrics.jsonl``, open for appending; every record is flushed.
 
-    Opening keeps the records of steps 1 to ``resume_step`` and drops the others, because they will
-    be computed again. ``num_unreadable`` lines were broken: a process that is killed while it writes
-    leaves half a line behind.
+    Opening keeps the records of steps 1 to ``resume_step``. ``num_unreadable`` counts broken lines: a process that is
+    killed while writing leaves half a line.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
@@ -65,7 +54,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Append the record of a step; the names ``step`` and ``time`` are taken."""
+        """Append the record of a step."""
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         for name, value in numbers.items():
             record[name] = value if math.isfinite(value) else _NOT_FINITE[str(value)]
@@ -108,7 +97,7 @@ class _Outputs:
 
 
 class Run:
-    """An open run folder; make one with :meth:`start`, use it in a ``with`` block."""
+    """An open run folder; open one with :meth:`start` in a ``with`` block."""
 
     def __init__(
         self,
@@ -147,17 +136,17 @@ class Run:
         Parameters
         ----------
         folder
-            The run folder; made if it does not exist.
+            The run folder; created if it does not exist.
         config
             Configuration object (a dataclass), written to ``config.yaml``.
         total_steps
-            Number of the last step; None if it is not known.
+            Index of the last step; None if unknown.
         resume_step
-            Steps done by earlier starts, as the checkpoint says; 0 starts from the beginning.
+            Steps done by earlier starts, from the checkpoint; 0 starts from the beginning.
         log_every
-            Numbers are written every so many steps, and at the first and the last one.
+            Steps between log steps; the first and the last step are log steps too.
         batch_size
-            Images a step over all ranks; turns steps/s into images/s.
+            Images per step over all ranks; turns steps/s into images/s.
         is_main
             Whether this process writes; true on one rank only.
         ignore
@@ -170,12 +159,8 @@ class Run:
         ConfigError
             If the folder holds a run with another configuration.
         DinocellError
-            If the folder cannot be written, or another process is at work in it.
-        ValueError
-            If ``log_every`` is below 1 or ``resume_step`` below 0.
+            If the folder cannot be written, or another process uses it.
         """
-        if log_every < 1 or resume_step < 0:
-            raise ValueError(f"expected log_every >= 1 and resume_step >= 0, got {log_every} and {resume_step}")
         outputs = None
         if is_main:
             with _writing(folder):
@@ -203,13 +188,7 @@ class Run:
 
     @staticmethod
     def check(folder: Path, config: object, *, ignore: Collection[str] = ("compute",)) -> None:
-        """Refuse a folder that holds a run with another configuration, before anything is built or read; as `start`.
-
-        Raises
-        ------
-        ConfigError
-            If it does.
-        """
+        """Raise :class:`ConfigError` if a folder holds a run with another configuration, as `start` does."""
         check_same(folder, config, ignore)
 
     def __enter__(self) -> Run:
@@ -221,45 +200,41 @@ class Run:
         self.close()
 
     def is_log_step(self, step: int) -> bool:
-        """Say whether :meth:`log` writes the numbers of ``step``; the same answer on every rank."""
+        """Return whether :meth:`log` writes the numbers of ``step``; the same on every rank."""
         return step % self._log_every == 0 or step in (self._first_step, self._total_steps)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat], *, always: bool = False) -> None:
-        """Write the numbers of a step that is done; call it every step.
+        """Write the numbers of a finished step; call it every step.
 
-        On steps that are no log step only the progress moves, and no tensor is read. On log steps all
-        tensors of one device come to the host together, with one synchronisation. Added by itself,
-        from the second log step on: ``speed/steps_per_s`` and, with a batch size,
-        ``speed/images_per_s``, measured since the log step before.
+        Between log steps only the progress moves, and no tensor is read. On log steps all tensors of a device are read
+        with one synchronisation. From the second log step on, ``speed/steps_per_s`` and, with a batch size,
+        ``speed/images_per_s`` are added, measured since the previous log step.
 
         Parameters
         ----------
         step
-            Number of the step, counted from 1.
+            Index of the step, from 1.
         metrics
-            Name (``group/name``) to number or one-element tensor. Names starting with ``loss/``,
-            ``probe/`` or ``score/`` show on the console.
+            Name (``group/name``) to number or one-element tensor. Names starting with ``loss/``, ``probe/`` or
+            ``score/`` appear on the console.
         always
-            Write them even if this is no log step: what is measured rarely, such as a validation error.
+            Write them even if this is not a log step: rare measurements, such as a validation error.
 
         Raises
         ------
         ValueError
             If a tensor has more than one element, or a metric is called ``step`` or ``time``.
         DinocellError
-            If the folder cannot be written: the disk is full.
+            If the folder cannot be written.
         """
         if self._outputs is None:
             return
         if not (always or self.is_log_step(step)):
             self._outputs.progress.advance(step)
             return
-        reserved = {"step", "time"} & set(metrics)
-        if reserved:
-            raise ValueError(
-                f"a metric cannot be called {' or '.join(sorted(reserved))}; use a group, as in 'loss/dino'"
-            )
-        numbers = _to_floats(metrics)  # before the clock is read: until here the device may still be at work
+        if reserved := {"step", "time"} & set(metrics):
+            raise ValueError(f"a metric cannot be called {' or '.join(reserved)}; use a group, as in 'loss/dino'")
+        numbers = _to_floats(metrics)  # this waits for the device, so it comes before the clock is read
         numbers = {**self._speed(step), **numbers}
         with _writing(self.folder):
             self._outputs.metrics.write(step, numbers)
@@ -268,30 +243,15 @@ class Run:
         self._outputs.progress.report(step, numbers)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w *rgb"] | Float[np.ndarray, "h w *rgb"]) -> None:
-        """Write an image to TensorBoard.
-
-        Parameters
-        ----------
-        step, name
-            Where it appears.
-        image
-            ``(h w)`` or ``(h w 3)``; 8 bit, or float in [0, 1].
-
-        Raises
-        ------
-        ValueError
-            If the shape or the range is another one.
-        """
+        """Write an image to TensorBoard: ``(h w)`` or ``(h w 3)``; 8 bit, or float in [0, 1]."""
         if self._outputs is None:
             return
-        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-            raise ValueError(f"image '{name}': expected (h, w) or (h, w, 3), got {image.shape}")
         if image.dtype != np.uint8 and not (image.min() >= 0 and image.max() <= 1):
             raise ValueError(f"image '{name}': expected values in [0, 1], got {image.min():.4g} to {image.max():.4g}")
         self._outputs.tensorboard.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
 
     def histogram(self, step: int, name: str, values: SupportsArray) -> None:
-        """Write the distribution of the finite ones of ``values`` (any shape) to TensorBoard, if there are any."""
+        """Write the distribution of the finite ``values`` (any shape) to TensorBoard, if there are any."""
         if self._outputs is None:
             return
         torch = sys.modules.get("torch")
@@ -308,7 +268,7 @@ class Run:
             self._outputs.tensorboard.add_text(name, markdown, step)
 
     def note(self, message: str) -> None:
-        """Print a line on the console, and append it with its time to ``log.txt``."""
+        """Print a line on the console, and append it to ``log.txt`` with its time."""
         if self._outputs is not None:
             with _writing(self.folder):
                 self._outputs.log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {message}\n")
@@ -316,7 +276,7 @@ class Run:
             self._outputs.progress.note(message)
 
     def close(self) -> None:
-        """Flush and close everything; a second call does nothing."""
+        """Flush and close all outputs; a second call does nothing."""
         if self._outputs is not None:
             with _writing(self.folder):
                 self._outputs.closing.close()
@@ -335,14 +295,14 @@ class Run:
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:  # the console's reader has left: no matter of the folder
+    except BrokenPipeError:  # of the console, not the folder
         raise
     except OSError as error:
-        raise DinocellError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
+        raise DinocellError(f"run folder {folder}: cannot be written: {one_line(error)}") from error
 
 
 def _to_floats(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
-    """Return the numbers of ``metrics``, the tensors of each device brought over together."""
+    """Return the metrics as floats, reading the tensors of each device together."""
     torch = sys.modules.get("torch")
     by_device: dict[Any, dict[str, Any]] = {}
     for name, value in metrics.items():
@@ -363,7 +323,7 @@ def _open(folder: Path, resume_step: int, log: TextIO, progress: LiveProgress | 
     from torch.utils.tensorboard.writer import SummaryWriter
 
     with ExitStack() as stack:
-        stack.enter_context(log)  # closed last: it keeps other processes out
+        stack.enter_context(log)  # closed last, because it locks the folder
         stack.callback(progress.close)
         metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step)
         stack.callback(metrics.close)

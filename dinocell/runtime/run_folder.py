@@ -1,15 +1,12 @@
-"""Whose a run folder is: what is run there and from where; no run with other settings gets in, and no second process.
+"""A run folder: its configuration and environment, and a lock that keeps a second process out.
 
 ::
 
-    config.yaml        the resolved configuration, every key written out
-    environment.json   {"starts": [...]}: version, commit, packages, command line, machine of each start
+    config.yaml        the resolved configuration with every key
+    environment.json   {"starts": [...]}: version, commit, packages, command line and machine of each start
     log.txt            locked by the process that writes to the folder
 """
 
-from __future__ import annotations
-
-import errno
 import fcntl
 import importlib.metadata
 import json
@@ -25,35 +22,36 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from dinocell.configs.load import read_mapping, to_dict, to_yaml
+from dinocell.configs.load import read_stored, to_dict, to_yaml
 from dinocell.configs.schema import diff_configs
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.runtime.files import write_atomically
 
 _log = logging.getLogger(__name__)
 
-# A cluster starts a job again while it still ends the processes of the start before (SLURM's KillWait: 30 s).
+# SLURM requeues a job while it still ends the processes of the previous start (KillWait: 30 s).
 _PATIENCE_S, _POLL_S = 60.0, 0.5
 
 
 def claim(folder: Path, config: object, ignore: Collection[str], *, patience_s: float = _PATIENCE_S) -> TextIO:
-    """Make a run folder, or check that it is of the same configuration; write what is run and where.
+    """Make a run folder, or check that it has the same configuration; write its configuration and environment.
 
-    Returns ``log.txt``, to be appended to; until it is closed, or this process ends, no other process gets in.
+    Returns ``log.txt``, open for appending; until it is closed or this process ends, no other process can claim the
+    folder.
 
     Parameters
     ----------
     ignore
         Dotted keys or sections of the configuration that may differ.
     patience_s
-        How long to wait for the end of another process that is at work in it.
+        How long to wait for another process that uses the folder.
 
     Raises
     ------
     ConfigError
         If it holds a run with another configuration.
     DinocellError
-        If it is a file, another process is at work in it, or its ``environment.json`` is not one.
+        If it is a file, another process uses it, or its ``environment.json`` is damaged.
     OSError
         If it cannot be written.
     """
@@ -61,8 +59,9 @@ def claim(folder: Path, config: object, ignore: Collection[str], *, patience_s: 
         raise DinocellError(f"run folder {folder}: is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     check_same(folder, config, ignore)
-    log = _open_locked(folder / "log.txt", patience_s)
+    log = (folder / "log.txt").open("a", encoding="utf-8")
     try:
+        _lock(log, folder, patience_s)
         _describe(folder, config)
     except BaseException:
         log.close()
@@ -70,33 +69,27 @@ def claim(folder: Path, config: object, ignore: Collection[str], *, patience_s: 
     return log
 
 
-def _open_locked(path: Path, patience_s: float) -> TextIO:
-    """Open for appending and lock: two processes would throw away each other's numbers and half-written states."""
-    file = path.open("a", encoding="utf-8")
-    end: float | None = None
-    while not _lock(file):
-        if end is None:
-            end = time.monotonic() + patience_s
-            _log.warning("%s: another process is at work in it; waiting %g s for its end", path.parent, patience_s)
-        if time.monotonic() >= end:
-            file.close()
-            raise DinocellError(
-                f"run folder {path.parent}: another process is at work in it; wait for its end, or stop it"
-            )
+def _lock(file: TextIO, folder: Path, patience_s: float) -> None:
+    """Lock a file: two processes would overwrite each other's numbers and checkpoints."""
+    end = time.monotonic() + patience_s
+    has_warned = False
+    while True:
+        try:
+            # lockf locks for the process, not the open file: loader workers that outlive a killed run do not keep it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= end:
+                raise DinocellError(
+                    f"run folder {folder}: in use by another process; wait for it, or stop it"
+                ) from None
+        except OSError as error:
+            _log.warning("%s: cannot be locked (%s): start this run only once at a time", file.name, error.strerror)
+            return
+        if not has_warned:
+            _log.warning("%s: in use by another process; waiting up to %g s for it", folder, patience_s)
+            has_warned = True
         time.sleep(min(_POLL_S, patience_s))
-    return file
-
-
-def _lock(file: TextIO) -> bool:
-    """Say whether the lock is ours now; where the disk knows none, say so, and take it for ours."""
-    try:
-        # Of the process, not of the open file: loader workers that outlive a killed run must not hold it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        _log.warning("%s: cannot be locked (%s): do not start this run twice at once", file.name, error.strerror)
-    return True
 
 
 def _describe(folder: Path, config: object) -> None:
@@ -112,26 +105,17 @@ def _describe(folder: Path, config: object) -> None:
 
 
 def check_same(folder: Path, config: object, ignore: Collection[str]) -> None:
-    """Refuse a folder that holds a run with another configuration.
-
-    Raises
-    ------
-    ConfigError
-        If it does; it names what differs.
-    """
+    """Raise :class:`ConfigError` if a folder holds a run with another configuration; it names what differs."""
     config_file = folder / "config.yaml"
-    if config_file.exists():
-        differing = diff_configs(read_mapping(config_file), to_dict(config), ignore)
-        if differing:
-            raise ConfigError(
-                f"run folder {folder} holds a run with other settings ({'; '.join(differing)}); "
-                "use another output folder, or the same settings"
-            )
+    if not config_file.exists():
+        return
+    differing = diff_configs(read_stored(type(config), config_file), to_dict(config), ignore)
+    if differing:
+        raise ConfigError(
+            f"run folder {folder} holds a run with other settings ({'; '.join(differing)}); "
+            "use another output folder, or the same settings"
+        )
 
-
-# --- environment ---------------------------------------------------------------------------------------------------
-#
-# What a run was started with: version, commit, packages, command line, machine.
 
 PACKAGES = (
     "torch",
@@ -151,8 +135,8 @@ PACKAGES = (
 def environment() -> dict[str, Any]:
     """Return a JSON-able description of this process and machine.
 
-    Versions come from package metadata, so nothing heavy is imported; CUDA devices are listed only
-    if torch is imported already. ``git`` is null unless DINOCell runs from a checkout.
+    Versions are read from package metadata, without imports; CUDA devices are listed only if torch is imported already.
+    ``git`` is null unless DINOCell runs from a checkout.
     """
     from dinocell._version import __version__
 
@@ -172,7 +156,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_state(checkout: Path) -> dict[str, Any] | None:
-    """Return ``commit``, and ``dirty`` if files under ``dinocell/`` differ from it; None without a checkout."""
+    """Return ``commit`` and ``dirty``, whether files under ``dinocell/`` differ from it; None without a checkout."""
     if not (checkout / ".git").exists():
         return None
     commit = _git(checkout, "rev-parse", "HEAD")
@@ -185,7 +169,7 @@ def _git(checkout: Path, *arguments: str) -> str | None:
         done = subprocess.run(
             ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True, timeout=30
         )
-    except (OSError, subprocess.SubprocessError):  # no git here, no commit yet, or a checkout of another user
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or another user's checkout
         return None
     return done.stdout.strip()
 

@@ -1,7 +1,7 @@
-"""How a number changes over a run: held, then a linear warm-up, a cosine, and constant to the end.
+"""Schedules: a value is held, then follows a linear warm-up and a cosine, and is constant until the end.
 
-One form serves the learning rate, the weight decay, the teacher's momentum and temperature, the weights of losses, and
-what is frozen at the beginning. A value depends on the step and the length of the run alone.
+Used for the learning rate, the weight decay, the teacher's momentum and temperature, the weights of losses, and frozen
+parts. A value depends only on the step and the length of the run.
 """
 
 import math
@@ -9,24 +9,27 @@ from dataclasses import dataclass
 
 from dinocell.errors import ConfigError
 
+# Of `Freeze`; a `Schedule` still has ``hold``.
+RENAMED_KEYS = {"hold": "freeze"}
+
 Span = int | float
-"""A stretch of a run: an integer is a number of steps, a number with a decimal point a fraction of the run."""
+"""A part of a run: an integer is a number of steps, a number with a decimal point a fraction of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A value over a run, as a recipe writes it.
+    """A value over a run.
 
     =============  ==================================================================================
     ``hold``       at ``start``
-    ``warmup``     linearly from ``start`` to ``peak``, which it reaches with the step after
-    ``cosine``     along half a cosine from ``peak`` to ``end``; null: for the rest of the run
+    ``warmup``     linear from ``start`` to ``peak``, which is reached with the step after it
+    ``cosine``     half a cosine from ``peak`` to ``end``; null: for the rest of the run
     then           at ``end``
     =============  ==================================================================================
 
-    ``hold``, ``warmup`` and ``cosine`` are steps (integers) or fractions of the run (0.1). Only ``peak``: a constant.
-    Without ``end`` the value stays at ``peak``; such a run can be made longer and no value so far changes. A cosine
-    longer than what is left of the run is cut off. ``start`` is 0 unless given.
+    ``hold``, ``warmup`` and ``cosine`` are steps (integers) or fractions of the run (0.1); ``peak`` alone is constant.
+    Without ``end`` the value stays at ``peak``; such a run can be extended without changing earlier values. A cosine
+    longer than the rest of the run is cut off.
     """
 
     peak: float
@@ -40,58 +43,44 @@ class Schedule:
         for name, value in (("peak", self.peak), ("start", self.start), ("end", self.end)):
             if value is not None and not math.isfinite(value):
                 raise ConfigError(f"{name}: expected a finite number, got {value}")
-        for name, span, most in (("hold", self.hold, 1), ("warmup", self.warmup, 1), ("cosine", self.cosine, math.inf)):
-            if span is None:
-                continue
-            if not (span >= 0 and math.isfinite(span)):
+        for name, span in (("hold", self.hold), ("warmup", self.warmup), ("cosine", self.cosine)):
+            if span is not None and not (span >= 0 and math.isfinite(span)):
                 raise ConfigError(f"{name}: expected at least 0, got {span}")
-            if isinstance(span, float) and span > most:
+            if isinstance(span, float) and span > 1 and name != "cosine":
                 raise ConfigError(
-                    f"{name}: expected a fraction of the run, at most 1.0, got {span}; write steps without a point"
+                    f"{name}: expected a fraction of at most 1.0, got {span}; write steps without a point"
                 )
-        if self.cosine is not None and self.end is None:
-            raise ConfigError("cosine: set where it goes to (end), or leave it out")
-        if self.cosine == 0:
-            raise ConfigError("cosine: expected more than 0 steps; leave out cosine and end for a constant")
+        if self.cosine is not None and (self.end is None or self.cosine == 0):
+            raise ConfigError("cosine: expected more than 0 steps and an end value; remove it for a constant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Freeze:
-    """What does not learn at first: a factor of 0 for ``hold``, then rising linearly to 1 over ``warmup``."""
+    """A factor on a learning rate: 0 for ``freeze``, then rising linearly to 1 over ``warmup``."""
 
-    hold: int | float = 0
+    freeze: int | float = 0
     warmup: int | float = 0
 
     def __post_init__(self) -> None:
-        self.factor()  # refuses what a schedule refuses
+        self.factor()  # a schedule checks its fields
 
     def factor(self) -> Schedule:
         """Return the factor on the learning rate as a schedule."""
-        return Schedule(peak=1.0, hold=self.hold, warmup=self.warmup)
+        return Schedule(peak=1.0, hold=self.freeze, warmup=self.warmup)
 
 
 def value_at(schedule: Schedule, step: int, num_steps: int) -> float:
-    """Return the value of a step.
-
-    Parameters
-    ----------
-    step
-        From 0 to ``num_steps - 1``; steps before or after are errors.
-    num_steps
-        Length of the run.
+    """Return the value of a step from 0 to ``num_steps - 1``, where ``num_steps`` is the length of the run.
 
     Raises
     ------
-    ValueError
-        If the run has no such step.
     ConfigError
-        If what comes before the cosine does not fit into the run.
+        If ``hold`` and ``warmup`` do not fit into the run.
     """
-    if not 0 <= step < num_steps:
-        raise ValueError(f"step: expected 0 to {num_steps - 1}, got {step}")
+    assert 0 <= step < num_steps, f"step {step} of {num_steps}"
     hold, warmup = num_steps_of(schedule.hold, num_steps), num_steps_of(schedule.warmup, num_steps)
     if isinstance(schedule.hold, float) and isinstance(schedule.warmup, float) and schedule.hold + schedule.warmup <= 1:
-        warmup = min(warmup, num_steps - hold)  # two shares of the run fit into it, though both be rounded up
+        warmup = min(warmup, num_steps - hold)  # both fractions may have been rounded up
     if hold + warmup > num_steps:
         raise ConfigError(f"hold and warmup are {hold} + {warmup} steps, the run has {num_steps}: make them shorter")
     if step < hold:
@@ -103,7 +92,7 @@ def value_at(schedule: Schedule, step: int, num_steps: int) -> float:
     rest = num_steps - hold - warmup
     cosine = rest if schedule.cosine is None else max(1, num_steps_of(schedule.cosine, num_steps))
     done = step - hold - warmup
-    if done >= cosine - 1:  # the last step of the cosine, and all that follow, are at the end exactly
+    if done >= cosine - 1:  # the last step of the cosine and all later ones are exactly at the end
         return schedule.end if cosine > 1 or done > 0 else schedule.peak
     return schedule.end + (schedule.peak - schedule.end) * 0.5 * (1 + math.cos(math.pi * done / (cosine - 1)))
 
@@ -114,7 +103,7 @@ def num_steps_of(span: Span, num_steps: int) -> int:
 
 
 def check_range(name: str, schedule: Schedule, low: float, high: float) -> None:
-    """Refuse a schedule that takes values outside a range."""
+    """Raise :class:`ConfigError` if a schedule takes values outside a range."""
     values = [schedule.peak]
     if schedule.hold or schedule.warmup:
         values.append(schedule.start)

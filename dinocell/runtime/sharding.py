@@ -1,14 +1,14 @@
-"""How a model lies on several ranks: whole on each, in shards over all, or in shards within each machine.
+"""Distribute a model over ranks: replicated, sharded over all ranks, or sharded within each machine.
 
 ========  ==================================================================================================
-``ddp``   every rank holds all of it; gradients are averaged. Least traffic; for what fits (ViT-S, B).
-``fsdp``  every rank holds one part of each block and fetches the rest when its turn comes (ViT-L and larger).
-``hsdp``  the same among the ranks of a machine, whose links are fast; machines hold copies of one another.
+``ddp``   every rank holds the model; gradients are averaged. Least communication; for ViT-S and ViT-B.
+``fsdp``  every rank holds a shard of each block and gathers the block when it computes it (ViT-L and larger).
+``hsdp``  sharded over the ranks of a machine, which have fast links; replicated over machines.
 ``auto``  ``ddp`` below 200 M parameters of a student, else ``hsdp`` on several machines and ``fsdp`` on one.
 ========  ==================================================================================================
 
-All three are FSDP2 (`torch.distributed.fsdp.fully_shard`) on a mesh of replicas times shards: one path, one form of
-state, so a checkpoint of one is read by the others. Alone nothing is wrapped.
+All three are FSDP2 (`torch.distributed.fsdp.fully_shard`) on a mesh of replicas times shards, so they share one code
+path and read each other's checkpoints. With one process nothing is wrapped.
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ def choose_parallel(parallel: Parallel, num_parameters: int, world: World) -> Pa
     Raises
     ------
     ConfigError
-        If ``hsdp`` is asked for and the ranks are not spread evenly over machines.
+        For ``hsdp`` if the machines have different numbers of ranks.
     """
     if parallel == "auto":
         if num_parameters < _REPLICATED_BELOW:
@@ -43,19 +43,19 @@ def choose_parallel(parallel: Parallel, num_parameters: int, world: World) -> Pa
         return "hsdp" if world.local_size < world.size and world.size % world.local_size == 0 else "fsdp"
     if parallel == "hsdp" and world.size % world.local_size:
         raise ConfigError(
-            f"compute.parallel: hsdp needs as many processes on every machine; there are {world.size}, "
-            f"{world.local_size} of them on this one"
+            "compute.parallel: hsdp needs the same number of processes on every machine, "
+            f"got {world.local_size} of {world.size} on this one"
         )
     return parallel
 
 
 def num_shards(parallel: Parallel, world: World) -> int:
-    """Return over how many ranks a resolved way spreads one copy of the model."""
+    """Return the number of ranks that share one copy of the model."""
     return {"ddp": 1, "fsdp": world.size, "hsdp": world.local_size}[parallel]
 
 
 def make_mesh(parallel: Parallel, world: World) -> DeviceMesh:
-    """Return the mesh, (replicas, shards), of a resolved way."""
+    """Return the mesh (replicas, shards)."""
     shards = num_shards(parallel, world)
     return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replica", "shard"))
 
@@ -68,22 +68,20 @@ def shard(
     dtype: torch.dtype | None = None,
     keep_gathered: bool = False,
 ) -> None:
-    """Spread a module over the mesh, in place; it moves to the mesh's device.
+    """Shard a module over the mesh, in place, on the mesh's device.
 
     Parameters
     ----------
     module
-        Called by itself in the forward pass: a backbone or a head.
+        A backbone or a head, which the forward pass calls itself.
     blocks
-        Parts of it, fetched one at a time, in the order in which they are called; each is fetched while the one before
-        computes.
+        Parts of it in the order of the forward pass; each is gathered while the previous one computes.
     dtype
-        In which parameters are exchanged and used; gradients are averaged in float32. None: as they are.
+        Of the gathered parameters; gradients are averaged in float32. None: unchanged.
     keep_gathered
-        Do not let go of the parameters after the forward pass: for a module that hands its parameters out.
+        Keep the gathered parameters after the forward pass: for a module whose parameters are used outside.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # On a single shard there is nothing to let go of.
     release = mesh["shard"].size() > 1 and not keep_gathered
     parts = list(blocks)
     for part in parts:
@@ -96,14 +94,11 @@ def shard(
 
 
 def sharded_parts(modules: Iterable[nn.Module]) -> list[FSDPModule]:
-    """Return what `shard` has spread, of these modules and all inside of them."""
+    """Return the sharded modules inside these modules."""
     return [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def release(parts: Iterable[FSDPModule]) -> None:
-    """Let go of gathered parameters, which an update of the shards (a moving average) would not reach.
-
-    After a pass without gradient a root keeps what it gathered.
-    """
+    """Free gathered parameters, which a pass without gradient keeps and an update of the shards would not change."""
     for part in parts:
         part.reshard()

@@ -20,7 +20,7 @@ Recompute = Literal["nothing", "activations", "blocks"]
 _LARGEST_SEED = 2**32 - 1
 
 # Former keys of `PretrainConfig`: present name, and for deleted ones the only value that is still accepted.
-RENAMED_KEYS = {"watch": "online_eval"}
+RENAMED_KEYS = {"watch": "online_eval", "optim.max_bad_steps": "optim.max_nonfinite_steps"}
 REMOVED_KEYS = {"gram.negatives": "keep", "views.black": "0.1", "views.white": "99.9"}
 
 
@@ -68,12 +68,12 @@ class Schedules:
     teacher_temperature: Schedule = field(default_factory=lambda: Schedule(start=0.04, peak=0.07, warmup=0.3))
     local_weight: Schedule = field(default_factory=lambda: Schedule(peak=1.0))
     gram_weight: Schedule = field(default_factory=lambda: Schedule(peak=0.0))
-    last_layer: Freeze = field(default_factory=lambda: Freeze(hold=0.01))
+    last_layer: Freeze = field(default_factory=lambda: Freeze(freeze=0.01))
     backbone: Freeze | None = None
 
     def backbone_freeze(self, *, from_weights: bool) -> Freeze:
         """Return how the backbone is frozen at the start, from pretrained weights or from random ones."""
-        return self.backbone or (Freeze(hold=0.02, warmup=0.03) if from_weights else Freeze())
+        return self.backbone or (Freeze(freeze=0.02, warmup=0.03) if from_weights else Freeze())
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "weight_decay", "local_weight", "gram_weight"):
@@ -333,7 +333,7 @@ class OptimConfig:
         How the learning rate of the schedule, which is for a batch of 1,024, scales with the batch size.
     clip
         Maximum gradient norm of each sub-module.
-    max_bad_steps
+    max_nonfinite_steps
         Number of consecutive steps with a non-finite loss or gradient that ends the run. Such steps change no weight.
     """
 
@@ -350,7 +350,7 @@ class OptimConfig:
         _check(self, "0 to less than 1", lambda beta: 0 <= beta < 1, "betas")
         _check_at_least(self, 0, "layer_decay", "patch_embedding_factor", "head_weight_decay_factor")
         _check(self, "more than 0", lambda norm: norm > 0, "clip")  # infinite: no clipping
-        _check_at_least(self, 1, "max_bad_steps", "accumulate")
+        _check_at_least(self, 1, "max_nonfinite_steps", "accumulate")
 
 
 @dataclass(frozen=True, kw_only=True)
