@@ -41,7 +41,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="M",
-        help="a segmenter: a path, a folder or hf://owner/name (default: the small one in the box)",
+        help="a segmenter: a path, a folder or hf://owner/name (default: the small one that is shipped with DINOCell)",
     )
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER", help="(results)")
     parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
@@ -130,12 +130,12 @@ def _run(options: argparse.Namespace) -> None:
 def _pipeline(options: argparse.Namespace) -> "DINOCellPipeline":
     from dinocell.eval.segmentation.pipeline import DINOCellPipeline
     from dinocell.finetune.model import DINOCell
-    from dinocell.finetune.segmenter_file import NOTICE, SEGMENTER
+    from dinocell.finetune.segmenter_file import DEFAULT_MODEL, DEFAULT_MODEL_NOTICE
 
     if options.model is None:
-        print(NOTICE, file=sys.stderr)
+        print(DEFAULT_MODEL_NOTICE, file=sys.stderr)
     return DINOCellPipeline(
-        DINOCell.from_pretrained(options.model or SEGMENTER),
+        DINOCell.from_pretrained(options.model or DEFAULT_MODEL),
         device=options.device,
         cells_max=options.cells_max,
         cell_fill=options.cell_fill,

@@ -151,15 +151,14 @@ def _rule(settings: SegmenterSettings) -> str:
     return f"peaks above {settings.cells_max:.3g}, fill above {settings.cell_fill:.3g}, {merging}, {border}"
 
 
-# --- box -----------------------------------------------------------------------------------------------------------
+# --- default model -------------------------------------------------------------------------------------------------
 #
-# The small segmenter that the package carries, for `dinocell segment` without ``--model``.
+# The small segmenter that is shipped with the package, for `dinocell segment` without ``--model``; its model card is
+# README.md in the same folder.
 
-# Beside it lies its model card, README.md.
-SEGMENTER = Path(__file__).resolve().parents[1] / "box" / "segmenter.safetensors"
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "default_model" / "segmenter.safetensors"
 
-NOTICE = (
-    "no --model: taking the small one in the box, which learnt from 751 public images of nuclei and of one kind of "
-    "cell in phase contrast. Look at its overlays (--save-viz) before you count on it, and fine-tune on images of your "
-    "own"
+DEFAULT_MODEL_NOTICE = (
+    "no --model: using the default model, trained on 751 public images of nuclei and of one cell type in phase "
+    "contrast. Check its overlays (--save-viz) before you rely on it, and fine-tune it on your own images"
 )
