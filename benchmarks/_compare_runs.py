@@ -21,7 +21,7 @@ from dinocell.configs.load import load_config
 from dinocell.demo.otsu import otsu_baseline
 from dinocell.eval.export.writers import overlay
 from dinocell.eval.metrics.bootstrap import ctc_intervals, matching_intervals
-from dinocell.eval.metrics.overlaps import find_overlaps
+from dinocell.eval.metrics.overlaps import contingency_table
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
@@ -103,7 +103,7 @@ def otsu(image: LabelledImage) -> np.ndarray:
 
 
 def row(name: str, images: list[LabelledImage], labels: list[np.ndarray], kinds: list[bool], note: str) -> str:
-    tables = [find_overlaps(np.asarray(i.labels, np.int32), found) for i, found in zip(images, labels, strict=True)]
+    tables = [contingency_table(np.asarray(i.labels, np.int32), found) for i, found in zip(images, labels, strict=True)]
     all_ctc, all_ap = ctc_intervals(tables), matching_intervals(tables)
     cells = [shown(all_ctc["op_csb"]), shown(all_ctc["seg"]), shown(all_ctc["det"])]
     cells.append(shown(all_ap["average_precision"]))

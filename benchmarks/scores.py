@@ -23,7 +23,7 @@ from labels_to_distance import touching_cells
 
 from dinocell.eval.metrics.ctc import CTCScore, ctc_score, ctc_score_from
 from dinocell.eval.metrics.matching import matching_score_from
-from dinocell.eval.metrics.overlaps import find_overlaps
+from dinocell.eval.metrics.overlaps import contingency_table
 
 TARGET_SECONDS, TARGET_MB = 0.15, 200
 CELLS_AT_2048 = 5000
@@ -122,7 +122,7 @@ def ours(reference: str, prediction: str) -> CTCScore:
 
 
 def ours_with_iou_scores(reference: str, prediction: str) -> object:
-    tables = [find_overlaps(tifffile.imread(reference), tifffile.imread(prediction))]
+    tables = [contingency_table(tifffile.imread(reference), tifffile.imread(prediction))]
     return ctc_score_from(tables), matching_score_from(tables)
 
 

@@ -15,12 +15,12 @@ import torch
 from dinocell.cli import main
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.eval.error_images import FALSE, MISSED, RIGHT, draw_mistakes
+from dinocell.eval.error_images import FALSE, MISSED, RIGHT, draw_errors
 from dinocell.eval.evaluate import FOUND, OURS, PLAIN, SearchGrid, evaluate_sets
 from dinocell.eval.evaluation_sets import find_predictions
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.metrics.matching import matching_score
-from dinocell.eval.metrics.overlaps import find_overlaps
+from dinocell.eval.metrics.overlaps import contingency_table
 from dinocell.eval.report import write_report
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.eval.segmentation.watershed import distance_to_labels
@@ -142,7 +142,7 @@ def test_mistakes_are_drawn_in_their_colours() -> None:
     reference[5:15, 5:15], predicted[5:15, 5:15] = 1, 9  # right
     reference[25:35, 5:15] = 2  # missed
     predicted[5:15, 40:50] = 4  # false
-    picture = draw_mistakes(np.zeros((40, 60)), reference, predicted, find_overlaps(reference, predicted))
+    picture = draw_errors(np.zeros((40, 60)), reference, predicted, contingency_table(reference, predicted))
     assert tuple(picture[:, 5, 10]) == RIGHT
     assert tuple(picture[:, 25, 10]) == MISSED
     assert tuple(picture[:, 5, 45]) == FALSE
@@ -153,7 +153,7 @@ def test_mistakes_are_drawn_in_their_colours() -> None:
 
 def test_large_pictures_are_thinned() -> None:
     labels = np.ones((8, 2400), np.int32)
-    assert draw_mistakes(np.zeros(labels.shape), labels, labels, find_overlaps(labels, labels)).shape == (3, 3, 800)
+    assert draw_errors(np.zeros(labels.shape), labels, labels, contingency_table(labels, labels)).shape == (3, 3, 800)
 
 
 @pytest.mark.parametrize(

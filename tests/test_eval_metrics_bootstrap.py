@@ -10,14 +10,14 @@ from dinocell.eval.metrics import bootstrap as bootstrap_module
 from dinocell.eval.metrics.bootstrap import bootstrap, ctc_intervals, matching_intervals
 from dinocell.eval.metrics.ctc import ctc_score_from
 from dinocell.eval.metrics.matching import matching_score_from
-from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
 
 
 def mean_of(sums: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": sums[:, 0] / sums[:, 1]}
 
 
-def tables(count: int, *, seed: int = 0) -> list[Overlaps]:
+def tables(count: int, *, seed: int = 0) -> list[ContingencyTable]:
     """Squares of 4 x 4 on a grid: some missed, some merged with the next, some shifted, some invented."""
     generator = np.random.default_rng(seed)
     found = []
@@ -31,7 +31,7 @@ def tables(count: int, *, seed: int = 0) -> list[Overlaps]:
             if generator.random() < 0.8:
                 merged = number % 10 > 0 and generator.random() < 0.3
                 prediction[place] = number + 1 - merged
-        found.append(find_overlaps(reference, np.roll(prediction, generator.integers(0, 2), 1)))
+        found.append(contingency_table(reference, np.roll(prediction, generator.integers(0, 2), 1)))
     return found
 
 
@@ -107,8 +107,8 @@ def test_one_image_has_an_interval_over_cells() -> None:
 
 
 def test_draws_without_a_reference_cell_are_counted_and_left_out() -> None:
-    empty = find_overlaps(np.zeros((2, 2), int), np.eye(2, dtype=int))
-    full = find_overlaps(np.eye(2, dtype=int), np.eye(2, dtype=int))
+    empty = contingency_table(np.zeros((2, 2), int), np.eye(2, dtype=int))
+    full = contingency_table(np.eye(2, dtype=int), np.eye(2, dtype=int))
     interval = ctc_intervals([empty, full], num_draws=1000)["seg"]
     assert interval[:3] == (1, 1, 1)
     assert 200 < interval.num_undefined < 300
@@ -117,7 +117,7 @@ def test_draws_without_a_reference_cell_are_counted_and_left_out() -> None:
 
 
 def test_precision_without_predictions_is_undefined_without_a_warning() -> None:
-    missed = find_overlaps(np.eye(2, dtype=int), np.zeros((2, 2), int))
+    missed = contingency_table(np.eye(2, dtype=int), np.zeros((2, 2), int))
     intervals = matching_intervals([missed, missed], num_draws=10)
     assert intervals["precision"] == pytest.approx((math.nan, math.nan, math.nan, 10), nan_ok=True)
     assert intervals["recall"] == (0, 0, 0, 0)

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 
 from dinocell.eval.metrics.ctc import CTCScore, ctc_score, ctc_score_from
-from dinocell.eval.metrics.overlaps import find_overlaps
+from dinocell.eval.metrics.overlaps import contingency_table
 
 SHARED = Path(__file__).parents[2] / "shared"
 NAN = math.nan
@@ -155,7 +155,9 @@ def test_ids_beyond_16_bits_match() -> None:
 
 def test_scores_of_tables_equal_scores_of_images() -> None:
     frames = [random_frames(seed) for seed in range(3)]
-    assert ctc_score_from(find_overlaps(*pair) for pair in frames) == ctc_score(*map(list, zip(*frames, strict=True)))
+    assert ctc_score_from(contingency_table(*pair) for pair in frames) == ctc_score(
+        *map(list, zip(*frames, strict=True))
+    )
 
 
 def test_numbering_does_not_matter() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from dinocell.eval.metrics.matching import THRESHOLDS, MatchingScore, find_matches, matching_score, matching_score_from
-from dinocell.eval.metrics.overlaps import find_overlaps
+from dinocell.eval.metrics.overlaps import contingency_table
 
 NAN = math.nan
 
@@ -166,7 +166,7 @@ def test_images_without_a_value_are_not_in_the_mean() -> None:
 
 def test_scores_of_tables_equal_scores_of_images() -> None:
     pairs = [random_pair(seed) for seed in range(3)]
-    tables = [find_overlaps(*pair) for pair in pairs]
+    tables = [contingency_table(*pair) for pair in pairs]
     assert matching_score_from(tables) == matching_score(*map(list, zip(*pairs, strict=True)))
 
 
@@ -176,4 +176,4 @@ def test_thresholds_that_need_a_solver_or_make_no_sense_are_refused(thresholds: 
         matching_score(*random_pair(0), thresholds=thresholds)
     if thresholds:
         with pytest.raises(ValueError, match=r"threshold: expected an IoU from 0.5 to 1, got"):
-            find_matches(find_overlaps(*random_pair(0)), thresholds[-1])
+            find_matches(contingency_table(*random_pair(0)), thresholds[-1])

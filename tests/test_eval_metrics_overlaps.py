@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinocell.eval.metrics import overlaps
-from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps, overlaps_of_frames
+from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table, contingency_tables
 
 # The suite checks annotations at run time, which would stop these before our own message does.
-unchecked = inspect.unwrap(find_overlaps)
+unchecked = inspect.unwrap(contingency_table)
 
 Pairs = dict[tuple[int, int], int]
 
@@ -27,7 +27,7 @@ def plain_loop(reference: np.ndarray, prediction: np.ndarray) -> tuple[dict[int,
     return areas, predicted_areas, {pair: pixels for pair, pixels in shared.items() if pixels}
 
 
-def unpacked(table: Overlaps) -> tuple[dict[int, int], dict[int, int], Pairs]:
+def unpacked(table: ContingencyTable) -> tuple[dict[int, int], dict[int, int], Pairs]:
     cells, predicted = table.reference_ids.tolist(), table.predicted_ids.tolist()
     pairs = zip(table.reference_index.tolist(), table.predicted_index.tolist(), strict=True)
     return (
@@ -53,22 +53,22 @@ def test_any_two_small_images_equal_the_plain_loop(data: st.DataObject) -> None:
     height, width = data.draw(st.integers(0, 6)), data.draw(st.integers(0, 6))
     ids = st.lists(st.integers(0, 4), min_size=height * width, max_size=height * width)
     reference, prediction = (np.array(data.draw(ids), np.uint8).reshape(height, width) for _ in range(2))
-    assert unpacked(find_overlaps(reference, prediction)) == plain_loop(reference, prediction)
+    assert unpacked(contingency_table(reference, prediction)) == plain_loop(reference, prediction)
 
 
 @pytest.mark.parametrize("block_pixels", [1, 50, 64, 1000, 1 << 18])
 def test_blocks_do_not_change_the_table(block_pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, prediction = patches(1, (41, 37)), patches(2, (41, 37))
     monkeypatch.setattr(overlaps, "_BLOCK_PIXELS", block_pixels)
-    assert unpacked(find_overlaps(reference, prediction)) == plain_loop(reference, prediction)
+    assert unpacked(contingency_table(reference, prediction)) == plain_loop(reference, prediction)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, ">u2", ">i4", np.uint32, np.int64, np.uint64])
 def test_every_integer_type_gives_the_same_table(dtype: str | type) -> None:
     reference, prediction = patches(3, (30, 40)), patches(4, (30, 40))
     expected = plain_loop(reference, prediction)
-    assert unpacked(find_overlaps(reference.astype(dtype), prediction)) == expected
-    assert unpacked(find_overlaps(reference, prediction.astype(dtype))) == expected
+    assert unpacked(contingency_table(reference.astype(dtype), prediction)) == expected
+    assert unpacked(contingency_table(reference, prediction.astype(dtype))) == expected
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64, np.uint64])
@@ -77,12 +77,12 @@ def test_ids_up_to_the_end_of_their_type_stay_apart(dtype: type) -> None:
     largest = int(np.iinfo(dtype).max)
     ids = np.array([0, *(largest - 11 + np.arange(11, dtype=np.uint64))], dtype)
     large = ids[reference], ids[::-1][prediction]  # the background of the prediction becomes a cell
-    assert unpacked(find_overlaps(*large)) == plain_loop(*large)
+    assert unpacked(contingency_table(*large)) == plain_loop(*large)
 
 
 @pytest.mark.parametrize("factor", [1, 2**40])
 def test_cells_are_sorted_and_pairs_grouped(factor: int) -> None:
-    table = find_overlaps(factor * patches(7, (50, 60), 40), factor * patches(8, (50, 60), 40))
+    table = contingency_table(factor * patches(7, (50, 60), 40), factor * patches(8, (50, 60), 40))
     assert (np.diff(table.reference_ids.astype(int)) > 0).all()
     assert (np.diff(table.predicted_ids.astype(int)) > 0).all()
     keys = table.reference_index * 1000 + table.predicted_index
@@ -94,12 +94,12 @@ def test_views_give_the_table_of_their_copy(view: tuple[slice, slice] | Ellipsis
     reference, prediction = np.asfortranarray(patches(9, (40, 50)))[view], patches(10, (40, 50))[view]
     for image in (reference, prediction):
         image.flags.writeable = False
-    assert unpacked(find_overlaps(reference, prediction)) == plain_loop(reference, prediction)
+    assert unpacked(contingency_table(reference, prediction)) == plain_loop(reference, prediction)
 
 
 def test_ious_and_unions_are_those_of_the_masks() -> None:
     reference, prediction = patches(11, (40, 50)), patches(12, (40, 50))
-    table = find_overlaps(reference, prediction)
+    table = contingency_table(reference, prediction)
     for k, (a, b) in enumerate(zip(table.reference_index, table.predicted_index, strict=True)):
         cell, other = reference == table.reference_ids[a], prediction == table.predicted_ids[b]
         assert table.unions[k] == (cell | other).sum()
@@ -109,7 +109,7 @@ def test_ious_and_unions_are_those_of_the_masks() -> None:
 def test_sixty_thousand_cells_need_little_more_memory_than_a_block() -> None:
     labels = (np.arange(250)[:, None] * 250 + np.arange(250) + 1).repeat(8, 0).repeat(8, 1).astype(np.int32)
     tracemalloc.start()
-    table = find_overlaps(labels, np.roll(labels, (3, 2), (0, 1)))
+    table = contingency_table(labels, np.roll(labels, (3, 2), (0, 1)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert table.num_reference == table.num_predicted == 62_500
@@ -138,11 +138,11 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
 
 def test_lists_are_paired_frame_by_frame() -> None:
     frames = [patches(seed, (20, 20)) for seed in range(4)]
-    tables = overlaps_of_frames(frames[:2], frames[2:])
+    tables = contingency_tables(frames[:2], frames[2:])
     assert [unpacked(table) for table in tables] == [plain_loop(*frames[::2]), plain_loop(*frames[1::2])]
-    assert len(overlaps_of_frames(frames[0], frames[1])) == 1
-    assert overlaps_of_frames([], []) == []
+    assert len(contingency_tables(frames[0], frames[1])) == 1
+    assert contingency_tables([], []) == []
     with pytest.raises(ValueError, match="as many predictions as references, got 1 and 2"):
-        overlaps_of_frames(frames[:2], frames[:1])
+        contingency_tables(frames[:2], frames[:1])
     with pytest.raises(ValueError, match="one image and one list"):
-        overlaps_of_frames(frames[0], frames[:1])
+        contingency_tables(frames[0], frames[:1])

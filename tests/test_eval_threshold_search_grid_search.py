@@ -9,7 +9,7 @@ import pytest
 
 from dinocell.errors import DinocellError
 from dinocell.eval.metrics.ctc import ctc_score
-from dinocell.eval.metrics.overlaps import find_overlaps
+from dinocell.eval.metrics.overlaps import contingency_table
 from dinocell.eval.threshold_search import METRICS, GridSearch, Sums, Thresholds, search_grid, sums_of
 
 LABELS = np.kron(np.arange(12).reshape(3, 4), np.ones((5, 5), np.int32)).astype(np.int32)
@@ -27,7 +27,7 @@ def evaluate(cells: np.ndarray, reference: np.ndarray, last: float) -> np.ndarra
     for place, first in enumerate((1, 6)):
         if first <= last:
             kept = np.where((cells >= first) & (cells <= last), cells, 0).astype(np.int32)
-            found[place] = sums_of(find_overlaps(reference, kept))
+            found[place] = sums_of(contingency_table(reference, kept))
     return found
 
 

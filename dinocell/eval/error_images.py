@@ -8,7 +8,7 @@ from jaxtyping import Bool, Integer, Real, UInt8
 from skimage.segmentation import find_boundaries
 
 from dinocell.eval.metrics.matching import find_matches
-from dinocell.eval.metrics.overlaps import Overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable
 from dinocell.eval.metrics.summary import ImageScores, Scores
 from dinocell.images.image import percentile_range, picture_of, to_uint8
 from dinocell.labelled.dataset import LabelledImage
@@ -22,8 +22,8 @@ _LARGEST_PX = 1000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Mistakes:
-    """A picture of an image on which a method did badly, see `draw_mistakes`."""
+class ErrorImage:
+    """A picture of an image on which a method did badly, see `draw_errors`."""
 
     dataset: str
     image: str
@@ -39,26 +39,30 @@ class WorstImages:
     """
 
     def __init__(self, number: int) -> None:
-        self.mistakes: list[Mistakes] = []
+        self.mistakes: list[ErrorImage] = []
         self._number = number
 
-    def add(self, row: ImageScores, image: LabelledImage, labels: Integer[np.ndarray, "h w"], table: Overlaps) -> None:
+    def add(
+        self, row: ImageScores, image: LabelledImage, labels: Integer[np.ndarray, "h w"], table: ContingencyTable
+    ) -> None:
         """Take an image in if it belongs here: only then its picture is drawn."""
         score = row.scores.f1
         is_worse = len(self.mistakes) < self._number or (self._number > 0 and score < self.mistakes[-1].scores.f1)
         if math.isnan(score) or score == 1 or not is_worse:
             return
         plane = picture_of(np.asarray(image.pixels)).plane()
-        picture = draw_mistakes(plane, np.asarray(image.labels), labels, table)
-        mistakes = Mistakes(dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, picture=picture)
+        picture = draw_errors(plane, np.asarray(image.labels), labels, table)
+        mistakes = ErrorImage(
+            dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, picture=picture
+        )
         self.mistakes = sorted([*self.mistakes, mistakes], key=lambda each: each.scores.f1)[: self._number]
 
 
-def draw_mistakes(
+def draw_errors(
     image: Real[np.ndarray, "h w"],
     reference: Integer[np.ndarray, "h w"],
     predicted: Integer[np.ndarray, "h w"],
-    table: Overlaps,
+    table: ContingencyTable,
 ) -> UInt8[np.ndarray, "3 rows columns"]:
     """Draw the cells that are not matched at an IoU of 0.5 over the image; where a false cell meets a missed one, both.
 

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Float32, Integer
 
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.error_images import Mistakes, WorstImages
+from dinocell.eval.error_images import ErrorImage, WorstImages
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet, find_predictions
 from dinocell.eval.metrics.ctc_files import OfficialScores, check_programs, official_scores_of
-from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
 from dinocell.eval.metrics.summary import ImageScores, PooledScores, pool, score_tables
 from dinocell.eval.scoring import FOUND, OURS, PLAIN, FoundThresholds, rules_of
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
@@ -51,7 +51,7 @@ class Evaluation:
     methods: dict[str, str]
     images: tuple[ImageScores, ...]
     pooled: tuple[PooledScores, ...]
-    worst: tuple[Mistakes, ...]
+    worst: tuple[ErrorImage, ...]
     threshold_search: FoundThresholds | None
 
 
@@ -132,7 +132,7 @@ def evaluate_sets(
     methods = {name: rule.description for name, rule in rules.items()}
     methods |= {tool: f"label images in {folder}" for tool, folder in predictions.items()}
 
-    tables: dict[tuple[str, str], list[Overlaps]] = {(name, method): [] for name in sets for method in methods}
+    tables: dict[tuple[str, str], list[ContingencyTable]] = {(name, method): [] for name in sets for method in methods}
     images: list[ImageScores] = []
     worst = WorstImages(num_worst)
     total = sum(map(len, sets.values()))
@@ -144,7 +144,7 @@ def evaluate_sets(
                 labels = rules[method].labels(predicted)
             else:
                 labels = _read(files[method][dataset][index], reference.shape)
-            table = find_overlaps(reference, labels)
+            table = contingency_table(reference, labels)
             tables[dataset, method].append(table)
             if store is not None:
                 store.add(dataset, method, labels)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64, Integer
 from dinocell.errors import DinocellError
 from dinocell.eval.metrics.ctc import MISSED_COST, SPLIT_COST, SPURIOUS_COST, ctc_score_from, seg_and_det
 from dinocell.eval.metrics.matching import find_matches
-from dinocell.eval.metrics.overlaps import Overlaps, find_overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
 from dinocell.eval.segmentation.flows import find_masks, keep
 from dinocell.eval.segmentation.refine import Mending, mend
 from dinocell.eval.segmentation.watershed import cut, flood
@@ -200,7 +200,7 @@ class Sums(NamedTuple):
     num_matched_50: int
 
 
-def sums_of(table: Overlaps) -> Sums:
+def sums_of(table: ContingencyTable) -> Sums:
     """Return what one image adds."""
     score = ctc_score_from([table])
     return Sums(
@@ -327,7 +327,7 @@ def _scored(
         plain = cut(flooded, fill)
         for which, ways in enumerate(mendings):
             for way, mending in enumerate(ways):
-                table = find_overlaps(reference, mend(plain, flooded.distance, cell_fill=fill, mending=mending))
+                table = contingency_table(reference, mend(plain, flooded.distance, cell_fill=fill, mending=mending))
                 found[number, which, way] = sums_of(table)
     return found
 
@@ -396,7 +396,7 @@ def search_flows(
     def evaluate(maps: np.ndarray, reference: np.ndarray, probability: float) -> np.ndarray:
         masks = find_masks(maps, probability=probability)
         chosen = (keep(masks, flow_error=error, min_area_px=min_area_px) for error in flow_errors)
-        return np.array([sums_of(find_overlaps(reference, labels)) for labels in chosen], float)
+        return np.array([sums_of(contingency_table(reference, labels)) for labels in chosen], float)
 
     return search_grid(
         flows,

@@ -18,7 +18,7 @@ from jaxtyping import Float64
 
 from dinocell.eval.metrics.ctc import MISSED_COST, SPLIT_COST, SPURIOUS_COST, is_matched, seg_and_det
 from dinocell.eval.metrics.matching import find_matches
-from dinocell.eval.metrics.overlaps import Overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable
 
 _DRAWN_TOGETHER = 1 << 22  # cells, 32 MB of positions
 
@@ -39,7 +39,7 @@ class Interval(NamedTuple):
 
 
 def ctc_intervals(
-    tables: Iterable[Overlaps],
+    tables: Iterable[ContingencyTable],
     *,
     over: Literal["images", "cells"] = "images",
     confidence: float = 0.95,
@@ -58,7 +58,7 @@ def ctc_intervals(
 
 
 def matching_intervals(
-    tables: Iterable[Overlaps],
+    tables: Iterable[ContingencyTable],
     *,
     threshold: int | float = 0.5,
     over: Literal["images", "cells"] = "images",
@@ -147,7 +147,7 @@ def _units(cells: Iterable[np.ndarray], *, over: str, num_quantities: int) -> np
     return np.concatenate([np.empty((0, num_quantities)), *units])
 
 
-def _ctc_cells(table: Overlaps) -> np.ndarray:
+def _ctc_cells(table: ContingencyTable) -> np.ndarray:
     """Return for each cell: Jaccard index, cost, whether it is one of the reference."""
     matched = is_matched(table)
     cells, matches = table.reference_index[matched], table.predicted_index[matched]
@@ -168,7 +168,7 @@ def _ctc_formula(sums: np.ndarray) -> dict[str, np.ndarray]:
     return {"seg": seg, "det": det, "op_csb": (seg + det) / 2}
 
 
-def _matching_cells(table: Overlaps, threshold: int | float) -> np.ndarray:
+def _matching_cells(table: ContingencyTable, threshold: int | float) -> np.ndarray:
     """Return for each cell: whether it is matched, IoU, whether it is missed, whether it is spurious."""
     pairs = find_matches(table, threshold)
     num_spurious = table.num_predicted - len(pairs)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from dinocell.eval.metrics.overlaps import LabelImage, Overlaps, overlaps_of_frames
+from dinocell.eval.metrics.overlaps import ContingencyTable, LabelImage, contingency_tables
 
 # The challenge's weights of a split, a missing and an extra vertex (Matula et al. 2015).
 SPLIT_COST, MISSED_COST, SPURIOUS_COST = 5, 10, 1
@@ -89,17 +89,17 @@ def ctc_score(reference: LabelImage | Sequence[LabelImage], prediction: LabelIma
         If a frame is not two-dimensional, is not of an integer type, or has negative ids; if sizes or numbers of
         frames differ.
     """
-    return ctc_score_from(overlaps_of_frames(reference, prediction))
+    return ctc_score_from(contingency_tables(reference, prediction))
 
 
-def ctc_score_from(tables: Iterable[Overlaps]) -> CTCScore:
+def ctc_score_from(tables: Iterable[ContingencyTable]) -> CTCScore:
     """Score frames whose overlaps are known, pooled: the same as ``ctc_score``, without another look at pixels."""
     tallies = [_tally(table) for table in tables]
     total = _Tally(*(sum(column) for column in zip(_Tally(), *tallies, strict=True)))
     return _score(total, images=tuple(_score(tally) for tally in tallies))
 
 
-def is_matched(table: Overlaps) -> Bool[np.ndarray, " k"]:
+def is_matched(table: ContingencyTable) -> Bool[np.ndarray, " k"]:
     """Tell which overlapping pairs are matches: more than half of the reference cell, in whole numbers."""
     matched: np.ndarray = 2 * table.intersections > table.reference_areas[table.reference_index]
     return matched
@@ -125,7 +125,7 @@ class _Tally(NamedTuple):
     num_predicted: int = 0
 
 
-def _tally(table: Overlaps) -> _Tally:
+def _tally(table: ContingencyTable) -> _Tally:
     matched = is_matched(table)
     num_matched = int(matched.sum())
     num_matching = len(np.unique(table.predicted_index[matched]))

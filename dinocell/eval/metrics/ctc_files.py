@@ -24,7 +24,7 @@ import numpy as np
 
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.metrics.ctc import CTCScore, ctc_score_from
-from dinocell.eval.metrics.overlaps import LabelImage, Overlaps, find_overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable, LabelImage, contingency_table
 from dinocell.labelled.masks import read_labels
 from dinocell.runtime.files import replacing, write_atomically
 
@@ -171,14 +171,14 @@ def write_mask(path: Path, labels: LabelImage) -> None:
         raise ImageError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def _tables(references: dict[int, Path], predicted: dict[int, Path], results: Path) -> Iterator[Overlaps]:
+def _tables(references: dict[int, Path], predicted: dict[int, Path], results: Path) -> Iterator[ContingencyTable]:
     for number, path in references.items():
         if number not in predicted:
             raise ImageError(f"{results}: no mask of frame {number}, which {path} is the reference of")
         reference, prediction = read_labels(path), read_labels(predicted[number])
         if reference.shape != prediction.shape:
             raise ImageError(f"{predicted[number]} is {prediction.shape}, {path} {reference.shape}; expected one size")
-        yield find_overlaps(reference, prediction)
+        yield contingency_table(reference, prediction)
 
 
 def frame_files(folder: Path, prefix: str) -> dict[int, Path]:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from dinocell.eval.metrics.overlaps import LabelImage, Overlaps, overlaps_of_frames
+from dinocell.eval.metrics.overlaps import ContingencyTable, LabelImage, contingency_tables
 
 # Hundredths, divided once: 0.05 steps that are summed up miss an IoU of exactly 3/5.
 THRESHOLDS = tuple(hundredths / 100 for hundredths in range(50, 100, 5))
@@ -110,10 +110,12 @@ def matching_score(
         If a threshold is not in [0.5, 1]; if a frame is not two-dimensional, is not of an integer type, or has negative
         ids; if sizes or numbers of frames differ.
     """
-    return matching_score_from(overlaps_of_frames(reference, prediction), thresholds=thresholds)
+    return matching_score_from(contingency_tables(reference, prediction), thresholds=thresholds)
 
 
-def matching_score_from(tables: Iterable[Overlaps], *, thresholds: Sequence[int | float] = THRESHOLDS) -> MatchingScore:
+def matching_score_from(
+    tables: Iterable[ContingencyTable], *, thresholds: Sequence[int | float] = THRESHOLDS
+) -> MatchingScore:
     """Score frames whose overlaps are known, pooled: the same as ``matching_score``, without another look at pixels.
 
     Raises
@@ -128,7 +130,7 @@ def matching_score_from(tables: Iterable[Overlaps], *, thresholds: Sequence[int 
     return _score(total, thresholds, images=tuple(_score(tally, thresholds) for tally in tallies))
 
 
-def find_matches(table: Overlaps, threshold: int | float) -> Int64[np.ndarray, " matches"]:
+def find_matches(table: ContingencyTable, threshold: int | float) -> Int64[np.ndarray, " matches"]:
     """Return the positions of the matching pairs in the table, each cell in one of them at most.
 
     Raises
@@ -170,7 +172,7 @@ class _Tally(NamedTuple):
         )
 
 
-def _tally(table: Overlaps, thresholds: Sequence[int | float]) -> _Tally:
+def _tally(table: ContingencyTable, thresholds: Sequence[int | float]) -> _Tally:
     ious = table.ious
     matches = [find_matches(table, threshold) for threshold in thresholds]
     intersection, union = _aggregated_jaccard(table)
@@ -184,7 +186,7 @@ def _tally(table: Overlaps, thresholds: Sequence[int | float]) -> _Tally:
     )
 
 
-def _aggregated_jaccard(table: Overlaps) -> tuple[int, int]:
+def _aggregated_jaccard(table: ContingencyTable) -> tuple[int, int]:
     """Return numerator and denominator; of equal IoUs the first predicted cell is taken."""
     # Pairs come grouped by reference cell: sort by it, then by falling IoU, and take each group's first.
     order = np.lexsort((-table.ious, table.reference_index))

@@ -16,7 +16,7 @@ LabelImage = Integer[np.ndarray, "_ _"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Overlaps:
+class ContingencyTable:
     """The cells of two label images of one size, and the pairs of them that overlap.
 
     Attributes
@@ -63,7 +63,7 @@ class Overlaps:
         return ious
 
 
-def find_overlaps(reference: LabelImage, prediction: LabelImage) -> Overlaps:
+def contingency_table(reference: LabelImage, prediction: LabelImage) -> ContingencyTable:
     """Count the pixels that each pair of cells shares.
 
     0 is background, every other number one cell, whether it is in one piece or in several. Ids may have gaps and be as
@@ -92,7 +92,7 @@ def find_overlaps(reference: LabelImage, prediction: LabelImage) -> Overlaps:
     # Background, where there is any, is the first of its ids.
     first = int(reference_ids.size > 0 and reference_ids[0] == 0)
     first_predicted = int(predicted_ids.size > 0 and predicted_ids[0] == 0)
-    return Overlaps(
+    return ContingencyTable(
         reference_ids=reference_ids[first:],
         reference_areas=reference_areas[first:],
         predicted_ids=predicted_ids[first_predicted:],
@@ -103,23 +103,23 @@ def find_overlaps(reference: LabelImage, prediction: LabelImage) -> Overlaps:
     )
 
 
-def overlaps_of_frames(
+def contingency_tables(
     reference: LabelImage | Sequence[LabelImage], prediction: LabelImage | Sequence[LabelImage]
-) -> list[Overlaps]:
+) -> list[ContingencyTable]:
     """Return one table for each pair of frames; a single image is a list of one.
 
     Raises
     ------
     ValueError
-        As ``find_overlaps``, or if the two lists differ in length.
+        As ``contingency_table``, or if the two lists differ in length.
     """
     if isinstance(reference, np.ndarray) != isinstance(prediction, np.ndarray):
         raise ValueError("expected two label images or two lists of them, got one image and one list")
     if isinstance(reference, np.ndarray) and isinstance(prediction, np.ndarray):
-        return [find_overlaps(reference, prediction)]
+        return [contingency_table(reference, prediction)]
     if len(reference) != len(prediction):
         raise ValueError(f"expected as many predictions as references, got {len(prediction)} and {len(reference)}")
-    return [find_overlaps(*frames) for frames in zip(reference, prediction, strict=True)]
+    return [contingency_table(*frames) for frames in zip(reference, prediction, strict=True)]
 
 
 def _check(labels: np.ndarray, name: str) -> None:

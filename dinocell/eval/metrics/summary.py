@@ -11,7 +11,7 @@ from dinocell.eval.metrics.bootstrap import Interval, ctc_intervals, matching_in
 from dinocell.eval.metrics.ctc import ctc_score_from
 from dinocell.eval.metrics.ctc_files import OfficialScores
 from dinocell.eval.metrics.matching import matching_score_from
-from dinocell.eval.metrics.overlaps import Overlaps
+from dinocell.eval.metrics.overlaps import ContingencyTable
 
 # With fewer images, what their resampling says is mostly chance; cells are drawn instead.
 _ENOUGH_IMAGES = 12
@@ -84,7 +84,7 @@ class PooledScores:
     official: OfficialScores | None = None
 
 
-def score_tables(tables: Sequence[Overlaps]) -> Scores:
+def score_tables(tables: Sequence[ContingencyTable]) -> Scores:
     """Return all scores of the images whose overlaps are given, pooled."""
     ctc, matching = ctc_score_from(tables), matching_score_from(tables)
     at = {score.threshold: score for score in matching.at}
@@ -110,7 +110,7 @@ def score_tables(tables: Sequence[Overlaps]) -> Scores:
 
 
 def pool(
-    method: str, dataset: str, tables: Sequence[Overlaps], *, official: OfficialScores | None = None
+    method: str, dataset: str, tables: Sequence[ContingencyTable], *, official: OfficialScores | None = None
 ) -> PooledScores:
     """Return the row of a method on a set, of which each image's overlaps are given."""
     drawn: Literal["images", "cells"] = "images" if len(tables) >= _ENOUGH_IMAGES else "cells"
