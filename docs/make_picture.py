@@ -22,7 +22,7 @@ def draw(demo: Path, index: int, output: Path) -> None:
     shown = {
         "image": grey,
         "true cells": _outlined(grey, image.labels, (0.2, 1.0, 0.4)),
-        "distance map": found.distance,
+        "distance map": found.maps,
         "found cells": _outlined(grey, found.labels, (1.0, 0.75, 0.1)),
     }
     for axes, (title, picture) in zip(panels, shown.items(), strict=True):

@@ -13,9 +13,8 @@ from dinocell.eval import scoring
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.refine import Mending
+from dinocell.eval.segmentation.targets import DECODERS
 from dinocell.eval.segmentation.watershed import distance_to_labels
-from dinocell.eval.threshold_search import search
 from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.labelled.dataset import LabelledImage
@@ -117,7 +116,7 @@ def test_an_image_of_another_pixel_size_is_scaled_and_the_labels_come_back(
 
 def test_a_pixel_size_in_another_unit_is_refused_and_asks_for_no_memory(mirror: DINOCellPipeline) -> None:
     replace_settings(mirror.model, pixel_size_um=0.5)
-    with pytest.raises(ImageError, match=r"pixels of 325 um, where the segmenter learnt from 0\.5 um"):
+    with pytest.raises(ImageError, match=r"325 um, the segmenter was trained at 0\.5 um"):
         mirror.run(np.zeros((64, 64), np.uint8), pixel_size_um=325)
     replace_settings(mirror.model, pixel_size_um=None)
     for size in (0, -1, np.inf, np.nan):
@@ -166,7 +165,7 @@ def test_the_pipeline_prepares_as_the_model_says(model: DINOCell, tmp_path: Path
 def test_scoring_finds_thresholds_that_are_at_least_as_good(
     mirror: DINOCellPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinocell.eval.scoring._MERGES", (None, 3.0))  # four take the double of the time
+    monkeypatch.setitem(DECODERS["distance"].training_axes, "merge_px", (None, 3.0))  # four take twice the time
     picture = as_picture(FIELD.labels)
     image = LabelledImage(
         pixels=picture[None], labels=FIELD.labels, distance=None, crowd=None, name="a", pixel_size_um=None
@@ -192,14 +191,11 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(
 @pytest.mark.parametrize("restore_border", [False, True])
 def test_borders_are_drawn_as_the_model_says(mirror: DINOCellPipeline, restore_border: bool) -> None:
     replace_settings(mirror.model, cell_fill=0.3, restore_border=restore_border)
-    maps = mirror.maps(as_picture(FIELD.labels))
-    wanted = distance_to_labels(
-        maps, cells_max=mirror.cells_max, cell_fill=mirror.cell_fill, restore_border=restore_border
-    )
-    np.testing.assert_array_equal(mirror.cells(maps), wanted)
-    other = distance_to_labels(
-        maps, cells_max=mirror.cells_max, cell_fill=mirror.cell_fill, restore_border=not restore_border
-    )
+    pipeline = DINOCellPipeline(mirror.model, device="cpu", crop_size=128)
+    maps = pipeline.maps(as_picture(FIELD.labels))
+    wanted = distance_to_labels(maps, cells_max=0.47, cell_fill=0.3, restore_border=restore_border)
+    np.testing.assert_array_equal(pipeline.cells(maps), wanted)
+    other = distance_to_labels(maps, cells_max=0.47, cell_fill=0.3, restore_border=not restore_border)
     assert (other != wanted).any()
 
 
@@ -215,15 +211,16 @@ def test_scoring_scales_images_and_drops_small_cells_as_the_segmenter_in_use_doe
     own = ctc_score(FIELD.labels, in_use).op_csb
     assert own != ctc_score(FIELD.labels, DINOCellPipeline(mirror.model, "cpu").run(picture)).op_csb
     assert score_segmenter(mirror.model, [image], False).metrics["score/op_csb"] == pytest.approx(own)
-    tried: list[Mending] = []
+    tried: list[int] = []
+    whole_search = scoring.search_parameters
 
-    def coarse(*args: Any, mending: Mending, **_: Any) -> Any:
-        tried.append(mending)
-        return search(*args, steps=2, mending=mending)
+    def coarse(maps: Any, references: Any, parameters: Any, _axes: Any) -> Any:
+        tried.append(parameters.min_area_px)
+        return whole_search(maps, references, parameters, {"cells_max": (0.5,), "cell_fill": (0.1,)})
 
-    monkeypatch.setattr(scoring, "search", coarse)
+    monkeypatch.setattr(scoring, "search_parameters", coarse)
     score_segmenter(mirror.model, [image], True)
-    assert [each.min_area_px for each in tried] == [400]
+    assert tried == [400]
 
 
 def test_windows_are_as_large_as_the_crops_of_the_training(model: DINOCell) -> None:

@@ -147,10 +147,8 @@ def _pipeline(options: argparse.Namespace) -> "DINOCellPipeline":
 
 def _settings(pipeline: "DINOCellPipeline", options: argparse.Namespace) -> str:
     """Return what the cells depend on, besides the image."""
-    if pipeline.model.target == "distance":
-        thresholds = {"cells max": pipeline.cells_max, "cell fill": pipeline.cell_fill}
-    else:
-        thresholds = {"probability": pipeline.probability, "flow error": pipeline.flow_error}
+    parameters = pipeline.parameters
+    thresholds = {name.replace("_", " "): getattr(parameters, name) for name in parameters.thresholds}
     shown = thresholds | {"channel": options.channel, "pixel size": options.pixel_size, "stride": pipeline.stride}
     said = [f"{name} {value:g}" for name, value in shown.items() if value is not None]
     return ", ".join([f"model {pipeline.model.fingerprint()}", *said])

@@ -6,7 +6,6 @@
     labels = DINOCellPipeline(model).run(image)
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
@@ -14,33 +13,20 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Shaped
 
-from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.segmentation.flows import check_flow_thresholds, flows_to_labels
+from dinocell.errors import DinocellError
+from dinocell.eval.segmentation.targets import decode
 from dinocell.eval.segmentation.tiling import predict
-from dinocell.eval.segmentation.watershed import checked_thresholds, distance_to_labels
 from dinocell.finetune.model import DINOCell
-from dinocell.finetune.preprocess import prepare
+from dinocell.finetune.preprocess import prepare, resize
 from dinocell.images.image import picture_of
 from dinocell.runtime.distributed import find_device
 
-# Pixel sizes that differ by less are taken as they are: resampling would cost more than it gives.
-_SAME_SCALE = 0.02
-# What differs by more is no magnification but a mistaken unit, and may ask for more memory than there is.
-_MOST_RESAMPLED = 16
-
 
 class Segmentation(NamedTuple):
-    """What was found in an image: cells, ids from 1 without gaps, and the map that they were cut from."""
+    """Labels, ids from 1 without gaps, and the maps that they come from: a distance map (h w), or flows (3 h w)."""
 
     labels: Int32[np.ndarray, "h w"]
-    distance: Float32[np.ndarray, "h w"]
-
-
-class FlowSegmentation(NamedTuple):
-    """What a segmenter of target ``flows`` found; its maps are the flow along rows, along columns, and the chance."""
-
-    labels: Int32[np.ndarray, "h w"]
-    flows: Float32[np.ndarray, "3 h w"]
+    maps: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"]
 
 
 class DINOCellPipeline:
@@ -94,14 +80,9 @@ class DINOCellPipeline:
             raise DinocellError(
                 f"stride: expected 1 to {largest} px for windows of {self.crop_size} px (this model's), got {stride}"
             )
-        self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
-        self.cells_max, self.cell_fill = checked_thresholds(
-            settings.cells_max if cells_max is None else cells_max,
-            settings.cell_fill if cell_fill is None else cell_fill,
+        self.parameters = settings.postprocessing.with_thresholds(
+            cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error
         )
-        self.probability = settings.probability if probability is None else float(probability)
-        self.flow_error = settings.flow_error if flow_error is None else float(flow_error)
-        check_flow_thresholds(self.probability, self.flow_error)
 
     @overload
     def run(
@@ -127,7 +108,7 @@ class DINOCellPipeline:
         channel: int | None = None,
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Segmentation | FlowSegmentation: ...
+    ) -> Segmentation: ...
 
     def run(
         self,
@@ -139,11 +120,11 @@ class DINOCellPipeline:
         channel: int | None = None,
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Int32[np.ndarray, "h w"] | Segmentation | FlowSegmentation:
+    ) -> Int32[np.ndarray, "h w"] | Segmentation:
         """Return the cells of an image, int32 (h w), and with ``return_dist_map`` the maps too.
 
-        These are the distance map (h w), as `Segmentation`; a model of target ``flows`` has none and returns its flows
-        and the chance of a cell (3 h w), as `FlowSegmentation`.
+        The maps of a `Segmentation` are the distance map (h w), or for target ``flows`` the flows and the cell
+        probability (3 h w).
 
         Parameters
         ----------
@@ -167,12 +148,10 @@ class DINOCellPipeline:
         DinocellError
             If thresholds or the pixel size are out of range, or thresholds are not those of the model's target.
         """
-        self._refuse(cells_max=cells_max, cell_fill=cell_fill)  # before the network's long work
+        parameters = self.parameters.with_thresholds(cells_max=cells_max, cell_fill=cell_fill)
         maps = self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
-        labels = self.cells(maps, cells_max=cells_max, cell_fill=cell_fill)
-        if not return_dist_map:
-            return labels
-        return Segmentation(labels, maps) if self.model.target == "distance" else FlowSegmentation(labels, maps)
+        labels = decode(maps, parameters)
+        return Segmentation(labels, maps) if return_dist_map else labels
 
     def run_batch(self, images: Sequence[Shaped[np.ndarray, "..."]]) -> list[np.ndarray]:
         """Return the cells of several images, which may differ in size, one after the other.
@@ -190,9 +169,8 @@ class DINOCellPipeline:
         A pair is (cells_max, cell_fill), for a model of target ``flows`` (probability, flow_error).
         """
         maps = [self.maps(image) for image in images]
-        if self.model.target == "flows":
-            return [[self.cells(each, probability=one, flow_error=two) for each in maps] for one, two in thresholds]
-        return [[self.cells(each, cells_max=peak, cell_fill=fill) for each in maps] for peak, fill in thresholds]
+        names = self.parameters.thresholds
+        return [[self.cells(each, **dict(zip(names, pair, strict=True))) for each in maps] for pair in thresholds]
 
     def maps(
         self,
@@ -203,9 +181,7 @@ class DINOCellPipeline:
         progress: Callable[[int, int], None] | None = None,
     ) -> Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"]:
         """Return the distance map of an image, or its flows and chances (3 h w); parameters as for `run`."""
-        plane = picture_of(image).plane(channel)
-        scale = self._scale(pixel_size_um)
-        prepared = prepare(_scaled(plane, scale), self.model.settings)
+        prepared = prepare(image, self.model.settings, channel=channel, pixel_size_um=pixel_size_um)
         maps = predict(
             prepared[None],
             self.model,
@@ -217,8 +193,9 @@ class DINOCellPipeline:
             progress=progress,
         )
         np.clip(maps[-1], 0, 1, out=maps[-1])  # blending leaves rounding; of flows the last is the chance of a cell
-        if scale != 1:
-            maps = np.stack([_resized(each, plane.shape) for each in maps])
+        height, width = picture_of(image).pixels.shape[1:]
+        if maps.shape[1:] != (height, width):
+            maps = np.stack([resize(each, (height, width)) for each in maps])
         return maps if self.model.target == "flows" else maps[0]
 
     def distance(
@@ -251,59 +228,8 @@ class DINOCellPipeline:
         probability: int | float | None = None,
         flow_error: int | float | None = None,
     ) -> Int32[np.ndarray, "h w"]:
-        """Return the cells of what `maps` gave, by the model's settings unless told otherwise."""
-        settings = self.model.settings
-        self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
-        if self.model.target == "flows":
-            return flows_to_labels(
-                maps,
-                probability=self.probability if probability is None else probability,
-                flow_error=self.flow_error if flow_error is None else flow_error,
-                min_area_px=settings.min_area_px,
-            )
-        return distance_to_labels(
-            maps,
-            cells_max=self.cells_max if cells_max is None else cells_max,
-            cell_fill=self.cell_fill if cell_fill is None else cell_fill,
-            merge_px=settings.merge_px,
-            restore_border=settings.restore_border,
-            min_area_px=settings.min_area_px,
+        """Return the labels of the maps that `maps` returned; thresholds that are given replace the pipeline's."""
+        parameters = self.parameters.with_thresholds(
+            cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error
         )
-
-    def _refuse(self, **thresholds: int | float | None) -> None:
-        """Refuse thresholds of the other target, which would be ignored."""
-        ours = ("cells_max", "cell_fill") if self.model.target == "distance" else ("probability", "flow_error")
-        for name, value in thresholds.items():
-            if value is not None and name not in ours:
-                raise DinocellError(
-                    f"{name}: this segmenter is one of target {self.model.target}, whose thresholds are "
-                    f"{' and '.join(ours)}"
-                )
-
-    def _scale(self, pixel_size_um: int | float | None) -> float:
-        if pixel_size_um is not None and not 0 < pixel_size_um < math.inf:
-            raise DinocellError(f"pixel_size_um: expected more than 0, got {pixel_size_um}")
-        trained = self.model.settings.pixel_size_um
-        if pixel_size_um is None or trained is None:
-            return 1.0
-        scale = float(pixel_size_um) / trained
-        if not 1 / _MOST_RESAMPLED <= scale <= _MOST_RESAMPLED:
-            raise ImageError(
-                f"pixels of {pixel_size_um:g} um, where the segmenter learnt from {trained:g} um: is the size in "
-                "another unit? Say what it is with pixel_size_um (--pixel-size)"
-            )
-        return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
-
-
-def _scaled(plane: np.ndarray, scale: float) -> np.ndarray:
-    if scale == 1:
-        return plane
-    height, width = (max(1, round(side * scale)) for side in plane.shape)
-    return _resized(plane.astype(np.float32), (height, width))
-
-
-def _resized(plane: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    import cv2
-
-    method = cv2.INTER_AREA if size[0] < plane.shape[0] else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(plane, (size[1], size[0]), interpolation=method))
+        return decode(maps, parameters)
