@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from jinja2 import Environment
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from dinocell.eval.evaluate import Evaluation
@@ -57,10 +56,10 @@ img{max-width:100%} figure{margin:1.5rem 0} figcaption{font-size:90%;color:#555}
 .false{color:#c81e1e} .missed{color:#2255dd} .right{color:#2e8b2e}
 """
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style></head>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>{{ style | safe }}</style></head>
 <body>
 <h1>{{ title }}</h1>
-{{ body }}
+{{ body | safe }}
 </body></html>
 """
 _MACROS = """
@@ -72,7 +71,8 @@ _MACROS = """
 {%- endmacro -%}
 {%- macro table(header, rows) -%}
 <div class="table"><table><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell | with_small_print }}</td>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}{% set parts = cell.split(" (", 1) %}<td>{{ parts[0] }}
+{%- if parts[1] is defined %}<br><small>({{ parts[1] }}</small>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 {%- endmacro -%}
 """
@@ -109,9 +109,9 @@ def render_page(title: str, template: str, **values: Any) -> str:
     table cells, text in parentheses is put on a line of its own in small print. Values are escaped.
     """
     environment = Environment(autoescape=True)
-    environment.filters.update(data_uri=_data_uri, with_small_print=_with_small_print)
+    environment.filters["data_uri"] = _data_uri
     body = environment.from_string(_MACROS + template).render(**values)
-    return environment.from_string(_PAGE).render(title=title, style=Markup(_STYLE), body=Markup(body))
+    return environment.from_string(_PAGE).render(title=title, style=_STYLE, body=body)
 
 
 def to_png(image: UInt8[np.ndarray, "3 h w"] | UInt8[np.ndarray, "h w"] | Figure) -> bytes:
@@ -140,11 +140,6 @@ def _finite(value: Any) -> Any:
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _with_small_print(text: str) -> Markup:
-    value, parenthesis, rest = text.partition(" (")
-    return Markup("{}<br><small>({}</small>").format(value, rest) if parenthesis else Markup("{}").format(value)
 
 
 # --- files of an evaluation ----------------------------------------------------------------------------------------

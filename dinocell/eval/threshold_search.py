@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Float64, Integer
 
 from dinocell.errors import DinocellError
-from dinocell.eval.metrics.ctc import MISSED_COST, SPLIT_COST, SPURIOUS_COST, ctc_score_from, seg_and_det
+from dinocell.eval.metrics.ctc import Counts, count, seg_and_det
 from dinocell.eval.metrics.matching import find_matches
-from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
+from dinocell.eval.metrics.overlaps import contingency_table
 from dinocell.eval.segmentation.refine import Mending
 from dinocell.eval.segmentation.targets import (
     CELL_FILL_RANGE,
@@ -250,14 +250,15 @@ def _search(
     if metric not in METRICS:
         raise DinocellError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     first, *rest = (tuple(values) for values in axes.values())
-    sums = np.zeros((len(first), *map(len, rest), len(Counts._fields)))
+    sums = np.zeros((len(first), *map(len, rest), len(Counts._fields) + 1))
 
     def run(task: tuple[int, int]) -> tuple[int, Float64[np.ndarray, "..."]]:
         image, row = task
         reference = np.asarray(references[image])
         counts = np.full(sums.shape[1:], np.nan)  # impossible points are not decoded and stay undefined
         for place, labels in decode_grid(np.asarray(maps[image]), axes, first[row]):
-            counts[place] = count(contingency_table(reference, labels))
+            table = contingency_table(reference, labels)
+            counts[place] = (*count(table), len(find_matches(table, 0.5)))
         return row, counts
 
     tasks = list(product(range(len(maps)), range(len(first))))
@@ -283,39 +284,13 @@ def store_maps(folder: str | Path, maps: Iterable[Float[np.ndarray, "..."]]) -> 
     return mapped
 
 
-class Counts(NamedTuple):
-    """What is summed over images at each grid point."""
-
-    jaccard: float
-    num_splits: int
-    num_missed: int
-    num_spurious: int
-    num_reference: int
-    num_predicted: int
-    num_matched_50: int
-
-
-def count(table: ContingencyTable) -> Counts:
-    """Return the counts of one image."""
-    score = ctc_score_from([table])
-    return Counts(
-        jaccard=score.seg * score.num_reference if score.num_reference else 0.0,
-        num_splits=score.num_splits,
-        num_missed=score.num_missed,
-        num_spurious=score.num_spurious,
-        num_reference=score.num_reference,
-        num_predicted=score.num_predicted,
-        num_matched_50=len(find_matches(table, 0.5)),
-    )
-
-
 def _pooled_scores(sums: Float64[np.ndarray, "... counts"]) -> dict[Metric, Float64[np.ndarray, "..."]]:
-    """Return the scores of summed `Counts`, which are the last axis."""
-    total = Counts(*np.moveaxis(sums, -1, 0))
-    cost = SPLIT_COST * total.num_splits + MISSED_COST * total.num_missed + SPURIOUS_COST * total.num_spurious
-    flat = seg_and_det(*(np.ravel(values) for values in (total.jaccard, cost, total.num_reference)))
+    """Return the scores of summed counts, which are the last axis, the matches at an IoU of 0.5 after `Counts`."""
+    *counts, matched = np.moveaxis(sums, -1, 0)
+    total = Counts(*counts)
+    flat = seg_and_det(*(np.ravel(values) for values in (total.jaccard, total.cost, total.num_reference)))
     seg, det = (score.reshape(sums.shape[:-1]) for score in flat)
-    num_cells, matched = total.num_reference + total.num_predicted, total.num_matched_50
+    num_cells = total.num_reference + total.num_predicted
     with np.errstate(invalid="ignore"):
-        ap50, f1_50 = np.divide(matched, num_cells - matched), np.divide(2 * matched, num_cells)
+        ap50, f1_50 = matched / (num_cells - matched), 2 * matched / num_cells
     return {"op_csb": (seg + det) / 2, "seg": seg, "det": det, "ap50": ap50, "f1_50": f1_50}
