@@ -125,9 +125,9 @@ def test_precision_without_predictions_is_undefined_without_a_warning() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"confidence": 1.0}, "confidence: .* got 1.0"),
-        ({"confidence": 0.0}, "confidence: expected"),
-        ({"num_draws": 0}, "num_draws: expected at least 1, got 0"),
+        ({"confidence": 1.0}, "confidence .* got 1.0"),
+        ({"confidence": 0.0}, "confidence"),
+        ({"num_draws": 0}, "num_draws .* 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:

@@ -109,16 +109,11 @@ class DINOCell(nn.Module):
         if len(self.blocks) != 4 or not is_ascending or not 0 <= self.blocks[0] <= self.blocks[-1] < depth:
             raise ValueError(f"blocks: expected four ascending numbers below {depth}, got {list(self.blocks)}")
         convention = backbone.card.input.convention
-        if convention == "imagenet":
-            raise WeightsError("the backbone expects ImageNet normalisation: load it with in_channels=1")
+        if convention == "imagenet" or (settings is not None and settings.convention != convention):
+            raise WeightsError(f"the backbone expects {convention} input; load it with in_channels=1, without settings")
         if settings is None:
-            settings = SegmenterSettings(
-                convention=convention, target=target, pixel_size_um=backbone.card.input.pixel_size_um
-            )
-        if settings.convention != convention:
-            raise WeightsError(
-                f"the backbone expects {convention} input, but settings.convention is {settings.convention}"
-            )
+            pixel_size_um = backbone.card.input.pixel_size_um
+            settings = SegmenterSettings(convention=convention, target=target, pixel_size_um=pixel_size_um)
         if settings.target != target:
             raise ValueError(f"target: got {target} and settings for {settings.target}")
         self.settings = settings
@@ -324,8 +319,6 @@ def _release(name: str) -> str:
 
 
 def _spread(depth: int) -> tuple[int, ...]:
-    if depth < 4:
-        raise ValueError(f"blocks: the backbone has {depth} blocks, the decoder needs four")
     return tuple(depth * (index + 1) // 4 - 1 for index in range(4))
 
 

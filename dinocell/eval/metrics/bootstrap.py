@@ -87,10 +87,8 @@ def bootstrap(
         The same seed gives the same resamples for the same number of units, so two models on the same images are
         compared on the same resamples.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected more than 0 and less than 1, such as 0.95, got {confidence}")
-    if num_draws < 1:
-        raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+    if not (0 < confidence < 1 and num_draws >= 1):
+        raise ValueError(f"expected 0 < confidence < 1 and num_draws >= 1, got {confidence} and {num_draws}")
     values = {name: float(scores[0]) for name, scores in formula(np.ones((1, len(units))) @ units).items()}
     if len(units) < 2:
         return {name: Interval(value, np.nan, np.nan, 0) for name, value in values.items()}

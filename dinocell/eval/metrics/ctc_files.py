@@ -34,10 +34,9 @@ def write_results(folder: Path, sequence: str, frames: Iterable[LabelImage], *, 
     Raises
     ------
     ImageError
-        If frames of an earlier run exist, an id exceeds 65,535, there are too many frames for ``num_digits``, or a file
-        cannot be written.
+        If an id exceeds 65,535, or a file cannot be written.
     """
-    _write_frames(_new_folder(folder / f"{sequence}_RES", "mask"), "mask", frames, num_digits)
+    _write_frames({"mask": folder / f"{sequence}_RES"}, frames, num_digits)
 
 
 def write_reference(folder: Path, sequence: str, frames: Iterable[LabelImage], *, num_digits: int = 3) -> None:
@@ -48,10 +47,8 @@ def write_reference(folder: Path, sequence: str, frames: Iterable[LabelImage], *
     Raises
     ------
     ImageError
-        As ``write_results``.
+        As `write_results`.
     """
-    masks = _new_folder(folder / f"{sequence}_GT" / "SEG", "man_seg")
-    markers = _new_folder(folder / f"{sequence}_GT" / "TRA", "man_track")
     tracks: list[str] = []
 
     def relabelled() -> Iterator[LabelImage]:
@@ -63,8 +60,9 @@ def write_reference(folder: Path, sequence: str, frames: Iterable[LabelImage], *
             tracks.extend(f"{label} {number} {number} 0\n" for label in new_ids[ids != 0])
             yield new_ids[inverse].reshape(frame.shape)
 
-    _write_frames(masks, "man_seg", relabelled(), num_digits, also=(markers, "man_track"))
-    write_atomically(markers / "man_track.txt", "".join(tracks))
+    truth = folder / f"{sequence}_GT"
+    _write_frames({"man_seg": truth / "SEG", "man_track": truth / "TRA"}, relabelled(), num_digits)
+    write_atomically(truth / "TRA" / "man_track.txt", "".join(tracks))
 
 
 def check_ids(labels: LabelImage, path: Path, *, where: str = "") -> None:
@@ -115,27 +113,14 @@ def frame_files(folder: Path, prefix: str) -> dict[int, Path]:
     return dict(sorted(frames.items()))
 
 
-def _new_folder(folder: Path, prefix: str) -> Path:
-    try:
+def _write_frames(folders: dict[str, Path], frames: Iterable[LabelImage], num_digits: int) -> None:
+    """Write each frame to every folder, under the prefix of the folder."""
+    for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ImageError(f"{folder}: cannot be created ({error.strerror or error})") from error
-    old = next(folder.glob(f"{prefix}*.tif"), None)
-    if old is not None:
-        raise ImageError(f"{old}: frame of an earlier run; remove it first, or it would be scored with the new ones")
-    return folder
-
-
-def _write_frames(
-    folder: Path, prefix: str, frames: Iterable[np.ndarray], num_digits: int, *, also: tuple[Path, str] | None = None
-) -> None:
-    targets = [(folder, prefix)] if also is None else [(folder, prefix), also]
     for number, frame in enumerate(frames):
-        if len(str(number)) > num_digits:
-            raise ImageError(f"{folder}: too many frames for {num_digits} digits")
-        check_ids(frame, folder, where=f" in frame {number}")
-        for place, name in targets:
-            write_mask(place / f"{name}{number:0{num_digits}d}.tif", frame)
+        for prefix, folder in folders.items():
+            check_ids(frame, folder, where=f" in frame {number}")
+            write_mask(folder / f"{prefix}{number:0{num_digits}d}.tif", frame)
 
 
 # --- SEGMeasure and DETMeasure, the challenge's own programs --------------------------------------------------------
@@ -159,26 +144,24 @@ def check_programs(binary_path: Path) -> None:
             raise DinocellError(f"{program}: not executable; run 'chmod +x {program}'")
 
 
-def official_scores(folder: Path, sequence: str, *, binary_path: Path) -> OfficialScores:
+def official_scores(folder: Path, sequence: str, *, binary_path: Path, num_digits: int = 3) -> OfficialScores:
     """Run the challenge's ``SEGMeasure`` and ``DETMeasure`` on a sequence; they write logs to ``01_RES``.
 
     Parameters
     ----------
     binary_path
         The folder of the two programs, or the unpacked archive of the challenge (with ``Linux``, ``Mac`` and ``Win``).
+    num_digits
+        Digits of the frame numbers in the file names.
 
     Raises
     ------
     DinocellError
         If a program is missing, does not run, or prints no score.
     """
-    masks = frame_files(folder / f"{sequence}_GT" / "SEG", "man_seg")
-    if not masks:
-        raise ImageError(f"{folder / f'{sequence}_GT' / 'SEG'}: no man_seg*.tif; the official programs need them")
-    digits = re.sub(r"\D", "", next(iter(masks.values())).stem)
     scores = {}
     for name in ("SEG", "DET"):
-        command = [str(_program(binary_path, f"{name}Measure")), str(folder.resolve()), sequence, str(len(digits))]
+        command = [str(_program(binary_path, f"{name}Measure")), str(folder.resolve()), sequence, str(num_digits)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         except OSError as error:
@@ -204,7 +187,7 @@ def official_scores_of(
         folder = Path(name)
         write_reference(folder, "01", reference, num_digits=num_digits)
         write_results(folder, "01", prediction, num_digits=num_digits)
-        return official_scores(folder, "01", binary_path=binary_path)
+        return official_scores(folder, "01", binary_path=binary_path, num_digits=num_digits)
 
 
 def _program(binary_path: Path, name: str) -> Path:
