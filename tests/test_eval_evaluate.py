@@ -300,7 +300,7 @@ def test_command_scores_other_tools_without_a_model(tmp_path: Path) -> None:
         ([], "nothing to score"),
         (["--predictions", "Tool"], "expected NAME=FOLDER"),
         (["--predictions", "Tool=nowhere"], "expected a folder of label images"),
-        (["--predictions", "T=a", "T=b"], "two folders are called 'T'"),
+        (["--predictions", "T=a", "T=b"], "different names, such as Cellpose=results/, got 'T=b'"),
         (["--predictions", "T=a", "--cells-max", "0.4"], "--cells-max: needs --model"),
         (["--predictions", "T=a", "--threshold-search"], "--threshold-search: needs --model"),
         (["--model", "m.pt", "--threshold-search", "--save-to-model"], "expected a local model, got m.pt"),

@@ -180,10 +180,10 @@ def _named_folders(texts: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for text in texts:
         name, equals, folder = text.partition("=")
-        if not (name and equals and folder):
-            raise DinocellError(f"--predictions: expected NAME=FOLDER, such as Cellpose=results/, got {text!r}")
-        if name in folders:
-            raise DinocellError(f"--predictions: two folders are called {name!r}; use different names")
+        if not (name and equals and folder) or name in folders:
+            raise DinocellError(
+                f"--predictions: expected NAME=FOLDER with different names, such as Cellpose=results/, got {text!r}"
+            )
         folders[name] = Path(folder)
     return folders
 

@@ -5,6 +5,7 @@ are opened once at the beginning, so that a file that does not fit is found befo
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -168,11 +169,10 @@ def _read_mask_only(mask: Path) -> PairContent:
 def _open_folders(folder: Path, encoding: str = "labels") -> PairSet:
     images = [path for path in sorted((folder / "images").iterdir()) if has_image_name(path.name)]
     names = [image_stem(path.name) for path in images]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DinocellError(f"{folder / 'images'}: several images are called {twice}; expected one mask for each name")
-    if not images:
-        raise DinocellError(f"{folder / 'images'}: no image there")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated or not names:
+        listed = ", ".join(repeated[:_MAX_NAMES]) + " several times" if repeated else "none"
+        raise DinocellError(f"{folder / 'images'}: expected images with different names, got {listed}")
     masks = find_predictions(folder / "masks", "", names)
     return PairSet(
         pairs=tuple(

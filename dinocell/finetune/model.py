@@ -89,7 +89,8 @@ class DINOCell(nn.Module):
         if not pretrained and backbone_weights is not None:
             raise ValueError("pretrained=False means random weights: remove backbone_weights, or pretrained=False")
         if pretrained:
-            source = backbone_weights or f"dinov3_{_release(backbone_name)}"
+            # Meta's releases all have patch size 16; `load_backbone` resamples it.
+            source = backbone_weights or "dinov3_" + re.sub(r"\d+$", "16", backbone_name)
             backbone = load_backbone(source, patch_size=patch_size, in_channels=1, variant=variant)
         else:
             backbone = VisionTransformer(variant_config(variant, patch_size=patch_size, in_channels=1))
@@ -104,7 +105,8 @@ class DINOCell(nn.Module):
         freeze_backbone: bool,
     ) -> None:
         depth = backbone.config.depth
-        self.blocks = tuple(blocks) if blocks is not None else _BLOCKS.get(depth, _spread(depth))
+        spread = tuple(depth * (index + 1) // 4 - 1 for index in range(4))
+        self.blocks = tuple(blocks) if blocks is not None else _BLOCKS.get(depth, spread)
         is_ascending = sorted(set(self.blocks)) == list(self.blocks)
         if len(self.blocks) != 4 or not is_ascending or not 0 <= self.blocks[0] <= self.blocks[-1] < depth:
             raise ValueError(f"blocks: expected four ascending numbers below {depth}, got {list(self.blocks)}")
@@ -174,8 +176,14 @@ class DINOCell(nn.Module):
             return self.backbone.forward_maps(self._whole_patches(images), self.blocks)
 
     def _whole_patches(self, images: Tensor) -> Tensor:
+        """Pad images on the lower and right border to whole patches."""
+        height, width = images.shape[-2:]
         patch = self.backbone.config.patch_size
-        return _padded(images, -images.shape[-2] % patch, -images.shape[-1] % patch)
+        rows, columns = -height % patch, -width % patch
+        if rows == 0 and columns == 0:
+            return images
+        mode: Literal["reflect", "replicate"] = "reflect" if rows < height and columns < width else "replicate"
+        return F.pad(images, (0, columns, 0, rows), mode=mode)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "DINOCell":
@@ -311,20 +319,3 @@ def _parse(name: str) -> tuple[str, int]:
         names = ", ".join(f"vit{letter}8" for letter in _LETTERS)
         raise ValueError(f"backbone_name: expected variant and patch size, such as {names}, got {name!r}")
     return _LETTERS[match[1]], int(match[2])
-
-
-def _release(name: str) -> str:
-    """Return the name of Meta's release of a size; all have patch size 16."""
-    return re.sub(r"\d+$", "16", name)
-
-
-def _spread(depth: int) -> tuple[int, ...]:
-    return tuple(depth * (index + 1) // 4 - 1 for index in range(4))
-
-
-def _padded(images: Tensor, rows: int, columns: int) -> Tensor:
-    if rows == 0 and columns == 0:
-        return images
-    height, width = images.shape[-2:]
-    mode: Literal["reflect", "replicate"] = "reflect" if rows < height and columns < width else "replicate"
-    return F.pad(images, (0, columns, 0, rows), mode=mode)

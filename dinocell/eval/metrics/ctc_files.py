@@ -103,12 +103,8 @@ def frame_files(folder: Path, prefix: str) -> dict[int, Path]:
     frames: dict[int, Path] = {}
     for path in sorted(folder.glob(f"{prefix}*.tif")):
         match = re.fullmatch(rf"{prefix}(\d+)", path.stem)
-        if match is None:
-            raise ImageError(
-                f"{path}: expected {prefix} and a frame number; three-dimensional sequences are not supported"
-            )
-        if int(match[1]) in frames:
-            raise ImageError(f"{path}: frame {int(match[1])} exists twice, also as {frames[int(match[1])].name}")
+        if match is None or int(match[1]) in frames:
+            raise ImageError(f"{path}: expected one two-dimensional {prefix}NNN.tif per frame, NNN its number")
         frames[int(match[1])] = path
     return dict(sorted(frames.items()))
 
