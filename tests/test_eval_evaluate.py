@@ -302,6 +302,7 @@ def test_command_scores_other_tools_without_a_model(tmp_path: Path) -> None:
         (["--predictions", "Tool=nowhere"], "expected a folder of label images"),
         (["--predictions", "T=a", "T=b"], "different names, such as Cellpose=results/, got 'T=b'"),
         (["--predictions", "T=a", "--cells-max", "0.4"], "--cells-max: needs --model"),
+        (["--predictions", "T=a", "--cells-max", "0"], "--cells-max: needs --model"),
         (["--predictions", "T=a", "--threshold-search"], "--threshold-search: needs --model"),
         (["--model", "m.pt", "--threshold-search", "--save-to-model"], "expected a local model, got m.pt"),
         (

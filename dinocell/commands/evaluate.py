@@ -154,7 +154,7 @@ def _check(options: argparse.Namespace) -> None:
     """Raise if an option would be ignored."""
     if options.model is None and not options.predictions:
         raise DinocellError("nothing to score: set --model, or --predictions NAME=FOLDER")
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    given = {name for name, value in vars(options).items() if value is not None and value is not False}
     conflicts = (
         (options.model is None, _OF_MODEL, "needs --model"),
         (not options.threshold_search, _OF_SEARCH, "needs --threshold-search"),
