@@ -14,8 +14,8 @@ process. Sides:
 - straight, no autograd: the same without gradients of the backbone, to tell the two causes apart.
 
 ``--ways`` measures, with batch 4, what a frozen backbone allows beyond that: larger batches for the backbone
-than for the decoder, features of fixed crops that are kept (`data.fixed_crops`), and for the decoder the memory format
-and torch.compile.
+than for the decoder, and for the decoder the memory format and torch.compile. (Features of fixed crops that are kept
+on disk were measured in the same way; the option was removed later.)
 """
 
 import argparse
@@ -25,7 +25,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +34,7 @@ from scipy import ndimage
 
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.finetune.config import AugmentConfig, ComputeConfig, DataConfig, FinetuneConfig, ModelConfig
-from dinocell.finetune.data import prepared
-from dinocell.finetune.feature_cache import bytes_of_crop
+from dinocell.finetune.data import prepare_labelled
 from dinocell.finetune.model import DINOCell, create_dinocell_model
 from dinocell.finetune.train import Training, World
 from dinocell.images.write import write_labels, write_tiff
@@ -68,7 +66,8 @@ def main() -> None:
         training = Training(config_of(Path(scratch) / "run", labelled, size, crop, batch), World(), is_dry=True)
         ours = our_step(training)
         images = [
-            prepared(each, training.learner.model.settings) for each in (training.split.sets[0][n] for n in range(3))
+            prepare_labelled(each, training.learner.model.settings)
+            for each in (training.split.sets[0][n] for n in range(3))
         ]
         maps = [labels_to_distance(labels) for _, labels, _ in images]  # the float maps, whole in memory
         sides = {"ours": ours}
@@ -110,12 +109,10 @@ def main() -> None:
         print(write_result("finetune_frozen", "\n".join(lines), packages))
 
 
-def config_of(
-    output: Path, labelled: Path, size: str, crop: int, batch: int, fixed: int | None = None
-) -> FinetuneConfig:
+def config_of(output: Path, labelled: Path, size: str, crop: int, batch: int) -> FinetuneConfig:
     return FinetuneConfig(
         output=output,
-        data=DataConfig(sets=(str(labelled),), crops_per_image=100, fixed_crops=fixed),
+        data=DataConfig(sets=(str(labelled),), crops_per_image=100),
         batch_size=batch,
         model=ModelConfig(size=size, pretrained=False),
         augment=AugmentConfig(crop=crop),
@@ -128,24 +125,10 @@ def measure_ways(size: str, crop: int, batch: int, rounds: int) -> list[str]:
         root = Path(scratch)
         labelled = make_set(root, (160, 200) if size == "tiny" else (520, 704))
         plain = Training(config_of(root / "plain", labelled, size, crop, batch), World(), is_dry=True)
-        # So many fixed crops that each step of the measurement meets new ones.
-        fixed = Training(config_of(root / "fixed", labelled, size, crop, batch, 100), World(), is_dry=True)
-        batches = list(islice(fixed.batches(0), rounds + 1))
-        numbers = {name: iter(range(rounds + 1)) for name in ("new", "again")}
-        steps = alternate(
-            {
-                "every crop a new one": our_step(plain),
-                "fixed crops, features computed and kept": lambda: fixed.step(n := next(numbers["new"]), batches[n]),
-                "fixed crops, features read": lambda: fixed.step(n := next(numbers["again"]), batches[n]),
-            },
-            rounds=rounds,
-        )
         model = plain.learner.model.train()
-        vit = model.backbone.config
-        kept = bytes_of_crop(crop=crop, patch_size=vit.patch_size, width=vit.width, dtype=torch.float32)
         backbones = backbone_batches(model, crop, (1, batch, 2 * batch), rounds)
         decoders = decoder_ways(model, crop, batch, rounds)
-    first = {"steps": "every crop a new one", "backbones": f"{batch} at a time", "decoders": "as it is"}
+    first = {"backbones": f"{batch} at a time", "decoders": "as it is"}
     lines = [
         f"# What a frozen backbone allows: ViT {size}, patch 8, {crop} px, batch {batch}, CPU",
         "",
@@ -153,7 +136,6 @@ def measure_ways(size: str, crop: int, batch: int, rounds: int) -> list[str]:
         "ratio = the first row's time / the row's in the same round: median (range).",
     ]
     for title, name, sides in (
-        ("A training step, cutting the crops included", "steps", steps),
         (f"The backbone's forward of {2 * batch} crops", "backbones", backbones),
         (f"The decoder, forwards and backwards, {batch} crops", "decoders", decoders),
     ):
@@ -163,7 +145,7 @@ def measure_ways(size: str, crop: int, batch: int, rounds: int) -> list[str]:
             f"| {side} | {statistics.median(sides[side]):.3f} | {ratio(sides[first[name]], sides[side])} |"
             for side in ordered
         ]
-    return [*lines, "", f"What is kept of a crop: {kept / 1e6:.1f} MB in float32, half of it in bfloat16."]
+    return lines
 
 
 def backbone_batches(model: DINOCell, crop: int, sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:

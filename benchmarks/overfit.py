@@ -16,7 +16,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from _harness import write_result
@@ -33,13 +32,13 @@ from dinocell.finetune.config import (
     StoppingConfig,
 )
 from dinocell.finetune.model import DINOCell
+from dinocell.finetune.targets import TargetName
 from dinocell.finetune.train import finetune
 from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.dataset import open_labelled
 from dinocell.labelled.layouts import folder_pairs
 
-Target = Literal["distance", "flows"]
 TARGET_OP_CSB = 0.95
 SIDE_PX, STEPS, LEARNING_RATE = 48, 400, 5e-3
 # An image lies in the middle of one window and is mirrored around: what is learnt by heart are these pictures.
@@ -47,7 +46,13 @@ WINDOW_PX = 80
 score = partial(score_segmenter, crop_size=WINDOW_PX, stride=SIDE_PX)
 FIELD = SyntheticConfig(size=(SIDE_PX, SIDE_PX), channels=("AGP",), num_cells=(4, 6), cell_radius_px=10.0)
 STILL = AugmentConfig(
-    crop=WINDOW_PX, flip=0.0, rotation_deg=0.0, scale=(1.0, 1.0), brightness=(1.0, 1.0), inversion=0.0, with_cells=0.0
+    crop=WINDOW_PX,
+    flip=0.0,
+    rotation_deg=0.0,
+    scale=(1.0, 1.0),
+    brightness=(1.0, 1.0),
+    invert_contrast=0.0,
+    with_cells=0.0,
 )
 
 
@@ -78,7 +83,7 @@ def main() -> None:
             print(write_result(f"overfit_{target}", "\n".join(lines), ["torch", "numpy", "numba"]))
 
 
-def row(target: Target, images: int, steps: int) -> str:
+def row(target: TargetName, images: int, steps: int) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         labelled = make_set(Path(scratch), images)
         began = time.perf_counter()
@@ -111,7 +116,7 @@ def make_set(root: Path, images: int) -> Path:
     return root / "set"
 
 
-def config_of(labelled: Path, output: Path, target: Target, steps: int, images: int) -> FinetuneConfig:
+def config_of(labelled: Path, output: Path, target: TargetName, steps: int, images: int) -> FinetuneConfig:
     return FinetuneConfig(
         output=output,
         data=DataConfig(sets=(str(labelled),), validation_sets=(str(labelled),), crops_per_image=steps // 10),
@@ -123,7 +128,7 @@ def config_of(labelled: Path, output: Path, target: Target, steps: int, images: 
         optim=OptimConfig(learning_rate=LEARNING_RATE, weight_decay=0.0, warmup_steps=20),
         stopping=StoppingConfig(patience=0),
         score_every=10,
-        picture_every=10,
+        image_every=10,
         checkpoint_every=10,
         compute=ComputeConfig(device="cpu", workers=0),
     )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from skimage.segmentation import find_boundaries
 
 from dinocell import DINOCell, DINOCellPipeline
-from dinocell.finetune.segmenter_file import SEGMENTER
+from dinocell.finetune.segmenter_file import DEFAULT_MODEL
 from dinocell.images.read import read_image
 from dinocell.labelled.dataset import open_labelled
 
@@ -32,7 +32,7 @@ def draw_demo(demo: Path, index: int, output: Path) -> None:
     contents = {
         "image": grey,
         "reference": outlined(grey, image.labels, GREEN),
-        "predicted distance map": result.distance,
+        "predicted distance map": result.maps,
         "predicted cells": outlined(grey, result.labels, YELLOW),
     }
     for axes, (title, content) in zip(panels, contents.items(), strict=True):
@@ -44,7 +44,7 @@ def draw_demo(demo: Path, index: int, output: Path) -> None:
 
 def draw_segmentation(paths: list[Path], output: Path) -> None:
     """Draw the centre of each image above the cells that the default model finds in it."""
-    pipeline = DINOCellPipeline(DINOCell.from_pretrained(SEGMENTER))
+    pipeline = DINOCellPipeline(DINOCell.from_pretrained(DEFAULT_MODEL))
     figure = Figure(figsize=(2.4 * len(paths), 4.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     panels = figure.subplots(2, len(paths), squeeze=False)

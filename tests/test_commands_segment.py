@@ -169,7 +169,7 @@ def test_an_option_out_of_range_is_one_line_and_nothing_is_written(
 def test_a_backbone_as_model_is_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"teacher": {"backbone.cls_token": torch.zeros(1, 1, 4)}}, tmp_path / "teacher.pth")
     assert segment(images, "--model", tmp_path / "teacher.pth", "--output", tmp_path / "out") == 2
-    assert "'dinocell finetune' makes a segmenter of a backbone" in capsys.readouterr().err
+    assert "teacher.pth: expected a segmenter" in capsys.readouterr().err
 
 
 def test_the_table_of_cells_names_units_and_channels(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
-"""Evaluation: tables say what the scores say, files are found by name, the command leaves a page that stands alone."""
+"""Evaluation: pooled scores, threshold search, predictions found by name, reports and the command."""
 
 import base64
 import csv
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,23 @@ import torch
 from dinocell.cli import main
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.eval.error_images import FALSE, MISSED, RIGHT, draw_errors
-from dinocell.eval.evaluate import FOUND, OURS, PLAIN, SearchGrid, evaluate_sets
-from dinocell.eval.evaluation_sets import find_predictions
+from dinocell.eval.error_images import CORRECT, FALSE, MISSED, draw_errors
+from dinocell.eval.evaluate import (
+    FOUND,
+    OURS,
+    PLAIN,
+    score,
+    search_methods,
+    segmenter_methods,
+    tool_method,
+)
+from dinocell.eval.evaluation_sets import EvaluationSet, find_predictions
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.metrics.matching import matching_score
 from dinocell.eval.metrics.overlaps import contingency_table
 from dinocell.eval.report import write_report
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
+from dinocell.eval.segmentation.targets import threshold_values
 from dinocell.eval.segmentation.watershed import distance_to_labels
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import SegmenterSettings
@@ -32,15 +42,19 @@ from dinocell.labelled.dataset import LabelledSet, open_labelled
 from dinocell.labelled.distance import labels_to_distance
 
 CONFIG = SyntheticConfig(size=(72, 80), num_cells=(6, 9), cell_radius_px=9.0)
-GRID = SearchGrid(cells_max_range=(0.3, 0.6), cell_fill_range=(0.05, 0.2), steps=3)
+GRID = {
+    "cells_max": threshold_values("cells_max", 0.3, 0.6, 3),
+    "cell_fill": threshold_values("cell_fill", 0.05, 0.2, 3),
+}
 
 
 class MapInImage(DINOCellPipeline):
-    """A stand-in whose network has been replaced by the image: it shows the distance map that is to be predicted."""
+    """A pipeline without a network: the image shows the distance map to predict."""
 
     def __init__(self) -> None:
-        self.cells_max, self.cell_fill = 0.47, 0.09
-        self.model = SimpleNamespace(settings=SegmenterSettings(min_area_px=12))  # type: ignore[assignment]
+        settings = SegmenterSettings(min_area_px=12)
+        self.model = SimpleNamespace(settings=settings)  # type: ignore[assignment]
+        self.parameters = settings.postprocessing
         self.seen: list[float | int | None] = []
 
     def maps(self, image: np.ndarray, *, pixel_size_um: float | int | None = None, **_: object) -> np.ndarray:
@@ -73,7 +87,8 @@ def test_pooled_scores_are_those_of_the_scores_own_functions(tmp_path: Path) -> 
     write_predictions(tmp_path / "tool" / "one", first)
     write_predictions(tmp_path / "tool" / "two", second, ending="_cp_masks")
     pipeline = MapInImage()
-    found = evaluate_sets({"one": first, "two": second}, pipeline=pipeline, predictions={"Tool": tmp_path / "tool"})
+    sets: dict[str, EvaluationSet] = {"one": first, "two": second}
+    found = score(sets, [*segmenter_methods(sets, pipeline), tool_method("Tool", tmp_path / "tool", sets)])
     assert list(found.methods) == [OURS, PLAIN, "Tool"]
     assert [(each.dataset, each.method) for each in found.pooled] == [
         (dataset, method) for dataset in ("one", "two", "all") for method in found.methods
@@ -86,7 +101,7 @@ def test_pooled_scores_are_those_of_the_scores_own_functions(tmp_path: Path) -> 
     labels["Tool"] = [np.roll(each, 3, axis=1) for each in references]
     assert not np.array_equal(labels[OURS][0], labels[PLAIN][0])
     for row in found.pooled[-3:]:
-        ctc, matching = (score(references, labels[row.method]) for score in (ctc_score, matching_score))
+        ctc, matching = (scorer(references, labels[row.method]) for scorer in (ctc_score, matching_score))
         half = matching.at[0]
         assert (row.num_images, row.drawn) == (5, "cells")
         assert (row.scores.seg, row.scores.det, row.scores.op_csb) == (ctc.seg, ctc.det, ctc.op_csb)
@@ -102,26 +117,24 @@ def test_pooled_scores_are_those_of_the_scores_own_functions(tmp_path: Path) -> 
 
 def test_search_adds_a_method_that_is_at_least_as_good_on_these_images(tmp_path: Path) -> None:
     data, pipeline = make_set(tmp_path / "one"), MapInImage()
-    pipeline.cells_max, pipeline.cell_fill = 0.6, 0.2  # a point of the grid
-    said: list[tuple[str, int, int]] = []
-    found = evaluate_sets(
-        {"one": data},
-        pipeline=pipeline,
-        grid=GRID,
-        scratch=tmp_path / "maps",
-        progress=lambda *what: said.append(what),
-    )
-    rows = {row.method: row.scores for row in found.pooled}
+    pipeline.parameters = pipeline.parameters.with_thresholds(cells_max=0.6, cell_fill=0.2)  # a point of the grid
+    reports: list[tuple[str, int, int]] = []
+
+    def report(*counts: Any) -> None:
+        reports.append(counts)
+
+    methods, search = search_methods({"one": data}, pipeline, tmp_path / "maps", axes=GRID, progress=report)
+    rows = {row.method: row.scores for row in score({"one": data}, methods, progress=report).pooled}
     assert list(rows) == [OURS, PLAIN, FOUND]
-    assert found.threshold_search is not None
-    assert rows[FOUND].op_csb == pytest.approx(found.threshold_search.best_score)
+    assert rows[FOUND].op_csb == pytest.approx(search.best_score)
     assert rows[FOUND].op_csb >= rows[OURS].op_csb
     assert len(pipeline.seen) == 3
-    assert {what for what, done, total in said if done == total} == {"predicted", "searched", "scored"}
+    assert {what for what, done, total in reports if done == total} == {"predicted", "searched", "scored"}
 
 
 def test_intervals_draw_images_where_there_are_enough(tmp_path: Path) -> None:
-    found = evaluate_sets({"one": make_set(tmp_path / "one", num_images=12)}, pipeline=MapInImage())
+    sets = {"one": make_set(tmp_path / "one", num_images=12)}
+    found = score(sets, segmenter_methods(sets, MapInImage()))
     assert {row.drawn for row in found.pooled} == {"images"}
 
 
@@ -130,28 +143,29 @@ def test_worst_images_come_first_and_perfect_ones_not_at_all(tmp_path: Path) -> 
     labels = write_predictions(tmp_path / "tool", data)
     write_labels(tmp_path / "tool" / "000002.tif", np.asarray(data[2].labels).astype(np.int32))
     write_labels(tmp_path / "tool" / "000001.tif", np.zeros_like(labels[1]))
-    found = evaluate_sets({"one": data}, predictions={"Tool": tmp_path / "tool"})
+    methods = [tool_method("Tool", tmp_path / "tool", {"one": data})]
+    found = score({"one": data}, methods)
     assert found.worst[0].image == "000001"
-    assert "000002" not in [each.image for each in found.worst]
-    few = evaluate_sets({"one": data}, predictions={"Tool": tmp_path / "tool"}, num_worst=1)
-    assert [each.image for each in few.worst] == ["000001"]
+    assert "000002" not in [error.image for error in found.worst]
+    few = score({"one": data}, methods, num_worst=1)
+    assert [error.image for error in few.worst] == ["000001"]
 
 
-def test_mistakes_are_drawn_in_their_colours() -> None:
+def test_errors_are_drawn_in_their_colours() -> None:
     reference, predicted = np.zeros((2, 40, 60), np.int32)
-    reference[5:15, 5:15], predicted[5:15, 5:15] = 1, 9  # right
+    reference[5:15, 5:15], predicted[5:15, 5:15] = 1, 9  # correct
     reference[25:35, 5:15] = 2  # missed
     predicted[5:15, 40:50] = 4  # false
-    picture = draw_errors(np.zeros((40, 60)), reference, predicted, contingency_table(reference, predicted))
-    assert tuple(picture[:, 5, 10]) == RIGHT
-    assert tuple(picture[:, 25, 10]) == MISSED
-    assert tuple(picture[:, 5, 45]) == FALSE
-    assert np.array_equal(picture[:, 30, 10], np.round(0.4 * np.array(MISSED)))
-    assert not picture[:, 20, 30].any()
-    assert not picture[:, 10, 10].any(), "a right cell is an outline alone"
+    drawn = draw_errors(np.zeros((40, 60)), reference, predicted, contingency_table(reference, predicted))
+    assert tuple(drawn[:, 5, 10]) == CORRECT
+    assert tuple(drawn[:, 25, 10]) == MISSED
+    assert tuple(drawn[:, 5, 45]) == FALSE
+    assert np.array_equal(drawn[:, 30, 10], np.round(0.4 * np.array(MISSED)))
+    assert not drawn[:, 20, 30].any()
+    assert not drawn[:, 10, 10].any(), "a correct cell is only an outline"
 
 
-def test_large_pictures_are_thinned() -> None:
+def test_large_error_images_are_subsampled() -> None:
     labels = np.ones((8, 2400), np.int32)
     assert draw_errors(np.zeros(labels.shape), labels, labels, contingency_table(labels, labels)).shape == (3, 3, 800)
 
@@ -177,30 +191,31 @@ def test_predictions_of_images_whose_names_have_an_ending_are_found(tmp_path: Pa
     assert find_predictions(tmp_path, "livecell", ["A.1.tif"]) == [tmp_path / file]
 
 
-def test_predictions_of_another_size_are_named_before_the_network_runs(tmp_path: Path) -> None:
-    data, pipeline = make_set(tmp_path / "one", num_images=1), MapInImage()
+def test_predictions_of_another_size_are_named(tmp_path: Path) -> None:
+    sets = {"one": make_set(tmp_path / "one", num_images=1)}
     (tmp_path / "tool").mkdir()
     write_labels(tmp_path / "tool" / "000000.tif", np.eye(8, dtype=np.int32))
-    with pytest.raises(DinocellError, match=r"000000.tif: expected the labelled set's size, 72 x 80, got 8 x 8"):
-        evaluate_sets({"one": data}, pipeline=pipeline, predictions={"Tool": tmp_path / "tool"})
-    assert not pipeline.seen
+    with pytest.raises(DinocellError, match=r"000000.tif: expected .* 72 x 80, got 8 x 8"):
+        tool_method("Tool", tmp_path / "tool", sets).check(sets)
 
 
-def test_report_holds_its_pictures_and_says_undefined_where_there_is_no_cell(tmp_path: Path) -> None:
+def test_report_embeds_its_images_and_marks_undefined_scores(tmp_path: Path) -> None:
     data = make_set(tmp_path / "<one>")
     empty = make_set(tmp_path / "empty", num_images=1)
     np.save(tmp_path / "empty" / "anns.npy", np.zeros((1, 72, 80), np.int16))
     empty = open_labelled(tmp_path / "empty")
-    found = evaluate_sets({"<one>": data, "empty": empty}, pipeline=MapInImage(), grid=GRID, scratch=tmp_path / "maps")
+    sets: dict[str, EvaluationSet] = {"<one>": data, "empty": empty}
+    methods, search = search_methods(sets, MapInImage(), tmp_path / "maps", axes=GRID)
+    found = replace(score(sets, methods), threshold_search=search)
     output = tmp_path / "out"
     output.mkdir()
     written = write_report(output, found, about={"model": "a & b"})
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in written)
     page = (output / "report.html").read_text(encoding="utf-8")
-    pictures = re.findall(r'src="([^"]*)"', page)
-    assert len(pictures) == len(found.worst) + 1
-    for each in pictures:
-        kind, content = each.split(",")
+    images = re.findall(r'src="([^"]*)"', page)
+    assert len(images) == len(found.worst) + 1
+    for uri in images:
+        kind, content = uri.split(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(content).startswith(b"\x89PNG")
     assert "&lt;one&gt;" in page
@@ -219,7 +234,7 @@ def test_report_holds_its_pictures_and_says_undefined_where_there_is_no_cell(tmp
             assert line[name] == ("" if value != value else line[name])
             assert value != value or float(line[name]) == pytest.approx(value, abs=1e-6)
     # Without a search, the files of the earlier one would contradict the tables.
-    write_report(output, evaluate_sets({"<one>": data}, pipeline=MapInImage()), about={})
+    write_report(output, score({"<one>": data}, segmenter_methods({"<one>": data}, MapInImage())), about={})
     assert not list(output.glob("threshold_search*"))
 
 
@@ -285,19 +300,20 @@ def test_command_scores_other_tools_without_a_model(tmp_path: Path) -> None:
         ([], "nothing to score"),
         (["--predictions", "Tool"], "expected NAME=FOLDER"),
         (["--predictions", "Tool=nowhere"], "expected a folder of label images"),
-        (["--predictions", "T=a", "T=b"], "two folders are called 'T'"),
-        (["--predictions", "T=a", "--cells-max", "0.4"], "--cells-max: only a model has use for it"),
-        (["--predictions", "T=a", "--threshold-search"], "--threshold-search: only a model has use for it"),
-        (["--model", "m.pt", "--threshold-search", "--save-to-model"], "expected a model on this disk, got m.pt"),
+        (["--predictions", "T=a", "T=b"], "different names, such as Cellpose=results/, got 'T=b'"),
+        (["--predictions", "T=a", "--cells-max", "0.4"], "--cells-max: needs --model"),
+        (["--predictions", "T=a", "--cells-max", "0"], "--cells-max: needs --model"),
+        (["--predictions", "T=a", "--threshold-search"], "--threshold-search: needs --model"),
+        (["--model", "m.pt", "--threshold-search", "--save-to-model"], "expected a local model, got m.pt"),
         (
             ["--model", "m.pt", "--threshold-search", "--save-to-model", "--cell-fill", "0.1"],
-            "compares with the model's",
+            "--cell-fill: cannot be used with --save-to-model",
         ),
-        (["--model", "m.pt", "--save-to-model"], "--save-to-model: add --threshold-search"),
-        (["--model", "m.pt", "--cell-fill-range", "0", "1"], "--cell-fill-range: add --threshold-search"),
+        (["--model", "m.pt", "--save-to-model"], "--save-to-model: needs --threshold-search"),
+        (["--model", "m.pt", "--cell-fill-range", "0", "1"], "--cell-fill-range: needs --threshold-search"),
     ],
 )
-def test_command_refuses_what_it_would_ignore(
+def test_options_that_would_be_ignored_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
 ) -> None:
     make_set(tmp_path / "one", num_images=1)

@@ -1,4 +1,4 @@
-"""A segmenter of target flows through all that takes a segmenter: pipeline, scores, search, evaluation, commands."""
+"""A segmenter with target flows: pipeline, scores, search, evaluation and commands."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,10 @@ from dinocell.errors import DinocellError
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.segmentation.flows import flows_to_labels
-from dinocell.eval.segmentation.pipeline import DINOCellPipeline, FlowSegmentation
-from dinocell.eval.threshold_search import search_flows
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
+from dinocell.eval.threshold_search import search_parameters
 from dinocell.finetune.model import DINOCell, replace_settings
+from dinocell.finetune.targets import FlowPostprocessing
 from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.dataset import LabelledImage
@@ -56,7 +57,7 @@ def pipeline_of(model: DINOCell, monkeypatch: pytest.MonkeyPatch, **options: flo
     # 8-bit grey levels cannot number the pixels: hand them on as they are.
     monkeypatch.setattr(
         "dinocell.eval.segmentation.pipeline.prepare",
-        lambda image, _settings: (image / np.float64(image.max())).astype(np.float32),
+        lambda image, _settings, **_: (image / np.float64(image.max())).astype(np.float32),
     )
     return DINOCellPipeline(model, device="cpu", crop_size=128, **options)
 
@@ -75,18 +76,16 @@ def labelled() -> LabelledImage:
     )
 
 
-def test_a_network_that_knows_the_flows_gives_back_the_cells(
-    knowing: DINOCell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_with_perfect_flows_gives_the_cells(knowing: DINOCell, monkeypatch: pytest.MonkeyPatch) -> None:
     found = pipeline_of(knowing, monkeypatch).run(PICTURE, return_dist_map=True)
-    assert isinstance(found, FlowSegmentation)
-    assert found.flows.shape == (3, *FIELD.labels.shape)
-    np.testing.assert_allclose(found.flows[:2], labels_to_flows(FIELD.labels)[:2], atol=1e-5)
+    assert isinstance(found, Segmentation)
+    assert found.maps.shape == (3, *FIELD.labels.shape)
+    np.testing.assert_allclose(found.maps[:2], labels_to_flows(FIELD.labels)[:2], atol=1e-5)
     assert ctc_score(FIELD.labels, found.labels).op_csb > 0.98
     np.testing.assert_array_equal(pipeline_of(knowing, monkeypatch).run(PICTURE), found.labels)
 
 
-def test_thresholds_are_the_models_unless_told_otherwise(knowing: DINOCell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_default_to_the_models(knowing: DINOCell, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_settings(knowing, probability=0.995)
     assert pipeline_of(knowing, monkeypatch).run(PICTURE).max() == 0
     pipeline = pipeline_of(knowing, monkeypatch, probability=0.5)
@@ -95,11 +94,11 @@ def test_thresholds_are_the_models_unless_told_otherwise(knowing: DINOCell, monk
 
 
 def test_thresholds_of_the_other_target_are_refused(model: DINOCell) -> None:
-    with pytest.raises(DinocellError, match=r"cells_max: .* target flows, whose thresholds are probability and flow"):
+    with pytest.raises(DinocellError, match=r"cells_max: .* probability and flow_error"):
         DINOCellPipeline(model, device="cpu", cells_max=0.4)
-    with pytest.raises(DinocellError, match=r"cell_fill: .* target flows"):
+    with pytest.raises(DinocellError, match=r"cell_fill: .* probability and flow_error"):
         DINOCellPipeline(model, device="cpu").run(np.eye(40), cell_fill=0.1)
-    with pytest.raises(DinocellError, match=r"flow_error: .* target distance, whose thresholds are cells_max"):
+    with pytest.raises(DinocellError, match=r"flow_error: .* cells_max and cell_fill"):
         DINOCellPipeline(DINOCell("vitt8", pretrained=False), device="cpu", flow_error=0.4)
     with pytest.raises(DinocellError, match="no distance map"):
         DINOCellPipeline(model, device="cpu").distance(np.eye(40))
@@ -125,7 +124,8 @@ def test_the_search_scores_what_the_thresholds_give(tmp_path: Path) -> None:
     flows = [labels_to_flows(FIELD.labels) + generator.normal(0, 0.3, (3, 100, 130)).astype(np.float32)] * 2
     flows[1] = np.ascontiguousarray(flows[1][:, ::-1]) * np.array([-1, 1, 1], np.float32)[:, None, None]
     references = [FIELD.labels, np.ascontiguousarray(FIELD.labels[::-1])]
-    found = search_flows(flows, references, probabilities=(0.4, 0.7), flow_errors=(0.15, 0.2, 4.0), min_area_px=30)
+    axes = {"probability": (0.4, 0.7), "flow_error": (0.15, 0.2, 4.0)}
+    found = search_parameters(flows, references, FlowPostprocessing(min_area_px=30), axes)
     for row, probability in enumerate(found.axes["probability"]):
         for column, error in enumerate(found.axes["flow_error"]):
             labels = [
@@ -142,12 +142,13 @@ def test_the_search_scores_what_the_thresholds_give(tmp_path: Path) -> None:
     assert (tmp_path / "grid.png").stat().st_size > 0
 
 
-def test_a_search_without_a_reference_cell_is_one_line() -> None:
-    found = search_flows([labels_to_flows(FIELD.labels)], [np.zeros_like(FIELD.labels)], probabilities=(0.5,))
+def test_a_search_without_a_reference_cell_or_map_is_an_error() -> None:
+    flows, parameters = [labels_to_flows(FIELD.labels)], FlowPostprocessing()
+    found = search_parameters(flows, [np.zeros_like(FIELD.labels)], parameters, {"probability": (0.5,)})
     with pytest.raises(DinocellError, match="undefined everywhere"):
         _ = found.best
     with pytest.raises(DinocellError, match="as many maps as references, got 1 and 0"):
-        search_flows([labels_to_flows(FIELD.labels)], [])
+        search_parameters(flows, [], parameters)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def file(model: DINOCell, tmp_path: Path) -> Path:
     return model.save_pretrained(tmp_path / "model.pt")
 
 
-def test_the_segment_command_takes_such_a_model(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_segment_writes_flows_and_their_labels(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiff(tmp_path / "a.tif", FIELD.pixels)
     words = ["segment", str(tmp_path / "a.tif"), "--model", str(file), "--output", str(tmp_path / "out")]
     assert main([*words, "--save-dist-map", "--flow-error", "4", "--probability", "0.3"]) == 0
@@ -171,10 +172,10 @@ def test_the_segment_command_takes_such_a_model(file: Path, tmp_path: Path, caps
     assert main([*words, "--save-dist-map", "--flow-error", "4", "--probability", "0.3"]) == 0
     assert "skipped" in capsys.readouterr().out
     assert main([*words, "--cells-max", "0.4"]) == 2
-    assert "cells_max: this segmenter is one of target flows" in capsys.readouterr().err
+    assert "cells_max: not a threshold of this segmenter" in capsys.readouterr().err
 
 
-def test_the_evaluate_command_searches_and_stores_its_thresholds(
+def test_the_evaluate_command_searches_and_stores_thresholds_of_flows(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for kind in ("images", "masks"):
@@ -185,21 +186,21 @@ def test_the_evaluate_command_searches_and_stores_its_thresholds(
     words = ["evaluate", "--model", str(file), "--dataset", str(tmp_path / "set"), "--output", str(tmp_path / "out")]
     words += ["--threshold-search"]
     assert main([*words, "--save-to-model"]) == 0
-    said = capsys.readouterr().out
-    assert "best thresholds: --probability" in said
+    output = capsys.readouterr().out
+    assert "best thresholds: --probability" in output
     found = json.loads((tmp_path / "out" / "scores.json").read_text())["threshold_search"]
     assert {"probability", "flow_error"} < set(found)
     settings = DINOCell.from_pretrained(file).settings
-    is_stored = "stored in" in said
+    is_stored = "stored in" in output
     assert (
         settings.probability == found["probability"] and settings.flow_error == found["flow_error"]
     ) or not is_stored
     assert "probability" in (tmp_path / "out" / "report.html").read_text()
     assert main([*words, "--cells-max-range", "0.1", "0.2"]) == 2
-    assert "--cells-max-range" in capsys.readouterr().err
+    assert "cells_max" in capsys.readouterr().err
 
 
-def test_info_says_how_flows_become_cells(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_reports_the_postprocessing_of_flows(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json", str(file)]) == 0
     lines = json.loads(capsys.readouterr().out)
-    assert (lines["target"], lines["cells"]) == ("flows", "chance above 0.5, flow error up to 0.4")
+    assert (lines["target"], lines["cells"]) == ("flows", str(FlowPostprocessing()))

@@ -1,6 +1,5 @@
-"""Bootstrap intervals against the scores they are of, a plain loop, and their own promise."""
+"""Bootstrap intervals against their scores, a plain loop, and their nominal coverage."""
 
-import inspect
 import math
 
 import numpy as np
@@ -18,7 +17,7 @@ def mean_of(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def tables(count: int, *, seed: int = 0) -> list[ContingencyTable]:
-    """Squares of 4 x 4 on a grid: some missed, some merged with the next, some shifted, some invented."""
+    """Squares of 4 x 4 on a grid: some missed, some merged with the next, some shifted, some spurious."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -49,7 +48,7 @@ def test_values_are_the_scores(over: str) -> None:
         assert interval.low < interval.value < interval.high
 
 
-def test_images_drawn_are_scored_as_a_plain_loop_scores_them() -> None:
+def test_resampled_images_score_as_in_a_plain_loop() -> None:
     some = tables(6)
     generator = np.random.default_rng(3)
     drawn = [generator.integers(6, size=6) for _ in range(50)]
@@ -60,7 +59,7 @@ def test_images_drawn_are_scored_as_a_plain_loop_scores_them() -> None:
         assert intervals[name][1:3] == pytest.approx(expected, abs=1e-12)
 
 
-def test_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
+def test_the_interval_of_a_mean_has_its_nominal_coverage() -> None:
     generator = np.random.default_rng(0)
     hits = 0
     for seed in range(300):
@@ -106,7 +105,7 @@ def test_one_image_has_an_interval_over_cells() -> None:
     assert interval.low < interval.value < interval.high
 
 
-def test_draws_without_a_reference_cell_are_counted_and_left_out() -> None:
+def test_resamples_without_a_reference_cell_are_counted_and_excluded() -> None:
     empty = contingency_table(np.zeros((2, 2), int), np.eye(2, dtype=int))
     full = contingency_table(np.eye(2, dtype=int), np.eye(2, dtype=int))
     interval = ctc_intervals([empty, full], num_draws=1000)["seg"]
@@ -126,16 +125,11 @@ def test_precision_without_predictions_is_undefined_without_a_warning() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"confidence": 1.0}, "confidence: expected a share between 0 and 1, .* got 1.0"),
-        ({"confidence": 0.0}, "confidence: expected"),
-        ({"num_draws": 0}, "num_draws: expected at least 1, got 0"),
+        ({"confidence": 1.0}, "confidence .* got 1.0"),
+        ({"confidence": 0.0}, "confidence"),
+        ({"num_draws": 0}, "num_draws .* 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bootstrap(np.ones((3, 2)), mean_of, **options)
-
-
-def test_what_is_drawn_is_images_or_cells() -> None:
-    with pytest.raises(ValueError, match="over: expected images or cells, got 'frames'"):
-        inspect.unwrap(ctc_intervals)(tables(2), over="frames")

@@ -1,15 +1,23 @@
-"""The challenge's folders: round trips, and the real sequence in this layout."""
+"""Folders of the Cell Tracking Challenge: round trips, a real sequence, and stand-ins for the official programs."""
 
-import inspect
+import stat
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 
-from dinocell.errors import ImageError
+from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.metrics.ctc import ctc_score
-from dinocell.eval.metrics.ctc_files import score_sequence, write_reference, write_results
+from dinocell.eval.metrics.ctc_files import (
+    OfficialScores,
+    official_scores,
+    official_scores_of,
+    write_reference,
+    write_results,
+)
+from helpers.ctc import score_sequence
 
 REAL_SEQUENCE = Path(__file__).parents[2] / "shared" / "data" / "ctc_layout_ipsc"
 
@@ -25,7 +33,7 @@ def frames(count: int, *, seed: int = 0) -> list[np.ndarray]:
     return images
 
 
-def test_written_and_scored_is_what_ctc_score_gives(tmp_path: Path) -> None:
+def test_a_written_sequence_scores_as_its_arrays(tmp_path: Path) -> None:
     references, predictions = frames(4), frames(4, seed=1)
     write_reference(tmp_path, "01", references)
     write_results(tmp_path, "01", iter(predictions))
@@ -53,17 +61,8 @@ def test_cells_of_single_images_get_ids_of_their_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tracks, [(label, (label - 1) // 4, (label - 1) // 4, 0) for label in ids])
 
 
-def test_tracked_cells_keep_their_ids_and_lives(tmp_path: Path) -> None:
-    first, second = np.array([[1, 0, 4]]), np.array([[1, 7, 0]])
-    write_reference(tmp_path, "02", [first, second, second], tracked=True)
-    np.testing.assert_array_equal(tifffile.imread(tmp_path / "02_GT" / "TRA" / "man_track001.tif"), second)
-    assert (tmp_path / "02_GT" / "TRA" / "man_track.txt").read_text() == "1 0 2 0\n4 0 0 0\n7 1 2 0\n"
-    with pytest.raises(ImageError, match="cell 4 is in frame 0 and again in frame 2, not between"):
-        write_reference(tmp_path, "03", [first, second, first], tracked=True)
-
-
 @pytest.mark.slow
-def test_real_sequence_scores_as_the_challenges_own_log_says() -> None:
+def test_a_real_sequence_scores_as_in_the_challenges_log() -> None:
     if not REAL_SEQUENCE.exists():
         pytest.skip("no ../shared/data/ctc_layout_ipsc")
     score = score_sequence(REAL_SEQUENCE, "02")
@@ -93,11 +92,9 @@ def test_silver_truth_and_missing_markers(tmp_path: Path) -> None:
     assert score.detection is score.segmentation
     with pytest.raises(ImageError, match=r"01_GT.SEG: no man_seg\*.tif"):
         score_sequence(tmp_path, "01")
-    with pytest.raises(ValueError, match="truth: expected gold or silver, got 'bronze'"):
-        inspect.unwrap(score_sequence)(tmp_path, "01", truth="bronze")
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_frames_that_do_not_fit_are_named(tmp_path: Path) -> None:
     image = frames(1)[0]
     write_reference(tmp_path, "01", [image, image])
     write_results(tmp_path, "01", [image])
@@ -107,18 +104,73 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"mask001.tif is \(15, 24\), .*man_seg001.tif \(16, 24\)"):
         score_sequence(tmp_path, "01")
     tifffile.imwrite(tmp_path / "01_RES" / "mask0001.tif", image.astype(np.uint16))
-    with pytest.raises(ImageError, match=r"mask001.tif: frame 1 twice, also as mask0001.tif"):
+    with pytest.raises(ImageError, match=r"mask001.tif: expected one .* per frame"):
         score_sequence(tmp_path, "01")
     tifffile.imwrite(tmp_path / "01_GT" / "SEG" / "man_seg_000_003.tif", image.astype(np.uint16))
-    with pytest.raises(ImageError, match="three-dimensional sequences are not scored"):
+    with pytest.raises(ImageError, match=r"man_seg_000_003.tif: expected one two-dimensional"):
         score_sequence(tmp_path, "01")
 
 
-def test_what_16_bits_or_three_digits_cannot_hold_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"id 65536 in frame 0; .* expected ids up to 65535"):
+def test_ids_above_16_bits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"expected ids up to 65535 .* got 65536 in frame 0"):
         write_results(tmp_path, "01", [np.array([[65536]])])
     write_results(tmp_path, "02", [np.array([[65535]])])
-    with pytest.raises(ImageError, match="more frames than 1 digits can number"):
-        write_results(tmp_path, "03", [np.array([[1]])] * 11, num_digits=1)
-    with pytest.raises(ImageError, match=r"mask000.tif: frames of an earlier run"):
-        write_results(tmp_path, "02", [np.array([[1]])])
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    """Write a small Python program in place of an official one."""
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs programs that start by their first line")
+@pytest.mark.parametrize("place", ["", "Linux"])
+def test_official_programs_are_run_and_their_scores_read(tmp_path: Path, place: str) -> None:
+    if place and sys.platform != "linux":
+        pytest.skip("another system's folder")
+    binaries, data = tmp_path / "programs", tmp_path / "data"
+    (binaries / place).mkdir(parents=True)
+    check = "assert sys.argv[1:] == [str(Path(sys.argv[1]).resolve()), '01', '4'], sys.argv\n"
+    program(binaries / place, "SEGMeasure", check + "print('SEG measure: 0.849343')")
+    program(binaries / place, "DETMeasure", check + "print('DET measure: 1')")
+    write_reference(data, "01", frames(2), num_digits=4)
+    assert official_scores(data, "01", binary_path=binaries, num_digits=4) == OfficialScores(seg=0.849343, det=1.0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs programs that start by their first line")
+def test_arrays_reach_the_programs_in_the_challenges_layout(tmp_path: Path) -> None:
+    score = f"sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom helpers.ctc import score_sequence\n"
+    score += "score = score_sequence(Path(sys.argv[1]), sys.argv[2])"
+    for name in ("SEG", "DET"):
+        program(tmp_path, f"{name}Measure", f"{score}\nprint(f'{name} measure: {{score.{name.lower()}:.6f}}')")
+    references, predictions = frames(3), frames(3, seed=2)
+    expected = ctc_score(references, predictions)
+    official = official_scores_of(references, predictions, binary_path=tmp_path)
+    assert (official.seg, official.det) == pytest.approx((expected.seg, expected.det), abs=5e-7)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs programs that start by their first line")
+def test_programs_without_a_score_are_named(tmp_path: Path) -> None:
+    write_reference(tmp_path, "01", frames(1))
+
+    def run() -> OfficialScores:
+        return official_scores(tmp_path, "01", binary_path=tmp_path)
+
+    with pytest.raises(DinocellError, match="SEGMeasure: no such program"):
+        run()
+    (tmp_path / "SEGMeasure").write_text("not a program")
+    with pytest.raises(DinocellError, match=r"SEGMeasure: cannot be run \("):
+        run()
+    program(tmp_path, "SEGMeasure", "print('No ground truth object found!')")
+    with pytest.raises(
+        DinocellError, match=r"expected 'SEG measure: ...', got exit code 0: No ground truth object found!"
+    ):
+        run()
+    program(tmp_path, "SEGMeasure", "print('SEG measure: 0.5', file=sys.stdout)\nsys.exit(3)")
+    with pytest.raises(DinocellError, match="got exit code 3"):
+        run()
+    program(tmp_path, "SEGMeasure", "print('SEG measure: 0.5')")
+    program(tmp_path, "DETMeasure", "sys.exit('cannot open\\n the file')")
+    with pytest.raises(DinocellError, match=r"DETMeasure: .* got exit code 1: cannot open the file"):
+        run()

@@ -175,5 +175,5 @@ def test_thresholds_that_need_a_solver_or_make_no_sense_are_refused(thresholds: 
     with pytest.raises(ValueError, match=r"thresholds: expected IoUs from 0.5 to 1, got"):
         matching_score(*random_pair(0), thresholds=thresholds)
     if thresholds:
-        with pytest.raises(ValueError, match=r"threshold: expected an IoU from 0.5 to 1, got"):
+        with pytest.raises(ValueError, match=r"thresholds: expected IoUs from 0.5 to 1, got"):
             find_matches(contingency_table(*random_pair(0)), thresholds[-1])

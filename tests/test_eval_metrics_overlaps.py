@@ -121,11 +121,11 @@ def test_sixty_thousand_cells_need_little_more_memory_than_a_block() -> None:
 @pytest.mark.parametrize(
     ("reference", "prediction", "message"),
     [
-        (np.zeros((4, 4)), np.zeros((4, 4), int), "reference: expected one integer id a cell, got .* float64"),
-        (np.zeros((4, 4), int), np.zeros((4, 4), bool), "prediction: expected one integer id a cell, got a bool mask"),
-        (np.zeros((1, 2), int), np.array([[0, -3]]), "prediction: expected ids of at least 0 .* got -3"),
-        (np.zeros((2, 4, 4), int), np.zeros((4, 4), int), r"reference: expected one label image .* \(2, 4, 4\)"),
-        (np.zeros((4, 5), int), np.zeros((5, 4), int), r"of one size, got \(4, 5\) and \(5, 4\)"),
+        (np.zeros((4, 4)), np.zeros((4, 4), int), "reference: .* float64"),
+        (np.zeros((4, 4), int), np.zeros((4, 4), bool), "prediction: .* bool"),
+        (np.zeros((1, 2), int), np.array([[0, -3]]), "prediction: .* got id -3"),
+        (np.zeros((2, 4, 4), int), np.zeros((4, 4), int), r"reference: .* \(2, 4, 4\)"),
+        (np.zeros((4, 5), int), np.zeros((5, 4), int), r"of the same size, got \(4, 5\) and \(5, 4\)"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(
@@ -142,7 +142,7 @@ def test_lists_are_paired_frame_by_frame() -> None:
     assert [unpacked(table) for table in tables] == [plain_loop(*frames[::2]), plain_loop(*frames[1::2])]
     assert len(contingency_tables(frames[0], frames[1])) == 1
     assert contingency_tables([], []) == []
-    with pytest.raises(ValueError, match="as many predictions as references, got 1 and 2"):
+    with pytest.raises(ValueError, match="got 2 frames and 1 frames"):
         contingency_tables(frames[:2], frames[:1])
-    with pytest.raises(ValueError, match="one image and one list"):
+    with pytest.raises(ValueError, match="got one image and 1 frames"):
         contingency_tables(frames[0], frames[:1])

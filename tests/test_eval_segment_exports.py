@@ -13,10 +13,11 @@ from roifile import roiread
 from shapely.geometry import shape as geometry_of
 
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
-from dinocell.eval.metrics.ctc_files import score_sequence, write_reference
+from dinocell.eval.metrics.ctc_files import write_reference
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.images.write import write_tiff
 from helpers.commands import segment
+from helpers.ctc import score_sequence
 
 SMALL = SyntheticConfig(size=(96, 130), num_cells=(6, 10), cell_radius_px=12.0)
 EXPORTS = ("--save-geojson", "--save-rois", "--save-coco", "--save-ctc", "--save-outlines")

@@ -13,9 +13,8 @@ from dinocell.eval import scoring
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.refine import Refinement
+from dinocell.eval.segmentation.targets import DECODERS
 from dinocell.eval.segmentation.watershed import distance_to_labels
-from dinocell.eval.threshold_search import search
 from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.labelled.dataset import LabelledImage
@@ -158,7 +157,7 @@ def test_images_are_prepared_by_the_settings_of_the_model(model: DINOCell, tmp_p
 def test_scoring_finds_thresholds_that_are_at_least_as_good(
     mirror: DINOCellPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinocell.eval.scoring._MERGES", (None, 3.0))  # four take the double of the time
+    monkeypatch.setitem(DECODERS["distance"].training_axes, "merge_px", (None, 3.0))  # four take twice the time
     picture = as_picture(FIELD.labels)
     image = LabelledImage(
         pixels=picture[None], labels=FIELD.labels, distance=None, crowd=None, name="a", pixel_size_um=None
@@ -184,14 +183,11 @@ def test_scoring_finds_thresholds_that_are_at_least_as_good(
 @pytest.mark.parametrize("restore_border", [False, True])
 def test_boundaries_are_refined_by_the_settings_of_the_model(mirror: DINOCellPipeline, restore_border: bool) -> None:
     replace_settings(mirror.model, cell_fill=0.3, restore_border=restore_border)
-    maps = mirror.maps(as_picture(FIELD.labels))
-    wanted = distance_to_labels(
-        maps, cells_max=mirror.cells_max, cell_fill=mirror.cell_fill, restore_border=restore_border
-    )
-    np.testing.assert_array_equal(mirror.cells(maps), wanted)
-    other = distance_to_labels(
-        maps, cells_max=mirror.cells_max, cell_fill=mirror.cell_fill, restore_border=not restore_border
-    )
+    pipeline = DINOCellPipeline(mirror.model, device="cpu", crop_size=128)
+    maps = pipeline.maps(as_picture(FIELD.labels))
+    wanted = distance_to_labels(maps, cells_max=0.47, cell_fill=0.3, restore_border=restore_border)
+    np.testing.assert_array_equal(pipeline.cells(maps), wanted)
+    other = distance_to_labels(maps, cells_max=0.47, cell_fill=0.3, restore_border=not restore_border)
     assert (other != wanted).any()
 
 
@@ -207,15 +203,16 @@ def test_scoring_scales_images_and_drops_small_cells_as_the_pipeline_does(
     own = ctc_score(FIELD.labels, in_use).op_csb
     assert own != ctc_score(FIELD.labels, DINOCellPipeline(mirror.model, "cpu").run(picture)).op_csb
     assert score_segmenter(mirror.model, [image], False).metrics["score/op_csb"] == pytest.approx(own)
-    tried: list[Refinement] = []
+    tried: list[int] = []
+    whole_search = scoring.search_parameters
 
-    def coarse(*args: Any, refinement: Refinement, **_: Any) -> Any:
-        tried.append(refinement)
-        return search(*args, steps=2, refinement=refinement)
+    def coarse(maps: Any, references: Any, parameters: Any, _axes: Any) -> Any:
+        tried.append(parameters.min_area_px)
+        return whole_search(maps, references, parameters, {"cells_max": (0.5,), "cell_fill": (0.1,)})
 
-    monkeypatch.setattr(scoring, "search", coarse)
+    monkeypatch.setattr(scoring, "search_parameters", coarse)
     score_segmenter(mirror.model, [image], True)
-    assert [each.min_area_px for each in tried] == [400]
+    assert tried == [400]
 
 
 def test_tiles_are_as_large_as_the_training_crops(model: DINOCell) -> None:

@@ -1,4 +1,4 @@
-"""Threshold search: each point of the grid is what running the whole chain at it gives."""
+"""Threshold search: every grid point scores as the full postprocessing at that point, and the best is found."""
 
 import csv
 import itertools
@@ -15,7 +15,8 @@ from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.metrics.matching import matching_score
 from dinocell.eval.segmentation.refine import PLAIN, Refinement
 from dinocell.eval.segmentation.watershed import distance_to_labels
-from dinocell.eval.threshold_search import METRICS, search, store_maps
+from dinocell.eval.threshold_search import METRICS, GridSearch, search, search_parameters, store_maps
+from dinocell.finetune.targets import DistancePostprocessing
 from dinocell.labelled.distance import labels_to_distance
 
 RNG = np.random.default_rng(0)
@@ -38,7 +39,7 @@ MAPS, LABELS = images()
 
 
 @pytest.mark.parametrize("refinement", [PLAIN, Refinement(), Refinement(min_area_px=40, merge_depth=0.0, blur_px=0.0)])
-def test_every_point_is_what_the_whole_chain_gives(refinement: Refinement) -> None:
+def test_every_point_scores_as_the_full_postprocessing(refinement: Refinement) -> None:
     merges = [None] if refinement.merge_px is None else [2.0, 5.0, None]
     borders = [refinement.restore_border] if refinement == PLAIN else [False, True]
     found = search(
@@ -90,14 +91,14 @@ def test_the_best_point_is_the_highest_and_beats_the_edges() -> None:
     found = search(MAPS, LABELS, steps=6)
     best = found.best
     assert found.best_score == np.nanmax(found.scores["op_csb"])
-    place = tuple(values.index(value) for values, value in zip(found.axes.values(), best, strict=True))
+    place = tuple(values.index(getattr(best, name)) for name, values in found.axes.items())
     assert found.scores["op_csb"][place] == found.best_score
     assert found.best_score > found.scores["op_csb"][0, 0, 0, 0] + 0.05
     by_seg = search(MAPS, LABELS, steps=6, metric="seg")
     assert by_seg.best_score == np.nanmax(found.scores["seg"])
 
 
-def test_files_hold_every_point_and_a_picture(tmp_path: Path) -> None:
+def test_the_table_has_every_point_and_the_heat_map_marks_the_best(tmp_path: Path) -> None:
     found = search(MAPS, LABELS, steps=5, merge_px=[3.0, None])
     found.write_csv(tmp_path / "grid.csv")
     with (tmp_path / "grid.csv").open() as file:
@@ -106,16 +107,15 @@ def test_files_hold_every_point_and_a_picture(tmp_path: Path) -> None:
     best = max(float(row["op_csb"]) for row in rows if row["op_csb"] != "nan")
     assert best == pytest.approx(found.best_score, abs=1e-6)
     found.write_heat_map(tmp_path / "grid.png")
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert picture.shape == (62 + 5 * 32 + 12, 500, 3)
-    m, f = (found.axes[name].index(getattr(found.best, name)) for name in ("cells_max", "cell_fill"))
-    assert tuple(picture[62 + m * 32 + 1, 84 + f * 32 + 16]) == (255, 0, 0)
+    image = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).astype(int)
+    assert min(image.shape[:2]) > 100
+    assert (image == (255, 0, 0)).all(axis=-1).any(), "the best point is marked in red"
 
 
-def test_maps_kept_on_disk_give_the_same(tmp_path: Path) -> None:
-    kept = store_maps(tmp_path / "maps", iter(MAPS))
-    assert all(isinstance(each, np.memmap) for each in kept)
-    one, other = (search(maps, LABELS, steps=3) for maps in (MAPS, kept))
+def test_maps_stored_on_disk_score_the_same(tmp_path: Path) -> None:
+    stored = store_maps(tmp_path / "maps", iter(MAPS))
+    assert all(isinstance(each, np.memmap) for each in stored)
+    one, other = (search(maps, LABELS, steps=3) for maps in (MAPS, stored))
     np.testing.assert_array_equal(one.scores["op_csb"], other.scores["op_csb"])
 
 
@@ -129,7 +129,7 @@ def test_images_without_cells_have_no_best_point() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"cells_max_range": (0.5, 1.0)}, "cells_max: expected 0 <= least <= largest < 1"),
+        ({"cells_max_range": (0.5, 1.0)}, "cells_max: expected"),
         ({"cell_fill_range": (0.4, 0.1)}, "cell_fill: expected"),
         ({"steps": 0}, "at least 1 step"),
     ],
@@ -144,3 +144,66 @@ def test_maps_and_references_must_fit() -> None:
         search(MAPS, LABELS[:2])
     with pytest.raises(ValueError, match=r"shape|size|64 x 100"):
         search(MAPS[:1], LABELS[1:2], steps=2)
+
+
+def test_the_search_of_a_target_varies_only_its_own_parameters() -> None:
+    parameters = DistancePostprocessing(min_area_px=40)
+    found = search_parameters(MAPS, LABELS, parameters, {"cells_max": (0.4, 0.5), "cell_fill": (0.1,)})
+    same = search(
+        MAPS,
+        LABELS,
+        cells_max_range=(0.4, 0.5),
+        cell_fill_range=(0.1, 0.1),
+        steps=2,
+        restore_border=(True, False),
+        refinement=Refinement(min_area_px=40),
+    )
+    np.testing.assert_array_equal(found.scores["op_csb"], same.scores["op_csb"])
+    assert found.best == same.best
+    assert found.best.min_area_px == 40
+    with pytest.raises(DinocellError, match="flow_error: not a parameter of target distance"):
+        search_parameters(MAPS, LABELS, parameters, {"flow_error": (0.4,)})
+
+
+def grid_search(scores: np.ndarray, **axes: tuple[float | bool | None, ...]) -> GridSearch:
+    return GridSearch(
+        parameters=DistancePostprocessing(),
+        axes=axes,
+        metric="seg",
+        scores=dict.fromkeys(METRICS, scores),
+        num_images=1,
+    )
+
+
+def test_the_table_has_one_row_per_point_and_an_empty_cell_for_none(tmp_path: Path) -> None:
+    axes = {"cells_max": (0.4,), "cell_fill": (0.1,), "merge_px": (None, 3.0), "restore_border": (True, False)}
+    grid_search(np.full((1, 1, 2, 2), 0.5), **axes).write_csv(tmp_path / "grid.csv")
+    with (tmp_path / "grid.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["merge_px"], row["restore_border"]) for row in rows] == [
+        ("", "yes"),
+        ("", "no"),
+        ("3", "yes"),
+        ("3", "no"),
+    ]
+    assert list(rows[0]) == ["cells_max", "cell_fill", "merge_px", "restore_border", *METRICS]
+
+
+def test_ties_are_broken_by_the_scores_of_neighbours() -> None:
+    scores = np.full((5, 5), 0.2)
+    scores[0, 4] = scores[2, 2] = 0.9
+    scores[1:4, 1:4][scores[1:4, 1:4] < 0.9] = 0.8
+    values = tuple(np.linspace(0.1, 0.5, 5).tolist())
+    best = grid_search(scores, cells_max=values, cell_fill=values).best_point
+    assert best == {"cells_max": values[2], "cell_fill": values[2]}
+
+
+def test_heat_map_resolves_scores_near_the_best_although_one_point_found_nothing(tmp_path: Path) -> None:
+    found = grid_search(np.array([[0.0, 0.80], [0.86, np.nan]]), cells_max=(0.4, 0.5), cell_fill=(0.1, 0.2))
+    found.write_heat_map(tmp_path / "map.png")
+    image = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
+    colours, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
+    is_grey = np.ptp(colours, axis=1) == 0
+    nothing, fair, best = (colours[~is_grey][i] for i in sorted(np.argsort(counts[~is_grey])[-3:]))
+    assert min(np.abs(a - b).max() for a, b in ((nothing, fair), (fair, best), (nothing, best))) > 40
+    assert (211, 211, 211) in map(tuple, colours.tolist()), "undefined points are grey"

@@ -1,4 +1,4 @@
-"""The stream of crops: which image comes when, for each rank, and which crops come again."""
+"""The stream of crops: the order of images, the shares of ranks, and reproducible crops."""
 
 import pickle
 from dataclasses import replace
@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-from dinocell.finetune.augment import plain
+from dinocell.finetune.augment import tile_image
 from dinocell.finetune.config import AugmentConfig, DataConfig
-from dinocell.finetune.data import Crops, loader, prepared
+from dinocell.finetune.data import CropDataset, loader, prepare_labelled
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.finetune.sets import split
 from dinocell.labelled.dataset import LabelledImage
 
 
-def test_every_image_comes_equally_often_whatever_the_epoch(labelled_folder: Path) -> None:
+def test_every_image_is_used_equally_often_in_every_epoch(labelled_folder: Path) -> None:
     divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
-    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
+    crops = CropDataset(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
     for epoch in range(3):
         numbers = range(epoch * crops.epoch_length, (epoch + 1) * crops.epoch_length)
-        counts = np.bincount([crops.chosen(number).image for number in numbers], minlength=6)
+        counts = np.bincount([crops.image_of(number).image for number in numbers], minlength=6)
         assert sorted(counts) == [0, 3, 3, 3, 3, 3]
 
 
-def test_two_ranks_see_together_what_one_sees(labelled_folder: Path) -> None:
+def test_two_ranks_together_see_the_crops_of_one(labelled_folder: Path) -> None:
     divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
-    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=2)
+    crops = CropDataset(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=2)
     settings = {"first_step": 1, "last_step": 3, "batch_size": 4, "workers": 0}
     alone = list(loader(crops, rank=0, ranks=1, **settings))
     halves = [list(loader(crops, rank=rank, ranks=2, **settings)) for rank in range(2)]
@@ -37,11 +37,11 @@ def test_two_ranks_see_together_what_one_sees(labelled_folder: Path) -> None:
         torch.testing.assert_close(whole.targets[1::2], second.targets)
 
 
-def test_a_worker_that_gets_the_crops_pickled_cuts_the_same(labelled_folder: Path) -> None:
+def test_a_pickled_dataset_gives_the_same_crops(labelled_folder: Path) -> None:
     divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
-    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3, fixed=2)
+    crops = CropDataset(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
     sent = pickle.dumps(crops)
-    assert len(sent) < 10_000, "no image goes with them"
+    assert len(sent) < 10_000, "no images are pickled"
     other = pickle.loads(sent)
     for number in range(0, 3 * crops.epoch_length, 4):
         torch.testing.assert_close(other[number], crops[number], rtol=0, atol=0)
@@ -49,40 +49,32 @@ def test_a_worker_that_gets_the_crops_pickled_cuts_the_same(labelled_folder: Pat
 
 
 @pytest.mark.parametrize("convention", ["standardised", "unit"])
-def test_training_sees_an_image_as_the_segmenter_in_use_does(convention: Literal["standardised", "unit"]) -> None:
+def test_training_and_inference_prepare_images_equally(convention: Literal["standardised", "unit"]) -> None:
     settings = SegmenterSettings(convention=convention)
     noise = np.random.default_rng(0).integers(0, 256, (1, 40, 50), dtype=np.uint8)
     for pixels in (noise, np.full_like(noise, 7)):
         labels = np.zeros((40, 50), np.int32)
         image = LabelledImage(pixels=pixels, labels=labels, distance=None, crowd=None, name="a", pixel_size_um=None)
-        grey, _, levels = prepared(image, settings)
+        grey, _, levels = prepare_labelled(image, settings)
         np.testing.assert_array_equal(levels.apply(grey), prepare(pixels[0], settings))
 
 
-def test_cells_with_numbers_that_float32_does_not_hold_stay_apart() -> None:
-    """As they come of volumes and databases: a crop is turned as float32."""
+def test_ids_that_float32_cannot_represent_stay_separate() -> None:
+    """Crops are warped as float32."""
     labels = np.zeros((64, 64), np.int32)
     labels[10:30, 10:30], labels[10:30, 30:50], labels[40:50, 5:60] = 2**24, 2**24 + 1, 2**31 - 1
     image = LabelledImage(
         pixels=np.zeros((1, 64, 64), np.uint8), labels=labels, distance=None, crowd=None, name="a", pixel_size_um=None
     )
-    grey, cells, _ = prepared(image, SegmenterSettings())
-    (crop,) = plain(grey, cells, 64)
+    grey, cells, _ = prepare_labelled(image, SegmenterSettings())
+    (crop,) = tile_image(grey, cells, 64)
     inner = crop.labels[crop.context : crop.context + 64, crop.context : crop.context + 64]
     np.testing.assert_array_equal(inner, np.unique(labels, return_inverse=True)[1].reshape(64, 64))
     few = np.where(labels > 0, 7, 0).astype(np.int32)
-    np.testing.assert_array_equal(prepared(replace(image, labels=few), SegmenterSettings())[1], few)
+    np.testing.assert_array_equal(prepare_labelled(replace(image, labels=few), SegmenterSettings())[1], few)
 
 
-def test_fixed_crops_come_again_and_others_do_not(labelled_folder: Path) -> None:
+def test_every_crop_of_a_run_is_different(labelled_folder: Path) -> None:
     divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
-    crops = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3, fixed=2)
-    assert crops.num_drawn == 10
-    assert {crops.drawn(number) for number in range(crops.epoch_length)} == set(range(10))
-    first: dict[int, torch.Tensor] = {}
-    for number in range(2 * crops.epoch_length):
-        image = first.setdefault(crops.drawn(number), crops[number].images)
-        assert torch.equal(image, crops[number].images)
-    assert len({image.numpy().tobytes() for image in first.values()}) == 10
-    free = Crops(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
-    assert len({free[number].images.numpy().tobytes() for number in range(30)}) == 30
+    crops = CropDataset(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=3)
+    assert len({crops[number].images.numpy().tobytes() for number in range(30)}) == 30

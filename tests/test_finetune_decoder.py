@@ -1,4 +1,4 @@
-"""The decoder: sizes for every patch size, samples that do not feel each other, maps that do not feel far pixels."""
+"""The decoder: sizes for every patch size, independence of samples, and a limited receptive field."""
 
 import pytest
 import torch

@@ -42,9 +42,7 @@ def labelled(tmp_path: Path) -> Path:
 def config_of(labelled: Path, output: Path, target: str, *, frozen: bool) -> FinetuneConfig:
     return FinetuneConfig(
         output=output,
-        data=DataConfig(
-            sets=(str(labelled),), validation_share=0.4, crops_per_image=4, fixed_crops=2 if frozen else None
-        ),
+        data=DataConfig(sets=(str(labelled),), validation_share=0.4, crops_per_image=4),
         epochs=2,
         batch_size=4,
         target=target,  # type: ignore[arg-type]
@@ -58,7 +56,7 @@ def config_of(labelled: Path, output: Path, target: str, *, frozen: bool) -> Fin
 
 def numbers(output: Path, name: str) -> list[float]:
     lines = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
-    return [said[name] for said in lines if name in said]
+    return [row[name] for row in lines if name in row]
 
 
 @pytest.mark.slow
@@ -71,6 +69,6 @@ def test_two_ranks_give_the_losses_of_one_process(labelled: Path, tmp_path: Path
     for name in ("loss/train", "loss/validation", "gradient_norm/decoder"):
         assert len(numbers(alone, name)) == (2 if name == "loss/validation" else 6)
         np.testing.assert_allclose(numbers(shared, name), numbers(alone, name), rtol=1e-4, err_msg=name)
-    ours, wanted = (DINOCell.from_pretrained(each / "last.pt").state_dict() for each in (shared, alone))
-    for name, tensor in wanted.items():
+    ours, expected = (DINOCell.from_pretrained(run / "last.pt").state_dict() for run in (shared, alone))
+    for name, tensor in expected.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4, msg=name)

@@ -1,11 +1,10 @@
-"""Fine-tuning: crops, targets, the run, going on after an interruption."""
+"""Fine-tuning: the run, its files, and resuming after an interruption."""
 
 import json
 import math
 import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +12,12 @@ import torch
 
 from dinocell.configs.load import load_config
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
-from dinocell.errors import ConfigError
+from dinocell.errors import ConfigError, WeightsError
 from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune import train
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
-from dinocell.finetune.monitors import guide
+from dinocell.finetune.monitors import help_text
 from dinocell.finetune.train import dry_run, finetune
 from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
@@ -48,41 +47,44 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss/train"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_writes_a_segmenter_that_says_where_it_comes_from(labelled_folder: Path, tmp_path: Path) -> None:
+def test_a_run_writes_a_segmenter_with_its_provenance(labelled_folder: Path, tmp_path: Path) -> None:
     path = finetune(recipe(labelled_folder, tmp_path / "run", "score_every=2"), score=score_segmenter)
     model = DINOCell.from_pretrained(path)
     assert model.settings.trained_on == ("set",)
     assert "fine-tuning" in model.card.derived_from[-1]
     assert len(losses(tmp_path / "run")) == 6
-    explained = re.findall(r"`([\w/*.]+)", guide(recipe(labelled_folder, tmp_path / "run")))
+    explained = re.findall(r"`([\w/*.]+)", help_text(recipe(labelled_folder, tmp_path / "run")))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for name in {name for row in rows for name in row} - {"step", "time"}:
         assert name in explained or f"{name.split('/')[0]}/*" in explained
     before = path.read_bytes()
     assert finetune(recipe(labelled_folder, tmp_path / "run", "score_every=2"), score=score_segmenter) == path
     assert path.read_bytes() == before  # a finished run is not touched
+    path.unlink()
+    with pytest.raises(WeightsError, match=r"best\.pt: removed"):
+        finetune(recipe(labelled_folder, tmp_path / "run", "score_every=2"), score=score_segmenter)
 
 
-def test_the_validation_error_is_written_whatever_the_log_steps(labelled_folder: Path, tmp_path: Path) -> None:
+def test_the_validation_loss_is_logged_between_log_steps_too(labelled_folder: Path, tmp_path: Path) -> None:
     finetune(recipe(labelled_folder, tmp_path / "run", "log_every=1000", "epochs=3"))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss/validation" in row] == [3, 6, 9]
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+def test_an_interrupted_run_resumes_with_the_same_losses_and_weights(
     labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finetune(recipe(labelled_folder, tmp_path / "whole", "optim.ema=0.9", "model.freeze_backbone=false"))
     step = train.Training.step
 
-    def stopped_in_the_third(self: train.Training, number: int, batch: object) -> dict[str, object]:
+    def interrupted_step(self: train.Training, number: int, batch: object) -> dict[str, object]:
         if number == 2:
             signal.raise_signal(signal.SIGUSR2)
         return step(self, number, batch)  # type: ignore[arg-type]
 
     parts = recipe(labelled_folder, tmp_path / "parts", "optim.ema=0.9", "model.freeze_backbone=false")
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "step", stopped_in_the_third)
+        patch.setattr(train.Training, "step", interrupted_step)
         with pytest.raises(RunStopped, match=r"stopped after step 3 \(SIGUSR2\)"):
             finetune(parts)
     assert len(losses(tmp_path / "parts")) == 3
@@ -106,7 +108,7 @@ def test_another_recipe_in_the_same_folder_is_refused(labelled_folder: Path, tmp
         finetune(recipe(labelled_folder, tmp_path / "run", "epochs=1", "optim.learning_rate=0.5"))
 
 
-def test_a_step_that_is_not_finite_changes_nothing(labelled_folder: Path, tmp_path: Path) -> None:
+def test_a_non_finite_step_changes_no_weight(labelled_folder: Path, tmp_path: Path) -> None:
     training = train.Training(recipe(labelled_folder, tmp_path / "run"), train.World())
     batch = next(iter(training.batches(0)))
     before = {name: tensor.clone() for name, tensor in training.learner.model.state_dict().items()}
@@ -115,26 +117,26 @@ def test_a_step_that_is_not_finite_changes_nothing(labelled_folder: Path, tmp_pa
     assert all(torch.equal(before[name], tensor) for name, tensor in training.learner.model.state_dict().items())
 
 
-def test_a_folder_of_pairs_needs_no_set(labelled_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_pairs_can_be_used_without_a_set(labelled_folder: Path, tmp_path: Path) -> None:
     overrides = [f"output={tmp_path / 'run'}", f"data.images={labelled_folder}/images/{{name}}.tif"]
     overrides += [f"data.masks={labelled_folder}/masks", "model.size=tiny", "model.pretrained=false", "augment.crop=64"]
     text = dry_run(load_config(FinetuneConfig, None, [*overrides, "compute.workers=0", "compute.device=cpu"]))
-    assert "5 images to learn from, 1 to validate on" in text
+    assert "5 images for training, 1 for validation" in text
     assert "a step takes" in text
 
 
 def test_options_of_the_other_target_are_refused(tmp_path: Path, labelled_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="for target distance; leave them out"):
+    with pytest.raises(ConfigError, match="gradient_weight"):
         recipe(labelled_folder, tmp_path / "run", "target=flows", "loss.gradient_weight=1.0")
 
 
 def test_a_segmenter_of_the_other_target_is_refused(tmp_path: Path, labelled_folder: Path) -> None:
     path = DINOCell("vitt8", pretrained=False).save_pretrained(tmp_path / "cells.pt")
-    with pytest.raises(ConfigError, match="is a segmenter by distance, not flows"):
+    with pytest.raises(ConfigError, match=r"cells\.pt predicts distance, not flows"):
         finetune(recipe(labelled_folder, tmp_path / "run", "target=flows", f"model.segmenter={path}"))
 
 
-def test_a_model_of_flows_learns_two_images_by_heart(tmp_path: Path) -> None:
+def test_a_model_of_flows_overfits_two_images(tmp_path: Path) -> None:
     config = SyntheticConfig(size=(48, 48), channels=("AGP",), num_cells=(4, 6), cell_radius_px=10.0)
     for kind in ("images", "masks"):
         (tmp_path / kind).mkdir()
@@ -144,27 +146,27 @@ def test_a_model_of_flows_learns_two_images_by_heart(tmp_path: Path) -> None:
         write_labels(tmp_path / "masks" / f"f{number}.tif", made.labels)
     build_labelled(folder_pairs(tmp_path, images="images/{name}.tif", masks="masks/{name}.tif"), tmp_path / "set")
     still = ["augment.flip=0", "augment.rotation_deg=0", "augment.scale=[1,1]", "augment.brightness=[1,1]"]
-    still += ["augment.inversion=0", "augment.with_cells=0", "stopping.patience=0", "score_every=50"]
+    still += ["augment.invert_contrast=0", "augment.with_cells=0", "stopping.patience=0", "score_every=50"]
     both = [f"data.validation_sets=[{tmp_path / 'set'}]", "data.crops_per_image=16", "batch_size=2", "epochs=10"]
     quick = ["target=flows", "optim.learning_rate=1e-2", "augment.crop=48", "log_every=100", "checkpoint_every=50"]
     path = finetune(recipe(tmp_path, tmp_path / "run", *still, *both, *quick), score=score_segmenter)
     images = open_labelled(tmp_path / "set")
-    # In one window that holds the whole image: windows of the crop's size would cut it elsewhere than it learnt.
+    # In one tile that contains the whole image, as in training.
     scored = score_segmenter(DINOCell.from_pretrained(path), [images[0], images[1]], False, crop_size=256)
     # .8 to 1, by the machine's rounding; without learning 0.
     assert scored.metrics["score/op_csb"] > 0.7
     assert (tmp_path / "run" / "split.json").exists()
 
 
-def test_progress_counts_epochs_without_a_fall_and_comes_back_from_plain_values() -> None:
+def test_progress_counts_epochs_without_improvement_and_round_trips() -> None:
     progress = train.Progress()
     assert train.Progress.of(json.loads(json.dumps(progress.values()))) == progress
-    assert progress.take(0.5, 1, after=1, min_delta=0.01)
-    assert progress.take(0.495, 2, after=1, min_delta=0.01)  # the least so far, but not by enough to go on for
+    assert progress.update(0.5, 1, after=1, min_delta=0.01)
+    assert progress.update(0.495, 2, after=1, min_delta=0.01)  # the lowest so far, but not an improvement
     assert (progress.best, progress.best_epoch, progress.stale) == (0.495, 2, 1)
-    assert not progress.take(math.nan, 4, after=2, min_delta=0.01)
+    assert not progress.update(math.nan, 4, after=2, min_delta=0.01)
     assert (progress.best_epoch, progress.stale) == (2, 3)
-    assert progress.take(0.4, 5, after=1, min_delta=0.01)
+    assert progress.update(0.4, 5, after=1, min_delta=0.01)
     assert progress.stale == 0
     assert train.Progress.of(progress.values()) == progress
 
@@ -173,78 +175,10 @@ def test_progress_counts_epochs_without_a_fall_and_comes_back_from_plain_values(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("target", ["distance", "flows"])
 @pytest.mark.parametrize("frozen", ["true", "false"])
-def test_a_gpu_takes_the_steps_of_the_cpu(labelled_folder: Path, tmp_path: Path, target: str, frozen: str) -> None:
+def test_gpu_and_cpu_have_the_same_losses(labelled_folder: Path, tmp_path: Path, target: str, frozen: str) -> None:
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "auto")):
         changes = [f"compute.device={device}", f"compute.dtype={dtype}", f"target={target}"]
         finetune(recipe(labelled_folder, tmp_path / f"{device}{dtype}", *changes, f"model.freeze_backbone={frozen}"))
     exact = losses(tmp_path / "cpufloat32")
     np.testing.assert_allclose(losses(tmp_path / "cudafloat32"), exact, rtol=5e-3)
     np.testing.assert_allclose(losses(tmp_path / "cudaauto"), exact, rtol=5e-2)
-
-
-def test_losses_with_kept_features_are_those_without(
-    labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Three crops an image in an epoch, of two fixed ones: some come again within the first epoch.
-    settings = ["data.fixed_crops=2", "data.crops_per_image=3", "optim.ema=0.9", "augment.crop=60"]
-    finetune(recipe(labelled_folder, tmp_path / "kept", *settings))
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "_keep_features", lambda self, check_room: None)
-        finetune(recipe(labelled_folder, tmp_path / "anew", *settings))
-    assert losses(tmp_path / "kept")[:1] == losses(tmp_path / "anew")[:1]
-    np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "anew"), rtol=1e-5)
-    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("kept", "anew")]
-    found = [[json.loads(line).get("loss/validation", 0.0) for line in each] for each in rows]
-    np.testing.assert_allclose(*found, rtol=1e-5)
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(
-        path.name for path in (tmp_path / "anew").iterdir()
-    )
-
-
-def test_kept_features_spare_the_backbone(
-    labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    tokens = DINOCell.tokens
-
-    def counted(self: DINOCell, images: torch.Tensor) -> list[torch.Tensor]:
-        seen.append(len(images))
-        return tokens(self, images)
-
-    monkeypatch.setattr(DINOCell, "tokens", counted)
-    finetune(recipe(labelled_folder, tmp_path / "run", "data.fixed_crops=2", "epochs=4", "picture_every=100"))
-    assert sum(seen) == 5 * 2 + 4  # two crops of each training image, and the validation image in four crops
-
-
-def test_a_run_with_kept_features_that_was_stopped_goes_on_as_if_it_had_not_been(
-    labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = ["data.fixed_crops=1", "epochs=3"]
-    finetune(recipe(labelled_folder, tmp_path / "whole", *settings))
-    step = train.Training.step
-
-    def stopped_in_the_fourth(self: train.Training, number: int, batch: object) -> dict[str, object]:
-        if number == 3:
-            signal.raise_signal(signal.SIGUSR2)
-        return step(self, number, batch)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "step", stopped_in_the_fourth)
-        with pytest.raises(RunStopped):
-            finetune(recipe(labelled_folder, tmp_path / "parts", *settings))
-    finetune(recipe(labelled_folder, tmp_path / "parts", *settings))
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-
-
-def test_fixed_crops_need_a_frozen_backbone_and_room(
-    labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ConfigError, match="other features every step"):
-        recipe(labelled_folder, tmp_path / "run", "data.fixed_crops=2", "model.freeze_backbone=false")
-    with pytest.raises(ConfigError, match="at least 1, got 0"):
-        recipe(labelled_folder, tmp_path / "run", "data.fixed_crops=0")
-    config = recipe(labelled_folder, tmp_path / "run", "data.fixed_crops=2")
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
-    # 10 crops and 4 of the validation image, 4 maps of 32 channels and 8 x 8 patches, in float32.
-    with pytest.raises(ConfigError, match=r"take 0\.459 MB, and .* has 0\.1 MB left"):
-        finetune(config)

@@ -133,9 +133,9 @@ def test_the_wheel_holds_the_package_and_every_recipe(wheel: list[str]) -> None:
 def test_the_wheel_holds_nothing_else(wheel: list[str]) -> None:
     others = [name for name in wheel if not name.startswith("dinocell/")]
     assert all(name.split("/")[0].endswith(".dist-info") for name in others), others
-    box = {"dinocell/box/README.md", "dinocell/box/segmenter.safetensors"}
-    assert box <= set(wheel)
-    ours = {Path(name).suffix for name in wheel if name.startswith("dinocell/") and name not in box}
+    default_model = {f"dinocell/default_model/{name}" for name in ("README.md", "segmenter.safetensors")}
+    assert default_model <= set(wheel)
+    ours = {Path(name).suffix for name in wheel if name.startswith("dinocell/") and name not in default_model}
     assert ours == {".py", ".yaml", ".typed"}
     assert any(name.endswith("LICENSE") for name in others)
 

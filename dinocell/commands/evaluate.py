@@ -1,29 +1,35 @@
-"""``dinocell evaluate``: a page of scores of a segmenter, and of other tools' label images beside it."""
+"""``dinocell evaluate``: a report of scores of a segmenter, next to other tools' label images."""
 
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dinocell.commands._parser import add_command
 from dinocell.errors import DinocellError
+
+if TYPE_CHECKING:
+    from dinocell.eval.evaluate import Evaluation
+
+# Options that only a model uses, and options of the threshold search.
+_OF_MODEL = ("cells_max", "cell_fill", "probability", "flow_error", "threshold_search", "device")
+_OF_SEARCH = ("cells_max_range", "cell_fill_range", "save_to_model")
 
 
 def register(subparsers: Any) -> None:
     """Add ``evaluate`` to the commands."""
-    summary = "score a segmenter, or other tools' label images, on labelled sets"
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "evaluate",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}: SEG, DET, OP_CSB, AP, F1 and PQ, each image and pooled. "
-        "Writes scores.csv, scores_per_image.csv, scores.json, scores.md and report.html with the worst images.",
-        epilog="examples:\n  dinocell evaluate --model best.pt --dataset sets/test --output evaluation\n"
+        "score a segmenter, or other tools' label images, on labelled sets: SEG, DET, OP_CSB, AP, F1 and PQ",
+        "dinocell evaluate --model best.pt --dataset sets/test --output evaluation\n"
         "  dinocell evaluate --dataset sets/test --predictions Cellpose=cellpose/ --predictions SAMCell=samcell/",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="M", help="a segmenter: a path, a folder or hf://owner/name")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", metavar="M", help="a segmenter: a path, a folder or hf://owner/name")
+    add(
         "--dataset",
         nargs="+",
         action="extend",
@@ -33,82 +39,64 @@ def register(subparsers: Any) -> None:
         help="folders: labelled sets (imgs.npy), Cell Tracking Challenge (01 with 01_GT/SEG), images/ with masks/, "
         "Cellpose or Data Science Bowl pairs",
     )
-    parser.add_argument(
+    add(
         "--predictions",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME=FOLDER",
-        help="label images of another tool: NAME.tif, NAME_labels.tif, NAME_cp_masks.png... of each image, in FOLDER "
-        "or in FOLDER/SET; for the challenge's frames 01_RES/mask000.tif too",
+        help="label images of another tool: NAME.tif, NAME_labels.tif, NAME_cp_masks.png... for each image, in FOLDER "
+        "or in FOLDER/SET; for frames of the challenge also 01_RES/mask000.tif",
     )
-    parser.add_argument(
+    add(
         "--encoding",
         choices=("labels", "regions"),
         default="labels",
-        help="of the masks of images/ with masks/: one number a cell (default), or regions of one colour",
+        help="of the masks in masks/: one integer per cell (default), or regions of one colour",
     )
-    parser.add_argument(
+    add(
         "--binary-path",
         type=Path,
         metavar="P",
-        help="folder of the Cell Tracking Challenge's SEGMeasure and DETMeasure: shows their scores beside ours",
+        help="folder of the Cell Tracking Challenge's SEGMeasure and DETMeasure; adds their scores to the tables",
     )
-    parser.add_argument("--cells-max", type=float, metavar="T", help="threshold of peaks (default: the model's)")
-    parser.add_argument("--cell-fill", type=float, metavar="T", help="threshold of cells (default: the model's)")
-    parser.add_argument("--probability", type=float, metavar="T", help="of a model of target flows: chance of a cell")
-    parser.add_argument("--flow-error", type=float, metavar="T", help="of a model of target flows: largest flow error")
-    parser.add_argument(
+    add("--cells-max", type=float, metavar="T", help="peak threshold (default: the model's)")
+    add("--cell-fill", type=float, metavar="T", help="mask threshold (default: the model's)")
+    add("--probability", type=float, metavar="T", help="flow models only: cell probability (default: the model's)")
+    add("--flow-error", type=float, metavar="T", help="flow models only: maximum flow error (default: the model's)")
+    add(
         "--threshold-search",
         action="store_true",
-        help="find the best pair of thresholds on a grid of 20 x 20 (target flows: 9 x 9)",
+        help="find the best pair of thresholds on a grid of 20 x 20 (flow models: 9 x 9)",
     )
-    parser.add_argument("--cells-max-range", nargs=2, type=float, metavar=("A", "B"), help="to search (0.1 0.9)")
-    parser.add_argument("--cell-fill-range", nargs=2, type=float, metavar=("A", "B"), help="to search (0.05 0.5)")
-    parser.add_argument("--save-to-model", action="store_true", help="write the thresholds found into the model's file")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: the best there is)")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(evaluation)")
+    add("--cells-max-range", nargs=2, type=float, metavar=("A", "B"), help="range of the search (0.1 0.9)")
+    add("--cell-fill-range", nargs=2, type=float, metavar=("A", "B"), help="range of the search (0.05 0.5)")
+    add("--save-to-model", action="store_true", help="write the best thresholds to the model's file if they are better")
+    add("--device", default=None, help="cpu or cuda (default: CUDA if available)")
+    add("--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(evaluation)")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     _check(options)
     predictions = _named_folders(options.predictions)
-    from dinocell.eval.evaluate import SearchGrid, evaluate_sets
     from dinocell.eval.evaluation_sets import PairSet, open_evaluation_set
     from dinocell.eval.metrics.ctc_files import check_programs
     from dinocell.eval.report import write_report
-    from dinocell.eval.threshold_search import CELL_FILL_RANGE, CELLS_MAX_RANGE
 
-    if options.binary_path is not None:
-        check_programs(options.binary_path)
-    folders = _set_names(options.dataset)
-    sets = {name: open_evaluation_set(folder, encoding=options.encoding) for name, folder in folders.items()}
-    pipeline = _pipeline(options) if options.model is not None else None
-    grid = None
-    if options.threshold_search:
-        grid = SearchGrid(
-            cells_max_range=tuple(options.cells_max_range or CELLS_MAX_RANGE),
-            cell_fill_range=tuple(options.cell_fill_range or CELL_FILL_RANGE),
-        )
     about = {"model": str(options.model)} if options.model is not None else {}
     about["sets"] = ", ".join(map(str, options.dataset))
-    notes = {f"note on {name}": each.note for name, each in sets.items() if isinstance(each, PairSet) and each.note}
-    about |= notes
     if options.binary_path is not None:
+        check_programs(options.binary_path)
         about["official programs"] = str(options.binary_path)
+    folders = _set_names(options.dataset)
+    sets = {name: open_evaluation_set(folder, encoding=options.encoding) for name, folder in folders.items()}
+    notes = {name: data_set.note for name, data_set in sets.items() if isinstance(data_set, PairSet) and data_set.note}
+    about |= {f"note on {name}": note for name, note in notes.items()}
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.output, prefix=".maps-") as scratch, _progress() as progress:
-            evaluation = evaluate_sets(
-                sets,
-                pipeline=pipeline,
-                predictions=predictions,
-                grid=grid,
-                scratch=Path(scratch),
-                binary_path=options.binary_path,
-                progress=progress,
-            )
+            evaluation = _evaluate(options, sets, predictions, Path(scratch), progress)
         written = write_report(options.output, evaluation, about=about)
     except OSError as error:
         raise DinocellError(f"{options.output}: cannot be written ({error.strerror or error})") from error
@@ -116,57 +104,92 @@ def _run(options: argparse.Namespace) -> None:
     for name, note in notes.items():
         print(f"{name}: {note}")
     if evaluation.threshold_search is not None:
-        best = list(evaluation.threshold_search.best._asdict().items())[:2]
+        best = list(evaluation.threshold_search.best_point.items())[:2]
         print("best thresholds: " + " ".join(f"--{name.replace('_', '-')} {value:.4g}" for name, value in best))
         if options.save_to_model:
             print(_save_thresholds(Path(options.model), evaluation))
     print(f"wrote {', '.join(path.name for path in written)} to {options.output}")
 
 
+def _evaluate(
+    options: argparse.Namespace, sets: dict[str, Any], predictions: dict[str, Path], scratch: Path, progress: Any
+) -> "Evaluation":
+    from dataclasses import replace
+
+    from dinocell.eval.evaluate import (
+        FOUND,
+        OURS,
+        PLAIN,
+        score,
+        score_with_programs,
+        search_methods,
+        segmenter_methods,
+        tool_method,
+    )
+
+    tools = [tool_method(name, folder, sets) for name, folder in predictions.items()]
+    methods: list[Any] = []
+    search = None
+    if options.model is not None:
+        for tool in tools:
+            if tool.name in (OURS, PLAIN, FOUND):
+                raise DinocellError(f"--predictions: {tool.name!r} is the name of the model's scores; use another one")
+            tool.check(sets)
+        pipeline = _pipeline(options)
+        if options.threshold_search:
+            axes = _axes(options)
+            methods, search = search_methods(sets, pipeline, scratch / "maps", axes=axes, progress=progress)
+        else:
+            methods = segmenter_methods(sets, pipeline)
+    methods += tools
+    if options.binary_path is None:
+        evaluation = score(sets, methods, progress=progress)
+    else:
+        binaries = options.binary_path
+        evaluation = score_with_programs(sets, methods, scratch / "labels", binary_path=binaries, progress=progress)
+    return replace(evaluation, threshold_search=search)
+
+
 def _check(options: argparse.Namespace) -> None:
-    """Refuse options that would be ignored."""
+    """Raise if an option would be ignored."""
     if options.model is None and not options.predictions:
-        raise DinocellError("nothing to score: give --model, or --predictions NAME=FOLDER")
-    given = {
-        "--cells-max": options.cells_max is not None,
-        "--cell-fill": options.cell_fill is not None,
-        "--probability": options.probability is not None,
-        "--flow-error": options.flow_error is not None,
-        "--threshold-search": options.threshold_search,
-        "--device": options.device is not None,
-    }
-    of_search = {
-        "--cells-max-range": options.cells_max_range is not None,
-        "--cell-fill-range": options.cell_fill_range is not None,
-        "--save-to-model": options.save_to_model,
-    }
-    for option, is_given in given.items():
-        if is_given and options.model is None:
-            raise DinocellError(f"{option}: only a model has use for it; add --model, or leave it out")
-    for option, is_given in of_search.items():
-        if is_given and not options.threshold_search:
-            raise DinocellError(f"{option}: add --threshold-search, or leave it out")
-    for option in ("--cells-max", "--cell-fill", "--probability", "--flow-error"):
-        if options.save_to_model and given[option]:
-            raise DinocellError(f"--save-to-model: compares with the model's thresholds; leave out {option}")
+        raise DinocellError("nothing to score: set --model, or --predictions NAME=FOLDER")
+    given = {name for name, value in vars(options).items() if value is not None and value is not False}
+    conflicts = (
+        (options.model is None, _OF_MODEL, "needs --model"),
+        (not options.threshold_search, _OF_SEARCH, "needs --threshold-search"),
+        (options.save_to_model, _OF_MODEL[:4], "cannot be used with --save-to-model, which compares with the model's"),
+    )
+    for is_wrong, names, reason in conflicts:
+        for name in names:
+            if is_wrong and name in given:
+                raise DinocellError(f"--{name.replace('_', '-')}: {reason}")
     if options.save_to_model and not Path(options.model).exists():
-        raise DinocellError(f"--save-to-model: expected a model on this disk, got {options.model}")
+        raise DinocellError(f"--save-to-model: expected a local model, got {options.model}")
+
+
+def _axes(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    """Return the values of the thresholds whose range is set."""
+    from dinocell.eval.segmentation.targets import STEPS, threshold_values
+
+    ranges = {"cells_max": options.cells_max_range, "cell_fill": options.cell_fill_range}
+    return {name: threshold_values(name, ends[0], ends[1], STEPS) for name, ends in ranges.items() if ends is not None}
 
 
 def _named_folders(texts: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for text in texts:
         name, equals, folder = text.partition("=")
-        if not (name and equals and folder):
-            raise DinocellError(f"--predictions: expected NAME=FOLDER, such as Cellpose=results/, got {text!r}")
-        if name in folders:
-            raise DinocellError(f"--predictions: two folders are called {name!r}; name them differently")
+        if not (name and equals and folder) or name in folders:
+            raise DinocellError(
+                f"--predictions: expected NAME=FOLDER with different names, such as Cellpose=results/, got {text!r}"
+            )
         folders[name] = Path(folder)
     return folders
 
 
 def _set_names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return the sets by the names of their folders, with as many above as tell them apart: ``plate/test``."""
+    """Return the sets by folder name, with as many parent folders as make them unique: ``plate/test``."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(folders):
         raise DinocellError(f"--dataset: expected each set once, got {', '.join(map(str, folders))}")
@@ -192,26 +215,26 @@ def _pipeline(options: argparse.Namespace) -> Any:
 
 
 def _save_thresholds(source: Path, evaluation: Any) -> str:
-    """Change the thresholds in a segmenter's file and nothing else, if they score better; say what was done."""
+    """Replace the thresholds in a segmenter's file if they score better; return what was done."""
     from dataclasses import replace
 
-    from dinocell.eval.scoring import FOUND, OURS
+    from dinocell.eval.evaluate import FOUND, OURS
     from dinocell.finetune.segmenter_file import read_segmenter, write_segmenter
 
-    # The last row of a method is that of all sets.
-    score = {each.method: each.scores.op_csb for each in evaluation.pooled}
+    # The last row of a method has the scores of all sets.
+    score = {row.method: row.scores.op_csb for row in evaluation.pooled}
     if not score[FOUND] > score[OURS]:
         return f"{source} keeps its thresholds: none scores better"
-    best, file = evaluation.threshold_search.best, read_segmenter(source)
+    file = read_segmenter(source)
     path = source / "model.safetensors" if source.is_dir() else source
-    settings = replace(file.settings, **best._asdict())
+    settings = replace(file.settings, **evaluation.threshold_search.best_point)
     write_segmenter(path, replace(file, settings=settings))
     return f"stored in {path}"
 
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    """Show one bar a phase on a terminal, and nothing but the phases' ends elsewhere."""
+    """Show one bar per phase on a terminal, and one line at the end of each phase elsewhere."""
     import sys
 
     from rich.console import Console
@@ -242,12 +265,12 @@ def _print_table(evaluation: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    is_official = any(each.official is not None for each in evaluation.pooled)
+    is_official = any(row.official is not None for row in evaluation.pooled)
     columns = ["set", "method", "SEG", "DET", "OP_CSB", "AP@0.5", "F1@0.5", "PQ"]
     table = Table(*columns, *(("SEG official", "DET official") if is_official else ()), box=None, pad_edge=False)
-    for each in evaluation.pooled:
-        scores = each.scores
+    for row in evaluation.pooled:
+        scores = row.scores
         shown = [scores.seg, scores.det, scores.op_csb, scores.ap_50, scores.f1, scores.panoptic_quality]
-        shown += [each.official.seg, each.official.det] if each.official is not None else []
-        table.add_row(each.dataset, each.method, *(f"{value:.3f}" for value in shown))
+        shown += [row.official.seg, row.official.det] if row.official is not None else []
+        table.add_row(row.dataset, row.method, *(f"{value:.3f}" for value in shown))
     Console().print(table, highlight=False, markup=False)

@@ -1,10 +1,9 @@
-"""``dinocell finetune``: labelled images and a backbone become a segmenter.
-
-It lies beside evaluation because it hands the training a scorer; the training itself imports none.
-"""
+"""``dinocell finetune``: train a segmenter on labelled images, from a backbone."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
+
+from dinocell.commands._parser import add_command
 
 if TYPE_CHECKING:
     from dinocell.finetune.config import FinetuneConfig
@@ -12,25 +11,18 @@ if TYPE_CHECKING:
 
 def register(subparsers: Any) -> None:
     """Add ``finetune`` to the commands."""
-    summary = "train a segmenter on labelled images, from a backbone or another segmenter"
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "finetune",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog="example:\n"
-        "  dinocell finetune own_folder data.images='mine/images/{name}.tif' data.masks='mine/masks/{name}.png' "
+        "train a segmenter on labelled images, from a backbone or another segmenter",
+        "dinocell finetune own_folder data.images='mine/images/{name}.tif' data.masks='mine/masks/{name}.png' "
         "model.weights=teacher_checkpoint.pth output=runs/mine\n"
         "  dinocell finetune generalist data.sets='[datasets/LIVECell-train,datasets/Cellpose-train]' --dry-run",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="a shipped recipe or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="take two steps and say what the run takes: steps, memory, time"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="stop if images or masks cannot be used, instead of leaving them out"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="take two steps and report steps, memory and time")
+    parser.add_argument("--strict", action="store_true", help="stop if images or masks cannot be used (default: skip)")
     parser.set_defaults(run=_run, configure=_config)
 
 

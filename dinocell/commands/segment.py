@@ -119,19 +119,19 @@ def _run(arguments: argparse.Namespace) -> None:
 def _load_pipeline(arguments: argparse.Namespace) -> "DINOCellPipeline":
     from dinocell.eval.segmentation.pipeline import DINOCellPipeline
     from dinocell.finetune.model import DINOCell
-    from dinocell.finetune.segmenter_file import NOTICE, SEGMENTER
+    from dinocell.finetune.segmenter_file import DEFAULT_MODEL, DEFAULT_MODEL_NOTICE
 
     if arguments.model is None:
-        print(NOTICE, file=sys.stderr)
+        print(DEFAULT_MODEL_NOTICE, file=sys.stderr)
     options = ("device", "cells_max", "cell_fill", "probability", "flow_error", "stride")
-    model = DINOCell.from_pretrained(arguments.model or SEGMENTER)
+    model = DINOCell.from_pretrained(arguments.model or DEFAULT_MODEL)
     return DINOCellPipeline(model, **{name: getattr(arguments, name) for name in options})
 
 
 def _settings(pipeline: "DINOCellPipeline", arguments: argparse.Namespace) -> str:
     """Return what the labels depend on, besides the image; earlier runs have recorded it in this form."""
-    names = ("cells_max", "cell_fill") if pipeline.model.target == "distance" else ("probability", "flow_error")
-    values = {name.replace("_", " "): getattr(pipeline, name) for name in names}
+    parameters = pipeline.parameters
+    values = {name.replace("_", " "): getattr(parameters, name) for name in parameters.thresholds}
     values |= {"channel": arguments.channel, "pixel size": arguments.pixel_size, "stride": pipeline.stride}
     texts = [f"{name} {value:g}" for name, value in values.items() if value is not None]
     return ", ".join([f"model {pipeline.model.fingerprint()}", *texts])

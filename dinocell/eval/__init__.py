@@ -1,1 +1,1 @@
-"""Evaluation and segmentation: windows, watershed, scores, probes, and the pipeline that chains them."""
+"""Evaluation and segmentation: the pipeline, postprocessing, exports, metrics, threshold search and probes."""

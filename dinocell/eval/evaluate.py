@@ -1,15 +1,16 @@
-"""Score a segmenter, and the label images of any other tool, on labelled sets: each image, and all images pooled.
+"""Score methods on labelled sets, each image and all images pooled.
 
-A segmenter is scored twice: with its mended watershed, and with the plain one (``merge_px=None``,
-``restore_border=False``), so that what the network gives and what the mending adds can be told apart. For one of target
-``flows`` the plain rule drops no cell for its flow error. The network sees every image once.
+A `Method` returns the labels of an image. `segmenter_methods` makes methods of a segmenter, which predicts every image
+once: with its own postprocessing, and with the plain rule, so that the effect of the refinement can be told apart.
+`search_methods` adds the thresholds that score best on these images, and `tool_method` reads another tool's label
+images. `score` scores methods; `score_with_programs` also runs the Cell Tracking Challenge's own programs.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Integer
@@ -17,327 +18,356 @@ from jaxtyping import Float32, Integer
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval.error_images import ErrorImage, WorstImages
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet, find_predictions
-from dinocell.eval.metrics.ctc_files import OfficialScores, check_programs, official_scores_of
+from dinocell.eval.metrics.ctc_files import MAX_ID, check_programs, official_scores_of
 from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
 from dinocell.eval.metrics.summary import ImageScores, PooledScores, pool, score_tables
-from dinocell.eval.scoring import FOUND, OURS, PLAIN, FoundThresholds, rules_of
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.refine import Refinement
-from dinocell.eval.threshold_search import CELL_FILL_RANGE, CELLS_MAX_RANGE, STEPS, search, search_flows, store_maps
+from dinocell.eval.segmentation.targets import Axes, decode
+from dinocell.eval.threshold_search import GridSearch, search_parameters, store_maps
+from dinocell.finetune.targets import Postprocessing
 from dinocell.labelled.dataset import LabelledImage
 from dinocell.labelled.masks import read_labels
 
 ALL_SETS = "all"
+OURS, PLAIN, FOUND = "DINOCell", "DINOCell, plain rule", "DINOCell, thresholds found here"
 
 Progress = Callable[[str, int, int], None]
+"""Called with what is counted, how many are done, and their total."""
+Sets = Mapping[str, EvaluationSet]
+"""Labelled sets, by the name that tables show. Crowd regions count as background."""
+
+
+def _no_progress(_what: str, _done: int, _total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image of one of several sets, and its place among the images of all sets and of its own."""
+
+    place: int
+    dataset: str
+    index: int
+    image: LabelledImage
+
+
+def items(sets: Sets) -> Iterator[Item]:
+    """Yield the images of all sets in order."""
+    place = 0
+    for name, data_set in sets.items():
+        for index in range(len(data_set)):
+            yield Item(place, name, index, data_set[index])
+            place += 1
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What is scored."""
+
+    @property
+    def name(self) -> str:
+        """The name in tables."""
+
+    @property
+    def description(self) -> str:
+        """How the labels are made."""
+
+    def labels(self, item: Item) -> Integer[np.ndarray, "h w"]:
+        """Return the labels of an image; images come in order."""
+
+
+# --- methods -------------------------------------------------------------------------------------------------------
+
+
+class _Predictor:
+    """Maps of a segmenter; those of the last image are kept for the next method."""
+
+    def __init__(self, pipeline: DINOCellPipeline) -> None:
+        self._pipeline = pipeline
+        self._place, self._maps = -1, np.empty(0, np.float32)
+
+    def __call__(self, item: Item) -> Float32[np.ndarray, "..."]:
+        if item.place != self._place:
+            image = item.image
+            self._maps = self._pipeline.maps(np.asarray(image.pixels), pixel_size_um=image.pixel_size_um)
+            self._place = item.place
+        return self._maps
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SegmenterMethod:
+    name: str
+    maps: Callable[[Item], Float32[np.ndarray, "..."]]
+    parameters: Postprocessing
+
+    @property
+    def description(self) -> str:
+        return str(self.parameters)
+
+    def labels(self, item: Item) -> Integer[np.ndarray, "h w"]:
+        return decode(self.maps(item), self.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolMethod:
+    """Label images in a folder, by set; see `find_predictions` for their names."""
+
+    name: str
+    description: str
+    files: Mapping[str, Sequence[Path]]
+
+    def labels(self, item: Item) -> Integer[np.ndarray, "h w"]:
+        """Read the labels of an image."""
+        file, expected = self.files[item.dataset][item.index], item.image.labels.shape
+        labels = read_labels(file)
+        if labels.shape != expected:
+            sizes = (" x ".join(map(str, shape)) for shape in (expected, labels.shape))
+            raise ImageError("{}: expected the labelled set's size, {}, got {}".format(file, *sizes))
+        return labels
+
+    def check(self, sets: Sets) -> None:
+        """Read every file once, to fail before a long computation if one does not fit."""
+        for item in items(sets):
+            self.labels(item)
+
+
+def segmenter_methods(sets: Sets, pipeline: DINOCellPipeline) -> list[Method]:
+    """Return a segmenter's own postprocessing and the plain rule as methods.
+
+    Raises
+    ------
+    DinocellError
+        If a set has masks without images.
+    """
+    return _methods(_Predictor(pipeline), sets, pipeline)
+
+
+def search_methods(
+    sets: Sets,
+    pipeline: DINOCellPipeline,
+    scratch: Path,
+    *,
+    axes: Axes | None = None,
+    progress: Progress = _no_progress,
+) -> tuple[list[Method], GridSearch]:
+    """Search thresholds; return `segmenter_methods`, the best thresholds as one more method, and the search.
+
+    The best thresholds are fitted to the images that they are scored on: for choosing, not for comparing.
+
+    Parameters
+    ----------
+    scratch
+        Folder for the maps of all images (flows: 12 bytes per pixel).
+    axes
+        Values to search, see `dinocell.eval.threshold_search.search_parameters`.
+    """
+    _check_images(sets)
+    total = sum(map(len, sets.values()))
+    predict = _Predictor(pipeline)
+
+    def predicted() -> Iterator[Float32[np.ndarray, "..."]]:
+        for item in items(sets):
+            yield predict(item)
+            progress("predicted", item.place + 1, total)
+
+    maps = store_maps(scratch, predicted())
+    search = search_parameters(
+        maps,
+        [np.asarray(item.image.labels) for item in items(sets)],
+        pipeline.model.settings.postprocessing,
+        axes,
+        progress=lambda done, number: progress("searched", done, number),
+    )
+    read: Callable[[Item], Float32[np.ndarray, ...]] = lambda item: np.asarray(maps[item.place])  # noqa: E731
+    return [
+        *_methods(read, sets, pipeline),
+        _SegmenterMethod(name=FOUND, maps=read, parameters=search.best),
+    ], search
+
+
+def _methods(
+    maps: Callable[[Item], Float32[np.ndarray, "..."]], sets: Sets, pipeline: DINOCellPipeline
+) -> list[Method]:
+    _check_images(sets)
+    parameters = pipeline.parameters
+    return [
+        _SegmenterMethod(name=OURS, maps=maps, parameters=parameters),
+        _SegmenterMethod(name=PLAIN, maps=maps, parameters=parameters.plain()),
+    ]
+
+
+def _check_images(sets: Sets) -> None:
+    for name, data_set in sets.items():
+        if isinstance(data_set, PairSet) and not data_set.has_images:
+            raise DinocellError(f"{name}: masks without images; a model cannot be scored on them, --predictions can")
+
+
+def tool_method(name: str, folder: Path, sets: Sets) -> ToolMethod:
+    """Return the label images in a folder as a method.
+
+    Raises
+    ------
+    DinocellError
+        If a label image is missing, or several images of the sets would have the same one.
+    """
+    files = {dataset: find_predictions(folder, dataset, data_set.names) for dataset, data_set in sets.items()}
+    counts = Counter(file for of_set in files.values() for file in of_set)
+    for file, number in counts.items():
+        if number > 1:
+            raise DinocellError(f"{file}: several images have this name; sort the label images into {folder}/SET")
+    return ToolMethod(name=name, description=f"label images in {folder}", files=files)
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """What came out.
+    """Scores of methods on sets.
 
     Attributes
     ----------
     methods
-        Name of each method, and how its labels were made.
+        Description of each method, by name.
     images, pooled
         Scores, in the order of the sets, then of their images, then of the methods.
     worst
         The images with the lowest F1 of the first method, the lowest first.
     threshold_search
-        None if none was asked for.
+        The search, if there was one.
     """
 
     methods: dict[str, str]
     images: tuple[ImageScores, ...]
     pooled: tuple[PooledScores, ...]
     worst: tuple[ErrorImage, ...]
-    threshold_search: FoundThresholds | None
+    threshold_search: GridSearch | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchGrid:
-    """Least and largest value of each threshold of distance maps to try, and how many of each.
-
-    Flows have a grid of their own, see `dinocell.eval.threshold_search`; any other than this default is refused then.
-    """
-
-    cells_max_range: tuple[int | float, int | float] = CELLS_MAX_RANGE
-    cell_fill_range: tuple[int | float, int | float] = CELL_FILL_RANGE
-    steps: int = STEPS
-
-
-def evaluate_sets(
-    sets: Mapping[str, EvaluationSet],
-    *,
-    pipeline: DINOCellPipeline | None = None,
-    predictions: Mapping[str, Path] | None = None,
-    grid: SearchGrid | None = None,
-    scratch: Path | None = None,
-    binary_path: Path | None = None,
-    num_worst: int = 6,
-    progress: Progress = lambda _what, _done, _total: None,
+def score(
+    sets: Sets, methods: Sequence[Method], *, num_worst: int = 6, progress: Progress = _no_progress
 ) -> Evaluation:
-    """Score each method on each image of each set.
+    """Score each method on each image of each set, and on all images pooled.
 
     Parameters
     ----------
-    sets
-        Labelled sets, by the name that tables show. Crowd regions count as background.
-    pipeline
-        A segmenter; None scores ``predictions`` alone.
-    predictions
-        Folders of label images by other tools, by the tool's name; see `find_predictions` for the files' names.
-    grid
-        Search thresholds, and score those that are best for these images as a method of their own. They are fitted to
-        the images that they are scored on: only for choosing, not for comparing.
-    scratch
-        A folder for the maps of a search (flows: 12 bytes a pixel of all images) and the label images for the official
-        programs, 4 bytes a pixel each.
-    binary_path
-        The folder of the Cell Tracking Challenge's ``SEGMeasure`` and ``DETMeasure``: they are run on each set.
     num_worst
-        Pictures of mistakes to draw.
-    progress
-        Called with what is done, how much of it, and of how much.
+        Number of error images to draw.
 
     Raises
     ------
     DinocellError
-        If there is nothing to score, names collide, or files are missing or do not fit. All files are read once before
-        the network runs.
+        If the sets have no images, or a file is missing or does not fit.
     """
-    predictions = dict(predictions or {})
-    _check(sets, pipeline, predictions, grid, scratch)
-    if binary_path is not None and scratch is None:
-        raise ValueError("scratch: the official programs need a folder for the label images")
-    store = None
-    if binary_path is not None and scratch is not None:
-        check_programs(binary_path)
-        for name, each in sets.items():
-            check_few_enough(name, each)
-        store = LabelStore(scratch / "labels")
-    files = {tool: _files(sets, folder) for tool, folder in predictions.items()}
-    if pipeline is not None:  # a file that does not fit is found before the network's long work, not after it
-        for of_sets in files.values():
-            for dataset, index, image in _all_images(sets):
-                _read(of_sets[dataset][index], image.labels.shape)
-    found: FoundThresholds | None = None
-    maps = _maps(sets, pipeline, progress) if pipeline is not None else None
-    if grid is not None and maps is not None and pipeline is not None and scratch is not None:
-        kept = store_maps(scratch, maps)
-        found = _search(sets, kept, pipeline, grid, progress)
-        maps = iter(kept)
-    rules = rules_of(pipeline, found) if pipeline is not None else {}
-    methods = {name: rule.description for name, rule in rules.items()}
-    methods |= {tool: f"label images in {folder}" for tool, folder in predictions.items()}
-
-    tables: dict[tuple[str, str], list[ContingencyTable]] = {(name, method): [] for name in sets for method in methods}
+    total = sum(map(len, sets.values()))
+    if not total or not methods:
+        raise DinocellError("nothing to score: expected a labelled set with images, and a model or predictions")
+    if ALL_SETS in sets and len(sets) > 1:
+        raise DinocellError(f"a set cannot be called {ALL_SETS!r}, the name of the pooled scores; rename the folder")
+    tables: dict[tuple[str, str], list[ContingencyTable]] = {
+        (dataset, method.name): [] for dataset in sets for method in methods
+    }
     images: list[ImageScores] = []
     worst = WorstImages(num_worst)
-    total = sum(map(len, sets.values()))
-    for number, (dataset, index, image) in enumerate(_all_images(sets)):
-        reference = np.ascontiguousarray(image.labels)
-        predicted = np.asarray(next(maps)) if maps is not None else None
+    for item in items(sets):
+        reference = np.ascontiguousarray(item.image.labels)
         for method in methods:
-            if method in rules and predicted is not None:
-                labels = rules[method].labels(predicted)
-            else:
-                labels = _read(files[method][dataset][index], reference.shape)
+            labels = method.labels(item)
             table = contingency_table(reference, labels)
-            tables[dataset, method].append(table)
-            if store is not None:
-                store.add(dataset, method, labels)
-            row = ImageScores(method=method, dataset=dataset, image=image.name, scores=score_tables([table]))
+            tables[item.dataset, method.name].append(table)
+            row = ImageScores(
+                method=method.name, dataset=item.dataset, image=item.image.name, scores=score_tables([table])
+            )
             images.append(row)
-            if method == next(iter(methods)):
-                worst.add(row, image, labels, table)
-        progress("scored", number + 1, total)
+            if method is methods[0]:
+                worst.add(row, item.image, labels, table)
+        progress("scored", item.place + 1, total)
     groups: dict[str, tuple[str, ...]] = {name: (name,) for name in sets}
     if len(sets) > 1:
         groups[ALL_SETS] = tuple(sets)
-    official: dict[tuple[str, str], OfficialScores] = {}
-    if store is not None and binary_path is not None:
-        for number, (dataset, method) in enumerate(tables):
-            official[dataset, method] = store.scores(dataset, method, sets[dataset], binary_path=binary_path)
-            progress("scored by the official programs", number + 1, len(tables))
     pooled = [
-        pool(
-            method,
-            group,
-            [table for name in names for table in tables[name, method]],
-            official=official.get((group, method)),
-        )
+        pool(method.name, group, [table for name in names for table in tables[name, method.name]])
         for group, names in groups.items()
         for method in methods
     ]
     return Evaluation(
-        methods=methods, images=tuple(images), pooled=tuple(pooled), worst=tuple(worst.mistakes), threshold_search=found
+        methods={method.name: method.description for method in methods},
+        images=tuple(images),
+        pooled=tuple(pooled),
+        worst=tuple(worst.errors),
     )
 
 
-def _check(
-    sets: Mapping[str, EvaluationSet],
-    pipeline: DINOCellPipeline | None,
-    predictions: Mapping[str, Path],
-    grid: SearchGrid | None,
-    scratch: Path | None,
-) -> None:
-    if not any(len(each) for each in sets.values()):
-        raise DinocellError("expected a labelled set with an image in it, got none")
-    if pipeline is None and not predictions:
-        raise DinocellError("nothing to score: give a model, or predictions")
-    if grid is not None and pipeline is None:
-        raise DinocellError("a threshold search needs a model: label images of other tools have no thresholds")
-    if grid is not None and scratch is None:
-        raise ValueError("scratch: a threshold search needs a folder for the maps")
-    for name, each in sets.items():
-        if pipeline is not None and isinstance(each, PairSet) and not each.has_images:
-            raise DinocellError(f"{name}: masks without images; a model cannot be scored on them, --predictions can")
-    if grid is not None and pipeline is not None and pipeline.model.settings.target == "flows" and grid != SearchGrid():
-        raise DinocellError(
-            "a model of target flows has no cells_max and cell_fill: leave out their ranges (--cells-max-range, "
-            "--cell-fill-range)"
-        )
-    ours = {OURS, PLAIN, FOUND} & set(predictions) if pipeline is not None else set()
-    if ours:
-        raise DinocellError(f"predictions: {ours.pop()!r} is what the model's own scores are called; take another name")
-    if ALL_SETS in sets and len(sets) > 1:
-        raise DinocellError(
-            f"a set cannot be called {ALL_SETS!r}: the pooled scores of all sets are; rename the folder"
-        )
+# --- official programs ---------------------------------------------------------------------------------------------
 
 
-def _files(sets: Mapping[str, EvaluationSet], folder: Path) -> dict[str, list[Path]]:
-    """Find a tool's label image of each image of each set; one that would be that of two images is refused."""
-    files = {name: find_predictions(folder, name, each.names) for name, each in sets.items()}
-    twice = [file for file, times in Counter(file for each in files.values() for file in each).items() if times > 1]
-    if twice:
-        raise DinocellError(
-            f"{twice[0]}: several images have this name; sort the label images into {folder}/SET, one folder a set"
-        )
-    return files
+def score_with_programs(
+    sets: Sets,
+    methods: Sequence[Method],
+    scratch: Path,
+    *,
+    binary_path: Path,
+    progress: Progress = _no_progress,
+) -> Evaluation:
+    """Do what `score` does, and run the Cell Tracking Challenge's programs on each set as one sequence.
 
+    The programs get the labels that `score` gets: the masks as SEG and as TRA, every reference cell with its own id.
 
-def _all_images(sets: Mapping[str, EvaluationSet]) -> Iterator[tuple[str, int, LabelledImage]]:
-    for name, each in sets.items():
-        for index in range(len(each)):
-            yield name, index, each[index]
-
-
-def _maps(
-    sets: Mapping[str, EvaluationSet], pipeline: DINOCellPipeline, progress: Progress
-) -> Iterator[Float32[np.ndarray, "*_"]]:
-    total = sum(map(len, sets.values()))
-    for number, (_, _, image) in enumerate(_all_images(sets)):
-        yield pipeline.maps(np.asarray(image.pixels), pixel_size_um=image.pixel_size_um)
-        progress("predicted", number + 1, total)
-
-
-def _search(
-    sets: Mapping[str, EvaluationSet],
-    maps: Sequence[np.ndarray],
-    pipeline: DINOCellPipeline,
-    grid: SearchGrid,
-    progress: Progress,
-) -> FoundThresholds:
-    settings = pipeline.model.settings
-    references = [np.asarray(image.labels) for _, _, image in _all_images(sets)]
-    if settings.target == "flows":
-        return search_flows(
-            maps,
-            references,
-            min_area_px=settings.min_area_px,
-            progress=lambda done, total: progress("searched", done, total),
-        )
-    return search(
-        maps,
-        references,
-        cells_max_range=grid.cells_max_range,
-        cell_fill_range=grid.cell_fill_range,
-        steps=grid.steps,
-        restore_border=(True, False),
-        refinement=Refinement(min_area_px=settings.min_area_px, merge_px=settings.merge_px),
-        progress=lambda done, total: progress("searched", done, total),
-    )
-
-
-def _read(file: Path, shape: tuple[int, ...]) -> Integer[np.ndarray, "h w"]:
-    labels = read_labels(file)
-    if labels.shape != shape:
-        raise ImageError(f"{file}: expected the labelled set's size, {_size(shape)}, got {_size(labels.shape)}")
-    return labels
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-# --- official ------------------------------------------------------------------------------------------------------
-#
-# The Cell Tracking Challenge's own programs on an evaluation's label images: their numbers beside ours.
-#
-# The programs see what our scores saw: each set as one sequence, its masks as SEG and as TRA, every reference cell with
-# an id of its own.
-
-_MAX_CELLS = 2**16 - 1  # the challenge's masks have 16 bits
-
-
-class LabelStore:
-    """Label images of each set and method, in files of a scratch folder until the programs are run."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[tuple[str, str], list[Path]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, dataset: str, method: str, labels: np.ndarray) -> None:
-        """Keep the next image's labels."""
-        files = self._files.setdefault((dataset, method), [])
-        path = self._folder / f"{list(self._files).index((dataset, method))}_{len(files)}.npy"
-        np.save(path, labels)
-        files.append(path)
-
-    def scores(self, dataset: str, method: str, reference: EvaluationSet, *, binary_path: Path) -> OfficialScores:
-        """Run the programs on all images of a set."""
-        files = self._files[dataset, method]
-        predicted = _Lazy(len(files), lambda index: np.load(files[index], allow_pickle=False))
-        expected = _Lazy(len(reference), lambda index: np.ascontiguousarray(reference[index].labels))
-        return official_scores_of(expected, predicted, binary_path=binary_path)
-
-
-def check_few_enough(name: str, reference: EvaluationSet) -> None:
-    """Raise if a set has more cells than the programs can tell apart.
+    Parameters
+    ----------
+    scratch
+        Folder for the label images, 4 bytes per pixel.
+    binary_path
+        The folder of the programs ``SEGMeasure`` and ``DETMeasure``.
 
     Raises
     ------
     DinocellError
-        If there are more than 65,535.
+        As `score`, or if a program cannot be run, or a set has more cells than the programs' 65,535 ids.
     """
-    num_cells = sum(np.count_nonzero(np.unique(reference[index].labels)) for index in range(len(reference)))
-    if num_cells > _MAX_CELLS:
-        raise DinocellError(
-            f"{name}: {num_cells} cells; the official programs tell {_MAX_CELLS} apart: split the set, or leave out "
-            "--binary-path"
+    check_programs(binary_path)
+    for name, data_set in sets.items():
+        num_cells = sum(np.count_nonzero(np.unique(data_set[index].labels)) for index in range(len(data_set)))
+        if num_cells > MAX_ID:
+            raise DinocellError(
+                f"{name}: {num_cells} cells, the official programs distinguish {MAX_ID}; split the set, or remove "
+                "--binary-path"
+            )
+    scratch.mkdir(parents=True, exist_ok=True)
+    recorded = [_Recorded(method, scratch / str(index)) for index, method in enumerate(methods)]
+    evaluation = score(sets, recorded, progress=progress)
+    official = {}
+    for done, (name, method) in enumerate(((name, method) for name in sets for method in recorded), start=1):
+        references = (np.ascontiguousarray(sets[name][index].labels) for index in range(len(sets[name])))
+        predictions = (np.load(file, allow_pickle=False) for file in method.files[name])
+        digits = max(3, len(str(len(sets[name]) - 1)))
+        official[name, method.name] = official_scores_of(
+            references, predictions, binary_path=binary_path, num_digits=digits
         )
+        progress("scored by the official programs", done, len(sets) * len(recorded))
+    pooled = (replace(row, official=official.get((row.dataset, row.method))) for row in evaluation.pooled)
+    return replace(evaluation, pooled=tuple(pooled))
 
 
-class _Lazy(Sequence[np.ndarray]):
-    """Arrays that are read when they are asked for."""
+@dataclass(frozen=True)
+class _Recorded:
+    """A method whose labels are also written to files."""
 
-    def __init__(self, length: int, read: Callable[[int], np.ndarray]) -> None:
-        self._length, self._read = length, read
+    method: Method
+    folder: Path
+    files: dict[str, list[Path]] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return self._length
+    @property
+    def name(self) -> str:
+        return self.method.name
 
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    @property
+    def description(self) -> str:
+        return self.method.description
 
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[np.ndarray]: ...
-
-    def __getitem__(self, index: int | slice) -> np.ndarray | Sequence[np.ndarray]:
-        if isinstance(index, slice):
-            return [self._read(each) for each in range(self._length)[index]]
-        return self._read(range(self._length)[index])
+    def labels(self, item: Item) -> Integer[np.ndarray, "h w"]:
+        labels = self.method.labels(item)
+        path = self.folder / f"{item.place}.npy"
+        self.folder.mkdir(exist_ok=True)
+        np.save(path, labels)
+        self.files.setdefault(item.dataset, []).append(path)
+        return labels

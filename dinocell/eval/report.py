@@ -1,20 +1,21 @@
-"""What an evaluation leaves on the disk: tables (CSV, JSON, Markdown), the search's heat map, and one HTML page.
+"""Files of an evaluation: tables (CSV, JSON, Markdown), the search's heat map, and a self-contained HTML page.
 
-The page holds its pictures itself, so that it can be sent and opened anywhere.
+`render_page`, `to_png` and `to_json` serve other reports too.
 """
 
 import base64
 import csv
+import io
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, fields
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from jinja2 import Environment
+from matplotlib.figure import Figure
 
 from dinocell.eval.evaluate import Evaluation
 from dinocell.eval.metrics.summary import SCORE_NAMES, PooledScores, Scores
@@ -22,7 +23,7 @@ from dinocell.runtime.files import replacing, write_atomically
 
 HEAT_MAP, GRID = "threshold_search.png", "threshold_search.csv"
 
-# What a table for people shows; the files have everything.
+# Columns of the tables for people; the files have all scores.
 _SHOWN = {
     "seg": "SEG",
     "det": "DET",
@@ -33,23 +34,115 @@ _SHOWN = {
     "panoptic_quality": "PQ",
 }
 _COUNTS = {
-    "num_reference": "cells",
-    "num_predicted": "found",
+    "num_reference": "reference cells",
+    "num_predicted": "predicted cells",
     "num_missed": "missed",
     "num_spurious": "spurious",
     "num_splits": "merged",
 }
 _ALL = tuple(field.name for field in fields(Scores))
 _OFFICIAL = ("seg_official", "det_official")
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0;font-size:93%;font-variant-numeric:tabular-nums}"
-    "th,td{padding:.3rem .45rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
-    "th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}"
-    "td:first-child{white-space:normal}small{color:#666}td small{font-size:72%}"
-    "img{max-width:100%}figure{margin:1.5rem 0}.false{color:#c81e1e}.missed{color:#2255dd}"
-    ".right{color:#2e8b2e}.table{overflow-x:auto}"
-)
+
+
+# --- HTML pages ----------------------------------------------------------------------------------------------------
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;font-size:93%;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .45rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;white-space:normal} td small{font-size:72%} small{color:#666}
+img{max-width:100%} figure{margin:1.5rem 0} figcaption{font-size:90%;color:#555} .table{overflow-x:auto}
+.row{display:grid;grid-template-columns:repeat(4,1fr);gap:8px} .row figure{margin:.3rem 0}
+.false{color:#c81e1e} .missed{color:#2255dd} .right{color:#2e8b2e}
+"""
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>{{ style | safe }}</style></head>
+<body>
+<h1>{{ title }}</h1>
+{{ body | safe }}
+</body></html>
+"""
+_MACROS = """
+{%- macro facts(items) -%}
+<ul>{% for name, value in items.items() %}<li><b>{{ name }}</b>: {{ value }}</li>{% endfor %}</ul>
+{%- endmacro -%}
+{%- macro figure(png, caption) -%}
+<figure><img alt="{{ caption }}" src="{{ png | data_uri }}"><figcaption>{{ caption }}</figcaption></figure>
+{%- endmacro -%}
+{%- macro table(header, rows) -%}
+<div class="table"><table><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}{% set parts = cell.split(" (", 1) %}<td>{{ parts[0] }}
+{%- if parts[1] is defined %}<br><small>({{ parts[1] }}</small>{% endif %}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+{%- endmacro -%}
+"""
+_EVALUATION = """
+{{ facts(about) }}
+<h2>Methods</h2>
+{{ facts(evaluation.methods) }}
+{% for dataset, rows in tables.items() %}
+<h2>{{ dataset }}</h2>
+{{ table(rows[0], rows[1:]) }}
+{% endfor %}
+{% for note in notes %}<p><small>{{ note }}</small></p>
+{% endfor %}
+{% if heat_map %}
+<h2>Threshold search</h2>
+{{ figure(heat_map, "Best: " ~ best ~ ".") }}
+{% endif %}
+{% if evaluation.worst %}
+<h2>Worst images of {{ evaluation.worst[0].method }}</h2>
+<p><b class="false">Red: false cells.</b> <b class="missed">Blue: missed cells.</b>
+<b class="right">Green: outlines of the correct cells</b> (matched at an IoU of 0.5).</p>
+{% for error in evaluation.worst %}
+{{ figure(to_png(error.image_rgb), "%s: %s. F1 %.3f, %d cells." | format(error.dataset, error.image,
+   error.scores.f1, error.scores.num_reference)) }}
+{% endfor %}
+{% endif %}
+"""
+
+
+def render_page(title: str, template: str, **values: Any) -> str:
+    """Render a self-contained HTML page from the Jinja2 template of its body.
+
+    The template may call ``table(header, rows)``, ``figure(png, caption)`` and ``facts(items)`` (name to value). In
+    table cells, text in parentheses is put on a line of its own in small print. Values are escaped.
+    """
+    environment = Environment(autoescape=True)
+    environment.filters["data_uri"] = _data_uri
+    body = environment.from_string(_MACROS + template).render(**values)
+    return environment.from_string(_PAGE).render(title=title, style=_STYLE, body=body)
+
+
+def to_png(image: UInt8[np.ndarray, "3 h w"] | UInt8[np.ndarray, "h w"] | Figure) -> bytes:
+    """Return an RGB or grey image, or a matplotlib figure, as PNG."""
+    if isinstance(image, Figure):
+        buffer = io.BytesIO()
+        image.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+    import imagecodecs
+
+    return bytes(imagecodecs.png_encode(np.ascontiguousarray(image if image.ndim == 2 else np.moveaxis(image, 0, 2))))
+
+
+def to_json(value: Any) -> str:
+    """Return indented JSON, in which numbers that are not finite are null."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False, default=str) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+# --- files of an evaluation ----------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path, evaluation: Evaluation, *, about: dict[str, str]) -> list[Path]:
@@ -58,20 +151,20 @@ def write_report(folder: Path, evaluation: Evaluation, *, about: dict[str, str])
     Parameters
     ----------
     about
-        What was evaluated, for the reader: shown above the tables as it is.
+        Facts about the evaluation, by name; shown above the tables.
 
     Raises
     ------
     OSError
-        If a file cannot be written; each is whole or not there.
+        If a file cannot be written; each is written atomically.
     """
     written = [folder / name for name in ("scores.csv", "scores_per_image.csv", "scores.json", "scores.md")]
     _write_pooled(written[0], evaluation)
     _write_images(written[1], evaluation)
-    write_atomically(written[2], json.dumps(_plain(evaluation, about), indent=1, allow_nan=False) + "\n")
+    write_atomically(written[2], to_json(_to_dict(evaluation, about)))
     write_atomically(written[3], to_markdown(evaluation, about=about))
     for name in (HEAT_MAP, GRID):
-        (folder / name).unlink(missing_ok=True)  # of an earlier evaluation: it would contradict this one's tables
+        (folder / name).unlink(missing_ok=True)  # of an earlier evaluation: it would contradict these tables
     if evaluation.threshold_search is not None:
         evaluation.threshold_search.write_csv(folder / GRID)
         evaluation.threshold_search.write_heat_map(folder / HEAT_MAP)
@@ -83,7 +176,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, about: dict[str, str])
 
 
 def to_markdown(evaluation: Evaluation, *, about: dict[str, str]) -> str:
-    """Return the pooled tables, one a set, with 95 % intervals, and what they mean."""
+    """Return the pooled tables, one per set, with 95 % intervals and notes."""
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in about.items())]
     lines += [f"- {name}: {how}" for name, how in evaluation.methods.items()]
     for dataset in _datasets(evaluation):
@@ -124,16 +217,16 @@ def _with_interval(pooled: PooledScores, name: str) -> str:
 
 def _notes(evaluation: Evaluation) -> list[str]:
     drawn = {pooled.drawn for pooled in evaluation.pooled}
-    notes = ["Scores are pooled: all cells of all images count alike. In parentheses: 95 % bootstrap intervals."]
+    notes = ["Scores are pooled: all cells of all images have equal weight. In parentheses: 95 % bootstrap intervals."]
     if "cells" in drawn:
         notes.append(
-            "Where there are fewer than 12 images the bootstrap draws cells, not images: such an interval says nothing "
-            "about other images."
+            "With fewer than 12 images the bootstrap resamples cells, not images: such an interval does not generalise "
+            "to other images."
         )
     if evaluation.threshold_search is not None:
         notes.append(
-            "Thresholds found here are fitted to the images that they are scored on: that row is too good for a "
-            "comparison. Score them on images that the search has not seen."
+            "Thresholds found here are fitted to the images that they are scored on, so that row is too optimistic for "
+            "a comparison. Score them on images that were not used for the search."
         )
     if any(pooled.official is not None for pooled in evaluation.pooled):
         notes.append(
@@ -151,108 +244,55 @@ def _write_pooled(path: Path, evaluation: Evaluation) -> None:
         bounds = [f"{name}_{end}" for name in bounded for end in ("low", "high")]
         means = [f"{name}_mean_over_images" for name in SCORE_NAMES]
         table.writerow(["dataset", "method", "num_images", *_ALL, *bounds, *means, "interval_drawn_over", *_OFFICIAL])
-        for each in evaluation.pooled:
-            ends = [end for name in bounded for end in (each.intervals[name].low, each.intervals[name].high)]
-            averaged = [each.mean_over_images[name] for name in SCORE_NAMES]
-            values = [*(getattr(each.scores, name) for name in _ALL), *ends, *averaged]
-            official = (each.official.seg, each.official.det) if each.official is not None else (math.nan, math.nan)
-            shown = [*map(_shown, values), each.drawn, *map(_shown, official)]
-            table.writerow([each.dataset, each.method, each.num_images, *shown])
+        for row in evaluation.pooled:
+            ends = [end for name in bounded for end in (row.intervals[name].low, row.intervals[name].high)]
+            averaged = [row.mean_over_images[name] for name in SCORE_NAMES]
+            values = [*(getattr(row.scores, name) for name in _ALL), *ends, *averaged]
+            official = (row.official.seg, row.official.det) if row.official is not None else (math.nan, math.nan)
+            shown = [*map(_shown, values), row.drawn, *map(_shown, official)]
+            table.writerow([row.dataset, row.method, row.num_images, *shown])
 
 
 def _write_images(path: Path, evaluation: Evaluation) -> None:
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["dataset", "image", "method", *_ALL])
-        for each in evaluation.images:
-            table.writerow(
-                [each.dataset, each.image, each.method, *(_shown(getattr(each.scores, name)) for name in _ALL)]
-            )
+        for row in evaluation.images:
+            scores = (_shown(getattr(row.scores, name)) for name in _ALL)
+            table.writerow([row.dataset, row.image, row.method, *scores])
 
 
 def _shown(value: int | float) -> object:
-    """Whole numbers as they are, others with six decimals, undefined ones empty."""
+    """Return integers as they are, other numbers with six decimals, undefined ones empty."""
     if isinstance(value, int):
         return value
     return "" if math.isnan(value) else f"{value:.6f}"
 
 
-def _plain(evaluation: Evaluation, about: dict[str, str]) -> dict[str, Any]:
-    """Return what JSON holds; undefined scores are null."""
-    found = evaluation.threshold_search
-    pooled = [
-        asdict(each) | {"intervals": {name: ends._asdict() for name, ends in each.intervals.items()}}
-        for each in evaluation.pooled
-    ]
-    plain = {
+def _to_dict(evaluation: Evaluation, about: dict[str, str]) -> dict[str, Any]:
+    search = evaluation.threshold_search
+    return {
         "about": about,
         "methods": evaluation.methods,
-        "pooled": pooled,
-        "images": [asdict(each) for each in evaluation.images],
-        "threshold_search": None
-        if found is None
-        else found.best._asdict() | {"metric": found.metric, "score": found.best_score},
+        "pooled": [
+            asdict(pooled) | {"intervals": {name: ends._asdict() for name, ends in pooled.intervals.items()}}
+            for pooled in evaluation.pooled
+        ],
+        "images": [asdict(image) for image in evaluation.images],
+        "threshold_search": search and {**search.best_point, "metric": search.metric, "score": search.best_score},
     }
-    return dict(_without_nan(plain))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _to_html(evaluation: Evaluation, about: dict[str, str], heat_map: bytes | None) -> str:
-    parts = ["<h1>Evaluation</h1>", _list(about), "<h2>Methods</h2>", _list(evaluation.methods)]
-    for dataset in _datasets(evaluation):
-        parts += [f"<h2>{escape(dataset)}</h2>", _table(_rows(evaluation, dataset))]
-    parts += [f"<p><small>{escape(note)}</small></p>" for note in _notes(evaluation)]
-    if heat_map is not None and evaluation.threshold_search is not None:
-        shown = list(evaluation.threshold_search.best._asdict().items())[:2]  # the axes of the picture
-        caption = f"Best: {', '.join(f'{name} {value:.3g}' for name, value in shown)}."
-        parts += ["<h2>Threshold search</h2>", _figure(heat_map, caption)]
-    if evaluation.worst:
-        parts += [
-            f"<h2>Worst images of {escape(evaluation.worst[0].method)}</h2>",
-            '<p><b class="false">Red: false cells.</b> <b class="missed">Blue: missed cells.</b> '
-            '<b class="right">Green: outlines of the others</b> (matched at an IoU of 0.5).</p>',
-        ]
-    for each in evaluation.worst:
-        caption = f"{each.dataset}: {each.image}. F1 {each.scores.f1:.3f}, {each.scores.num_reference} cells."
-        parts.append(_figure(_png(each.picture), caption))
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>Evaluation</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-
-
-def _list(items: dict[str, str]) -> str:
-    lines = "".join(f"<li><b>{escape(name)}</b>: {escape(value)}</li>" for name, value in items.items())
-    return f"<ul>{lines}</ul>"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<div class=table><table><tr>{head}</tr>{body}</table></div>"
-
-
-def _cell(text: str) -> str:
-    """Put what stands in parentheses on a line of its own, in small print."""
-    value, parenthesis, rest = text.partition(" (")
-    return escape(value) + (f"<br><small>({escape(rest)}</small>" if parenthesis else "")
-
-
-def _figure(png: bytes, caption: str) -> str:
-    content = base64.b64encode(png).decode("ascii")
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{content}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    best = list(evaluation.threshold_search.best_point.items())[:2] if evaluation.threshold_search else []
+    return render_page(
+        "Evaluation",
+        _EVALUATION,
+        about=about,
+        evaluation=evaluation,
+        tables={dataset: _rows(evaluation, dataset) for dataset in _datasets(evaluation)},
+        notes=_notes(evaluation),
+        heat_map=heat_map,
+        best=", ".join(f"{name} {value:.3g}" for name, value in best),
+        to_png=to_png,
     )
-
-
-def _png(picture: UInt8[np.ndarray, "3 h w"]) -> bytes:
-    import imagecodecs
-
-    return bytes(imagecodecs.png_encode(np.ascontiguousarray(picture.transpose(1, 2, 0))))

@@ -1,8 +1,7 @@
-"""Find the thresholds of the watershed and the mending that score best: a grid, on maps that are predicted once.
+"""Find the postprocessing parameters that score best: a grid search on maps that are predicted once.
 
-For each peak threshold a map is flooded once, at the lowest fill threshold; every higher one is a cut of that flood
-(`dinocell.eval.segmentation.watershed.cut`, equal in every pixel). Cuts are then mended and scored exactly as
-`dinocell.eval.segmentation.watershed.distance_to_labels` and `dinocell.eval.metrics.ctc` would.
+Every grid point is scored exactly as if the maps were postprocessed with its parameters and scored by
+`dinocell.eval.metrics.ctc`; `dinocell.eval.segmentation.targets` shares the work between points.
 """
 
 import csv
@@ -10,68 +9,76 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Float64, Integer
 
 from dinocell.errors import DinocellError
-from dinocell.eval.metrics.ctc import MISSED_COST, SPLIT_COST, SPURIOUS_COST, ctc_score_from, seg_and_det
+from dinocell.eval.metrics.ctc import Counts, count, seg_and_det
 from dinocell.eval.metrics.matching import find_matches
-from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
-from dinocell.eval.segmentation.flows import find_masks, keep
-from dinocell.eval.segmentation.refine import Refinement, refine_labels
-from dinocell.eval.segmentation.watershed import cut, flood
-from dinocell.images.write import write_png
+from dinocell.eval.metrics.overlaps import contingency_table
+from dinocell.eval.segmentation.refine import Refinement
+from dinocell.eval.segmentation.targets import (
+    CELL_FILL_RANGE,
+    CELLS_MAX_RANGE,
+    DECODERS,
+    STEPS,
+    Axes,
+    Decoded,
+    decode_distance_grid,
+    threshold_values,
+)
+from dinocell.finetune.targets import DistancePostprocessing, Postprocessing
 from dinocell.runtime.files import replacing
 
-# --- grid_search ---------------------------------------------------------------------------------------------------
-#
-# Search thresholds on a grid: score every point over all images pooled, and take the best.
-#
-# What a point costs is the evaluator's business: it gets a map and one value of the first threshold, on which the
-# costly
-# part of the work depends, and returns what all the points with that value add (`Sums`), over the other thresholds.
-
 Metric = Literal["op_csb", "seg", "det", "ap50", "f1_50"]
-METRICS: tuple[Metric, ...] = ("op_csb", "seg", "det", "ap50", "f1_50")
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
-Point = TypeVar("Point", bound=tuple[Any, ...])
-Evaluator = Callable[[np.ndarray, np.ndarray, float], Float64[np.ndarray, "... sums"]]
+# The heat map shows scores down to this much below the best: one point without any cell would otherwise leave all
+# others in one colour.
+_SHOWN_BELOW_BEST = 0.1
+_MAX_TICKS = 10
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GridSearch(Generic[Point]):
-    """Scores of every point; NaN where the point is impossible, or no reference cell is there.
+class GridSearch:
+    """Scores of every grid point; NaN where the point is impossible, or there is no reference cell.
 
     Attributes
     ----------
-    point
-        The named tuple of a point.
+    parameters
+        Parameters that the search does not vary.
     axes
-        The values of each threshold, by its name, in the order of the tuple.
+        Values of each varied parameter, by its name.
     scores
-        By metric, over all images pooled; an axis a threshold.
+        By metric, over all images pooled; one axis per varied parameter.
     """
 
-    point: Callable[..., Point]
-    axes: Mapping[str, Sequence[float | bool | None]]
+    parameters: Postprocessing
+    axes: Axes
     metric: Metric
-    scores: dict[Metric, Float64[np.ndarray, "..."]]
+    scores: Mapping[Metric, Float64[np.ndarray, "..."]]
     num_images: int
 
     @property
-    def best(self) -> Point:
-        """The point of the highest score; of equal ones that whose neighbours score best, as chance counts least there.
+    def best(self) -> Postprocessing:
+        """The parameters of the highest score; among ties, those whose grid neighbours score best.
 
         Raises
         ------
         DinocellError
             If no point has a score.
         """
-        return self.point(*self._values(self._best_place))
+        return replace(self.parameters, **self.best_point)  # type: ignore[arg-type]
+
+    @property
+    def best_point(self) -> dict[str, float | bool | None]:
+        """The varied parameters of `best`, by name."""
+        return dict(zip(self.axes, self._values(self._best_place), strict=True))
 
     @property
     def best_score(self) -> float:
@@ -83,169 +90,58 @@ class GridSearch(Generic[Point]):
         scores = self.scores[self.metric]
         if np.isnan(scores).all():
             raise DinocellError(f"no thresholds found: {self.metric} is undefined everywhere (no reference cell?)")
+        # Neighbours break ties, because a high score next to low ones is more likely to be chance.
         ties = np.argwhere(scores == np.nanmax(scores)).tolist()
-        around = [_mean_around(scores, *place) for place in ties]
-        return tuple(ties[int(np.argmax(around))])
+        return tuple(max(ties, key=lambda place: _mean_of_neighbours(scores, *place)))
 
     def _values(self, place: Sequence[int]) -> list[float | bool | None]:
         return [values[index] for values, index in zip(self.axes.values(), place, strict=True)]
 
     def write_csv(self, path: str | Path) -> None:
-        """Write one line a point."""
+        """Write one row per grid point."""
         with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*self.axes, *METRICS])
             for place in product(*(range(len(values)) for values in self.axes.values())):
-                values = [_written(value) for value in self._values(place)]
-                writer.writerow([*values, *(f"{self.scores[metric][place]:.6f}" for metric in METRICS)])
+                scores = (f"{self.scores[metric][place]:.6f}" for metric in METRICS)
+                writer.writerow([*map(_to_cell, self._values(place)), *scores])
 
     def write_heat_map(self, path: str | Path) -> None:
-        """Draw the metric over the first two thresholds, at the best values of the others, as a PNG."""
+        """Draw the metric over the first two parameters, at the best values of the others, as a PNG."""
+        from matplotlib.figure import Figure
+
+        (row_name, rows), (column_name, columns) = list(self.axes.items())[:2]
         row, column, *others = self._best_place
         shown: tuple[slice | int, ...] = (slice(None), slice(None), *others)
-        rows, columns = ((name, np.array(values, float).tolist()) for name, values in list(self.axes.items())[:2])
-        draw_heat_map(
-            path,
-            self.scores[self.metric][shown],
-            rows=rows,
-            columns=columns,
-            best=(row, column),
-            title=f"{self.metric} over {self.num_images} image(s): best {self.best_score:.3f}",
-        )
+        scores = self.scores[self.metric][shown]
+        high = float(np.nanmax(scores))
+        low = max(float(np.nanmin(scores)), high - _SHOWN_BELOW_BEST)
+        figure = Figure(figsize=(2 + 0.3 * len(columns), 1.5 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        axes.set_facecolor("lightgrey")  # impossible points
+        image = axes.imshow(np.ma.masked_invalid(scores), vmin=low, vmax=high, cmap="viridis")
+        axes.plot(column, row, "s", markersize=10, markerfacecolor="none", markeredgecolor="red", markeredgewidth=2)
+        for values, set_ticks in ((rows, axes.set_yticks), (columns, axes.set_xticks)):
+            ticks = range(0, len(values), -(-len(values) // _MAX_TICKS))
+            set_ticks(ticks, [f"{values[tick]:.2f}" for tick in ticks], fontsize=8)
+        axes.set_ylabel(row_name)
+        axes.set_xlabel(column_name)
+        axes.set_title(f"{self.metric} over {self.num_images} image(s): best {self.best_score:.3f}", fontsize=9)
+        figure.colorbar(image, extend="min")
+        with replacing(Path(path)) as temporary:
+            figure.savefig(temporary, format="png", dpi=100)
 
 
-def _written(value: float | bool | None) -> str:
+def _to_cell(value: float | bool | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "" if value is None else f"{value:.6g}"
 
 
-def search_grid(
-    maps: Sequence[Float[np.ndarray, "..."]],
-    references: Sequence[Integer[np.ndarray, "_ _"]],
-    point: Callable[..., Point],
-    axes: Mapping[str, Sequence[float | bool | None]],
-    evaluate: Evaluator,
-    *,
-    metric: Metric,
-    workers: int | None,
-    progress: Callable[[int, int], None],
-) -> GridSearch[Point]:
-    """Score every point of a grid with an evaluator.
-
-    Parameters
-    ----------
-    maps, references
-        As many; memory maps are read one at a time.
-    point, axes
-        See `GridSearch`.
-    evaluate
-        Gets a map, its reference and a value of the first threshold, and returns `Sums` over the other thresholds; NaN
-        where a point is impossible.
-    metric
-        What the best point is the best of.
-    workers
-        Threads; None takes one a core. They do not change the result.
-    progress
-        Called with the number of evaluations done and of all.
-
-    Raises
-    ------
-    DinocellError
-        If maps and references do not fit together, or there is no such metric.
-    """
-    if len(maps) != len(references) or not len(maps):
-        raise DinocellError(f"expected as many maps as references, got {len(maps)} and {len(references)}")
-    if metric not in METRICS:
-        raise DinocellError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
-    first = next(iter(axes.values()))
-    sums = np.zeros((*(len(values) for values in axes.values()), len(Sums._fields)))
-    tasks = list(product(range(len(maps)), range(len(first))))
-
-    def run(task: tuple[int, int]) -> tuple[int, np.ndarray]:
-        image, row = task
-        value = first[row]
-        assert value is not None
-        return row, evaluate(np.asarray(maps[image]), np.asarray(references[image]), value)
-
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for done, (row, found) in enumerate(pool.map(run, tasks), start=1):
-            sums[row] += found
-            progress(done, len(tasks))
-    return GridSearch(point=point, axes=axes, metric=metric, scores=_pooled_scores(sums), num_images=len(maps))
-
-
-def store_maps(folder: str | Path, maps: Iterable[Float[np.ndarray, "*_"]]) -> list[np.memmap]:
-    """Write maps to ``folder`` as they come, one file each, and return them memory-mapped, for a search."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for number, distance in enumerate(maps):
-        path = folder / f"{number:06d}.npy"
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.asarray(distance, np.float32), allow_pickle=False)
-        kept.append(np.lib.format.open_memmap(path, mode="r"))
-    return kept
-
-
-class Sums(NamedTuple):
-    """What is summed over images at each point."""
-
-    jaccard: float
-    num_splits: int
-    num_missed: int
-    num_spurious: int
-    num_reference: int
-    num_predicted: int
-    num_matched_50: int
-
-
-def sums_of(table: ContingencyTable) -> Sums:
-    """Return what one image adds."""
-    score = ctc_score_from([table])
-    return Sums(
-        jaccard=score.seg * score.num_reference if score.num_reference else 0.0,
-        num_splits=score.num_splits,
-        num_missed=score.num_missed,
-        num_spurious=score.num_spurious,
-        num_reference=score.num_reference,
-        num_predicted=score.num_predicted,
-        num_matched_50=len(find_matches(table, 0.5)),
-    )
-
-
-def _pooled_scores(sums: np.ndarray) -> dict[Metric, np.ndarray]:
-    """Return the scores of sums over images, whose last axis is that of `Sums`."""
-    each = dict(zip(Sums._fields, np.moveaxis(sums, -1, 0), strict=True))
-    matched, both = each["num_matched_50"], each["num_reference"] + each["num_predicted"]
-    cost = SPLIT_COST * each["num_splits"] + MISSED_COST * each["num_missed"] + SPURIOUS_COST * each["num_spurious"]
-    flat = seg_and_det(*(np.ravel(values) for values in (each["jaccard"], cost, each["num_reference"])))
-    seg, det = (score.reshape(both.shape) for score in flat)
-    with np.errstate(invalid="ignore"):
-        ap50, f1_50 = matched / (both - matched), 2 * matched / both
-    scores: dict[Metric, np.ndarray] = {"op_csb": (seg + det) / 2, "seg": seg, "det": det, "ap50": ap50, "f1_50": f1_50}
-    return scores
-
-
-def _mean_around(scores: np.ndarray, row: int, column: int, *others: int) -> float:
+def _mean_of_neighbours(scores: Float64[np.ndarray, "..."], row: int, column: int, *others: int) -> float:
     """Return the mean of a point and its eight neighbours along the first two axes."""
     near: tuple[slice | int, ...] = (slice(max(0, row - 1), row + 2), slice(max(0, column - 1), column + 2), *others)
     return float(np.nanmean(scores[near]))
-
-
-# SAMCell's grid: 20 x 20 points from 0.1 to 0.9 and from 0.05 to 0.5.
-CELLS_MAX_RANGE = (0.1, 0.9)
-CELL_FILL_RANGE = (0.05, 0.5)
-STEPS = 20
-
-
-class Thresholds(NamedTuple):
-    """One point of the search."""
-
-    cells_max: float
-    cell_fill: float
-    merge_px: float | None
-    restore_border: bool
 
 
 def search(
@@ -261,225 +157,140 @@ def search(
     metric: Metric = "op_csb",
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> GridSearch[Thresholds]:
-    """Score every pair of thresholds of a grid, over all images pooled.
+) -> GridSearch:
+    """Score every pair of thresholds of distance maps on a grid, over all images pooled.
 
     Parameters
     ----------
     distances, references
-        Predicted maps (0 to 1) and label images, as many, of equal sizes. Memory maps are read one at a time, so
-        they need not fit into memory; see `dinocell.eval.threshold_search.store_maps`.
+        Predicted maps (0 to 1) and label images of the same sizes. Memory maps are read one at a time, so they may
+        exceed the memory; see `store_maps`.
     cells_max_range, cell_fill_range, steps
-        Least and largest value of each threshold, and how many of each, evenly spaced.
+        Minimum and maximum of each threshold, and the number of evenly spaced values.
     merge_px, restore_border
-        Values of these to try with each pair; None tries that of ``refinement``.
+        Values of these to try with each pair; None: only that of ``refinement``.
     mending
-        What else is done after the flood, the same for all points; ``mending.PLAIN`` for the plain watershed.
+        Refinement after the watershed, the same for all points.
     metric
-        What the best point is the best of.
+        The metric that the best point maximises.
     workers
-        Threads; None takes one a core. They do not change the result.
+        Threads; None: one per core. They do not change the result.
     progress
-        Called with the number of floods done and of all.
+        Called with the number of completed floods and their total.
 
     Raises
     ------
     DinocellError
-        If a range or a map is impossible, or maps and references do not fit together.
+        If a range or a map is invalid, or maps and references do not fit together.
     """
     refinement = refinement or Refinement()
-    peaks = _grid("cells_max", *cells_max_range, steps)
-    fills = _grid("cell_fill", *cell_fill_range, steps)
-    tried = (refinement.merge_px,) if merge_px is None else merge_px
-    merges = tuple(None if value is None else float(value) for value in tried)
-    borders = (refinement.restore_border,) if restore_border is None else tuple(restore_border)
-    refinements = [
-        [replace(refinement, merge_px=value, restore_border=restored) for restored in borders] for value in merges
-    ]
-
-    def evaluate(distance: np.ndarray, reference: np.ndarray, cells_max: float) -> np.ndarray:
-        return _scored(distance, reference, cells_max, fills, refinements)
-
-    return search_grid(
-        distances,
-        references,
-        Thresholds,
-        {"cells_max": peaks, "cell_fill": fills, "merge_px": merges, "restore_border": borders},
-        evaluate,
-        metric=metric,
-        workers=workers,
-        progress=progress,
+    merges = (refinement.merge_px,) if merge_px is None else merge_px
+    axes: Axes = {
+        "cells_max": threshold_values("cells_max", *cells_max_range, steps),
+        "cell_fill": threshold_values("cell_fill", *cell_fill_range, steps),
+        "merge_px": tuple(None if value is None else float(value) for value in merges),
+        "restore_border": (refinement.restore_border,) if restore_border is None else tuple(restore_border),
+    }
+    parameters = DistancePostprocessing(min_area_px=refinement.min_area_px)
+    decode_grid = partial(decode_distance_grid, refinement=refinement)
+    return _search(
+        distances, references, parameters, axes, decode_grid, metric=metric, workers=workers, progress=progress
     )
 
 
-def _scored(
-    distance: np.ndarray,
-    reference: np.ndarray,
-    cells_max: float,
-    fills: Sequence[float],
-    refinements: Sequence[Sequence[Refinement]],
-) -> np.ndarray:
-    """Flood once, then cut, mend and score at every fill threshold, none above the peaks'; (f g r sums)."""
-    found = np.full((len(fills), len(refinements), len(refinements[0]), len(Sums._fields)), np.nan)
-    possible = [(number, fill) for number, fill in enumerate(fills) if fill <= cells_max]
-    if not possible:
-        return found
-    flooded = flood(distance, cells_max=cells_max, lowest_fill=possible[0][1])
-    for number, fill in possible:
-        plain = cut(flooded, fill)
-        for which, ways in enumerate(refinements):
-            for way, refinement in enumerate(ways):
-                table = contingency_table(
-                    reference, refine_labels(plain, flooded.distance, cell_fill=fill, refinement=refinement)
-                )
-                found[number, which, way] = sums_of(table)
-    return found
-
-
-def _grid(name: str, low: int | float, high: int | float, steps: int) -> tuple[float, ...]:
-    if not 0 <= low <= high < 1 or steps < 1:
-        raise DinocellError(
-            f"{name}: expected 0 <= least <= largest < 1 and at least 1 step, got {low}, {high}, {steps}"
-        )
-    return tuple(np.linspace(low, high, steps if high > low else 1).round(9).tolist())
-
-
-# --- flow_thresholds -----------------------------------------------------------------------------------------------
-#
-# Find the two thresholds of flows that score best: every pair of a grid, on maps that are predicted once.
-#
-# For each chance the flows are followed once; whatever is then dropped for its flow error is a choice among the cells
-# found, exactly as `dinocell.eval.segmentation.flows.flows_to_labels` makes it.
-
-# Chances on both sides of a half, and flow errors from what only clean cells keep below to what drops nearly nothing.
-PROBABILITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-FLOW_ERRORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 4.0)
-
-
-class FlowThresholds(NamedTuple):
-    """One point of the search."""
-
-    probability: float
-    flow_error: float
-
-
-def search_flows(
-    flows: Sequence[Float[np.ndarray, "3 _ _"]],
+def search_parameters(
+    maps: Sequence[Float[np.ndarray, "..."]],
     references: Sequence[Integer[np.ndarray, "_ _"]],
+    parameters: Postprocessing,
+    axes: Axes | None = None,
     *,
-    probabilities: Sequence[int | float] = PROBABILITIES,
-    flow_errors: Sequence[int | float] = FLOW_ERRORS,
-    min_area_px: int = 0,
     metric: Metric = "op_csb",
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> GridSearch[FlowThresholds]:
-    """Score every pair of thresholds of a grid, over all images pooled.
+) -> GridSearch:
+    """Score the postprocessing parameters of a target on a grid, over all images pooled.
 
     Parameters
     ----------
-    flows, references
-        Predicted maps and label images, as many, of equal sizes; memory maps are read one at a time.
-    probabilities, flow_errors
-        Values of each threshold, ascending.
-    min_area_px
-        Smaller cells are dropped at every point.
-    metric
-        What the best point is the best of.
-    workers
-        Threads; None takes one a core. They do not change the result.
-    progress
-        Called with the number of followed maps and of all.
+    maps, references
+        Predicted maps, (h w) or for flows (3 h w), and label images of the same sizes.
+    parameters
+        Parameters that the grid does not vary.
+    axes
+        Values of the parameters to vary, replacing those of the target's default grid.
 
     Raises
     ------
     DinocellError
-        If a threshold or a map is impossible, or maps and references do not fit together.
+        If there is no such parameter or metric, or maps and references do not fit together.
     """
+    decoder = DECODERS[parameters.target]
+    grid = dict(decoder.axes(parameters))
+    for name in (axes or {}).keys() - grid.keys():
+        raise DinocellError(f"{name}: not a parameter of target {parameters.target}, which has {', '.join(grid)}")
+    decode_grid = partial(decoder.decode_grid, parameters=parameters)
+    grid |= axes or {}
+    return _search(maps, references, parameters, grid, decode_grid, metric=metric, workers=workers, progress=progress)
 
-    def evaluate(maps: np.ndarray, reference: np.ndarray, probability: float) -> np.ndarray:
-        masks = find_masks(maps, probability=probability)
-        chosen = (keep(masks, flow_error=error, min_area_px=min_area_px) for error in flow_errors)
-        return np.array([sums_of(contingency_table(reference, labels)) for labels in chosen], float)
 
-    return search_grid(
-        flows,
-        references,
-        FlowThresholds,
-        {"probability": tuple(map(float, probabilities)), "flow_error": tuple(map(float, flow_errors))},
-        evaluate,
-        metric=metric,
-        workers=workers,
-        progress=progress,
+def _search(
+    maps: Sequence[Float[np.ndarray, "..."]],
+    references: Sequence[Integer[np.ndarray, "_ _"]],
+    parameters: Postprocessing,
+    axes: Axes,
+    decode_grid: Callable[..., Decoded],
+    *,
+    metric: Metric,
+    workers: int | None,
+    progress: Callable[[int, int], None],
+) -> GridSearch:
+    """Sum the counts of every grid point over all images, one task per image and value of the first axis."""
+    if len(maps) != len(references) or not len(maps):
+        raise DinocellError(f"expected as many maps as references, got {len(maps)} and {len(references)}")
+    if metric not in METRICS:
+        raise DinocellError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    first, *rest = (tuple(values) for values in axes.values())
+    sums = np.zeros((len(first), *map(len, rest), len(Counts._fields) + 1))
+
+    def run(task: tuple[int, int]) -> tuple[int, Float64[np.ndarray, "..."]]:
+        image, row = task
+        reference = np.asarray(references[image])
+        counts = np.full(sums.shape[1:], np.nan)  # impossible points are not decoded and stay undefined
+        for place, labels in decode_grid(np.asarray(maps[image]), axes, first[row]):
+            table = contingency_table(reference, labels)
+            counts[place] = (*count(table), len(find_matches(table, 0.5)))
+        return row, counts
+
+    tasks = list(product(range(len(maps)), range(len(first))))
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for done, (row, counts) in enumerate(pool.map(run, tasks), start=1):
+            sums[row] += counts
+            progress(done, len(tasks))
+    return GridSearch(
+        parameters=parameters, axes=axes, metric=metric, scores=_pooled_scores(sums), num_images=len(maps)
     )
 
 
-# --- threshold_map -------------------------------------------------------------------------------------------------
-#
-# A heat map of scores over two thresholds.
-
-_CELL_PX, _LEFT_PX, _TOP_PX, _LINE_PX = 32, 84, 62, 14
-_SHOWN_LABELS = 10
-# Scores that far below the best are dark: one grid point that finds nothing would leave all others in one colour.
-_SHOWN_BELOW_BEST = 0.1
-
-
-def draw_heat_map(
-    path: str | Path,
-    scores: Float64[np.ndarray, "m n"],
-    *,
-    rows: tuple[str, Sequence[float]],
-    columns: tuple[str, Sequence[float]],
-    best: tuple[int, int],
-    title: str,
-) -> None:
-    """Write a PNG: a square a point, dark 0.1 below the best or less, bright the best, which is framed; grey undefined.
-
-    Parameters
-    ----------
-    rows, columns
-        Name and values of each axis.
-
-    Raises
-    ------
-    ImageError
-        If the picture cannot be written.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    colours = np.repeat(np.repeat(_colours(scores), _CELL_PX, axis=0), _CELL_PX, axis=1)
-    height, width = colours.shape[:2]
-    sheet = Image.new("RGB", (max(_LEFT_PX + width + 12, 500), _TOP_PX + height + 12), "white")
-    sheet.paste(Image.fromarray(colours), (_LEFT_PX, _TOP_PX))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    low, high = _range(scores)
-    draw.text((4, 4), f"{title} (lowest {np.nanmin(scores):.3f})", fill="black", font=font)
-    axes = f"{rows[0]} down, {columns[0]} across; dark: {low:.3f} or less, bright: {high:.3f}"
-    draw.text((4, _TOP_PX - 2 * _LINE_PX - 8), axes, fill="black", font=font)
-    for number in _shown(len(columns[1])):
-        draw.text((_LEFT_PX + number * _CELL_PX, _TOP_PX - _LINE_PX - 4), f"{columns[1][number]:.2f}", "black", font)
-    for number in _shown(len(rows[1])):
-        draw.text((44, _TOP_PX + number * _CELL_PX + 8), f"{rows[1][number]:.2f}", fill="black", font=font)
-    top, left = (offset + index * _CELL_PX for offset, index in zip((_TOP_PX, _LEFT_PX), best, strict=True))
-    draw.rectangle((left, top, left + _CELL_PX - 1, top + _CELL_PX - 1), outline="red", width=3)
-    write_png(path, np.asarray(sheet).transpose(2, 0, 1))
+def store_maps(folder: str | Path, maps: Iterable[Float[np.ndarray, "..."]]) -> list[np.memmap]:
+    """Write maps to ``folder`` one by one, a file each, and return them memory-mapped, for a search."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mapped = []
+    for index, values in enumerate(maps):
+        path = folder / f"{index:06d}.npy"
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.asarray(values, np.float32), allow_pickle=False)
+        mapped.append(np.lib.format.open_memmap(path, mode="r"))
+    return mapped
 
 
-def _range(scores: np.ndarray) -> tuple[float, float]:
-    """Return the scores of the darkest and of the brightest colour."""
-    high = float(np.nanmax(scores))
-    return max(float(np.nanmin(scores)), high - _SHOWN_BELOW_BEST), high
-
-
-def _colours(scores: np.ndarray) -> np.ndarray:
-    import cv2
-
-    low, high = _range(scores)
-    levels = np.nan_to_num(np.clip((scores - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
-    colours = np.ascontiguousarray(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1])
-    colours[np.isnan(scores)] = 200
-    return colours
-
-
-def _shown(number: int) -> range:
-    return range(0, number, max(1, -(-number // _SHOWN_LABELS)))
+def _pooled_scores(sums: Float64[np.ndarray, "... counts"]) -> dict[Metric, Float64[np.ndarray, "..."]]:
+    """Return the scores of summed counts, which are the last axis, the matches at an IoU of 0.5 after `Counts`."""
+    *counts, matched = np.moveaxis(sums, -1, 0)
+    total = Counts(*counts)
+    flat = seg_and_det(*(np.ravel(values) for values in (total.jaccard, total.cost, total.num_reference)))
+    seg, det = (score.reshape(sums.shape[:-1]) for score in flat)
+    num_cells = total.num_reference + total.num_predicted
+    with np.errstate(invalid="ignore"):
+        ap50, f1_50 = matched / (num_cells - matched), 2 * matched / num_cells
+    return {"op_csb": (seg + det) / 2, "seg": seg, "det": det, "ap50": ap50, "f1_50": f1_50}

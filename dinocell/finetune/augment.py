@@ -1,8 +1,7 @@
-"""One augmented crop: a single affine map for image and cells, the target computed from the cells that came out.
+"""One augmented crop: a single affine map for image and labels, the target computed from the transformed labels.
 
-Targets are never interpolated: cells are turned and scaled by nearest neighbour, over a region so much larger than
-the crop that every cell of the crop is whole in it, and their maps are computed anew. So the target is what the
-map of the whole turned image would be.
+Targets are never interpolated: labels are transformed by nearest neighbour, over a region large enough to contain every
+cell of the crop completely, and their maps are recomputed. So the target equals the map of the whole transformed image.
 """
 
 import math
@@ -12,92 +11,67 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, Integer, UInt8
 from scipy import ndimage
-from skimage.measure import label
 
 from dinocell.finetune.config import AugmentConfig
-from dinocell.labelled.distance import labels_to_distance
-from dinocell.labelled.flows import labels_to_flows
+from dinocell.finetune.targets import Target
 
-# Of the region whose cells are transformed: twice this and the crop. Only a giant cell is larger than that.
+# Maximum margin around a crop in which labels are transformed too. Only a giant cell is larger than that.
 _MAX_CONTEXT_PX = 384
 
 
 class Crop(NamedTuple):
-    """Grey levels 0 to 255 (still to be normalised) and the cells of a crop; ``context`` pixels around it are kept."""
+    """Grey levels 0 to 255 (not yet normalised) and labels, which extend ``context`` pixels beyond the crop."""
 
     image: Float32[np.ndarray, "s s"]
     labels: Integer[np.ndarray, "t t"]
     context: int
     inverted: bool
 
-    def distance(self) -> Float32[np.ndarray, "s s"]:
-        """Return the distance map of the crop."""
-        size = self.image.shape[0]
-        whole = labels_to_distance(self.labels)
-        return np.ascontiguousarray(whole[self.context : self.context + size, self.context : self.context + size])
-
-    def flows(self) -> Float32[np.ndarray, "3 s s"]:
-        """Return the flow maps of the crop: those of its whole cells; cells that lie outside cost nothing.
-
-        A cell and its mirror image beyond the border have one number and, where they do not touch, a middle each.
-        """
-        size = self.image.shape[0]
-        inner = np.s_[self.context : self.context + size, self.context : self.context + size]
-        pieces = np.asarray(label(self.labels, connectivity=2), dtype=np.int32)  # type: ignore[no-untyped-call]
-        is_seen = np.zeros(int(pieces.max(initial=0)) + 1, bool)
-        is_seen[pieces[inner]] = True
-        whole = labels_to_flows(np.where(is_seen[pieces], pieces, 0))
-        return np.ascontiguousarray(whole[:, inner[0], inner[1]])
+    def encode(self, target: Target) -> Float32[np.ndarray, "k s s"]:
+        """Return the target maps of the crop."""
+        inner = slice(self.context, self.context + self.image.shape[0])
+        return target.encode(self.labels, (inner, inner))
 
 
-def cut(
+def random_crop(
     image: UInt8[np.ndarray, "h w"],
     labels: Integer[np.ndarray, "h w"],
     config: AugmentConfig,
     generator: np.random.Generator,
 ) -> Crop:
-    """Draw and cut a crop of ``config.crop`` pixels; beyond the image's border its mirror image is seen.
-
-    Parameters
-    ----------
-    image
-        Equalised grey levels.
-    labels
-        Its cells.
-    generator
-        Source of every choice.
-    """
+    """Draw a crop of ``config.crop`` pixels from equalised grey levels; the image is mirrored beyond its border."""
     size = config.crop
-    turn = math.radians(generator.uniform(-config.rotation_deg, config.rotation_deg))
+    angle = math.radians(generator.uniform(-config.rotation_deg, config.rotation_deg))
     scale = generator.uniform(*config.scale)
     mirrored = generator.random() < config.flip
-    inverted = bool(generator.random() < config.inversion)
+    inverted = bool(generator.random() < config.invert_contrast)
     brightness = generator.uniform(*config.brightness)
     centre = _centre(labels, size / scale, config.with_cells, generator)
     context = min(_MAX_CONTEXT_PX, math.ceil(_largest_cell(labels) * scale))
-    # From a pixel of the crop to a pixel of the image: about the crop's centre, turned, scaled, mirrored.
-    cos, sin = math.cos(turn) / scale, math.sin(turn) / scale
+    # The affine map from a pixel of the crop to a pixel of the image, about the crop's centre: flip, rotate, scale.
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirrored else 1.0, 1.0])
     pixels = _warped(image, linear, centre, size, cv2.INTER_LINEAR).astype(np.float32)
     levels = np.clip((255 - pixels if inverted else pixels) * np.float32(brightness), 0, 255)
-    # OpenCV turns float32, which holds ids up to 16 million exactly.
+    # OpenCV warps float32, which holds ids up to 16 million exactly.
     cells = _warped(labels.astype(np.float32), linear, centre, size + 2 * context, cv2.INTER_NEAREST).astype(np.int32)
-    return Crop(image=_spoilt(levels, config, generator), labels=cells, context=context, inverted=inverted)
+    return Crop(image=_blur_and_add_noise(levels, config, generator), labels=cells, context=context, inverted=inverted)
 
 
-def plain(image: UInt8[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"], size: int) -> list[Crop]:
-    """Cut an image into crops without augmentation, mirrored at the lower and right border, in reading order."""
+def tile_image(image: UInt8[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"], size: int) -> list[Crop]:
+    """Split an image into crops without augmentation, in reading order; mirrored at the lower and right border."""
     height, width = image.shape
     rows, columns = -(-height // size) * size - height, -(-width // size) * size - width
-    whole = [
-        cv2.copyMakeBorder(each, 0, rows, 0, columns, cv2.BORDER_REFLECT_101)
-        for each in (image.astype(np.float32), labels.astype(np.float32))
-    ]
-    context = min(_MAX_CONTEXT_PX, math.ceil(_largest_cell(labels)))
-    cells = cv2.copyMakeBorder(whole[1], context, context, context, context, cv2.BORDER_REFLECT_101).astype(np.int32)
+    padded, padded_labels = (
+        cv2.copyMakeBorder(plane.astype(np.float32), 0, rows, 0, columns, cv2.BORDER_REFLECT_101)
+        for plane in (image, labels)
+    )
+    margin = (min(_MAX_CONTEXT_PX, math.ceil(_largest_cell(labels))),) * 4
+    context = margin[0]
+    cells = cv2.copyMakeBorder(padded_labels, *margin, cv2.BORDER_REFLECT_101).astype(np.int32)
     return [
         Crop(
-            image=np.ascontiguousarray(whole[0][top : top + size, left : left + size]),
+            image=np.ascontiguousarray(padded[top : top + size, left : left + size]),
             labels=np.ascontiguousarray(cells[top : top + size + 2 * context, left : left + size + 2 * context]),
             context=context,
             inverted=False,
@@ -114,40 +88,37 @@ def _warped(source: np.ndarray, linear: np.ndarray, centre: np.ndarray, size: in
     return np.asarray(cv2.warpAffine(source, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT_101))
 
 
-def _spoilt(
+def _blur_and_add_noise(
     levels: Float32[np.ndarray, "s s"], config: AugmentConfig, generator: np.random.Generator
 ) -> Float32[np.ndarray, "s s"]:
-    """Blur, then add noise, as focus and then the camera do."""
+    """Blur, as a lens out of focus does, then add the noise of the camera."""
     if config.blur_px > 0:
-        levels = cv2.GaussianBlur(
-            levels, (0, 0), max(generator.uniform(0, config.blur_px), 1e-3)
-        )  # 0 is not for OpenCV
+        sigma = max(generator.uniform(0, config.blur_px), 1e-3)  # OpenCV does not accept 0
+        levels = cv2.GaussianBlur(levels, (0, 0), sigma)
     if config.noise > 0:
-        deviation = np.float32(255 * generator.uniform(0, config.noise))
-        levels = np.clip(levels + deviation * generator.standard_normal(levels.shape, np.float32), 0, 255)
+        std = np.float32(255 * generator.uniform(0, config.noise))
+        levels = np.clip(levels + std * generator.standard_normal(levels.shape, np.float32), 0, 255)
     return levels
 
 
 def _centre(labels: np.ndarray, seen: float, with_cells: float, generator: np.random.Generator) -> np.ndarray:
-    """Draw the middle of a crop that shows ``seen`` pixels of the image, as column and row of pixel centres."""
+    """Draw the centre (column, row) of a crop that covers ``seen`` pixels of the image."""
     sides = np.array(labels.shape[::-1])
     low = (np.minimum(seen, sides) - 1) / 2
     high = np.maximum(low, sides - 1 - low)
-    anywhere: np.ndarray = generator.uniform(low, high)
-    aims_at_cell = generator.random() < with_cells
-    if not aims_at_cell:
+    anywhere = np.asarray(generator.uniform(low, high))
+    if generator.random() >= with_cells:
         return anywhere
-    # A pixel of a cell, by rejection: cells fill much of most images.
+    # Centre on a pixel of a cell, shifted at random. Rejection sampling: cells fill much of most images.
     shift = generator.uniform(-0.4, 0.4, 2) * seen
     for _ in range(32):
         row, column = (int(generator.integers(side)) for side in labels.shape)
         if labels[row, column]:
-            aimed: np.ndarray = np.clip(np.array([column, row]) + shift, low, high)
-            return aimed
+            return np.asarray(np.clip(np.array([column, row]) + shift, low, high))
     return anywhere
 
 
 def _largest_cell(labels: np.ndarray) -> float:
     """Return the diagonal of the largest bounding box, in pixels."""
     boxes = [box for box in ndimage.find_objects(labels) if box is not None]
-    return max((math.hypot(*(part.stop - part.start for part in box)) for box in boxes), default=0.0)
+    return max((math.hypot(*(side.stop - side.start for side in box)) for box in boxes), default=0.0)

@@ -1,44 +1,71 @@
-"""What a fine-tuning recipe holds."""
+"""Schema of a fine-tuning recipe."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from dinocell.finetune.targets import TargetName
 from dinocell.models.config import VARIANTS
 from dinocell.runtime.device import Precision
 
-RENAMED_KEYS = {"optim.max_bad_steps": "optim.max_nonfinite_steps"}
+# Former keys that are still read under their old name, and former keys with the one value that is still accepted.
+RENAMED_KEYS: dict[str, str] = {
+    "augment.inversion": "augment.invert_contrast",
+    "picture_every": "image_every",
+    "optim.max_bad_steps": "optim.max_nonfinite_steps",
+}
+REMOVED_KEYS: dict[str, Any] = {"data.fixed_crops": None}
+
+
+def _check(section: object, is_valid: Callable[[Any], bool], expected: str, *names: str) -> None:
+    """Raise if one of the named fields has a value out of range; None is always valid."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not is_valid(value):
+            raise ValueError(f"{name}: expected {expected}, got {list(value) if isinstance(value, tuple) else value}")
+
+
+def _at_least(section: object, minimum: int, *names: str) -> None:
+    _check(section, lambda value: value >= minimum, f"at least {minimum}", *names)
+
+
+def _positive(section: object, *names: str) -> None:
+    _check(section, lambda value: value > 0, "more than 0", *names)
+
+
+def _refuse(conflicts: dict[str, bool]) -> None:
+    """Raise with the first message whose condition holds."""
+    for message, is_wrong in conflicts.items():
+        if is_wrong:
+            raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images and cells come from: ``sets``, or ``images`` and ``masks``.
+    """Images and their labels: ``sets``, or ``images`` and ``masks``.
 
     Attributes
     ----------
     sets
-        Labelled sets: folders that `dinocell dataset` made, or SAMCell's own.
+        Labelled sets: folders made by `dinocell dataset`, or SAMCell's own.
     weights
-        How often each set is to come; null: as often as it has images.
+        Sampling weight of each set; null: in proportion to its number of images.
     images, masks
-        Straight from a folder, without a set: two patterns of paths, as ``mine/images/{name}.tif`` and
-        ``mine/masks/{name}.png``, or two folders whose files have the same names but for the suffix.
+        Image files without a set: two path patterns, such as ``mine/images/{name}.tif`` and ``mine/masks/{name}.png``,
+        or two folders whose files have the same names except for the suffix.
     encoding
-        What masks are: ``labels`` (one number a cell), ``regions`` (regions of one colour).
+        Encoding of the masks: ``labels`` (one integer per cell), ``regions`` (regions of one colour).
     channel
         For images of several channels: a number, a name, or ``mean``.
     validation_share
-        Share of the images that are kept for validation, whole images, drawn by ``seed``; at least one.
+        Fraction of the images used for validation, at least one; whole images, drawn by ``seed``.
     validation_sets
         Labelled sets for validation instead.
     crops_per_image
-        Crops of each image an epoch; null: as many as it takes to cover a typical image once.
-    fixed_crops
-        So many augmented crops of each image are drawn once, and every epoch takes from these; null: each crop is a new
-        one. Only with a frozen backbone, whose features of them, and of the validation images, are then computed once
-        and kept on the run folder's disk: less time for less variety.
+        Crops per image and epoch; null: enough to cover the median image once.
     strict
-        Stop if there are pairs of image and mask that cannot be used, instead of leaving them out and saying so.
+        Stop if there are pairs of image and mask that cannot be used, instead of skipping and listing them.
     """
 
     sets: tuple[str, ...] = ()
@@ -50,24 +77,20 @@ class DataConfig:
     validation_share: float = 0.1
     validation_sets: tuple[str, ...] = ()
     crops_per_image: int | None = None
-    fixed_crops: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if bool(self.sets) == bool(self.images):
-            raise ValueError("set either sets, or images and masks" + ("; got both" if self.sets else ""))
-        if bool(self.images) != bool(self.masks):
-            raise ValueError("images and masks go together; one of them is missing")
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share: expected more than 0 and less than 1, got {self.validation_share}")
-        if self.weights is not None and len(self.weights) != len(self.sets):
-            raise ValueError(f"weights: expected one a set, {len(self.sets)}, got {len(self.weights)}")
-        if self.weights is not None and not all(weight > 0 for weight in self.weights):
-            raise ValueError(f"weights: expected numbers above 0, got {list(self.weights)}; leave out a set instead")
-        for name in ("crops_per_image", "fixed_crops"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}")
+        _refuse(
+            {
+                "set either sets, or images and masks": bool(self.sets) == bool(self.images),
+                "images and masks: set both; one of them is missing": bool(self.images) != bool(self.masks),
+                f"weights: expected one per set, {len(self.sets)}": self.weights is not None
+                and len(self.weights) != len(self.sets),
+            },
+        )
+        _check(self, lambda share: 0 < share < 1, "more than 0 and less than 1", "validation_share")
+        _check(self, lambda weights: all(weight > 0 for weight in weights), "more than 0 for each set", "weights")
+        _at_least(self, 1, "crops_per_image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +106,11 @@ class ModelConfig:
     pretrained
         False: random weights, on purpose.
     segmenter
-        Go on from a segmenter instead; size, patch size and weights are its own.
+        Start from this segmenter instead, with its size, patch size and weights.
     freeze_backbone
-        The backbone never changes.
+        Do not train the backbone.
     blocks
-        Four blocks whose tokens the decoder gets; null: spread over the depth.
+        Four blocks whose tokens the decoder uses; null: spread over the depth.
     """
 
     size: str = "small"
@@ -99,44 +122,47 @@ class ModelConfig:
     blocks: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.size not in VARIANTS:
-            raise ValueError(f"size: expected one of {', '.join(VARIANTS)}, got {self.size}")
-        if self.weights is not None and not self.pretrained:
-            raise ValueError("pretrained=false means random weights: leave out weights, or pretrained=false")
-        if self.patch_size < 1:
-            raise ValueError(f"patch_size: expected at least 1, got {self.patch_size}")
-        if self.segmenter is not None and (self.weights is not None or self.blocks is not None):
-            raise ValueError("segmenter: it has its own backbone and blocks; leave out weights and blocks")
-        if self.blocks is not None:
-            depth = VARIANTS[self.size].depth
-            if sorted({*self.blocks}) != list(self.blocks) or not 0 <= self.blocks[0] <= self.blocks[-1] < depth:
-                raise ValueError(
-                    f"blocks: expected four ascending numbers from 0 to {depth - 1} for size {self.size}, "
-                    f"got {list(self.blocks)}"
-                )
+        _check(self, lambda size: size in VARIANTS, f"one of {', '.join(VARIANTS)}", "size")
+        _at_least(self, 1, "patch_size")
+        own = "segmenter: it has its own backbone and blocks; remove weights and blocks"
+        _refuse(
+            {
+                "pretrained=false means random weights: remove weights, or pretrained=false": self.weights is not None
+                and not self.pretrained,
+                own: self.segmenter is not None and (self.weights is not None or self.blocks is not None),
+            },
+        )
+        depth = VARIANTS[self.size].depth
+        _check(
+            self,
+            lambda blocks: sorted({*blocks}) == list(blocks) and 0 <= blocks[0] <= blocks[-1] < depth,
+            f"four ascending numbers from 0 to {depth - 1} for size {self.size}",
+            "blocks",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Augmentation (SAMCell's; blur and noise are ours).
+    """Augmentation (SAMCell's, with blur and noise added).
 
-    One affine map an image, the cells by nearest neighbour, the target from the cells.
+    One affine map per crop; labels are warped by nearest neighbour and the target is computed from them.
 
     Attributes
     ----------
     crop
         Side of a crop in pixels.
-    flip, inversion
-        Chances of a mirror image and of inverted grey levels.
+    flip, invert_contrast
+        Probabilities of a flipped image and of inverted grey levels.
     rotation_deg
-        Largest turn either way.
+        Maximum rotation in either direction.
     scale, brightness
-        Least and largest factor.
+        Minimum and maximum factor.
     with_cells
-        Chance that a crop is drawn around a cell; else anywhere.
+        Probability that a crop is centred near a cell; else anywhere.
     blur_px, noise
-        Largest deviation of a Gaussian blur, in pixels, and of Gaussian noise, as a share of the range of grey levels;
-        each crop draws its own, from 0 on. For a model that is to stand other microscopes' focus and light; 0: none.
+        Maximum standard deviation of a Gaussian blur, in pixels, and of Gaussian noise, as a fraction of the grey
+        range; each crop draws its own, from 0. They make a model robust to other microscopes' focus and exposure; 0:
+        none.
     """
 
     crop: int = 256
@@ -144,68 +170,59 @@ class AugmentConfig:
     rotation_deg: float = 180.0
     scale: tuple[float, float] = (0.8, 1.2)
     brightness: tuple[float, float] = (0.95, 1.05)
-    inversion: float = 0.5
+    invert_contrast: float = 0.5
     with_cells: float = 0.9
     blur_px: float = 0.0
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.crop < 16:
-            raise ValueError(f"crop: expected at least 16, got {self.crop}")
-        for name in ("flip", "inversion", "with_cells"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a chance from 0 to 1, got {getattr(self, name)}")
-        if not 0 <= self.rotation_deg <= 180:
-            raise ValueError(f"rotation_deg: expected 0 to 180, got {self.rotation_deg}")
-        if not 0 <= self.blur_px <= 10:
-            raise ValueError(f"blur_px: expected 0 to 10 pixels, got {self.blur_px}")
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"noise: expected a share of the grey range from 0 to 1, got {self.noise}")
-        for name in ("scale", "brightness"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name}: expected 0 < least <= largest, got {low} and {high}")
+        _at_least(self, 16, "crop")
+        _check(
+            self, lambda value: 0 <= value <= 1, "a probability from 0 to 1", "flip", "invert_contrast", "with_cells"
+        )
+        _check(self, lambda value: 0 <= value <= 180, "0 to 180", "rotation_deg")
+        _check(self, lambda value: 0 <= value <= 10, "0 to 10 pixels", "blur_px")
+        _check(self, lambda value: 0 <= value <= 1, "a fraction of the grey range from 0 to 1", "noise")
+        _check(self, lambda ends: 0 < ends[0] <= ends[1], "0 < minimum <= maximum", "scale", "brightness")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What may be added to the mean squared error of distance maps; the loss of flows has nothing to set.
+    """Additions to the mean squared error of distance maps; the loss of flows has no options.
 
     Attributes
     ----------
     foreground_weight
-        Extra weight of pixels inside cells; 0: all count alike.
+        Extra weight of pixels inside cells; 0: all pixels count equally.
     gradient_weight
-        Weight of the squared error of the maps' differences between neighbouring pixels, which sharpens valleys.
+        Weight of the squared error of the differences between neighbouring pixels, which sharpens valleys.
     """
 
     foreground_weight: float = 0.0
     gradient_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("foreground_weight", "gradient_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        _at_least(self, 0, "foreground_weight", "gradient_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (SAMCell's values) with linear warm-up and a cosine to 0.
+    """AdamW (SAMCell's values) with linear warm-up and cosine decay to 0.
 
     Attributes
     ----------
     learning_rate, backbone_learning_rate
-        At the peak; the second only counts where the backbone is not frozen.
+        Peak values; the second is used only if the backbone is not frozen.
     layer_decay
         Factor on the learning rate from each block of the backbone to the one below.
     warmup_steps
         Steps of the warm-up, at most a tenth of the run.
     clip
-        Largest gradient norm of backbone and decoder each.
+        Maximum gradient norm of backbone and decoder each.
     ema
-        Share of the moving average of the weights that a step keeps, for validation and the files; 0: no average.
+        Decay of the moving average of the weights, which is used for validation and in the files; 0: no average.
     max_nonfinite_steps
-        So many steps in a row without a finite loss and gradient end the run. Such steps change no weight.
+        Stop after so many consecutive steps with a non-finite loss or gradient. Such steps change no weight.
     """
 
     learning_rate: float = 1e-4
@@ -219,55 +236,45 @@ class OptimConfig:
     max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("backbone_learning_rate", "weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: expected two numbers from 0 to less than 1, got {list(self.betas)}")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay: expected more than 0, up to 1, got {self.layer_decay}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: expected 0 to less than 1, got {self.ema}")
-        if self.max_nonfinite_steps < 1:
-            raise ValueError(f"max_nonfinite_steps: expected at least 1, got {self.max_nonfinite_steps}")
+        _positive(self, "learning_rate", "clip")
+        _at_least(self, 0, "backbone_learning_rate", "weight_decay", "warmup_steps")
+        _at_least(self, 1, "max_nonfinite_steps")
+        _check(self, lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers from 0 to less than 1", "betas")
+        _check(self, lambda value: 0 < value <= 1, "more than 0, up to 1", "layer_decay")
+        _check(self, lambda value: 0 <= value < 1, "0 to less than 1", "ema")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingConfig:
-    """When the validation error no longer falls.
+    """Early stopping by the validation loss.
 
     Attributes
     ----------
     patience
         Epochs without an improvement after which the training ends; 0: never.
     min_delta
-        What counts as an improvement of the validation error.
+        Minimum decrease of the validation loss that counts as an improvement.
     """
 
     patience: int = 7
     min_delta: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("patience", "min_delta"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        _at_least(self, 0, "patience", "min_delta")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """What must not change the result, but for rounding.
+    """Settings that do not change the result, except for rounding.
 
     Attributes
     ----------
     device
-        ``auto``: CUDA if there is one.
+        ``auto``: CUDA if available.
     dtype
-        Of matrix products; ``auto``: bfloat16 on GPUs that have it (Ampere and later), float32 elsewhere.
+        Of matrix products; ``auto``: bfloat16 on GPUs that support it (Ampere and later), float32 elsewhere.
     workers
-        Processes that read and augment ahead.
+        Processes that load and augment.
     timeout_s
         How long a rank waits for another.
     """
@@ -278,10 +285,8 @@ class ComputeConfig:
     timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"workers: expected at least 0, got {self.workers}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s: expected more than 0, got {self.timeout_s}")
+        _at_least(self, 0, "workers")
+        _positive(self, "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,18 +298,18 @@ class FinetuneConfig:
     output
         The run folder.
     epochs
-        Passes over the training images at most; see ``stopping``.
+        Maximum number of passes over the training images; see ``stopping``.
     batch_size
-        Crops a step, over all ranks. Null: 8 with a frozen backbone, else 4.
+        Crops per step, over all ranks. Null: 8 with a frozen backbone, else 4.
     target
         ``distance``: each pixel's distance to its cell's boundary over the cell's largest. ``flows``: the direction to
-        the middle of its cell along rows and columns, and the chance of a cell (Cellpose's target).
-    log_every, picture_every
-        Steps between numbers; epochs between pictures.
+        the centre of its cell along rows and columns, and the cell probability (Cellpose's target).
+    log_every, image_every
+        Steps between metrics; epochs between example images.
     validate_every, score_every
-        Epochs between validation errors, and between scores of segmented validation images.
+        Epochs between validation losses, and between scores of segmented validation images.
     checkpoint_every
-        Epochs between training states.
+        Epochs between checkpoints.
     """
 
     output: Path
@@ -312,37 +317,27 @@ class FinetuneConfig:
     seed: int = 0
     epochs: int = 100
     batch_size: int | None = None
-    target: Literal["distance", "flows"] = "distance"
+    target: TargetName = "distance"
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     log_every: int = 10
-    picture_every: int = 5
+    image_every: int = 5
     validate_every: int = 1
     score_every: int = 5
     checkpoint_every: int = 1
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        names = ("epochs", "log_every", "picture_every", "validate_every", "score_every", "checkpoint_every")
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
-        if self.target == "flows" and (self.loss.foreground_weight or self.loss.gradient_weight):
-            raise ValueError("loss: foreground_weight and gradient_weight are for target distance; leave them out")
-        if self.data.fixed_crops is not None and not self.model.freeze_backbone:
-            raise ValueError(
-                "data.fixed_crops: a backbone that learns has other features every step; leave it out, or "
-                "model.freeze_backbone=true"
-            )
+        intervals = ("log_every", "image_every", "validate_every", "score_every", "checkpoint_every")
+        _at_least(self, 1, "epochs", "batch_size", *intervals)
+        _at_least(self, 0, "seed")
+        if self.target == "flows" and self.loss != LossConfig():
+            raise ValueError("loss: foreground_weight and gradient_weight are for target distance; remove them")
 
     @property
-    def crops_a_step(self) -> int:
+    def crops_per_step(self) -> int:
         """The batch size: as set, or 8 with a frozen backbone, else 4."""
         return self.batch_size or (8 if self.model.freeze_backbone else 4)

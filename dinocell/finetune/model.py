@@ -1,12 +1,11 @@
-"""The segmenter: a vision transformer and a decoder that regresses per-cell distance maps or flows, in one file.
+"""The segmenter: a vision transformer and a decoder that predicts distance maps or flows.
 
-``DINOCell.from_pretrained(path)`` reads what ``save_pretrained`` wrote; `create_dinocell_model` starts a new one from a
+``DINOCell.from_pretrained(path)`` reads a file of ``save_pretrained``; `create_dinocell_model` adds a new decoder to a
 backbone.
 """
 
 import dataclasses
 import hashlib
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from dinocell.configs.schema import diff_configs
 from dinocell.errors import WeightsError
 from dinocell.finetune.decoder import Decoder
-from dinocell.finetune.preprocess import SegmenterSettings, Target
+from dinocell.finetune.preprocess import SegmenterSettings
 from dinocell.finetune.segmenter_file import SegmenterFile, read_segmenter, write_segmenter
+from dinocell.finetune.targets import TARGETS, TargetName
 from dinocell.models.config import WeightsCard
 from dinocell.models.vit import VARIANTS, VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
@@ -38,11 +38,8 @@ _LETTERS = {
     "g": "giant",
     "7b": "7b",
 }
-# Where blocks are tapped, by depth: SAMCell's and DINOv2's habit for dense tasks.
-_TAPPED = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
-_OUTPUTS: dict[Target, int] = {"distance": 1, "flows": 3}
-# A typical mean of distance maps: the untrained decoder starts from it instead of from 0.5 everywhere.
-_FIRST_GUESS = 0.1
+# Blocks that feed the decoder, by depth: as in SAMCell and DINOv2 for dense tasks.
+_BLOCKS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 
 
 class DINOCell(nn.Module):
@@ -51,29 +48,29 @@ class DINOCell(nn.Module):
     Parameters
     ----------
     backbone_name
-        Variant and patch size, as ``vits8``, ``vitb16``, ``vitt8``.
+        Variant and patch size, such as ``vits8``, ``vitb16``, ``vitt8``.
     backbone_weights
         Any source of `dinocell.models.weights.load_backbone`; its patch embedding is resampled to the patch size and
         folded to one grey channel.
     pretrained
-        False starts from random weights, on purpose. True without ``backbone_weights`` takes Meta's DINOv3 release of
-        that size; where that cannot be found it is an error, never a random backbone.
+        False starts from random weights, on purpose. True without ``backbone_weights`` loads Meta's DINOv3 release of
+        that size; it is an error if that is not found, never a random backbone.
     freeze_backbone
-        The backbone never changes: eval mode, no gradient, nothing kept of its forward pass.
+        Do not train the backbone: eval mode, no gradient, no activations stored.
     blocks
-        Four blocks whose tokens the decoder gets, counted from 0; by default spread over the depth.
+        Four blocks whose tokens the decoder uses, counted from 0; by default spread over the depth.
     target
-        ``distance``: one map in [0, 1], 1 in the middle of cells. ``flows``: flow along rows and columns and the chance
-        of a cell.
+        ``distance``: one map in [0, 1], 1 in the middle of cells. ``flows``: flow along rows and columns and the cell
+        probability.
     settings
-        Overrides what follows from the backbone and ``target``.
+        Overrides the defaults that follow from the backbone and ``target``.
 
     Attributes
     ----------
     settings
-        How images are prepared and maps become cells; see `SegmenterSettings`.
+        Preprocessing and postprocessing; see `SegmenterSettings`.
     card
-        Ancestry and terms.
+        Provenance and licence.
     """
 
     def __init__(
@@ -84,15 +81,16 @@ class DINOCell(nn.Module):
         pretrained: bool = True,
         freeze_backbone: bool = True,
         blocks: Sequence[int] | None = None,
-        target: Target = "distance",
+        target: TargetName = "distance",
         settings: SegmenterSettings | None = None,
     ) -> None:
         super().__init__()
         variant, patch_size = _parse(backbone_name)
         if not pretrained and backbone_weights is not None:
-            raise ValueError("pretrained=False means random weights: leave out backbone_weights, or pretrained=False")
+            raise ValueError("pretrained=False means random weights: remove backbone_weights, or pretrained=False")
         if pretrained:
-            source = backbone_weights or f"dinov3_{_release(backbone_name)}"
+            # Meta's releases all have patch size 16; `load_backbone` resamples it.
+            source = backbone_weights or "dinov3_" + re.sub(r"\d+$", "16", backbone_name)
             backbone = load_backbone(source, patch_size=patch_size, in_channels=1, variant=variant)
         else:
             backbone = VisionTransformer(variant_config(variant, patch_size=patch_size, in_channels=1))
@@ -102,40 +100,34 @@ class DINOCell(nn.Module):
         self,
         backbone: VisionTransformer,
         blocks: Sequence[int] | None,
-        target: Target,
+        target: TargetName,
         settings: SegmenterSettings | None,
         freeze_backbone: bool,
     ) -> None:
         depth = backbone.config.depth
-        self.blocks = tuple(blocks) if blocks is not None else _TAPPED.get(depth, _spread(depth))
-        if len(self.blocks) != 4 or sorted(set(self.blocks)) != list(self.blocks) or self.blocks[0] < 0:
-            raise ValueError(f"blocks: expected four ascending numbers, got {list(self.blocks)}")
-        if self.blocks[-1] >= depth:
-            raise ValueError(f"blocks: expected numbers below {depth}, the backbone's depth, got {list(self.blocks)}")
+        spread = tuple(depth * (index + 1) // 4 - 1 for index in range(4))
+        self.blocks = tuple(blocks) if blocks is not None else _BLOCKS.get(depth, spread)
+        is_ascending = sorted(set(self.blocks)) == list(self.blocks)
+        if len(self.blocks) != 4 or not is_ascending or not 0 <= self.blocks[0] <= self.blocks[-1] < depth:
+            raise ValueError(f"blocks: expected four ascending numbers below {depth}, got {list(self.blocks)}")
         convention = backbone.card.input.convention
-        if convention == "imagenet":
-            raise WeightsError("the backbone expects ImageNet normalisation: load it with in_channels=1")
+        if convention == "imagenet" or (settings is not None and settings.convention != convention):
+            raise WeightsError(f"the backbone expects {convention} input; load it with in_channels=1, without settings")
         if settings is None:
-            settings = SegmenterSettings(
-                convention=convention, target=target, pixel_size_um=backbone.card.input.pixel_size_um
-            )
-        if settings.convention != convention:
-            raise WeightsError(
-                f"the backbone expects {convention} input, the settings say {settings.convention}; leave it out"
-            )
+            pixel_size_um = backbone.card.input.pixel_size_um
+            settings = SegmenterSettings(convention=convention, target=target, pixel_size_um=pixel_size_um)
         if settings.target != target:
             raise ValueError(f"target: got {target} and settings for {settings.target}")
         self.settings = settings
         self.backbone = backbone
-        self.decoder = Decoder(backbone.config.width, out_channels=_OUTPUTS[target])
-        if target == "distance":
-            assert self.decoder.head.bias is not None
-            nn.init.constant_(self.decoder.head.bias, math.log(_FIRST_GUESS / (1 - _FIRST_GUESS)))
+        self.decoder = Decoder(backbone.config.width, out_channels=TARGETS[target].num_maps)
+        assert self.decoder.head.bias is not None
+        nn.init.constant_(self.decoder.head.bias, TARGETS[target].initial_logit)
         self.card: WeightsCard = backbone.card
         self.set_frozen(freeze_backbone)
 
     def set_frozen(self, frozen: bool) -> None:
-        """Freeze the backbone or let it learn; what the maps do not depend on never gets a gradient."""
+        """Freeze or unfreeze the backbone; parameters that do not affect the maps never get a gradient."""
         self.freeze_backbone = frozen
         self.requires_grad_(True)
         self.backbone.requires_grad_(not frozen)
@@ -150,8 +142,8 @@ class DINOCell(nn.Module):
         self.train()
 
     @property
-    def target(self) -> Target:
-        """What the maps are."""
+    def target(self) -> TargetName:
+        """The kind of maps: ``distance`` or ``flows``."""
         return self.settings.target
 
     def train(self, mode: bool = True) -> "DINOCell":
@@ -161,42 +153,37 @@ class DINOCell(nn.Module):
             self.backbone.eval()
         return self
 
-    def forward(
-        self, images: Float[Tensor, "b 1 h w"], tokens: Sequence[Float[Tensor, "b d rows columns"]] | None = None
-    ) -> Float[Tensor, "b k h w"]:
-        """Return maps of the images' size, in the units of the target: distances and chances in [0, 1].
+    def forward(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
+        """Return maps of the images' size, in the units of the target: distances and probabilities in [0, 1].
 
         Parameters
         ----------
         images
             Prepared by `dinocell.finetune.preprocess.prepare`; of any size: sides that the patch does not divide are
-            mirrored up and the maps cut back.
-        tokens
-            What `tokens` returned for these images, where that is known.
+            padded by reflection and the maps cropped.
         """
-        logits = self.forward_logits(images) if tokens is None else self._decoded(images, tokens)
-        if self.target == "distance":
-            return logits.sigmoid()
-        # In float32: under autocast a chance above 0.998 would round to 1, whose cross entropy has no gradient.
-        return torch.cat((logits[:, :2].float(), logits[:, 2:].float().sigmoid()), dim=1)
+        return TARGETS[self.target].activate(self.forward_logits(images))
 
     def forward_logits(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
-        """Return the maps before the sigmoid, for losses that are written in logits."""
-        return self._decoded(images, self.tokens(images))
-
-    def _decoded(self, images: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        """Return the maps before the activation, for losses that are written in logits."""
         height, width = images.shape[-2:]
-        logits: Tensor = self.decoder(tokens, self._whole_patches(images))
+        logits: Tensor = self.decoder(self.tokens(images), self._whole_patches(images))
         return logits[..., :height, :width]
 
     def tokens(self, images: Float[Tensor, "b 1 h w"]) -> list[Float[Tensor, "b d rows columns"]]:
-        """Return the backbone's maps that the decoder gets, the shallowest first."""
+        """Return the backbone's token maps for the decoder, the shallowest first."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             return self.backbone.forward_maps(self._whole_patches(images), self.blocks)
 
     def _whole_patches(self, images: Tensor) -> Tensor:
+        """Pad images on the lower and right border to whole patches."""
+        height, width = images.shape[-2:]
         patch = self.backbone.config.patch_size
-        return _padded(images, -images.shape[-2] % patch, -images.shape[-1] % patch)
+        rows, columns = -height % patch, -width % patch
+        if rows == 0 and columns == 0:
+            return images
+        mode: Literal["reflect", "replicate"] = "reflect" if rows < height and columns < width else "replicate"
+        return F.pad(images, (0, columns, 0, rows), mode=mode)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "DINOCell":
@@ -218,11 +205,11 @@ class DINOCell(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-        """Write tensors, settings, ancestry and terms to one file (``.pt``, ``.pth`` or ``.safetensors``) or, to
-        ``model.safetensors`` in a folder (any other name); return what was written.
+        """Write tensors, settings and card to one file, and return its path.
 
-        ``dtype=torch.float16`` halves it; such a file is computed in float32 all the same.
-        """  # noqa: D205
+        ``path`` ends in ``.pt``, ``.pth`` or ``.safetensors``; any other name is a folder, for ``model.safetensors`` in
+        it. ``dtype=torch.float16`` halves the file; computation is in float32 all the same.
+        """
         path = Path(path)
         if path.suffix not in (".pt", ".pth", ".safetensors"):
             path = path / "model.safetensors"
@@ -236,7 +223,7 @@ class DINOCell(nn.Module):
         return path
 
     def fingerprint(self) -> str:
-        """Return eight letters that tell a segmenter from others, by its tensors and settings."""
+        """Return eight hexadecimal digits that identify a segmenter by its tensors and settings."""
         digest = hashlib.sha256(repr(self.settings).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -248,12 +235,12 @@ class DINOCell(nn.Module):
         self.save_pretrained(path)
 
     def load_weights(self, path: str | Path) -> None:
-        """Take tensors, settings, ancestry and terms from a file of a segmenter of the same sizes.
+        """Load tensors, settings and card from the file of a segmenter of the same architecture.
 
         Raises
         ------
         WeightsError
-            If the file is of another architecture; nothing is changed then.
+            If the architecture differs; the model is unchanged then.
         """
         file = read_segmenter(path)
         ours = {"backbone": dataclasses.asdict(self.backbone.config), "blocks": self.blocks, "target": self.target}
@@ -261,29 +248,25 @@ class DINOCell(nn.Module):
         differing = diff_configs(ours, theirs)
         if differing:
             raise WeightsError(
-                f"{path}: of another architecture than this model ({'; '.join(differing)}); "
-                "DINOCell.from_pretrained makes a model of the file's own"
+                f"{path}: the architecture differs from this model's ({'; '.join(differing)}); "
+                "use DINOCell.from_pretrained"
             )
         self._load(file.tensors, str(path))
         self.settings, self.card = file.settings, file.card
 
     def _load(self, tensors: dict[str, Tensor], source: str) -> None:
         expected = self.state_dict()
-        missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-        if missing or unexpected:
-            parts = [
-                f"{word} {', '.join(names[:3])}"
-                for word, names in (("missing", missing), ("unexpected", unexpected))
-                if names
-            ]
-            raise WeightsError(f"{source}: its tensors do not fit its own configuration: {'; '.join(parts)}")
-        for name, tensor in expected.items():
-            if tensors[name].shape != tensor.shape:
-                raise WeightsError(
-                    f"{source}: {name}: expected shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}"
-                )
-            if not bool(tensors[name].isfinite().all()):
-                raise WeightsError(f"{source}: {name} has values that are not finite; the file is damaged")
+        problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
+        problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
+        for name in sorted(expected.keys() & tensors.keys()):
+            shape, got = tuple(expected[name].shape), tuple(tensors[name].shape)
+            if shape != got:
+                problems.append(f"{name}: expected shape {shape}, got {got}")
+            elif not bool(tensors[name].isfinite().all()):
+                problems.append(f"{name} has values that are not finite")
+        if problems:
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise WeightsError(f"{source}: its tensors are damaged or do not fit: {'; '.join(problems[:3])}{more}")
         if self.decoder.head.weight.is_meta:
             self.load_state_dict(
                 {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True
@@ -301,14 +284,14 @@ def create_dinocell_model(
     backbone_weights: str | Path | None = None,
     patch_size: int = 8,
     blocks: Sequence[int] | None = None,
-    target: Target = "distance",
+    target: TargetName = "distance",
 ) -> DINOCell:
     """Build a segmenter with a new decoder; ``model_size`` is a key of `dinocell.models.vit.VARIANTS`.
 
     Raises
     ------
     WeightsError
-        If ``pretrained`` and no weights are found: it says where to get them.
+        If ``pretrained`` and no weights are found; the message tells where to get them.
     ValueError
         For an unknown size.
     """
@@ -333,25 +316,6 @@ def replace_settings(model: DINOCell, **changes: Any) -> None:
 def _parse(name: str) -> tuple[str, int]:
     match = re.fullmatch(r"vit(7b|[a-z]+?(?:plus)?)(\d+)", name)
     if not match or match[1] not in _LETTERS:
-        known = ", ".join(f"vit{letter}8" for letter in _LETTERS)
-        raise ValueError(f"backbone_name: expected variant and patch size, such as {known}, got {name!r}")
+        names = ", ".join(f"vit{letter}8" for letter in _LETTERS)
+        raise ValueError(f"backbone_name: expected variant and patch size, such as {names}, got {name!r}")
     return _LETTERS[match[1]], int(match[2])
-
-
-def _release(name: str) -> str:
-    """Return the name of Meta's release of a size, whatever the patch size: they have patch 16 only."""
-    return re.sub(r"\d+$", "16", name)
-
-
-def _spread(depth: int) -> tuple[int, ...]:
-    if depth < 4:
-        raise ValueError(f"blocks: the backbone has {depth} blocks, the decoder needs four")
-    return tuple(depth * (index + 1) // 4 - 1 for index in range(4))
-
-
-def _padded(images: Tensor, rows: int, columns: int) -> Tensor:
-    if rows == 0 and columns == 0:
-        return images
-    height, width = images.shape[-2:]
-    mode: Literal["reflect", "replicate"] = "reflect" if rows < height and columns < width else "replicate"
-    return F.pad(images, (0, columns, 0, rows), mode=mode)

@@ -1,6 +1,6 @@
-"""A segmenter as one file: tensors, and as plain data the sizes, the settings, ancestry and terms.
+"""A segmenter as one file: tensors, and as plain data its architecture, settings, provenance and licence.
 
-Read like every exported weight: as tensors only, nothing in a file is ever run.
+Files are read as tensors only; no code in them is ever executed.
 """
 
 import json
@@ -27,7 +27,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterFile:
-    """What a file holds; ``tensors`` are named as in `dinocell.finetune.model.DINOCell`."""
+    """Content of a file; ``tensors`` are named as in `dinocell.finetune.model.DINOCell`."""
 
     vit: ViTConfig
     blocks: tuple[int, ...]
@@ -37,7 +37,7 @@ class SegmenterFile:
 
 
 def is_segmenter(source: str | Path) -> bool:
-    """Say whether a source is a segmenter of ours; whatever cannot be read is none."""
+    """Return whether a source is a DINOCell segmenter; False if it cannot be read."""
     try:
         path = locate(source)
         raw = read_raw(path / "model.safetensors" if (path / "model.safetensors").is_file() else path)
@@ -47,7 +47,7 @@ def is_segmenter(source: str | Path) -> bool:
 
 
 def write_segmenter(path: Path, file: SegmenterFile) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def write_segmenter(path: Path, file: SegmenterFile) -> None:
         with replacing(path) as part:
             if path.suffix == ".safetensors":
                 header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
-                part.write_bytes(safetensors.torch.save(tensors, metadata=header))  # save_file would make it 0600
+                part.write_bytes(safetensors.torch.save(tensors, metadata=header))  # save_file would set mode 0600
             else:
                 torch.save({"model": tensors, METADATA_KEY: metadata}, part)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -82,20 +82,18 @@ def read_segmenter(source: str | Path) -> SegmenterFile:
     Raises
     ------
     WeightsError
-        If there is none, it is damaged, or it is a backbone or something else.
+        If there is none, it is damaged, or it is another kind of file.
     """
     path = locate(source)
     if path.is_dir():
         path = path / "model.safetensors"
     raw = read_raw(path)
     if not isinstance(raw.metadata, dict) or raw.metadata.get("kind") != KIND:
-        what = "a backbone" if raw.metadata is not None or raw.container else "not one of ours"
-        raise WeightsError(
-            f"{source}: expected a segmenter, this file is {what}; 'dinocell finetune' makes a segmenter of a backbone"
-        )
+        kind = "a backbone" if raw.metadata is not None or raw.container else "no DINOCell file"
+        raise WeightsError(f"{source}: expected a segmenter, this file is {kind}; train one with 'dinocell finetune'")
     version = raw.metadata.get("schema")
     if version != _VERSION:
-        raise WeightsError(f"{source}: version {version}, this DINOCell reads {_VERSION}; update dinocell")
+        raise WeightsError(f"{source}: file version {version}, this DINOCell reads {_VERSION}; update dinocell")
     try:
         return SegmenterFile(
             vit=fit(ViTConfig, raw.metadata["vit"], "vit"),
@@ -105,16 +103,11 @@ def read_segmenter(source: str | Path) -> SegmenterFile:
             tensors=raw.tensors,
         )
     except (MisfitError, KeyError, ValueError) as error:
-        raise WeightsError(f"{source}: its description is damaged or of a newer version ({error})") from error
-
-
-# --- describe ------------------------------------------------------------------------------------------------------
-#
-# What a segmenter is, in words and numbers.
+        raise WeightsError(f"{source}: its metadata is damaged or of a newer version ({error})") from error
 
 
 def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
-    """Return what there is to know about a segmenter, as lines of name and value in reading order."""
+    """Return the facts about a segmenter by name, in reading order."""
     vit, settings = file.vit, file.settings
     count = {
         part: sum(tensor.numel() for name, tensor in file.tensors.items() if name.startswith(part))
@@ -124,7 +117,6 @@ def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
     clahe = (
         f"CLAHE {settings.clahe_clip:g} in tiles of {settings.clahe_tile_px} px" if settings.clahe_clip else "no CLAHE"
     )
-    size = f"{settings.pixel_size_um:g} um" if settings.pixel_size_um is not None else "not stated"
     low, high = settings.percentiles
     return {
         "format": "DINOCell segmenter",
@@ -134,32 +126,22 @@ def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
         "target": settings.target,
         "input": f"{settings.convention}, percentiles {low:g} and {high:g}, {clahe}",
         "windows": f"{settings.window_px} px",
-        "pixel size": size,
-        "cells": _rule(settings),
+        "pixel size": "not stated" if settings.pixel_size_um is None else f"{settings.pixel_size_um:g} um",
+        "cells": str(settings.postprocessing),
         "trained on": ", ".join(settings.trained_on) or "not stated",
         "derived from": " | ".join(file.card.derived_from) or "trained from random weights",
         "licence": file.card.licence or "not stated",
     }
 
 
-def _rule(settings: SegmenterSettings) -> str:
-    """Say how maps become cells."""
-    if settings.target == "flows":
-        return f"chance above {settings.probability:.3g}, flow error up to {settings.flow_error:.3g}"
-    merging = "no merging" if settings.merge_px is None else f"merging at {settings.merge_px:g} px"
-    border = "borders restored" if settings.restore_border else "borders as cut"
-    return f"peaks above {settings.cells_max:.3g}, fill above {settings.cell_fill:.3g}, {merging}, {border}"
-
-
-# --- box -----------------------------------------------------------------------------------------------------------
+# --- default model -------------------------------------------------------------------------------------------------
 #
-# The small segmenter that the package carries, for `dinocell segment` without ``--model``.
+# The small segmenter that is shipped with the package, for `dinocell segment` without ``--model``; its model card is
+# README.md in the same folder.
 
-# Beside it lies its model card, README.md.
-SEGMENTER = Path(__file__).resolve().parents[1] / "box" / "segmenter.safetensors"
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "default_model" / "segmenter.safetensors"
 
-NOTICE = (
-    "no --model: taking the small one in the box, which learnt from 751 public images of nuclei and of one kind of "
-    "cell in phase contrast. Look at its overlays (--save-viz) before you count on it, and fine-tune on images of your "
-    "own"
+DEFAULT_MODEL_NOTICE = (
+    "no --model: using the default model, trained on 751 public images of nuclei and of one cell type in phase "
+    "contrast. Check its overlays (--save-viz) before you rely on it, and fine-tune it on your own images"
 )

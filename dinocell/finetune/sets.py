@@ -1,4 +1,4 @@
-"""Labelled sets of a run: opened, or made of images and masks, and divided into training and validation."""
+"""Labelled sets of a run: opened, or built from images and masks, and split into training and validation."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,34 +16,33 @@ from dinocell.labelled.layouts import folder_pairs
 from dinocell.runtime.files import write_atomically
 from dinocell.runtime.progress import start_progress
 
-_ADVICE = {"several channels": "data.channel chooses one", "not a label image": "data.encoding says what masks are"}
-# Pairs that are named where some were left out; dataset.json has them all.
-_MOST_NAMES = 10
+_ADVICE = {"several channels": "choose one with data.channel", "not a label image": "see data.encoding"}
+_MAX_NAMES = 10  # of skipped pairs; dataset.json lists all
 
 
-class Chosen(NamedTuple):
-    """An image of one of several sets."""
+class ImageIndex(NamedTuple):
+    """The index of a set, and of an image in it."""
 
     data_set: int
     image: int
 
 
 class Split(NamedTuple):
-    """The images to learn from and to validate on; the latter may lie in sets of their own."""
+    """Training and validation images; the latter may be in sets of their own."""
 
     sets: tuple[LabelledSet, ...]
-    training: tuple[Chosen, ...]
-    validation: tuple[Chosen, ...]
+    training: tuple[ImageIndex, ...]
+    validation: tuple[ImageIndex, ...]
 
     def validation_images(self) -> list[LabelledImage]:
         """Open the validation images."""
-        return [self.sets[chosen.data_set][chosen.image] for chosen in self.validation]
+        return [self.sets[index.data_set][index.image] for index in self.validation]
 
 
-def open_sets(config: DataConfig, folder: Path, *, anew: bool = False) -> list[Path]:
-    """Return the folders of the labelled sets; images and masks given as patterns become one below ``folder``.
+def open_sets(config: DataConfig, folder: Path, *, rebuild: bool = False) -> list[Path]:
+    """Return the folders of the labelled sets; ``data.images`` and ``data.masks`` are built as one under ``folder``.
 
-    ``anew`` makes that one even if it is there: images may have changed since.
+    ``rebuild`` builds it even if it exists: the images may have changed.
 
     Raises
     ------
@@ -51,9 +50,9 @@ def open_sets(config: DataConfig, folder: Path, *, anew: bool = False) -> list[P
         If nothing can be used.
     """
     if config.images is None or config.masks is None:
-        return [Path(each) for each in config.sets]
+        return [Path(name) for name in config.sets]
     output = folder / "labelled"
-    if anew or not (output / "dataset.json").exists():
+    if rebuild or not (output / "dataset.json").exists():
         root, images, masks = _patterns(config.images, config.masks)
         pairs = folder_pairs(root, images=images, masks=masks, encoding=config.encoding)
         channel = int(config.channel) if config.channel and config.channel.isdecimal() else config.channel
@@ -68,7 +67,7 @@ def open_sets(config: DataConfig, folder: Path, *, anew: bool = False) -> list[P
                 advice=_ADVICE,
                 progress=bar.advance,
             )
-        except ImageError as error:  # in the user's words: the folder is of our making
+        except ImageError as error:  # the folder is not one that the user knows
             reason = str(error).removeprefix(f"{output}: ")
             raise DinocellError(f"data.images, data.masks: {reason}") from error
         finally:
@@ -77,70 +76,70 @@ def open_sets(config: DataConfig, folder: Path, *, anew: bool = False) -> list[P
 
 
 def _patterns(images: str, masks: str) -> tuple[Path, str, str]:
-    """Return a common folder and two patterns below it."""
+    """Return a common folder and two patterns relative to it."""
     parts = []
     for name, pattern in (("images", images), ("masks", masks)):
         path = Path(pattern).absolute()
         if not set("{*") & set(pattern) and not path.is_dir():
             raise DinocellError(
-                f"data.{name}: no folder {path}; name a folder, or a pattern such as {name}/{{name}}.tif"
+                f"data.{name}: no folder {path}; set a folder, or a pattern such as {name}/{{name}}.tif"
             )
         parts.append((path if "{" in pattern else path / "{name}.*").parts)
     shared = 0
-    while all(shared < len(each) - 1 for each in parts) and parts[0][shared] == parts[1][shared]:
+    while all(shared < len(path) - 1 for path in parts) and parts[0][shared] == parts[1][shared]:
         if "{" in parts[0][shared] or "*" in parts[0][shared]:
             break
         shared += 1
     root = Path(*parts[0][:shared])
     if not root.is_dir():
         raise DinocellError(f"data.images, data.masks: no folder {root}")
-    below = ["/".join(each[shared:]) for each in parts]
-    return root, below[0], below[1]
+    relative = ["/".join(path[shared:]) for path in parts]
+    return root, relative[0], relative[1]
 
 
 def split(sets: Sequence[Path], config: DataConfig, *, seed: int, record: Path | None) -> Split:
-    """Divide the images, drawn by ``seed``, and write who is where to ``record``.
+    """Split the images at random by ``seed``, and write their names to ``record``.
 
     Raises
     ------
     DinocellError
-        If there are too few images to divide, or, with ``strict``, if pairs were left out of the sets.
+        If there are too few images, or, with ``strict``, if pairs were skipped when the sets were built.
     """
     opened = [open_labelled(folder) for folder in [*sets, *map(Path, config.validation_sets)]]
-    if config.strict and any(each.description.get("skipped") for each in opened):
+    if config.strict and any(data_set.description.get("skipped") for data_set in opened):
         raise DinocellError(
-            f"images and masks that cannot be used: {'; '.join(left_out(opened))}. Mend them, or leave out data.strict"
+            f"images and masks that cannot be used: {'; '.join(skipped_pairs(opened))}. Fix them, or remove data.strict"
         )
-    everything = [Chosen(number, image) for number, each in enumerate(opened) for image in range(len(each))]
-    training = [chosen for chosen in everything if chosen.data_set < len(sets)]
+    indices = [ImageIndex(index, image) for index, data_set in enumerate(opened) for image in range(len(data_set))]
+    training = [index for index in indices if index.data_set < len(sets)]
     if config.validation_sets:
-        validation = [c for c in everything if c.data_set >= len(sets)]
+        validation = [index for index in indices if index.data_set >= len(sets)]
     else:
         if len(training) < 2:
             raise DinocellError(
-                f"{config.images or ', '.join(map(str, sets))}: one image cannot be divided into training and "
+                f"{config.images or ', '.join(map(str, sets))}: one image cannot be split into training and "
                 "validation; add images, or set data.validation_sets"
             )
         order = np.random.default_rng([seed, 0x5B117]).permutation(len(training))
-        number = min(len(training) - 1, max(1, round(config.validation_share * len(training))))
-        validation = [training[index] for index in sorted(order[:number])]
-        training = [training[index] for index in sorted(order[number:])]
+        num_validation = min(len(training) - 1, max(1, round(config.validation_share * len(training))))
+        validation = [training[place] for place in sorted(order[:num_validation])]
+        training = [training[place] for place in sorted(order[num_validation:])]
     if record is not None:
         names = {
-            kind: [f"{opened[c.data_set].folder}: {opened[c.data_set].names[c.image]}" for c in chosen]
-            for kind, chosen in (("training", training), ("validation", validation))
+            part: [f"{opened[index.data_set].folder}: {opened[index.data_set].names[index.image]}" for index in members]
+            for part, members in (("training", training), ("validation", validation))
         }
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
     return Split(tuple(opened), tuple(training), tuple(validation))
 
 
-def left_out(sets: Sequence[LabelledSet]) -> Iterator[str]:
-    """Yield for each reason why pairs of image and mask were left out when the sets were made: it, and which ones."""
-    skipped = [skip for each in sets for skip in each.description.get("skipped", [])]
+def skipped_pairs(sets: Sequence[LabelledSet]) -> Iterator[str]:
+    """Yield a line for each reason why pairs of image and mask were skipped when the sets were built."""
+    skipped = [skip for data_set in sets for skip in data_set.description.get("skipped", [])]
     for kind in dict.fromkeys(skip["kind"] for skip in skipped):
-        found = [skip for skip in skipped if skip["kind"] == kind]
-        more = f" and {len(found) - _MOST_NAMES} more" if len(found) > _MOST_NAMES else ""
-        names = ", ".join(skip["name"] for skip in found[:_MOST_NAMES])
-        reason = "" if kind == "no cells" else f"; the first: {found[0]['reason']}"
-        yield f"{kind}: {len(found)} ({names}{more}){reason}"
+        same = [skip for skip in skipped if skip["kind"] == kind]
+        more = f" and {len(same) - _MAX_NAMES} more" if len(same) > _MAX_NAMES else ""
+        names = ", ".join(skip["name"] for skip in same[:_MAX_NAMES])
+        reason = "" if kind == "no cells" else f"; the first: {same[0]['reason']}"
+        yield f"{kind}: {len(same)} ({names}{more}){reason}"

