@@ -169,7 +169,7 @@ def test_the_online_probe_knows_the_samples_again(shard_set: Path) -> None:
     )
     # What would end a training after hours is said before it begins.
     sets = {"knn_train": str(shard_set), "knn_test": str(shard_set)}
-    with pytest.raises(DinocellError, match=r"watch\.neighbours: 100, but .* has 60 samples"):
+    with pytest.raises(DinocellError, match=r"online_eval\.neighbours: 100, but .* has 60 samples"):
         OnlineProbe(str(shard_set), tiles=2, crop_size=32, label="number", neighbours=100, **sets)
     with pytest.raises(DinocellError, match="no label 'colour'"):
         OnlineProbe(str(shard_set), tiles=2, crop_size=32, label="colour", **sets)
@@ -182,7 +182,7 @@ def test_a_set_in_which_no_tile_is_whole_is_said_before_a_training(tmp_path: Pat
     manifest["channels"]["AGP"] = manifest["channels"]["DNA"]
     (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest))
     shards = str(tmp_path / "set")
-    with pytest.raises(DinocellError, match=r"none of the first 2 tiles has all of the channels .*AGP.*watch\.every=0"):
+    with pytest.raises(DinocellError, match=r"none of the first 2 tiles has all .*AGP.*online_eval\.every=0"):
         OnlineProbe(shards, tiles=2, crop_size=32)
     assert OnlineProbe(shards, tiles=2, crop_size=32, in_channels=3)(tiny(in_channels=3)) == {}
     with pytest.raises(DinocellError, match="none of the first 6 tiles"):

@@ -1,5 +1,7 @@
 """A pretraining recipe with an impossible number is refused when it is read; former keys are accepted."""
 
+from pathlib import Path
+
 import pytest
 
 from dinocell.configs.load import load_config
@@ -35,9 +37,11 @@ def test_bounds_are_accepted(bound: str) -> None:
     load_config(PretrainConfig, overrides=[*NEEDED, bound])
 
 
-def test_former_keys_are_accepted_and_removed_ones_only_with_their_default() -> None:
-    former = ["watch.every=7", "views.black=0.1", "views.white=99.9", "gram.negatives=keep"]
-    assert load_config(PretrainConfig, overrides=[*NEEDED, *former]).online_eval.every == 7
-    for removed in ("views.black=1", "gram.negatives=drop"):
-        with pytest.raises(ConfigError, match=removed.partition("=")[0]):
-            load_config(PretrainConfig, overrides=[*NEEDED, removed])
+def test_former_keys_are_accepted_and_removed_ones_only_with_their_default(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("watch: {every: 7}\nviews: {black: '0.1', white: '99.9'}\ngram: {negatives: keep}\n")
+    assert load_config(PretrainConfig, recipe, NEEDED).online_eval.every == 7
+    for removed in ("views: {black: '1'}", "gram: {negatives: drop}"):
+        recipe.write_text(removed)
+        with pytest.raises(ConfigError, match=r"recipe.yaml.*(views\.black|gram\.negatives)"):
+            load_config(PretrainConfig, recipe, NEEDED)

@@ -106,7 +106,7 @@ def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(shard_set: 
     ]
     assert main(["pretrain", "debug", f"data.shards={shard_set}", f"output={tmp_path / 'run'}", *small]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    (text,) = (event.tensor_proto.string_val[0].decode() for event in events.Tensors("monitoring_help/text_summary"))
+    (text,) = (event.tensor_proto.string_val[0].decode() for event in events.Tensors("help/text_summary"))
     explained = set(re.findall(r"`([\w/*]+)`", text))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"step", "time"}

@@ -68,7 +68,7 @@ def feature_spread(features: Float[Tensor, "b d"]) -> FeatureSpread:
         return FeatureSpread(std, torch.special.entr(share).sum().exp())
 
 
-def monitoring_help(config: PretrainConfig) -> str:
+def help_text(config: PretrainConfig) -> str:
     """Return Markdown that explains every metric and image that a run logs (``/*``: all others of a group)."""
     prototypes = config.heads.num_prototypes
     uniform = f"ln {prototypes} = {math.log(prototypes):.2f}"

@@ -25,7 +25,7 @@ from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.data import PlannedBatch, open_shards
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.memory import check_memory, what_would_fit
-from dinocell.ssl.monitors import monitoring_help
+from dinocell.ssl.monitors import help_text
 from dinocell.ssl.prepare import backbone_of, build_model, describe_run, flop_per_image
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.trainer import Trainer, eval_folder
@@ -130,7 +130,7 @@ def pretrain(
             ) as run,
         ):
             run.text(0, "config", f"```yaml\n{to_yaml(config)}\n```")
-            run.text(0, "monitoring_help", monitoring_help(config))
+            run.text(0, "help", help_text(config))
             for line in describe_run(config, stream.samples, model, world):
                 run.note(line)
             if first:
