@@ -1,7 +1,7 @@
-"""The one command line: ``dinocell COMMAND``, ``python -m dinocell COMMAND`` or ``python -m dinocell.cli COMMAND``.
+"""The command line: ``dinocell COMMAND``, ``python -m dinocell COMMAND`` or ``python -m dinocell.cli COMMAND``.
 
 Parsers are built from the standard library alone; each command imports its stage when it runs. Exit codes: 0 done,
-1 a bug (with traceback) or some images failed (listed), 2 the user's mistake (one line), 130 interrupted.
+1 a bug (with traceback) or some images failed (listed), 2 invalid input (one line), 130 interrupted.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from dinocell.commands import (
 from dinocell.commands._parser import CommandParser
 from dinocell.errors import DinocellError
 
-# What the machine refuses, wherever it happens: a name that is too long, no permission, a full or broken disk. No bug.
-_REFUSED = {
+# Errors of the operating system that are not bugs: a name that is too long, no permission, a full or broken disk.
+_OS_ERRORS = {
     errno.ENAMETOOLONG,
     errno.EACCES,
     errno.EPERM,
@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _REFUSED:
+        if error.errno not in _OS_ERRORS:
             raise
         print(f"dinocell: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:  # a run that was told to stop says how it goes on
+    except KeyboardInterrupt as interrupt:  # an interrupted run reports how to resume it
         print(f"dinocell: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
@@ -86,14 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: Sequence[str], with_recipe: bool) -> None:
-    """Refuse a command line that cannot be run, without running it: its words and, if so told, its recipe and settings.
+    """Validate a command line without running it: its arguments and, if the flag is true, its recipe and settings.
 
     Raises
     ------
     ConfigError
-        If there is no such recipe, or a setting that cannot be.
+        If the recipe does not exist or a setting is invalid.
     SystemExit
-        If the words are no command.
+        If the arguments are not a valid command.
     """
     options = build_parser().parse_args(arguments)
     configure = vars(options).get("configure")

@@ -82,9 +82,7 @@ def test_the_end_of_the_script_tells_what_requeued(tmp_path: Path) -> None:
         assert ("CALLED requeue 5_2" in done.stdout) is requeued
 
 
-@pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(3, 0, True), (143, 2, True), (0, 0, True), (3, 3, False)]
-)
+@pytest.mark.parametrize(("code", "restarts", "requeued"), [(3, 0, True), (143, 2, True), (0, 0, True), (3, 3, False)])
 def test_the_script_puts_back_what_asks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, restarts: int, requeued: bool
 ) -> None:

@@ -15,14 +15,14 @@ def register(commands: Any) -> None:
     parser = add_command(
         commands,
         "demo",
-        "go the whole road on generated images or on your own, in minutes on 2 CPU cores",
+        "run the whole pipeline on generated images or on your own, in minutes on 2 CPU cores",
         "dinocell demo\n  dinocell demo --data my_images/ --output my_demo\n  dinocell demo --quick seed=1",
     )
     parser.add_argument("recipe", nargs="?", help="standard (default), quick, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the recipe")
-    parser.add_argument("--quick", action="store_true", help="the recipe quick: everything runs, nothing is learned")
+    parser.add_argument("--quick", action="store_true", help="the recipe quick: a smoke test that learns nothing")
     parser.add_argument("--data", metavar="FOLDER", help="your images: FOLDER/images and, for scores, FOLDER/masks")
-    parser.add_argument("--output", metavar="FOLDER", help="where everything goes (demo)")
+    parser.add_argument("--output", metavar="FOLDER", help="output folder (demo)")
     parser.set_defaults(run=_run, configure=_config, recipe_is_optional=True)
 
 
@@ -31,7 +31,7 @@ def _config(options: argparse.Namespace) -> "DemoConfig":
     from dinocell.demo.data import DemoConfig
 
     if options.quick and options.recipe not in (None, "quick"):
-        raise DinocellError(f"demo: --quick is the recipe 'quick'; expected no other beside it, got {options.recipe!r}")
+        raise DinocellError(f"demo: --quick is the recipe 'quick'; expected no other recipe, got {options.recipe!r}")
     recipe, overrides = options.recipe or ("quick" if options.quick else "standard"), list(options.overrides)
     folders = {key: getattr(options, key) for key in ("data", "output")}
     overrides += [text_override(key, folder) for key, folder in folders.items() if folder is not None]

@@ -1,1 +1,1 @@
-"""`dinocell demo`: the whole road, from images to scores, on generated fields or on the user's own images."""
+"""The demo: the whole pipeline on generated or own images."""

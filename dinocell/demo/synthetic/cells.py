@@ -1,4 +1,4 @@
-"""Synthetic cells before they are stained: where they settle, how they grow, where their nuclei lie."""
+"""Geometry of synthetic cells: positions, outlines and nuclei, before staining."""
 
 from typing import NamedTuple
 
@@ -10,32 +10,30 @@ from dinocell.demo.synthetic.config import CellType, SyntheticConfig
 from dinocell.demo.synthetic.textures import SHEET_PX, sheets, smooth_noise
 from dinocell.labelled.distance import distance_to_boundary
 
-_Array = np.ndarray
-
 
 class Cells(NamedTuple):
-    """The cells of a field, one row a cell; lengths in pixels, angles in radians."""
+    """The cells of a field, one entry per cell; lengths in pixels, angles in radians."""
 
     types: tuple[CellType, ...]  # the classes
-    kind: _Array  # number of the class
-    row: _Array  # centre
-    column: _Array
-    angle: _Array  # of the long axis
-    radius: _Array  # of the disc of the same area, arms aside
-    outline: _Array  # (n, _NUM_ANGLES): radius of the outline in each direction
-    nucleus_row: _Array
-    nucleus_column: _Array
-    nucleus_length: _Array  # half axes
-    nucleus_width: _Array
-    nucleus_angle: _Array
-    brightness: _Array
-    mitotic: _Array  # rounded up, chromosomes condensed
+    kind: np.ndarray  # index of the class
+    row: np.ndarray  # centre
+    column: np.ndarray
+    angle: np.ndarray  # of the long axis
+    radius: np.ndarray  # of the disc of the same area, without arms
+    outline: np.ndarray  # (n, _NUM_ANGLES): radius of the outline in each direction
+    nucleus_row: np.ndarray
+    nucleus_column: np.ndarray
+    nucleus_length: np.ndarray  # half axes
+    nucleus_width: np.ndarray
+    nucleus_angle: np.ndarray
+    brightness: np.ndarray
+    mitotic: np.ndarray  # rounded up, chromosomes condensed
 
-    def keep(self, which: _Array) -> "Cells":
+    def keep(self, which: np.ndarray) -> "Cells":
         """Return some of the cells."""
         return Cells(self.types, *(column[which] for column in self[1:]))
 
-    def of_class(self, name: str) -> _Array:
+    def of_class(self, name: str) -> np.ndarray:
         """Return a property of each cell's class."""
         return _of_class(self.types, self.kind, name)
 
@@ -45,7 +43,7 @@ _TRIES = 24  # places that a cell looks at
 _MITOTIC_SHARE = 0.03
 
 
-def _of_class(types: tuple[CellType, ...], kind: _Array, name: str) -> _Array:
+def _of_class(types: tuple[CellType, ...], kind: np.ndarray, name: str) -> np.ndarray:
     return np.asarray(np.array([getattr(cell_type, name) for cell_type in types], np.float32)[kind])
 
 
@@ -55,19 +53,19 @@ def settle(generator: np.random.Generator, config: SyntheticConfig) -> Cells:
     weights = np.ones(config.num_classes) if config.class_weights is None else np.array(config.class_weights, float)
     kind = generator.choice(config.num_classes, n, p=weights / weights.sum())
 
-    def vary(name: str, spread: float) -> _Array:
-        drawn: _Array = _of_class(config.cell_types, kind, name) * np.exp(generator.normal(0, spread, n))
+    def vary(name: str, spread: float) -> np.ndarray:
+        drawn: np.ndarray = _of_class(config.cell_types, kind, name) * np.exp(generator.normal(0, spread, n))
         return drawn
 
     mitotic = generator.random(n) < _MITOTIC_SHARE
     radius = config.cell_radius_px * vary("radius", 0.16) * np.where(mitotic, 0.7, 1)
     aspect = np.where(mitotic, 1, np.maximum(vary("aspect", 0.15), 1))
     angle = generator.uniform(0, 2 * np.pi, n)
-    row, column = _places(generator, config, radius)
+    row, column = _draw_centres(generator, config, radius)
 
     nucleus = radius * np.minimum(vary("nucleus", 0.1), 0.68) * np.where(mitotic, 0.75, 1)
     nucleus_aspect = np.maximum(vary("nucleus_aspect", 0.12), 1) * np.where(mitotic, 1.5, 1)
-    # A nucleus is rarely in the very middle; an elongated cell leaves it more room along its axis.
+    # A nucleus is rarely at the exact centre; in an elongated cell it is displaced more along the long axis.
     along, across = generator.normal(0, 0.09, (2, n)) * radius * [[1], [0.6]]
     cells = Cells(
         types=config.cell_types,
@@ -88,53 +86,55 @@ def settle(generator: np.random.Generator, config: SyntheticConfig) -> Cells:
     return cells.keep(~np.isnan(row))
 
 
-def _places(generator: np.random.Generator, config: SyntheticConfig, radius: _Array) -> tuple[_Array, _Array]:
-    """Draw a centre for each cell: beside another cell, or away from all as long as there is room.
+def _draw_centres(
+    generator: np.random.Generator, config: SyntheticConfig, radius: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a centre for each cell: touching another cell, or apart from all others while there is space.
 
-    A cell that finds no room anywhere is left out: its centre is NaN.
+    The centre of a cell that does not fit anywhere is NaN.
     """
     size = np.array(config.size)
     centres = np.full((len(radius), 2), np.nan)
     for i in range(len(radius)):
-        there = np.flatnonzero(~np.isnan(centres[:i, 0]))
-        alone = generator.uniform(-0.02, 1.02, (_TRIES, 2)) * size
+        placed = np.flatnonzero(~np.isnan(centres[:i, 0]))
+        isolated = generator.uniform(-0.02, 1.02, (_TRIES, 2)) * size
         turn = generator.uniform(0, 2 * np.pi, _TRIES)
         reach = generator.uniform(0.8, 1.0, _TRIES)
-        wants_company = generator.random() < config.touching
-        if not there.size:
-            centres[i] = alone[0]
+        touches = generator.random() < config.touching
+        if not placed.size:
+            centres[i] = isolated[0]
             continue
-        hosts = there[generator.integers(0, there.size, _TRIES)]
-        reach *= radius[hosts] + radius[i]
-        beside = centres[hosts] + reach[:, None] * np.stack([np.sin(turn), np.cos(turn)], 1)
-        beside[((beside < -0.02 * size) | (beside > 1.02 * size)).any(1)] = np.inf
-        candidates = beside if wants_company else alone
-        room = _room(candidates, centres[there], radius[i] + radius[there])
-        fits = np.flatnonzero(room >= (0.78 if wants_company else 1.2))
+        neighbours = placed[generator.integers(0, placed.size, _TRIES)]
+        reach *= radius[neighbours] + radius[i]
+        adjacent = centres[neighbours] + reach[:, None] * np.stack([np.sin(turn), np.cos(turn)], 1)
+        adjacent[((adjacent < -0.02 * size) | (adjacent > 1.02 * size)).any(1)] = np.inf
+        candidates = adjacent if touches else isolated
+        gap = _relative_gap(candidates, centres[placed], radius[i] + radius[placed])
+        fits = np.flatnonzero(gap >= (0.78 if touches else 1.2))
         if fits.size:
             centres[i] = candidates[fits[0]]
             continue
-        room = _room(alone, centres[there], radius[i] + radius[there])
-        if room.max() >= 0.7:
-            centres[i] = alone[room.argmax()]
+        gap = _relative_gap(isolated, centres[placed], radius[i] + radius[placed])
+        if gap.max() >= 0.7:
+            centres[i] = isolated[gap.argmax()]
     return centres[:, 0], centres[:, 1]
 
 
-def _room(candidates: _Array, centres: _Array, reach: _Array) -> _Array:
-    """Return how far each candidate is from the nearest of the centres; 1 is where the two outlines meet."""
-    gaps: _Array = (np.hypot(*(candidates[:, None] - centres[None]).transpose(2, 0, 1)) / reach).min(1)
+def _relative_gap(candidates: np.ndarray, centres: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Return the distance of each candidate to the nearest centre, relative to the sum of radii: 1 is touching."""
+    gaps: np.ndarray = (np.hypot(*(candidates[:, None] - centres[None]).transpose(2, 0, 1)) / reach).min(1)
     return np.where(np.isfinite(gaps), gaps, -1)
 
 
 def _outlines(
     generator: np.random.Generator,
     types: tuple[CellType, ...],
-    kind: _Array,
-    radius: _Array,
-    aspect: _Array,
-    angle: _Array,
-    mitotic: _Array,
-) -> _Array:
+    kind: np.ndarray,
+    radius: np.ndarray,
+    aspect: np.ndarray,
+    angle: np.ndarray,
+    mitotic: np.ndarray,
+) -> np.ndarray:
     """Draw each cell's radius in every direction: an ellipse, lobes, and the arms that its class has."""
     n = len(kind)
     turn = np.arange(_NUM_ANGLES) * (2 * np.pi / _NUM_ANGLES)
@@ -151,7 +151,7 @@ def _outlines(
         length = arm * generator.uniform(0.3, 1.4, n) * (j < num_arms) * ~mitotic
         width = generator.uniform(8, 30, (n, 1))
         shape += length[:, None] * np.exp(width * (np.cos(turn - towards[:, None]) - 1))
-    outlines: _Array = (np.maximum(shape, 0.3) * radius[:, None]).astype(np.float32)
+    outlines: np.ndarray = (np.maximum(shape, 0.3) * radius[:, None]).astype(np.float32)
     return outlines
 
 
@@ -159,27 +159,27 @@ class Canvas(NamedTuple):
     """What the stains are painted from: the grown cells, and for every pixel where in its cell it lies."""
 
     cells: Cells
-    labels: _Array
-    inside: _Array  # 1 in cells, 0 on the background
-    edge: _Array  # pixels to the cell's boundary
-    along: _Array  # pixels from the nucleus along and across the cell's axis
-    across: _Array
-    nucleus_radius: _Array  # distance from the nucleus' centre, its outline is 1
-    outside_nucleus: _Array  # pixels from the nucleus' outline outwards, as a share of the cell's radius
-    nucleus: _Array  # share of the pixel that is nucleus
-    thickness: _Array  # of the cell, about 1 in its middle
-    sheet_row: _Array  # where each cell begins on the texture sheets
-    sheet_column: _Array
+    labels: np.ndarray
+    inside: np.ndarray  # 1 in cells, 0 on the background
+    edge: np.ndarray  # pixels to the cell's boundary
+    along: np.ndarray  # pixels from the nucleus along and across the cell's axis
+    across: np.ndarray
+    nucleus_radius: np.ndarray  # distance from the nucleus' centre, its outline is 1
+    outside_nucleus: np.ndarray  # pixels from the nucleus' outline outwards, as a share of the cell's radius
+    nucleus: np.ndarray  # share of the pixel that is nucleus
+    thickness: np.ndarray  # of the cell, about 1 in its middle
+    sheet_row: np.ndarray  # where each cell begins on the texture sheets
+    sheet_column: np.ndarray
 
-    def per_pixel(self, per_cell: _Array, background: float = 0) -> _Array:
+    def per_pixel(self, per_cell: np.ndarray, background: float = 0) -> np.ndarray:
         """Give every pixel the value of its cell."""
         return np.asarray(np.concatenate([[background], per_cell]).astype(np.float32)[self.labels])
 
-    def texture(self, name: str, grain: _Array | float = 1.0, stretch: float = 1.0) -> _Array:
+    def texture(self, name: str, grain: np.ndarray | float = 1.0, stretch: float = 1.0) -> np.ndarray:
         """Lay a texture sheet into every cell, along its axis, ``grain`` sheet pixels a pixel, stretched lengthwise."""
         columns = self.along * (grain / stretch) + self.sheet_column
         rows = self.across * grain + self.sheet_row
-        laid: _Array = cv2.remap(sheets()[name], columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+        laid: np.ndarray = cv2.remap(sheets()[name], columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
         return laid
 
 
@@ -208,45 +208,45 @@ def grow(cells: Cells, config: SyntheticConfig, generator: np.random.Generator) 
         nearest[window][taken] = share[taken]
         labels[window][taken] = i + 1
 
-    whole = np.zeros(len(cells.kind), bool)
+    exists = np.zeros(len(cells.kind), bool)
     for i, window in enumerate(windows):
-        whole[i] = _keep_largest_piece(labels[window], i + 1)
+        exists[i] = _keep_largest_component(labels[window], i + 1)
     canvas = _locate(cells, labels, generator)
-    seen = np.bincount(labels.ravel(), canvas.nucleus.ravel(), minlength=len(whole) + 1)[1:]
-    # The edge of the picture may cut a nucleus, a neighbour may not.
+    seen = np.bincount(labels.ravel(), canvas.nucleus.ravel(), minlength=len(exists) + 1)[1:]
+    # The image border may cut a nucleus, a neighbouring cell may not.
     gap = [
         np.minimum(at, end - 1 - at) for at, end in zip((cells.nucleus_row, cells.nucleus_column), size, strict=True)
     ]
     share = np.where(np.minimum(*gap) > cells.nucleus_length, 0.88, 0.25)
-    whole &= seen >= np.maximum(share * np.pi * cells.nucleus_length * cells.nucleus_width, 6)
-    if whole.all():
+    exists &= seen >= np.maximum(share * np.pi * cells.nucleus_length * cells.nucleus_width, 6)
+    if exists.all():
         return canvas
-    renumber = np.concatenate([[0], np.where(whole, np.cumsum(whole), 0)]).astype(np.int32)
-    return _locate(cells.keep(whole), renumber[labels], generator)
+    renumber = np.concatenate([[0], np.where(exists, np.cumsum(exists), 0)]).astype(np.int32)
+    return _locate(cells.keep(exists), renumber[labels], generator)
 
 
-def _keep_largest_piece(window: _Array, label: int) -> bool:
-    """Clear all 4-connected pieces of a label but the largest; say whether anything is there."""
-    # Not OpenCV's components: they crash on a window without a pixel, that of a cell beyond the picture's edge.
-    pieces, count = ndimage.label(window == label)
+def _keep_largest_component(window: np.ndarray, label: int) -> bool:
+    """Clear all 4-connected components of a label but the largest; return whether the label exists."""
+    # Not OpenCV's connected components, which crash on an empty window (a cell outside the image).
+    components, count = ndimage.label(window == label)
     if count > 1:
-        largest = 1 + int(np.bincount(pieces.ravel())[1:].argmax())
-        window[(pieces > 0) & (pieces != largest)] = 0
+        largest = 1 + int(np.bincount(components.ravel())[1:].argmax())
+        window[(components > 0) & (components != largest)] = 0
     return bool(count)
 
 
-def _locate(cells: Cells, labels: _Array, generator: np.random.Generator) -> Canvas:
-    """Give every pixel its place in its cell."""
+def _locate(cells: Cells, labels: np.ndarray, generator: np.random.Generator) -> Canvas:
+    """Compute the coordinates of every pixel within its cell."""
     n = len(cells.kind)
 
-    def per_pixel(per_cell: _Array, background: float = 1) -> _Array:
+    def per_pixel(per_cell: np.ndarray, background: float = 1) -> np.ndarray:
         return np.asarray(np.concatenate([[background], per_cell]).astype(np.float32)[labels])
 
     inside = (labels > 0).astype(np.float32)
     rows = (np.arange(labels.shape[0], dtype=np.float32)[:, None] - per_pixel(cells.nucleus_row)) * inside
     columns = (np.arange(labels.shape[1], dtype=np.float32)[None, :] - per_pixel(cells.nucleus_column)) * inside
 
-    def turned(angle: _Array) -> tuple[_Array, _Array]:
+    def turned(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cosine, sine = per_pixel(np.cos(angle)), per_pixel(np.sin(angle))
         return columns * cosine + rows * sine, rows * cosine - columns * sine
 

@@ -57,7 +57,7 @@ CELL_TYPES = (
 def _shape(
     name: str, *, radius: float, aspect: float, nucleus_aspect: float, arms: int = 0, arm: float = 0.0
 ) -> CellType:
-    """Return the class "epithelial" with another outline; what is a share of the radius keeps its size in pixels."""
+    """Return the class "epithelial" with another outline; lengths relative to the radius keep their size in pixels."""
     plain = CELL_TYPES[0]
     return replace(
         plain,
@@ -73,8 +73,8 @@ def _shape(
     )
 
 
-# Classes that differ in the outlines of cells and nuclei alone; the radii make up for the area of arms. Brightness and
-# texture hardly tell them apart, as they do the classes above: what names them has seen shapes.
+# Classes that differ only in the outlines of cells and nuclei; the radii compensate for the area of the arms. They can
+# hardly be classified by brightness and texture.
 CELL_SHAPES = (
     _shape("disc", radius=1.0, aspect=1.0, nucleus_aspect=1.0),
     _shape("rod", radius=1.04, aspect=2.6, nucleus_aspect=2.2),
@@ -85,37 +85,37 @@ CELL_SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """How a field looks. The same seed gives the same cells whatever the channels, the noise and the bit depth are.
+    """Appearance of a field. The same seed gives the same cells for any channels, noise and bit depth.
 
     Attributes
     ----------
     size
         Rows and columns, in pixels.
     channels
-        Which stains, in which order: names of :data:`STAIN_NAMES`; ``("Phase",)`` is a phase-contrast picture.
+        Stains, in order: names from :data:`STAIN_NAMES`; ``("Phase",)`` is a phase-contrast image.
     num_cells
-        Fewest and most cells that look for a place. Those that find none, whose nucleus a neighbour hides or whose
-        nucleus is mostly out of the picture are left out, so a field may hold fewer.
+        Minimum and maximum number of drawn cells. Cells that do not fit, or whose nucleus is covered by a neighbour
+        or mostly outside the image, are removed, so a field may contain fewer.
     cell_radius_px
         Radius of a typical cell, in pixels.
     touching
-        Share of the cells, in [0, 1], that settle beside another cell; the others keep away as long as there is room.
+        Share of the cells, in [0, 1], that touch another cell; the others are isolated while there is space.
     cell_types
         The classes: :data:`CELL_TYPES`, which differ in everything, :data:`CELL_SHAPES`, or your own.
     num_classes
-        How many of them occur.
+        Number of classes that occur.
     class_weights
-        How frequent each class is, ``num_classes`` numbers; None is equally frequent. ``(0, 1, 0, 0)`` is a pure field.
+        Relative frequency of each class, ``num_classes`` numbers; None: all equal. ``(0, 1, 0, 0)``: one class only.
     blur_px
-        Least and most standard deviation of the focus blur, one draw a field and channel.
+        Minimum and maximum standard deviation of the focus blur, drawn per field and channel.
     haze
-        Share of the light, in [0, 1), that comes from out of focus.
+        Share of out-of-focus light, in [0, 1).
     illumination
-        How much darker the darkest corner may be, in [0, 1).
+        Maximum relative darkening of a corner, in [0, 1).
     photons
-        Photons a pixel at the brightness of a typical cell: the fewer, the more shot noise.
+        Photons per pixel at the brightness of a typical cell: fewer mean more shot noise.
     read_noise
-        Standard deviation of the camera's own noise, in photons.
+        Standard deviation of the read noise of the camera, in photons.
     bit_depth
         8 or 16.
     """
@@ -136,7 +136,7 @@ class SyntheticConfig:
     bit_depth: int = 16
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn, one line a mistake."""
+        """Reject invalid values, in one line each."""
 
         def expect(holds: bool, name: str, expected: str) -> None:
             if not holds:
@@ -147,7 +147,7 @@ class SyntheticConfig:
         expect(bool(self.channels) and not unknown, "channels", f"some of {', '.join(STAIN_NAMES)}")
         expect(len(set(self.channels)) == len(self.channels), "channels", "each stain once")
         expect(len(self.num_cells) == 2 and 0 <= self.num_cells[0] <= self.num_cells[1], "num_cells",
-               "(fewest, most) with 0 <= fewest <= most")  # fmt: skip
+               "(minimum, maximum) with 0 <= minimum <= maximum")  # fmt: skip
         expect(self.cell_radius_px >= 4, "cell_radius_px", "at least 4")
         expect(0 <= self.touching <= 1, "touching", "a share in [0, 1]")
         most = len(self.cell_types)
@@ -157,7 +157,7 @@ class SyntheticConfig:
             expect(right and sum(self.class_weights) > 0, "class_weights",
                    f"{self.num_classes} numbers (num_classes) of at least 0, not all 0")  # fmt: skip
         expect(len(self.blur_px) == 2 and 0 < self.blur_px[0] <= self.blur_px[1], "blur_px",
-               "(least, most) with 0 < least <= most")  # fmt: skip
+               "(minimum, maximum) with 0 < minimum <= maximum")  # fmt: skip
         expect(0 <= self.haze < 1, "haze", "a share in [0, 1)")
         expect(0 <= self.illumination < 1, "illumination", "a share in [0, 1)")
         expect(0 < self.photons < 1e9, "photons", "a number above 0 and below 1e9")

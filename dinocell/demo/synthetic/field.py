@@ -1,9 +1,9 @@
-"""Synthetic "cell painting" fields: the same cells in several stains, with their masks and classes.
+"""Synthetic Cell Painting fields: the same cells in several stains, with masks and classes.
 
-For the demo and the tests: something to pretrain, fine-tune and classify on where no data set may be downloaded. A
-field is drawn in the order of an experiment: cells settle (`settle`), grow until they touch (`grow`), are
-stained (`STAINS`, one function a stain), and are photographed (`_photograph`). The proportions were set by
-eye beside real fields: JUMP Cell Painting, BBBC039, CellProfiler's HT29 example, T98G cells in phase contrast.
+For the demo and the tests, where no data set can be downloaded. A field is generated in the order of an experiment:
+positions of cells (`settle`), growth until they touch (`grow`), staining (`STAINS`, one function per stain), and image
+formation (`_acquire`). The proportions were adjusted by eye to real fields:
+JUMP Cell Painting, BBBC039, CellProfiler's HT29 example, T98G cells in phase contrast.
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,19 @@ from dinocell.demo.synthetic.textures import blurred
 
 __all__ = ["CELL_SHAPES", "CELL_TYPES", "STAINS", "SyntheticConfig", "SyntheticField", "make_field"]
 
-_Array = np.ndarray
-
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticField:
-    """One field of view and everything that is known about it.
+    """One field of view with its labels.
 
     Cell ``i`` (ids are 1 to n without gaps) is ``labels == i``, its nucleus is ``nuclei == i``, and its class is
-    ``classes[i - 1]``, an index into ``class_names``. Every cell is 4-connected and has a nucleus in the picture.
+    ``classes[i - 1]``, an index into ``class_names``. Every cell is 4-connected and has a nucleus in the image.
     """
 
-    pixels: UInt8[_Array, "c h w"] | UInt16[_Array, "c h w"]
-    labels: Int32[_Array, "h w"]
-    nuclei: Int32[_Array, "h w"]
-    classes: Int[_Array, " n"]
+    pixels: UInt8[np.ndarray, "c h w"] | UInt16[np.ndarray, "c h w"]
+    labels: Int32[np.ndarray, "h w"]
+    nuclei: Int32[np.ndarray, "h w"]
+    classes: Int[np.ndarray, " n"]
     channel_names: tuple[str, ...]
     class_names: tuple[str, ...]
 
@@ -45,10 +43,10 @@ def make_field(seed: int | np.random.SeedSequence, config: SyntheticConfig | Non
     seed
         A number of at least 0, or a seed sequence (``SeedSequence((run, index))`` for the field ``index`` of a run).
     config
-        How the field looks; None is ``SyntheticConfig()``.
+        Appearance of the field; None is ``SyntheticConfig()``.
     """
     config = config or SyntheticConfig()
-    # Each part has its own stream, so that one more channel or less noise leaves the rest of the field as it was.
+    # Each part has its own random stream, so that more channels or less noise do not change the rest of the field.
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     streams = [
         np.random.default_rng(np.random.SeedSequence(root.entropy, spawn_key=(*root.spawn_key, part)))
@@ -57,7 +55,7 @@ def make_field(seed: int | np.random.SeedSequence, config: SyntheticConfig | Non
     cells = settle(streams[0], config)
     canvas = grow(cells, config, streams[0])
     pixels = [
-        _photograph(STAINS[name](canvas, stream), stream, config, light=name == "Phase")
+        _acquire(STAINS[name](canvas, stream), stream, config, light=name == "Phase")
         for name in config.channels
         for stream in [streams[1 + list(STAINS).index(name)]]
     ]
@@ -71,22 +69,22 @@ def make_field(seed: int | np.random.SeedSequence, config: SyntheticConfig | Non
     )
 
 
-def _photograph(scene: _Array, generator: np.random.Generator, config: SyntheticConfig, *, light: bool) -> _Array:
-    """Take the picture: lens, uneven light, photons, camera. ``light`` is transmitted light, not fluorescence."""
+def _acquire(scene: np.ndarray, generator: np.random.Generator, config: SyntheticConfig, *, light: bool) -> np.ndarray:
+    """Simulate the acquisition: blur, vignetting, shot noise, camera. ``light``: transmitted light."""
     height, width = config.size
     scene = blurred(scene.astype(np.float32), generator.uniform(*config.blur_px))
     exposure = np.exp(generator.normal(0, 0.12))
-    photons_per_unit = config.photons * (10 if light else 1)  # transmitted light is cheap
+    photons_per_unit = config.photons * (10 if light else 1)  # transmitted light is brighter
     if not light:
         glow = blurred(scene, config.cell_radius_px * 0.6)
         scene = (1 - config.haze) * scene + config.haze * glow + 0.02
     centre_row, centre_column = generator.uniform(0.3, 0.7, 2)
     rows = (np.arange(height, dtype=np.float32)[:, None] / height - np.float32(centre_row)) ** 2
     columns = (np.arange(width, dtype=np.float32)[None, :] / width - np.float32(centre_column)) ** 2
-    # A condenser is set up for an even ground, so transmitted light falls off less.
+    # A condenser is adjusted for even illumination, so transmitted light falls off less.
     falloff = np.float32(config.illumination * (0.4 if light else 1)) * (rows + columns)
     photons = scene * (1 - falloff) * np.float32(photons_per_unit * exposure)
-    # A Poisson count of more than a few is a normal one with the same variance, at a tenth of the price.
+    # A normal distribution with the variance of the Poisson distribution, at a tenth of the cost.
     noise = generator.standard_normal(scene.shape, np.float32)
     photons += noise * np.sqrt(np.maximum(photons, 0) + np.float32(config.read_noise**2))
     top = 2**config.bit_depth - 1

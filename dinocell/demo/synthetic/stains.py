@@ -1,4 +1,4 @@
-"""Stains: each paints its part of the cells, one function a stain."""
+"""Stains: one function per stain renders the structures that it labels."""
 
 from collections.abc import Callable
 
@@ -7,21 +7,19 @@ import numpy as np
 from dinocell.demo.synthetic.cells import Canvas
 from dinocell.demo.synthetic.textures import blurred
 
-_Array = np.ndarray
 
-
-def _varied(generator: np.random.Generator, canvas: Canvas, name: str, spread: float = 0.15) -> _Array:
-    """Give every pixel its cell's property, each cell a little off its class."""
+def _varied(generator: np.random.Generator, canvas: Canvas, name: str, spread: float = 0.15) -> np.ndarray:
+    """Return a property of the cells for every pixel, with variation around the value of the class."""
     of_class = canvas.cells.of_class(name)
     return canvas.per_pixel(of_class * np.exp(generator.normal(0, spread, len(of_class))))
 
 
-def _brightness(generator: np.random.Generator, canvas: Canvas) -> _Array:
+def _brightness(generator: np.random.Generator, canvas: Canvas) -> np.ndarray:
     kind = canvas.cells.kind
     return canvas.per_pixel(canvas.cells.brightness * np.exp(generator.normal(0, 0.15, len(kind))))
 
 
-def _dna(canvas: Canvas, generator: np.random.Generator) -> _Array:
+def _dna(canvas: Canvas, generator: np.random.Generator) -> np.ndarray:
     """Paint nuclei with chromatin, and chromosomes of dividing cells."""
     grain = canvas.texture("grain", _varied(generator, canvas, "chromatin_grain"))
     contrast = _varied(generator, canvas, "chromatin")
@@ -32,7 +30,7 @@ def _dna(canvas: Canvas, generator: np.random.Generator) -> _Array:
     return np.asarray(0.9 * light * canvas.nucleus * dome * chromatin + 0.012 * canvas.inside)
 
 
-def _rna(canvas: Canvas, generator: np.random.Generator) -> _Array:
+def _rna(canvas: Canvas, generator: np.random.Generator) -> np.ndarray:
     """Paint nucleoli and the cytoplasm, fullest about the nucleus."""
     n = len(canvas.cells.kind)
     count = generator.poisson(canvas.cells.of_class("nucleoli")) * ~canvas.cells.mitotic
@@ -57,7 +55,7 @@ def _rna(canvas: Canvas, generator: np.random.Generator) -> _Array:
     return np.asarray(_brightness(generator, canvas) * (body + (0.15 + 0.5 * spots) * canvas.nucleus))
 
 
-def _er(canvas: Canvas, generator: np.random.Generator) -> _Array:
+def _er(canvas: Canvas, generator: np.random.Generator) -> np.ndarray:
     """Paint a net that is dense about the nucleus, with the nuclear envelope as a rim."""
     near = np.exp(-canvas.outside_nucleus / np.maximum(0.85 * _varied(generator, canvas, "reach"), 0.05))
     rim = np.exp(-(((canvas.nucleus_radius - 1.06) / 0.16) ** 2))
@@ -66,7 +64,7 @@ def _er(canvas: Canvas, generator: np.random.Generator) -> _Array:
     return np.asarray(_brightness(generator, canvas) * (body + 0.15 * rim * canvas.inside))
 
 
-def _agp(canvas: Canvas, generator: np.random.Generator) -> _Array:
+def _agp(canvas: Canvas, generator: np.random.Generator) -> np.ndarray:
     """Paint actin at the edge and in fibres, the plasma membrane, and the Golgi beside the nucleus."""
     cells = canvas.cells
     n = len(cells.kind)
@@ -83,7 +81,7 @@ def _agp(canvas: Canvas, generator: np.random.Generator) -> _Array:
     return np.asarray(_brightness(generator, canvas) * (body + 0.5 * edge + 0.75 * golgi) * canvas.inside)
 
 
-def _mito(canvas: Canvas, generator: np.random.Generator) -> _Array:
+def _mito(canvas: Canvas, generator: np.random.Generator) -> np.ndarray:
     """Paint threads and grains about the nucleus, none in it."""
     near = np.exp(-((canvas.outside_nucleus / np.maximum(_varied(generator, canvas, "reach"), 0.05)) ** 2))
     grain = _varied(generator, canvas, "mito_grain")
@@ -92,7 +90,7 @@ def _mito(canvas: Canvas, generator: np.random.Generator) -> _Array:
     return np.asarray(_brightness(generator, canvas) * canvas.thickness * body * (1 - 0.75 * canvas.nucleus))
 
 
-def _phase(canvas: Canvas, generator: np.random.Generator) -> _Array:
+def _phase(canvas: Canvas, generator: np.random.Generator) -> np.ndarray:
     """Paint the phase-contrast look: grey ground, dark cells, bright halos, dark granules."""
     granules = canvas.texture("specks", 0.7)
     near = np.exp(-canvas.outside_nucleus / np.maximum(_varied(generator, canvas, "reach"), 0.05))
@@ -110,7 +108,7 @@ def _phase(canvas: Canvas, generator: np.random.Generator) -> _Array:
     return np.asarray(np.maximum(1 - 0.55 * halo, 0.12))
 
 
-STAINS: dict[str, Callable[[Canvas, np.random.Generator], _Array]] = {
+STAINS: dict[str, Callable[[Canvas, np.random.Generator], np.ndarray]] = {
     "DNA": _dna,
     "RNA": _rna,
     "ER": _er,

@@ -1,27 +1,25 @@
-"""Noise, texture sheets and blur, the paint of synthetic fields."""
+"""Noise, textures and blur for synthetic fields."""
 
 import functools
 
 import cv2
 import numpy as np
 
-_Array = np.ndarray
-
 SHEET_PX = 512
 
 
 @functools.cache
-def sheets() -> dict[str, _Array]:
-    """Make the textures that every cell takes a piece of: "grain" has mean 0, deviation 1; others go from 0 to 1."""
+def sheets() -> dict[str, np.ndarray]:
+    """Return the textures from which every cell is rendered: "grain" has mean 0 and std 1, others are in [0, 1]."""
     generator = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(SHEET_PX)[:, None], np.fft.rfftfreq(SHEET_PX)[None, :])
 
-    def band(size: float) -> _Array:
+    def band(size: float) -> np.ndarray:
         spectrum = np.fft.rfft2(generator.normal(size=(SHEET_PX, SHEET_PX)))
         wave = np.fft.irfft2(spectrum * np.exp(-2 * (np.pi * size * frequency) ** 2) * (frequency > 1 / (size * 14)))
         return np.asarray((wave / wave.std()).astype(np.float32))
 
-    def ridges(size: float, width: float) -> _Array:
+    def ridges(size: float, width: float) -> np.ndarray:
         return np.asarray(np.clip(1 - np.abs(band(size)) / width, 0, 1))
 
     return {
@@ -33,15 +31,15 @@ def sheets() -> dict[str, _Array]:
     }
 
 
-def smooth_noise(generator: np.random.Generator, size: tuple[int, int], scale: float) -> _Array:
-    """Draw noise of mean about 0 and deviation about 1 that changes over ``scale`` pixels."""
+def smooth_noise(generator: np.random.Generator, size: tuple[int, int], scale: float) -> np.ndarray:
+    """Draw noise with mean about 0 and std about 1 that varies over ``scale`` pixels."""
     coarse = generator.standard_normal((max(2, round(size[0] / scale) + 1), max(2, round(size[1] / scale) + 1)))
-    smooth: _Array = cv2.resize(coarse.astype(np.float32), size[::-1], interpolation=cv2.INTER_CUBIC)
+    smooth: np.ndarray = cv2.resize(coarse.astype(np.float32), size[::-1], interpolation=cv2.INTER_CUBIC)
     return smooth * np.float32(1.4)
 
 
-def blurred(image: _Array, sigma: float) -> _Array:
-    """Blur by a Gaussian; wide ones on a smaller image, where the eye cannot tell."""
+def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Apply a Gaussian blur; wide ones on a downscaled image, without a visible difference."""
     shrink = int(max(1, min(sigma // 2.5, min(image.shape) // 8)))
     if shrink == 1:
         return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REFLECT))
