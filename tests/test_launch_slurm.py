@@ -27,17 +27,9 @@ from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.images.write import write_tiff
-from dinocell.runtime.schedules import Freeze, Schedule
-from dinocell.ssl.config import (
-    ComputeConfig,
-    DataConfig,
-    HeadsConfig,
-    ModelConfig,
-    PretrainConfig,
-    Schedules,
-    ViewsConfig,
-)
+from dinocell.ssl.config import ComputeConfig, PretrainConfig
 from dinocell.ssl.train import pretrain
+from helpers.pretraining import small_pretraining
 
 
 def _load_cluster() -> ModuleType:
@@ -66,16 +58,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def config_of(shard_set: Path, output: Path, **changes: object) -> PretrainConfig:
-    base = PretrainConfig(
-        output=output,
-        data=DataConfig(shards=(str(shard_set),)),
+    base = small_pretraining(
+        shard_set,
+        output,
         steps=STEPS,
-        batch_size=4,
-        views=ViewsConfig(global_size=32, local_size=16, num_local=2),
-        model=ModelConfig(variant="nano", layer_scale=0.3, drop_path=0.0),
-        heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
-        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=1), last_layer=Freeze(freeze=1)),
-        log_every=1,
         picture_every=1000,
         export_every=1000,
         checkpoint_every=1000,

@@ -19,19 +19,16 @@ import torch
 
 from dinocell.configs.load import to_yaml
 from dinocell.models.weights import read_weights
-from dinocell.runtime.schedules import Freeze, Schedule
+from dinocell.runtime.schedules import Schedule
 from dinocell.ssl.config import (
     ComputeConfig,
-    DataConfig,
     GramConfig,
-    HeadsConfig,
-    ModelConfig,
     OptimConfig,
     PretrainConfig,
     Schedules,
-    ViewsConfig,
 )
 from dinocell.ssl.train import pretrain
+from helpers.pretraining import small_pretraining
 from helpers.ranks import run_ranks
 
 STEPS = 4
@@ -40,16 +37,11 @@ RANKS = {"ddp": (2, 1), "fsdp": (3, 1), "hsdp": (2, 2)}
 
 
 def config_of(shard_set: Path, output: Path, **compute: object) -> PretrainConfig:
-    return PretrainConfig(
-        output=output,
-        data=DataConfig(shards=(str(shard_set),)),
+    return small_pretraining(
+        shard_set,
+        output,
         steps=STEPS,
         batch_size=12,
-        views=ViewsConfig(global_size=32, local_size=16, num_local=2),
-        model=ModelConfig(variant="nano", layer_scale=0.3, drop_path=0.0),
-        heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
-        schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=1), last_layer=Freeze(freeze=1)),
-        log_every=1,
         picture_every=4,
         export_every=100,
         checkpoint_every=2,

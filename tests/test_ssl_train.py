@@ -43,22 +43,18 @@ from dinocell.ssl.train import dry_run, pretrain
 from dinocell.ssl.trainer import Trainer
 from dinocell.ssl.views import Views, make_views
 from dinocell.ssl.visualise import draw_features, principal_colours
+from helpers.pretraining import small_pretraining
 
 
 def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
-    base = PretrainConfig(
-        output=output,
-        data=DataConfig(shards=(str(shard_set),)),
+    base = small_pretraining(
+        shard_set,
+        output,
         steps=10,
-        batch_size=4,
-        views=ViewsConfig(global_size=32, local_size=16, num_local=2),
         model=ModelConfig(variant="nano", layer_scale=0.1, drop_path=0.1),
-        heads=HeadsConfig(num_prototypes=64, hidden=32, bottleneck=16),
         schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=0.2), last_layer=Freeze(freeze=1)),
-        log_every=1,
         picture_every=5,
         export_every=6,
-        compute=ComputeConfig(workers=0),
     )
     return replace(base, **changes)
 
