@@ -194,7 +194,7 @@ def test_every_file_becomes_a_sample_or_is_rejected_with_a_reason(tmp_path: Path
     lines = [json.loads(each) for each in (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()]
     reasons = {each["input"]: f"{each['kind']}: {each['reason']}" for each in lines}
     for name, reason in {
-        "cut.tif": "cut short",
+        "cut.tif": "truncated",
         "nothing.png": "the file is empty (0 bytes)",
         "not_numbers.tif": "values are NaN or infinite",
         "pixel.tif": "1 x 1 pixels",
