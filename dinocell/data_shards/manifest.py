@@ -26,6 +26,9 @@ FORMAT_NAME = "dinocell shards"
 FORMAT_VERSION = 1
 MANIFEST, INDEX, REJECTED = "manifest.json", "index.npy", "rejected.jsonl"
 
+# The key of the standard deviation in manifests of version 0.1.
+_OLD_STD = "deviation"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
@@ -123,8 +126,7 @@ def read_manifest(location: str | Path) -> Manifest:
 def _parse_manifest(content: dict[str, Any]) -> Manifest:
     content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
     content["channels"] = {
-        # "deviation" is the name of version 0.1.
-        name: ChannelStatistics(**{"std" if key == "deviation" else key: value for key, value in statistics.items()})
+        name: ChannelStatistics(**{"std" if key == _OLD_STD else key: value for key, value in statistics.items()})
         for name, statistics in content["channels"].items()
     }
     manifest = Manifest(**content)

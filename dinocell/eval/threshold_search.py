@@ -169,7 +169,7 @@ def search(
         Minimum and maximum of each threshold, and the number of evenly spaced values.
     merge_px, restore_border
         Values of these to try with each pair; None: only that of ``refinement``.
-    mending
+    refinement
         Refinement after the watershed, the same for all points.
     metric
         The metric that the best point maximises.

@@ -57,7 +57,7 @@ class Postprocessing(ABC):
         changes: dict[str, Any] = {name: float(value) for name, value in values.items() if value is not None}
         for name in changes.keys() - set(self.thresholds):
             raise DinocellError(
-                f"{name}: not a threshold of this segmenter, which has {' and '.join(self.thresholds)}; leave it out"
+                f"{name}: not a threshold of this segmenter, which has {' and '.join(self.thresholds)}; remove it"
             )
         return replace(self, **changes)
 

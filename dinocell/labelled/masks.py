@@ -30,7 +30,7 @@ def reject(kind: str, message: str, cause: Exception | None = None) -> NoReturn:
 
 
 class Piece(NamedTuple):
-    """One cell: its mask in its bounding box, and the box's first row and column."""
+    """One cell: its mask in its bounding box, and the first row and column of that."""
 
     top: int
     left: int

@@ -40,7 +40,7 @@ def ignores_interrupt(number: int) -> bool:
 
 
 class RunStopped(KeyboardInterrupt):
-    """A run has stopped on request and saved; the message says how to resume it."""
+    """A run has stopped on request and saved; the message explains how to resume it."""
 
 
 _on_stop: Callable[[str], None] | None = None

@@ -250,7 +250,7 @@ def _intensities(
                 mean[cell] += value
                 minimum[cell] = min(minimum[cell], value)
                 maximum[cell] = max(maximum[cell], value)
-    # A second sweep for the squares: exact where the mean is large against the deviation.
+    # A second sweep for the squares: exact where the mean is large relative to the std.
     for cell in range(1, num_cells):
         mean[cell] /= area[cell]
     for row in range(height):

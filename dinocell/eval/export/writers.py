@@ -59,8 +59,8 @@ def write_cells(
     """Write a CSV with one row per cell; see `CellTable` for the measurements.
 
     Lengths and areas are in micrometres if the pixel size is known, else in pixels, as the column names say; positions
-    are always rows and columns in pixels, with exclusive ends of the box; intensities are in the units of the image,
-    ``mean_intensity`` and so on. With several channels the name or index of the channel follows
+    are always rows and columns in pixels, with exclusive ends of the bounding box; intensities are in the units of the
+    image, ``mean_intensity`` and so on. With several channels the name or index of the channel follows
     (``mean_intensity_DNA``, ``mean_intensity_0``).
     """
     unit, size = ("um", pixel_size_um) if pixel_size_um is not None else ("px", 1.0)

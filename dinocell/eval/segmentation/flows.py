@@ -226,7 +226,7 @@ def _in_raster_order(labels: Int32[np.ndarray, "h w"]) -> Int32[np.ndarray, "h w
 __all__ = ["REST_EVERY", "REST_PX", "follow"]
 
 
-# A point is at rest if it is this close to where it was so many steps before. The number is even, because points
+# A point has converged if it is this close to its position so many steps before. The number is even, because points
 # oscillate around a sink.
 REST_EVERY, REST_PX = 8, 1 / 64
 
