@@ -63,7 +63,6 @@ def _add_build(actions: Any) -> None:
     values = parser.add_argument_group("values")
     values.add_argument(
         "--bit-depth",
-        "--depth",
         choices=("keep", "8"),
         default="keep",
         help="keep the source's type, or convert to 8 bit (keep)",
