@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinocell.finetune.augment import tile_image
 from dinocell.finetune.config import AugmentConfig, DataConfig
-from dinocell.finetune.data import CropDataset, loader, prepare_labelled
+from dinocell.finetune.data import CropDataset, loader, prepare_labelled, tile_image
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.finetune.sets import split
 from dinocell.labelled.dataset import LabelledImage

@@ -17,8 +17,7 @@ from dinocell.eval.scoring import score_segmenter
 from dinocell.finetune import train
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
-from dinocell.finetune.monitors import help_text
-from dinocell.finetune.train import dry_run, finetune
+from dinocell.finetune.train import dry_run, finetune, help_text
 from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.dataset import open_labelled

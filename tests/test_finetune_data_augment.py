@@ -6,8 +6,8 @@ import pytest
 from scipy import ndimage
 
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
-from dinocell.finetune.augment import random_crop, tile_image
 from dinocell.finetune.config import AugmentConfig
+from dinocell.finetune.data import random_crop, tile_image
 from dinocell.finetune.targets import TARGETS
 from dinocell.labelled.distance import labels_to_distance
 from dinocell.labelled.flows import labels_to_flows
