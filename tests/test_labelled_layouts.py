@@ -396,7 +396,7 @@ def test_patterns_may_have_several_fields_repeat_them_and_skip_parts(tmp_path: P
     for images, masks in (("*.png", "*.png"), ("{a}.png", "{b}.png")):
         with pytest.raises(DinocellError, match="field"):
             folder_pairs(tmp_path, images=images, masks=masks)
-    with pytest.raises(DinocellError, match="field name"):
+    with pytest.raises(DinocellError, match="fields such as"):
         folder_pairs(tmp_path, images="{1a}.png", masks="{1a}.png")
 
 

@@ -184,7 +184,7 @@ def load_weights(source: str, device: object, *, patch_size: int | None = None) 
     ).to(device)
 
 
-# --- probe data ----------------------------------------------------------------------------------------------------
+# --- probe data -----------------------------------------------------------------------------------------------------
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:

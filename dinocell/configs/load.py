@@ -156,7 +156,7 @@ def _nested(key: str, value: Any) -> Any:
     return value
 
 
-# --- YAML files ----------------------------------------------------------------------------------------------------
+# --- YAML files -----------------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> str:
@@ -226,7 +226,7 @@ def _omegaconf_problem(error: OmegaConfBaseException, *, with_key: bool = True) 
     return f"{error.full_key}: {problem}" if with_key and error.full_key else problem
 
 
-# --- settings of recipes and overrides -----------------------------------------------------------------------------
+# --- settings of recipes and overrides ------------------------------------------------------------------------------
 
 
 def _recipe_settings(schema: type, recipe: Path) -> Iterator[_Setting]:

@@ -364,7 +364,7 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
-# --- differences ---------------------------------------------------------------------------------------------------
+# --- differences between configurations -----------------------------------------------------------------------------
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ("compute",)) -> list[str]:

@@ -191,7 +191,7 @@ def file_address(location: str | Path, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
-# --- statistics ----------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------------------------
 #
 # Intensity statistics of a channel over a whole data set, from histograms that are summed over shards.
 #

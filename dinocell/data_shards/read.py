@@ -23,7 +23,7 @@ from dinocell.data_shards.shard_set import ShardCache, ShardSet
 from dinocell.errors import ShardError
 from dinocell.images.storage import local_path
 
-# --- batch ---------------------------------------------------------------------------------------------------------
+# --- batch ----------------------------------------------------------------------------------------------------------
 #
 # A batch of tiles of any sizes and types, in one block of memory.
 

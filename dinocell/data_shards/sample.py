@@ -222,7 +222,7 @@ def decode_sample(
     return out
 
 
-# --- codecs: lossless encodings of one channel of a tile -----------------------------------------------------------
+# --- codecs: lossless encodings of one channel of a tile ------------------------------------------------------------
 #
 # ========  ==============================  =========================================================================
 # suffix    encoding                        use

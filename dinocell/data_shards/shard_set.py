@@ -115,7 +115,7 @@ def _reopen(location: str, settings: dict[str, Any]) -> ShardSet:
     return ShardSet(location, **settings)
 
 
-# --- cache ---------------------------------------------------------------------------------------------------------
+# --- local cache of remote shards -----------------------------------------------------------------------------------
 #
 # A folder of limited size with copies of remote shards, shared by all processes of a machine.
 #

@@ -239,7 +239,7 @@ def _build_labelled(pairs: list[Pair], output: Path, source: str) -> Path:
     return output
 
 
-# --- config --------------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------------------------
 #
 # The configuration of the demo.
 

@@ -204,7 +204,7 @@ _LAYOUTS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], PairSet]]] = (
 )
 
 
-# --- label images of other tools -----------------------------------------------------------------------------------
+# --- label images of other tools ------------------------------------------------------------------------------------
 
 # Appended to the image's name by `dinocell segment`, Cellpose and other tools.
 ENDINGS = ("", "_labels", "_cp_masks", "_masks", "_mask", "_label", "_pred", "_seg")

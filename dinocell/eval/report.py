@@ -44,7 +44,7 @@ _ALL = tuple(field.name for field in fields(Scores))
 _OFFICIAL = ("seg_official", "det_official")
 
 
-# --- HTML pages ----------------------------------------------------------------------------------------------------
+# --- HTML pages -----------------------------------------------------------------------------------------------------
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -142,7 +142,7 @@ def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
-# --- files of an evaluation ----------------------------------------------------------------------------------------
+# --- files of an evaluation -----------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path, evaluation: Evaluation, *, about: dict[str, str]) -> list[Path]:

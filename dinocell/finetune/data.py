@@ -23,7 +23,7 @@ from dinocell.finetune.sets import ImageIndex, Split
 from dinocell.finetune.targets import TARGETS, Target
 from dinocell.labelled.dataset import LabelledImage
 
-# --- Augmentation -------------------------------------------------------------------------------------------------------
+# --- augmentation ---------------------------------------------------------------------------------------------------
 #
 # One augmented crop: a single affine map for image and labels, the target computed from the transformed labels.
 #

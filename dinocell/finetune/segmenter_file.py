@@ -134,7 +134,7 @@ def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
     }
 
 
-# --- default model -------------------------------------------------------------------------------------------------
+# --- default model --------------------------------------------------------------------------------------------------
 #
 # The small segmenter that is shipped with the package, for `dinocell segment` without ``--model``; its model card is
 # README.md in the same folder.

@@ -29,7 +29,7 @@ _MEAN_DISTANCE = 0.1
 _FLOW_WEIGHT = 12.5
 
 
-# --- postprocessing parameters -------------------------------------------------------------------------------------
+# --- postprocessing parameters --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class FlowPostprocessing(Postprocessing):
         return f"probability {self.probability:.3g}, flow error up to {self.flow_error:.3g}"
 
 
-# --- targets -------------------------------------------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------------------------------------
 
 
 class Target(ABC):

@@ -282,7 +282,7 @@ class Training:
         self.progress = Progress.of(restored.values)
 
 
-# --- Monitoring ------------------------------------------------------------------------------------------------------
+# --- monitoring -----------------------------------------------------------------------------------------------------
 #
 # What a fine-tuning run reports: lines about the run, the meaning of its metrics, and images of example crops.
 

@@ -36,7 +36,7 @@ _TRANSIENT_HTTP_ERRORS = (408, 429, 500, 502, 503, 504)
 _NO_SUCH_FILE = (403, 404, 410)  # 403: the answer of stores for a missing file where listing is not allowed
 
 
-# --- one file ------------------------------------------------------------------------------------------------------
+# --- one file -------------------------------------------------------------------------------------------------------
 
 
 def open_bytes(path: str | Path, *, first: int | None = None) -> bytes:
@@ -169,7 +169,7 @@ def _chunks(url: str, shown: str, size: int = 4 << 20) -> Generator[tuple[bytes,
             yield chunk, total
 
 
-# --- how servers are queried ---------------------------------------------------------------------------------------
+# --- how servers are queried ----------------------------------------------------------------------------------------
 
 
 def bucket_options(url: str) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _errors_named(address: str, failure: str, missing: str = "no such file") -> 
         raise ImageError(f"{address}: {reason}") from error
 
 
-# --- paths and addresses -------------------------------------------------------------------------------------------
+# --- paths and addresses --------------------------------------------------------------------------------------------
 
 
 def local_path(path: str | Path) -> Path | None:
@@ -312,7 +312,7 @@ def nfc(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-# --- listings ------------------------------------------------------------------------------------------------------
+# --- listings -------------------------------------------------------------------------------------------------------
 
 
 class Listed(NamedTuple):

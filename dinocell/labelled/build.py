@@ -267,7 +267,7 @@ def _num_cells(labels: Int32[np.ndarray, "h w"]) -> int:
     return int(np.count_nonzero(np.unique(labels)))
 
 
-# --- the files of a labelled set while they are written ------------------------------------------------------------
+# --- the files of a labelled set while they are written -------------------------------------------------------------
 
 
 class _SizeWriter:

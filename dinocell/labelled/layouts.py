@@ -6,7 +6,7 @@ image or a mask are listed too: reading them raises an error, and the builder co
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,6 +18,7 @@ from jaxtyping import Integer
 
 from dinocell.errors import DinocellError
 from dinocell.images.image import Image
+from dinocell.images.name_pattern import NamePattern
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, read_image
 from dinocell.images.storage import Listed, list_files, nfc
 from dinocell.labelled.masks import (
@@ -140,21 +141,18 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
     _check_folder(folder)
     if encoding not in ENCODINGS:
         raise ValueError(f"encoding: expected one of {', '.join(ENCODINGS)}, got {encoding!r}")
-    image_pattern, mask_pattern = _compiled(images), _compiled(masks)
-    fields = list(image_pattern.groupindex)
-    if not fields or not set(fields) <= set(mask_pattern.groupindex):
-        raise DinocellError(
-            f"patterns {images!r} and {masks!r}: expected a field such as {{name}} in the first, "
-            "and each of its fields in the second"
-        )
+    image_pattern, mask_pattern = NamePattern.parse(images), NamePattern.parse(masks)
+    fields = image_pattern.names
+    if not set(fields) <= set(mask_pattern.names):
+        raise DinocellError(f"patterns {images!r} and {masks!r}: expected each field of the first in the second")
     by_key: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     # A name that matches both ('{name}.tif' matches 'a_mask.tif' too) belongs to the more specific pattern.
-    order = sorted(((0, image_pattern, images), (1, mask_pattern, masks)), key=lambda entry: -_num_literal(entry[2]))
+    order = sorted(((0, image_pattern), (1, mask_pattern)), key=lambda entry: -entry[1].num_literal)
     for file in _files_of_patterns(folder, (images, masks)):
-        for kind, pattern, _ in order:
-            match = pattern.fullmatch(file.name)
-            if match:
-                key = tuple(str(match[field]) for field in fields)
+        for kind, pattern in order:
+            values = pattern.match(file.name)
+            if values is not None:
+                key = tuple(values[field] for field in fields)
                 by_key.setdefault(key, ([], []))[kind].append(Path(file.path))
                 break
     if not any(image_paths for image_paths, _ in by_key.values()):
@@ -222,29 +220,6 @@ def _annotation_file(folder: Path, split: str | None) -> Path:
 def _frame_number(path: Path, pattern: str) -> int | None:
     match = re.fullmatch(pattern, path.stem)
     return int(match[1]) if match else None
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile("".join(_regex_parts(nfc(pattern).removeprefix("./"))))
-
-
-def _regex_parts(pattern: str) -> Iterator[str]:
-    seen: set[str] = set()
-    for part in re.split(r"(\{\w+\}|\*)", pattern):
-        if part == "*":
-            yield "[^/]*"
-        elif part[:1] == "{" and part.endswith("}"):
-            name = part[1:-1]
-            if not name.isidentifier():
-                raise DinocellError(f"pattern {pattern!r}: {part} is no field name; letters first, then digits")
-            yield f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)"
-            seen.add(name)
-        else:
-            yield re.escape(part)
-
-
-def _num_literal(pattern: str) -> int:
-    return len(re.sub(r"\{\w+\}|\*", "", pattern))
 
 
 def _files(folder: Path) -> list[Listed]:

@@ -144,7 +144,7 @@ def _is_black_and_white(labels: Integer[np.ndarray, "h w"]) -> bool:
     return bool(labels.max() == white and np.isin(labels, (0, white)).all())
 
 
-# --- COCO instance annotations (LIVECell, Roboflow...) -------------------------------------------------------------
+# --- COCO instance annotations (LIVECell, Roboflow...) --------------------------------------------------------------
 #
 # A pixel belongs to a polygon if its centre does; pixel (row r, column c) has its centre at (r + 0.5, c + 0.5) in
 # COCO's coordinates. Crowd regions are not cells: they are counted and stay background.

@@ -254,7 +254,7 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].removeprefix("sbatch: ").removeprefix("error: ") if lines else type(error).__name__
 
 
-# --- job -----------------------------------------------------------------------------------------------------------
+# --- the job --------------------------------------------------------------------------------------------------------
 #
 # submitit pickles a `Job` and calls it in every task. The job is requeued automatically after a time limit, a node
 # failure or a killed process, but not after completion, an error, ``scancel`` or Ctrl-C.

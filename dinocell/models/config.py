@@ -88,7 +88,7 @@ def variant_of(config: ViTConfig) -> str | None:
     return next(matches, None)
 
 
-# --- cost ----------------------------------------------------------------------------------------------------------
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
 #
 # By the formula: two operations per multiply-accumulate, matrix products only. Used for a training step, where tracing
 # would take seconds; `dinocell.models.describe.forward_gflop` traces a model with fvcore.
@@ -112,7 +112,7 @@ def head_flop(width: int, hidden: int, bottleneck: int, layers: int, num_prototy
     return 2.0 * (inside + bottleneck * num_prototypes)
 
 
-# --- card ----------------------------------------------------------------------------------------------------------
+# --- weights card ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

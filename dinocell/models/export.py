@@ -167,7 +167,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         raise WeightsError(f"{path}: cannot be written ({one_line(error)})") from error
 
 
-# --- layouts -------------------------------------------------------------------------------------------------------
+# --- layouts of other projects --------------------------------------------------------------------------------------
 #
 # The names and shapes of other packages: the inverse of `dinocell.models.formats`, bit-exact as a round trip.
 

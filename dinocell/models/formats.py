@@ -230,7 +230,7 @@ def _describe(family: Family, hub_config: Mapping[str, Any] | None) -> str:
     return {"dinov3": "Meta DINOv3", "dinov2": "Meta DINOv2", "cell_dino": "Meta Cell-DINO"}[family]
 
 
-# --- configuration from shapes -------------------------------------------------------------------------------------
+# --- configuration from shapes --------------------------------------------------------------------------------------
 
 
 def infer_config(

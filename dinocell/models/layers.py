@@ -14,7 +14,7 @@ from dinocell.errors import DinocellError
 from dinocell.models.positions import split_rotated
 from dinocell.models.token_rows import NeededRows, Segment, Subset
 
-# --- attention -----------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------------------------
 #
 # Self-attention over rows: the tokens of all sequences, of all resolutions, stacked in one matrix. Linear layers work
 # on rows; attention needs the sequences, given by one `Segment` per resolution. Four kernels give the same result:
@@ -173,7 +173,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Ten
 _PACKED = {"varlen": _varlen, "xformers": _xformers, "dense": _dense}
 
 
-# --- LayerScale folded into the linear layer before it -------------------------------------------------------------
+# --- LayerScale folded into the linear layer before it --------------------------------------------------------------
 #
 # ``(W x + b) * g = (W * g) x + b * g``. Scaling the weights costs a few hundred thousand products per block; scaling
 # the rows takes one pass over the largest activations forward and three backward, and keeps them for the gradient of g.

@@ -194,7 +194,7 @@ def _mean(values: Tensor) -> Tensor:
     return values.mean() if len(values) else values.new_zeros(())
 
 
-# --- cross-entropy -------------------------------------------------------------------------------------------------
+# --- cross-entropy --------------------------------------------------------------------------------------------------
 #
 # Cross-entropy of student rows and targets over prototypes, without the full matrix of logits.
 #

@@ -88,7 +88,7 @@ def to_grey(plane: Float[Tensor, "h w"]) -> UInt8[np.ndarray, "h w"]:
     return (np.clip(plane.float().cpu().numpy() / 5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-# --- preview -------------------------------------------------------------------------------------------------------
+# --- preview of views -----------------------------------------------------------------------------------------------
 
 
 def preview_views(config: PretrainConfig, output: Path, *, num_samples: int = 8) -> None:

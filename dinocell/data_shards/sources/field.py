@@ -172,7 +172,7 @@ def _size_of(image: Image) -> str:
     return f"{height} x {width} {image.pixels.dtype}"
 
 
-# --- files with one channel each -----------------------------------------------------------------------------------
+# --- files with one channel each ------------------------------------------------------------------------------------
 #
 # Group them into fields, choose and name channels, and find missing ones.
 

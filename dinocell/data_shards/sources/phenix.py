@@ -155,7 +155,7 @@ def _number_channels(channels: tuple[str, ...], numbers: set[int]) -> tuple[str,
     return tuple(f"ch{number}={name}" for number, name in enumerate(channels, start=1) if name != "-")
 
 
-# --- Harmony index (Index.idx.xml) ---------------------------------------------------------------------------------
+# --- Harmony index (Index.idx.xml) ----------------------------------------------------------------------------------
 #
 # It has one ``Image`` element per file. In older versions of the format each of them repeats the channel's name and
 # pixel size; newer ones keep these in one ``Entry`` per channel, before the images.

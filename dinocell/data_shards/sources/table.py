@@ -154,7 +154,7 @@ def _reader(text: str, address: str) -> _csv.Reader:
     return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
 
-# --- labels from a table -------------------------------------------------------------------------------------------
+# --- labels from a table --------------------------------------------------------------------------------------------
 #
 # Such as a plate map, for the fields of any source.
 

@@ -93,7 +93,7 @@ def _acquire(scene: np.ndarray, generator: np.random.Generator, config: Syntheti
     return np.asarray(counts.astype(np.uint8 if config.bit_depth == 8 else np.uint16))
 
 
-# --- Stains --------------------------------------------------------------------------------------------------------
+# --- stains ---------------------------------------------------------------------------------------------------------
 #
 # One function per stain renders the structures that it labels.
 

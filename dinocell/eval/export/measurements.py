@@ -263,7 +263,7 @@ def _intensities(
     return mean, minimum, maximum, std
 
 
-# --- convex_hulls --------------------------------------------------------------------------------------------------
+# --- convex hulls ---------------------------------------------------------------------------------------------------
 #
 # Areas of the convex hulls of cells in exact integers, from the first and last column of each row of a cell.
 

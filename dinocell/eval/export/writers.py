@@ -111,7 +111,7 @@ def _shown(column: np.ndarray) -> list[object]:
     return [f"{value:.8g}" for value in column.tolist()] if column.dtype.kind == "f" else column.tolist()
 
 
-# --- exports -------------------------------------------------------------------------------------------------------
+# --- outlines and ROIs ----------------------------------------------------------------------------------------------
 #
 # Cells for other programs, pixel-exact: GeoJSON for QuPath, regions of interest for ImageJ.
 

@@ -219,7 +219,7 @@ def _in_raster_order(labels: Int32[np.ndarray, "h w"]) -> Int32[np.ndarray, "h w
     return np.take(lookup, labels)
 
 
-# --- follow --------------------------------------------------------------------------------------------------------
+# --- following flows ------------------------------------------------------------------------------------------------
 #
 # The kernel: where a point ends that follows the flow, by Euler steps through the bilinearly interpolated field.
 

@@ -17,7 +17,7 @@ from dinocell.errors import DinocellError
 from dinocell.labelled.distance import distance_to_boundary
 from dinocell.runtime.jit import compiled
 
-# --- measure -------------------------------------------------------------------------------------------------------
+# --- measurements of cells ------------------------------------------------------------------------------------------
 #
 # The width of each label, and the height of the map in it.
 
@@ -187,7 +187,7 @@ def _merge(labels: _Labels, distance: _Map, measures: CellMeasures, ids: _PerLab
     )
 
 
-# --- merging -------------------------------------------------------------------------------------------------------
+# --- merging of fragments -------------------------------------------------------------------------------------------
 #
 # Merge the fragments of one cell: several peaks above the threshold need not be several cells. Two rules:
 #
@@ -240,7 +240,7 @@ def _highest_contacts(labels: _Labels, distance: _Map, num_labels: int) -> tuple
     return *np.divmod(pair[starts], stride), saddle
 
 
-# --- border --------------------------------------------------------------------------------------------------------
+# --- boundary refinement --------------------------------------------------------------------------------------------
 #
 # Move each cell's boundary from the contour at the fill threshold to where the cell ends.
 #

@@ -265,7 +265,7 @@ def _exact_below(course: _Flood) -> float:
     return float(bits[ring].min().view(np.float32)) if tied else math.inf
 
 
-# --- flood ---------------------------------------------------------------------------------------------------------
+# --- flooding -------------------------------------------------------------------------------------------------------
 #
 # The kernels of the seeded watershed: which peak claims which pixel, in the order of scikit-image's heap.
 #
