@@ -132,7 +132,7 @@ def test_names_with_points_are_whole_names(own: Path, tmp_path: Path) -> None:
 
 def test_two_images_of_one_name_are_one_line(own: Path, tmp_path: Path) -> None:
     shutil.copy(own / "images" / "n0.ome.tif", own / "images" / "n0.tiff")
-    with pytest.raises(DinocellError, match=r"n0.ome.tif and .*n0.tiff: two pictures of one name"):
+    with pytest.raises(DinocellError, match=r"n0.ome.tif and .*n0.tiff: two images with the same name"):
         prepare_own(own, tmp_path / "out", workers=1)
 
 
@@ -150,7 +150,7 @@ def test_a_folder_of_something_else_is_left_alone(
     before = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
     words = [str(own) if word == "IMAGES" else word for word in words]
     assert main(["demo", *words, "--output", str(own)]) == 2
-    assert f"output: {own} exists and holds no demo" in capsys.readouterr().err
+    assert f"output: {own} exists and contains no demo" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
 
 

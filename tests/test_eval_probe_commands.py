@@ -129,7 +129,7 @@ def test_knn_names_class_folders(class_folders: Path, capsys: pytest.CaptureFixt
     assert (output / "features" / "train" / "features.npy").stat().st_mtime_ns == before
     capsys.readouterr()
     assert main([*line, "--metric", "mean_per_class_multilabel_f1"]) == 2
-    assert "that one is for multi-label rows" in capsys.readouterr().err
+    assert "--metric: expected mean_per_class_multiclass_f1" in capsys.readouterr().err
     assert main([*line[:-5], "--nb-knn", "99", "--output", str(output)]) == 2
     assert "--nb-knn: expected 1 to 24" in capsys.readouterr().err
 
