@@ -133,7 +133,7 @@ def _curves(run: Path, names: Sequence[str], *, unit: str, uniform: int | None =
                 *zip(*points, strict=True), label=name.removeprefix("loss/"), marker="." if len(points) < 20 else ""
             )
     if uniform is not None:
-        label = f"ln {uniform}: no prototype favoured"
+        label = f"ln {uniform}: uniform targets"
         axes.axhline(math.log(uniform), color="grey", linestyle="--", linewidth=1, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
@@ -146,7 +146,7 @@ def _curves(run: Path, names: Sequence[str], *, unit: str, uniform: int | None =
 def _probe_table(probes: Mapping[str, tuple[float | None, float | None]]) -> str:
     rows = [(name, _number(margin), _number(accuracy)) for name, (margin, accuracy) in probes.items()]
     return _table(
-        ("features", "margin of channel consistency", "class of cells, 5 neighbours, through one stain"), rows
+        ("features", "margin of channel consistency", "kNN accuracy of the cell class (5 neighbours)"), rows
     )
 
 
