@@ -1,0 +1,116 @@
+"""How much do frozen patch tokens say about cells? Ridge regression onto the patch means of the distance map.
+
+Patch tokens are what a segmenter's decoder reads, and the distance map is what it learns to predict. So the R2 of a
+linear readout, fitted on a few labelled images, says cheaply whether features help a segmenter; it needs no training.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dinocell.models.vit import VisionTransformer
+
+
+class Readout(NamedTuple):
+    """A linear map of features to one number."""
+
+    weight: Float[Tensor, " d"]
+    bias: Float[Tensor, ""]
+
+    def __call__(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Return the predictions, in float64."""
+        return features.double() @ self.weight + self.bias
+
+
+def fit_ridge(features: Float[Tensor, "n d"], targets: Float[Tensor, " n"], *, penalty: float = 1e-3) -> Readout:
+    """Fit targets by ridge regression on features of unit variance; the bias is not penalised.
+
+    Minimises ``mean((targets - prediction) ** 2) + penalty * sum(weight ** 2)``, the weights those of features divided
+    by their standard deviation: neither the scale of the features nor the number of rows changes what the penalty does.
+
+    Raises
+    ------
+    ValueError
+        If there are no rows, their numbers differ, or the penalty is not positive.
+    """
+    if len(features) != len(targets) or not len(features):
+        raise ValueError(f"expected as many features as targets, at least one: got {len(features)} and {len(targets)}")
+    if not penalty > 0:
+        raise ValueError(f"penalty: expected more than 0, got {penalty}")
+    rows, wanted = features.double(), targets.double()
+    mean, mean_wanted = rows.mean(0), wanted.mean()
+    std = rows.std(0, correction=0).clamp_min(1e-12)
+    scaled = (rows - mean) / std
+    gram = scaled.T @ scaled / len(rows)
+    gram.diagonal().add_(penalty)
+    weight = torch.linalg.solve(gram, scaled.T @ (wanted - mean_wanted) / len(rows)) / std
+    return Readout(weight, mean_wanted - mean @ weight)
+
+
+def r2(predicted: Float[Tensor, " n"], targets: Float[Tensor, " n"]) -> float:
+    """Return the share of the targets' variance that is predicted: 1 is all of it, 0 no more than their mean."""
+    wanted = targets.double()
+    return float(1 - (predicted.double() - wanted).square().sum() / (wanted - wanted.mean()).square().sum())
+
+
+def patch_means(image: Float[Tensor, "h w"], patch_size: int) -> Float[Tensor, "rows columns"]:
+    """Return the mean of each patch; what is left over at the lower and right border is not used."""
+    rows, columns = image.shape[0] // patch_size, image.shape[1] // patch_size
+    whole = image[: rows * patch_size, : columns * patch_size]
+    means: Tensor = whole.unflatten(0, (rows, patch_size)).unflatten(2, (columns, patch_size)).mean((1, 3))
+    return means
+
+
+def cut_crops(image: Float[Tensor, "h w"], size: int) -> Float[Tensor, "n s s"]:
+    """Return the crops of a grid, row by row; what is left over at the lower and right border is not used."""
+    rows, columns = image.shape[0] // size, image.shape[1] // size
+    whole = image[: rows * size, : columns * size]
+    crops: Tensor = whole.unflatten(0, (rows, size)).unflatten(2, (columns, size)).transpose(1, 2).flatten(0, 1)
+    return crops
+
+
+@torch.no_grad()
+def patch_features(
+    backbone: VisionTransformer, image: Float[Tensor, "h w"], *, crop_px: int = 64, batch_size: int = 64
+) -> Float[Tensor, "n d"]:
+    """Return the patch tokens of an image's crops, crop after crop, patches row by row.
+
+    Parameters
+    ----------
+    image
+        Standardised, of the model's one channel.
+    """
+    crops = cut_crops(image, crop_px)[:, None]
+    return torch.cat([backbone(batch).patches.flatten(0, 1) for batch in crops.split(batch_size)])
+
+
+def patch_targets(distance: Float[Tensor, "h w"], *, patch_size: int, crop_px: int = 64) -> Float[Tensor, " n"]:
+    """Return the patch means of a distance map, in the order of `patch_features`."""
+    return torch.cat([patch_means(crop, patch_size).flatten() for crop in cut_crops(distance, crop_px)])
+
+
+def probe_r2(
+    features_of: Callable[[int], Float[Tensor, "n d"]],
+    targets_of: Callable[[int], Float[Tensor, " n"]],
+    labelled: list[int],
+    unseen: list[int],
+    *,
+    penalty: float = 1e-3,
+) -> float:
+    """Fit a readout on the labelled images and return its R2 over all patches of the unseen ones.
+
+    Parameters
+    ----------
+    features_of, targets_of
+        Features and targets of an image by its number.
+    """
+    readout = fit_ridge(
+        torch.cat([features_of(number) for number in labelled]),
+        torch.cat([targets_of(number) for number in labelled]),
+        penalty=penalty,
+    )
+    predicted = torch.cat([readout(features_of(number)) for number in unseen])
+    return r2(predicted, torch.cat([targets_of(number) for number in unseen]))
