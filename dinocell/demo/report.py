@@ -145,9 +145,7 @@ def _curves(run: Path, names: Sequence[str], *, unit: str, uniform: int | None =
 
 def _probe_table(probes: Mapping[str, tuple[float | None, float | None]]) -> str:
     rows = [(name, _number(margin), _number(accuracy)) for name, (margin, accuracy) in probes.items()]
-    return _table(
-        ("features", "margin of channel consistency", "kNN accuracy of the cell class (5 neighbours)"), rows
-    )
+    return _table(("features", "margin of channel consistency", "kNN accuracy of the cell class (5 neighbours)"), rows)
 
 
 def _score_table(results: Sequence[Result]) -> str:
