@@ -59,6 +59,16 @@ ON_NANO = (
     "steps=800",
 )
 WITHOUT_LENGTH = tuple(each for each in WINNER if each not in BATCH_16)
+RECONSTRUCTION = "losses.reconstruction.weight=1.0"
+TARGET_OTHER, TARGET_MEAN = "losses.reconstruction.target=other", "losses.reconstruction.target=mean"
+# 60 % of the patches of every global crop, and nothing but the reconstruction.
+ALL_MASKED = ("masking.image_share=1.0", "masking.min_patch_share=0.6", "masking.max_patch_share=0.6")
+ALONE = (
+    *WITHOUT_LENGTH,
+    *ALL_MASKED,
+    RECONSTRUCTION,
+    *("losses.dino_weight=0", "losses.ibot_weight=0", "losses.koleo_weight=0", "views.num_local=0"),
+)
 
 
 class Report(NamedTuple):
@@ -346,6 +356,19 @@ ARMS: dict[str, Arm] = {
     "shipped": Arm("DINO + iBOT, `tiny_cpu` as shipped, 800 steps of 16", dino()),
     "infonce": Arm("InfoNCE between the patches of two photometric views", patch_info_nce),
     "reconstruction": Arm("masked reconstruction, 60 % of the patches", reconstruction),
+    "alone": Arm("`losses.reconstruction` alone, 60 % of the patches, 800 steps of 16", dino(*ALONE)),
+    "alone_normalised": Arm(
+        "the same, `patch_normalised`", dino(*ALONE, "losses.reconstruction.patch_normalised=true")
+    ),
+    "joint": Arm("the winner and `losses.reconstruction`, 800 steps of 16", dino(*WITHOUT_LENGTH, RECONSTRUCTION)),
+    "joint_masked": Arm(
+        "the same, 60 % of the patches of all global crops masked", dino(*WITHOUT_LENGTH, RECONSTRUCTION, *ALL_MASKED)
+    ),
+    "alone_other": Arm("`losses.reconstruction` alone, target `other`", dino(*ALONE, TARGET_OTHER)),
+    "alone_mean": Arm("`losses.reconstruction` alone, target `mean`", dino(*ALONE, TARGET_MEAN)),
+    "joint_other": Arm(
+        "the winner and `losses.reconstruction`, target `other`", dino(*WITHOUT_LENGTH, RECONSTRUCTION, TARGET_OTHER)
+    ),
 }
 
 

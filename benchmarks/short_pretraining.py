@@ -99,6 +99,10 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "winner_decay": ("winner with `layer_decay` .9", (*WINNER, "optim.layer_decay=0.9")),
     "winner_128": ("winner with 128 prototypes", (*WINNER, "heads.num_prototypes=128")),
     "winner_1024": ("winner with 1,024 prototypes", (*WINNER, "heads.num_prototypes=1024")),
+    "winner_reconstruction": (
+        "winner with `losses.reconstruction.weight` 1",
+        (*WINNER, "losses.reconstruction.weight=1.0"),
+    ),
     "large": ("batch 64 x 150, Sinkhorn, 128 prototypes, momentum .9 to .99", LARGE_BATCH),
     "large_temperature": (
         "the same with temperature .05",

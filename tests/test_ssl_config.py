@@ -19,6 +19,7 @@ NEEDED = ("output=run", "data.shards=[set]")
         *("model.patch_size=0", "model.drop_path=1.0", "model.drop_path=-0.1", "model.layer_scale=.nan"),
         *("heads.num_prototypes=0", "heads.hidden=0", "heads.bottleneck=0", "heads.layers=0"),
         *("losses.student_temperature=0", "losses.student_temperature=.nan", "losses.sinkhorn_iterations=0"),
+        *("losses.dino_weight=-1", "losses.reconstruction.weight=-1", "losses.reconstruction.hidden_dim=0"),
         *("losses.ibot_weight=.nan", "losses.koleo_weight=-1", "losses.centre_momentum=2"),
         *("optim.betas=[1.5,0.9]", "optim.betas=[0.9,1.0]", "optim.layer_decay=-1", "optim.clip=0", "optim.clip=.nan"),
         *("optim.patch_embedding_factor=-1", "optim.head_weight_decay_factor=.inf", "optim.max_nonfinite_steps=0"),
@@ -45,3 +46,10 @@ def test_former_keys_are_accepted_and_removed_ones_only_with_their_default(tmp_p
         recipe.write_text(removed)
         with pytest.raises(ConfigError, match=r"recipe.yaml.*(views\.black|gram\.negatives)"):
             load_config(PretrainConfig, recipe, NEEDED)
+
+
+def test_crops_of_all_channels_have_no_other_channels_to_reconstruct() -> None:
+    stack = [*NEEDED, "views.policy=stack", "views.channels=[DNA]", "losses.reconstruction.target=other"]
+    load_config(PretrainConfig, overrides=stack)  # its weight is 0
+    with pytest.raises(ConfigError, match=r"losses.reconstruction.target: expected same with views.policy=stack"):
+        load_config(PretrainConfig, overrides=[*stack, "losses.reconstruction.weight=1"])

@@ -6,7 +6,7 @@ import torch
 from scipy.special import erf
 from torch import nn
 
-from dinocell.ssl.heads import ProjectionHead
+from dinocell.ssl.heads import ProjectionHead, ReconstructionHead
 
 
 def plain_head(state: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,3 +109,13 @@ def test_rows_under_autocast_have_its_type_and_unit_length() -> None:
     assert out.rows.dtype == torch.bfloat16
     torch.testing.assert_close(out.rows.float().norm(dim=1), torch.ones(5), rtol=1e-2, atol=0)
     assert out.prototypes.dtype == torch.float32
+
+
+def test_the_reconstruction_head_is_two_linear_layers_with_gelu() -> None:
+    torch.manual_seed(0)
+    head, tokens = ReconstructionHead(6, 16, hidden_dim=10), torch.randn(5, 6)
+    middle = torch.nn.functional.gelu(tokens @ head.fc1.weight.T + head.fc1.bias)
+    torch.testing.assert_close(head(tokens), middle @ head.fc2.weight.T + head.fc2.bias)
+    assert head(tokens[:0]).shape == (0, 16)
+    with torch.device("meta"):
+        assert ReconstructionHead(6, 16).fc2.weight.is_meta

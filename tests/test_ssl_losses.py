@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax
 
 from dinocell.ssl.heads import Projection
-from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
+from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss, reconstruction_loss
 from dinocell.ssl.targets import Targets, TeacherLogits, sinkhorn_targets
 
 
@@ -209,3 +209,51 @@ def test_gram_does_not_depend_on_rotations_and_lengths() -> None:
     patches = torch.randn(1, 7, 5, dtype=torch.float64)
     rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
     assert gram_loss(patches @ rotation * 3, patches).item() == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize("patch_normalised", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reconstruction_equals_the_plain_loop(patch_normalised: bool, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, channels, 8, 12))
+    masked = [(0, 0, 1), (0, 1, 2), (0, 1, 0), (2, 0, 2)]  # image, row and column of the patch; none of image 1
+    masked.sort()
+    indices = [image * 6 + row * 3 + column for image, row, column in masked]
+    counts = {0: 3, 2: 1}
+    predicted = rng.normal(size=(4, channels * 16))
+    total = 0.0
+    for number, (image, row, column) in enumerate(masked):
+        patch = images[image, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
+        if patch_normalised:
+            variance = patch.var(axis=(1, 2), keepdims=True)
+            patch = (patch - patch.mean(axis=(1, 2), keepdims=True)) / np.sqrt(variance + 1e-6)
+        total += np.mean((predicted[number] - patch.ravel()) ** 2) / counts[image] / 3
+    found = reconstruction_loss(
+        torch.from_numpy(predicted),
+        torch.from_numpy(images),
+        torch.tensor(indices),
+        torch.tensor([1 / counts[image] for image, _, _ in masked]),
+        patch_size=4,
+        patch_normalised=patch_normalised,
+    )
+    assert float(found) == pytest.approx(total, rel=1e-6)
+
+
+def test_perfect_pixels_cost_nothing_and_no_masked_patch_is_no_loss() -> None:
+    images, none = torch.randn(2, 1, 8, 8), torch.zeros(0)
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(0, 3).flatten(1)
+    every, shares = torch.arange(8), torch.full((8,), 0.25)
+    assert float(reconstruction_loss(patches, images, every, shares, patch_size=4)) == 0
+    predicted = torch.zeros(0, 16, requires_grad=True)
+    loss = reconstruction_loss(predicted, images, none.long(), none, patch_size=4, patch_normalised=True)
+    assert loss.item() == 0
+    loss.backward()
+
+
+def test_a_patch_without_structure_stays_finite_when_normalised() -> None:
+    predicted, images = torch.zeros(1, 16, requires_grad=True), torch.full((1, 1, 4, 4), 3.0)
+    loss = reconstruction_loss(predicted, images, torch.tensor([0]), torch.ones(1), patch_size=4, patch_normalised=True)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    loss.backward()
+    assert predicted.grad is not None
+    assert predicted.grad.isfinite().all()

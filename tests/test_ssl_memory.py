@@ -21,11 +21,14 @@ from dinocell.ssl.config import (
     DataConfig,
     HeadsConfig,
     LossConfig,
+    MaskingConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
     Recompute,
+    ReconstructionConfig,
     Schedules,
+    TargetChannels,
     ViewsConfig,
 )
 from dinocell.ssl.masking import draw_masks
@@ -85,17 +88,20 @@ def measured(config: PretrainConfig) -> int:
     optimizer = adamw(parameter_groups(dict(model.student.items()), depth=4))
     set_rates(optimizer, learning_rate=1e-4, weight_decay=0.04)
     crops = Views(*(torch.randn(len(views), config.batch_size, 1, side, side) for views, side in config.views.kinds))
+    if config.target_channels != "same":
+        crops = crops._replace(target_views=torch.randn_like(crops.global_views))
     masks = draw_masks(range(config.batch_size), config.mask_grid, config.masking, seed=0)
     for parameter in model.student.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # creates the moments
     optimizer.zero_grad(set_to_none=True)
     moments = (value for state in optimizer.state.values() for value in state.values())
-    with LiveBytes(iter([*model.parameters(), *crops, *moments])) as live:
+    with LiveBytes(iter([*model.parameters(), *(each for each in crops if each is not None), *moments])) as live:
         model(crops, masks, teacher_temperature=0.05).losses.total.backward()
         clip_gradients(dict(model.student.items()), 3.0)
         optimizer.step()
-        update_ema(model.teacher.parameters(), model.student.parameters(), 0.9)
+        student = [each for name in model.teacher for each in model.student[name].parameters()]
+        update_ema(model.teacher.parameters(), student, 0.9)
     return live.peak
 
 
@@ -116,6 +122,16 @@ def measured(config: PretrainConfig) -> int:
 def test_the_estimate_is_near_the_memory_of_a_step(changes: dict[str, Any]) -> None:
     config = recipe(**changes)
     assert step_bytes(config, World()) == pytest.approx(measured(config), rel=0.25)
+
+
+@pytest.mark.parametrize("target", ["same", "other"])
+def test_reconstruction_is_counted(target: TargetChannels) -> None:
+    losses = LossConfig(reconstruction=ReconstructionConfig(weight=1.0, target=target, hidden_dim=4096))
+    config = recipe(losses=losses, masking=MaskingConfig(image_share=1.0, min_patch_share=0.6, max_patch_share=0.6))
+    without = replace(config, losses=LossConfig())
+    assert step_bytes(config, World()) == pytest.approx(measured(config), rel=0.25)
+    more = measured(config) - measured(without)
+    assert step_bytes(config, World()) - step_bytes(without, World()) == pytest.approx(more, rel=0.25)
 
 
 @pytest.mark.parametrize(("recompute", "peak_gb"), [("nothing", 5.7), ("activations", 4.6), ("blocks", 2.3)])

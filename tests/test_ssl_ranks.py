@@ -23,8 +23,10 @@ from dinocell.runtime.schedules import Schedule
 from dinocell.ssl.config import (
     ComputeConfig,
     GramConfig,
+    LossConfig,
     OptimConfig,
     PretrainConfig,
+    ReconstructionConfig,
     Schedules,
 )
 from dinocell.ssl.train import pretrain
@@ -154,3 +156,15 @@ def test_a_state_of_three_ranks_is_taken_up_by_one(
     assert "resuming after step 2" in (output / "log.txt").read_text()
     assert numbers(output, "step") == [1, 2, 3, 4]
     np.testing.assert_allclose(numbers(output, "loss/total"), numbers(alone, "loss/total"), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_reconstruct_as_one_process_does(shard_set: Path, tmp_path: Path, parallel: str) -> None:
+    losses = LossConfig(reconstruction=ReconstructionConfig(weight=1.0, target="other", hidden_dim=32))
+    one = replace(config_of(shard_set, tmp_path / "one"), losses=losses)
+    two = replace(config_of(shard_set, tmp_path / "two", parallel=parallel), losses=losses)
+    pretrain(one)
+    torchrun(two, 2)
+    for name in ("loss/reconstruction", "loss/ibot", "gradient_norm/reconstruction_head", "gradient_norm/backbone"):
+        np.testing.assert_allclose(numbers(two.output, name), numbers(one.output, name), rtol=1e-4, err_msg=name)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinocell.models.vit import VisionTransformer, variant_config
-from dinocell.ssl.config import HeadsConfig, LossConfig, MaskingConfig
+from dinocell.ssl.config import HeadsConfig, LossConfig, MaskingConfig, ReconstructionConfig
+from dinocell.ssl.losses import reconstruction_loss
 from dinocell.ssl.masking import PatchMasks, draw_masks
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.views import Views
@@ -142,3 +143,70 @@ def test_the_local_weight_scales_the_local_pairs_alone() -> None:
     totals = [model(views, masks, teacher_temperature=TEMPERATURE, local_weight=w).losses for w in (1.0, 0.5)]
     difference = totals[0].total - totals[1].total
     torch.testing.assert_close(difference, 0.5 * totals[0].dino_local * 8 / 10, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_reconstruction_reads_the_masked_pass_and_adds_to_the_other_losses(with_targets: bool) -> None:
+    views, masks = inputs()
+    if with_targets:
+        views = views._replace(target_views=views.global_views.flip(1))
+    without = model_of()
+    plain = without(views, masks, teacher_temperature=TEMPERATURE).losses
+    model = model_of(losses=LossConfig(reconstruction=ReconstructionConfig(weight=0.5, hidden_dim=16)))
+    model.teacher.load_state_dict(without.teacher.state_dict())  # the noise of the teacher is drawn after the head
+    images = views.global_views.flatten(0, 1)
+    tokens = model.student["backbone"](images, masks.masks.flatten(1)).patches[masks.masks.flatten(1)]
+    target = images if views.target_views is None else views.target_views.flatten(0, 1)
+    pixels = model.student["reconstruction_head"](tokens)
+    expected = reconstruction_loss(pixels, target, masks.indices, masks.weights, patch_size=8)
+    losses = model(views, masks, teacher_temperature=TEMPERATURE).losses
+    torch.testing.assert_close(losses.reconstruction, expected, rtol=1e-6, atol=1e-8)
+    model.zero_grad(set_to_none=True)
+    losses.reconstruction.backward()
+    moved = [name for name, parameter in model.student.named_parameters() if parameter.grad is not None]
+    assert any(name.startswith("backbone.blocks") for name in moved)
+    assert not any(name.startswith(("dino_head", "ibot_head")) for name in moved)
+    assert float(plain.reconstruction) == 0
+    added = plain.dino_global.new_tensor(0.5) * expected.detach()
+    torch.testing.assert_close(losses.total.detach(), plain.total.detach() + added, rtol=1e-6, atol=1e-8)
+
+
+def test_only_the_student_has_a_reconstruction_head_and_only_if_it_is_asked_for() -> None:
+    plain = model_of()
+    model = model_of(losses=LossConfig(reconstruction=ReconstructionConfig(weight=1.0)))
+    assert set(model.student) - set(plain.student) == {"reconstruction_head"}
+    assert set(model.teacher) == set(plain.teacher) == {"backbone", "dino_head", "ibot_head"}
+    for name, parameter in plain.student.named_parameters():  # what is drawn for the others stays what it was
+        torch.testing.assert_close(model.student.get_parameter(name), parameter, rtol=0, atol=0)
+
+
+def test_the_dino_weight_scales_its_pairs() -> None:
+    views, masks = inputs()
+    found = [
+        model_of(losses=LossConfig(dino_weight=weight))(views, masks, teacher_temperature=TEMPERATURE).losses
+        for weight in (1.0, 0.0)
+    ]
+    expected = found[0].ibot + 0.1 * found[0].koleo
+    torch.testing.assert_close(found[1].total, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_reconstruction_learns_the_pixels_of_masked_patches_from_visible_ones() -> None:
+    # Stripes: the phase of a crop is seen in any of its patches.
+    phase = torch.rand(2, 6, 1, 1, 1, dtype=torch.float64) * 6.28
+    crops = (torch.arange(32, dtype=torch.float64) * 0.7 + phase).sin().expand(2, 6, 1, 32, 32) * 1.41
+    views = Views(crops, torch.zeros(0, 6, 1, 16, 16, dtype=torch.float64))
+    masks = draw_masks(range(6), (4, 4), MaskingConfig(), seed=0)
+    losses = LossConfig(
+        dino_weight=0.0, ibot_weight=0.0, koleo_weight=0.0, reconstruction=ReconstructionConfig(weight=1.0)
+    )
+    model = model_of(losses=losses)
+    optimizer = torch.optim.AdamW(model.student.parameters(), lr=3e-3)
+    found = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        step = model(views, masks, teacher_temperature=TEMPERATURE).losses
+        step.total.backward()
+        optimizer.step()
+        found.append(step.reconstruction.item())
+    assert found[0] == pytest.approx(0.5, abs=0.1)
+    assert found[-1] < 0.2 * found[0]

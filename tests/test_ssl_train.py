@@ -34,6 +34,7 @@ from dinocell.ssl.config import (
     OnlineEvalConfig,
     OptimConfig,
     PretrainConfig,
+    ReconstructionConfig,
     Schedules,
     ViewsConfig,
 )
@@ -135,6 +136,7 @@ def test_the_teacher_file_holds_the_teacher(shard_set: Path, tmp_path: Path, mon
         {"views": ViewsConfig(global_size=32, local_size=16, num_local=2, policy="bag", blur=0.5, noise=0.5)},
         {"views": ViewsConfig(global_size=32, local_size=16, num_local=2, policy="stack", channels=("DNA", "ER", "x"))},
         {"compute": ComputeConfig(workers=0, dtype="bfloat16")},
+        {"losses": LossConfig(reconstruction=ReconstructionConfig(weight=1.0, target="mean", patch_normalised=True))},
     ],
 )
 def test_every_setting_trains(shard_set: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -142,6 +144,22 @@ def test_every_setting_trains(shard_set: Path, tmp_path: Path, changes: dict[str
     assert all(np.isfinite(losses(tmp_path / "run")))
     channels = 3 if changes.get("views", ViewsConfig()).policy == "stack" else 1
     assert read_weights(path).config.in_channels == channels
+
+
+def test_reconstruction_is_logged_and_leaves_the_teacher_file_as_it_is(shard_set: Path, tmp_path: Path) -> None:
+    reconstruction = ReconstructionConfig(weight=1.0, target="other", hidden_dim=64)
+    config = config_of(shard_set, tmp_path / "run", losses=LossConfig(reconstruction=reconstruction))
+    path = pretrain(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [line["loss/reconstruction"] for line in lines if "loss/total" in line]
+    assert found[0] == pytest.approx(0.5, abs=0.25)  # the mean is predicted; half of the crops are masked
+    assert np.isfinite(found).all()
+    assert "gradient_norm/reconstruction_head" in lines[0]
+    plain = pretrain(config_of(shard_set, tmp_path / "plain"))
+    assert "loss/reconstruction" not in (tmp_path / "plain" / "metrics.jsonl").read_text()
+    ours, theirs = read_weights(path), read_weights(plain)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert ours.heads.keys() == theirs.heads.keys()
 
 
 def test_a_step_that_is_not_finite_changes_no_weight(shard_set: Path, tmp_path: Path) -> None:
@@ -478,7 +496,7 @@ def test_between_log_steps_the_host_waits_for_nothing(shard_set: Path, tmp_path:
         shard_set,
         tmp_path / "run",
         model=ModelConfig(variant="nano", drop_path=0.3),
-        losses=LossConfig(centring=centring),
+        losses=LossConfig(centring=centring, reconstruction=ReconstructionConfig(weight=1.0)),
         schedules=Schedules(learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2)),
         optim=OptimConfig(accumulate=2),
     )
@@ -504,8 +522,14 @@ def test_compiled_steps_equal_plain_ones(shard_set: Path, tmp_path: Path) -> Non
     compiler's front half alone: its kernels are tried in test_ssl_losses_cross_entropy and take half a minute.
     """
     schedules = Schedules(learning_rate=Schedule(peak=0.01), gram_weight=Schedule(peak=1.0, hold=2))
+    terms = LossConfig(reconstruction=ReconstructionConfig(weight=1.0, target="other", patch_normalised=True))
     plain = config_of(
-        shard_set, tmp_path / "plain", steps=3, schedules=schedules, online_eval=OnlineEvalConfig(every=0)
+        shard_set,
+        tmp_path / "plain",
+        steps=3,
+        schedules=schedules,
+        losses=terms,
+        online_eval=OnlineEvalConfig(every=0),
     )
     pretrain(plain)
     runs = {

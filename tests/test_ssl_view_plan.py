@@ -9,7 +9,7 @@ import pytest
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import Origin, stream
 from dinocell.data_shards.sample import SampleInfo
-from dinocell.ssl.config import ViewsConfig
+from dinocell.ssl.config import TargetChannels, ViewsConfig
 from dinocell.ssl.view_plan import ViewPlan, intensity_ranges, plan_views
 
 INFO = SampleInfo(
@@ -147,3 +147,54 @@ def test_a_constant_channel_has_a_range_above_0(shard_set: Path) -> None:
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong)) if wrong != {'policy': 'stack'} else 'channels'}"):
         ViewsConfig(**wrong)
+
+
+@pytest.mark.parametrize("targets", ["other", "mean"])
+def test_targets_follow_the_views_and_change_none_of_them(targets: TargetChannels) -> None:
+    config = ViewsConfig(blur=0.5, noise=0.5)
+    for number in range(30):
+        plain = plan_views(INFO, Origin(0, 0, number), config, UNIT_RANGES, seed=0)
+        plan = plan_views(INFO, Origin(0, 0, number), config, UNIT_RANGES, seed=0, targets=targets)
+        for name in (
+            "boxes",
+            "mixing",
+            "factor",
+            "offset",
+            "contrast",
+            "mirrored",
+            "turned",
+            "blur_sigma_px",
+            "noise_sigma",
+        ):
+            found, target = getattr(plan, name), getattr(plain, name)
+            assert found.dtype == target.dtype
+            np.testing.assert_array_equal(found[:10], target, err_msg=name)
+            assert len(found) == 12
+        for name in ("boxes", "mirrored", "turned"):
+            np.testing.assert_array_equal(getattr(plan, name)[10:], getattr(plain, name)[:2], err_msg=name)
+        assert (plan.factor[10:] == 1).all()
+        assert (plan.contrast[10:] == 1).all()
+        assert not plan.blur_sigma_px[10:].any()
+        assert not plan.noise_sigma[10:].any()
+
+
+def test_targets_of_mean_are_the_mean_and_others_are_never_the_channel_that_is_shown() -> None:
+    config = ViewsConfig(global_mean_probability=(0.0, 1.0))
+    others = set()
+    for number in range(200):
+        origin = Origin(0, 0, number)
+        mean = plan_views(INFO, origin, config, UNIT_RANGES, seed=0, targets="mean").mixing[10:, 0]
+        np.testing.assert_array_equal(mean, np.full((2, 4), 0.25, np.float32))
+        plan = plan_views(INFO, origin, config, UNIT_RANGES, seed=0, targets="other")
+        shown, target = plan.mixing[0, 0].argmax(), plan.mixing[10, 0].argmax()
+        assert shown != target
+        others |= {(int(shown), int(target))}
+        np.testing.assert_array_equal(np.sort(plan.mixing[11, 0]), [0, 0, 0, 1])  # of the mean: any channel
+        assert set(plan.channels()) == {0, 1, 2, 3}
+    assert len(others) == 12
+
+
+def test_the_target_of_a_tile_with_one_channel_is_that_channel() -> None:
+    info = replace(INFO, channels=("a",), crc32=(0,))
+    plan = plan_views(info, Origin(0, 0, 1), ViewsConfig(), UNIT_RANGES, seed=0, targets="other")
+    np.testing.assert_array_equal(plan.mixing, np.ones((12, 1, 1), np.float32))

@@ -1,7 +1,8 @@
 """Views: crops as a plain version makes them, with noise and blur, standardised, independent of the batch."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import Batch, stream
-from dinocell.ssl.config import ViewsConfig
+from dinocell.ssl.config import TargetChannels, ViewsConfig
 from dinocell.ssl.view_plan import ViewPlan, intensity_ranges, plan_views
 from dinocell.ssl.views import Views, crop_by_crop, make_views
 
@@ -56,7 +57,7 @@ def test_a_crop_is_that_of_a_plain_version(shard_set: Path) -> None:
 def test_each_view_is_a_standardised_crop(shard_set: Path) -> None:
     batch = batch_of(shard_set, 3)
     plans = plans_of(batch, SMALL, shard_set)
-    for views, crops in zip(views_of(batch, SMALL, shard_set), crop_by_crop(batch, plans, SMALL), strict=True):
+    for views, crops in zip(views_of(batch, SMALL, shard_set)[:2], crop_by_crop(batch, plans, SMALL), strict=True):
         raw = crops.numpy().astype(np.float64)
         want = (raw - raw.mean((3, 4), keepdims=True)) / (raw.std((3, 4), keepdims=True) + 1e-5)
         np.testing.assert_allclose(views.numpy(), want, rtol=1e-3, atol=1e-4)
@@ -88,7 +89,7 @@ def test_views_are_standardised_and_blank_crops_are_zero(shard_set: Path) -> Non
     batch.tile(2).view(torch.int16).fill_(700)
     for config in (SMALL, STACK):
         views = views_of(batch, config, shard_set)
-        for crops in views:
+        for crops in views[:2]:
             assert torch.isfinite(crops).all()
             assert crops[:, 2].abs().max() < 0.01
             lively = crops[:, [0, 1, 3], :1]
@@ -114,3 +115,35 @@ def test_a_gpu_gives_the_views_of_the_cpu(shard_set: Path) -> None:
     one, other = (views_of(batch, SMALL, shard_set, device) for device in ("cpu", "cuda"))
     torch.testing.assert_close(other.global_views.cpu(), one.global_views, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(other.local_views.cpu(), one.local_views, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("targets", ["other", "mean"])
+def test_targets_are_the_same_crops_of_other_channels(shard_set: Path, targets: TargetChannels) -> None:
+    config = replace(SMALL, brightness=0.0, contrast=0.0, global_mean_probability=(0.0, 0.0))
+    batch, ranges = batch_of(shard_set), intensity_ranges([read_manifest(shard_set)])
+    samples = list(zip(batch.infos, batch.origins, strict=True))
+    plans = [plan_views(info, origin, config, ranges, seed=3, targets=targets) for info, origin in samples]
+    views = make_views(batch, plans, config, device=torch.device("cpu"))
+    plain = make_views(batch, plans_of(batch, config, shard_set, seed=3), config, device=torch.device("cpu"))
+    torch.testing.assert_close(views[:2], plain[:2], rtol=0, atol=0)
+    assert plain.target_views is None
+    assert views.target_views is not None
+    for view in range(2):
+        # Plans whose views show what the targets show.
+        shown = [
+            replace(_without_targets(plan, config), mixing=plan.mixing[[config.num_views + view] * config.num_views])
+            for plan in plans
+        ]
+        same = make_views(batch, shown, config, device=torch.device("cpu"))
+        torch.testing.assert_close(views.target_views[view], same.global_views[view], rtol=1e-4, atol=1e-4)
+    # The loader decodes the channels of the targets, too.
+    samples_of_stream = stream(shard_set, batch_size=6)
+    samples_of_stream.plan_sample = partial(plan_views, config=config, ranges=ranges, seed=3, targets=targets)
+    few = next(iter(samples_of_stream))
+    found = make_views(few, plans, config, device=torch.device("cpu")).target_views
+    torch.testing.assert_close(found, views.target_views, rtol=0, atol=0)
+
+
+def _without_targets(plan: ViewPlan, config: ViewsConfig) -> ViewPlan:
+    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    return replace(plan, **{name: each[: config.num_views] for name, each in values.items() if name != "noise_seed"})

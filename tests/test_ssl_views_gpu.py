@@ -17,7 +17,7 @@ from dinocell.data_shards.build.write import build
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import Batch, SampleStream, stream
 from dinocell.images.write import write_tiff
-from dinocell.ssl.config import ViewsConfig
+from dinocell.ssl.config import TargetChannels, ViewsConfig
 from dinocell.ssl.view_plan import intensity_ranges, plan_views
 from dinocell.ssl.views import crop_by_crop
 from dinocell.ssl.views_gpu import all_tiles_at_once, resampling_matrix
@@ -28,9 +28,12 @@ STACK = replace(SMALL, policy="stack", channels=("ER", "DNA", "x"), protein_chan
 TILES = ShardSettings(tiles=TileSettings(size=32, min_size=16, min_contrast=0))
 
 
-def both_ways(batch: Batch, config: ViewsConfig, folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def both_ways(
+    batch: Batch, config: ViewsConfig, folder: Path, targets: TargetChannels = "same"
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     ranges = intensity_ranges([read_manifest(folder)])
-    plans = [plan_views(i, o, config, ranges, seed=1) for i, o in zip(batch.infos, batch.origins, strict=True)]
+    samples = zip(batch.infos, batch.origins, strict=True)
+    plans = [plan_views(info, origin, config, ranges, seed=1, targets=targets) for info, origin in samples]
     return crop_by_crop(batch, plans, config), all_tiles_at_once(batch, plans, config)
 
 
@@ -57,6 +60,13 @@ def test_both_implementations_give_the_same_crops(shard_set: Path, config: Views
     assert [len(each) for each in ours] == [len(each) for each in theirs] == [2, 3]
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["other", "mean"])
+def test_both_implementations_give_the_same_targets(shard_set: Path, targets: TargetChannels) -> None:
+    ours, theirs = both_ways(next(iter(stream(shard_set, batch_size=6))), SMALL, shard_set, targets)
+    assert [len(each) for each in ours] == [len(each) for each in theirs] == [2, 3, 2]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_tiles_with_only_the_channels_needed_give_the_same_crops(shard_set: Path) -> None:

@@ -13,6 +13,7 @@ from dinocell.runtime.schedules import Freeze, Schedule, check_range
 from dinocell.runtime.sharding import Parallel
 
 Policy = Literal["consistency", "average", "bag", "stack"]
+TargetChannels = Literal["same", "other", "mean"]
 Compile = Literal["nothing", "blocks", "all"]
 Recompute = Literal["nothing", "activations", "blocks"]
 
@@ -285,18 +286,47 @@ class HeadsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """Regression of the pixels of masked patches from the student's patch tokens that iBOT computes as well.
+
+    Attributes
+    ----------
+    weight
+        Of the loss; 0: no reconstruction, and no head for it.
+    target
+        What is predicted. ``same``: the crop itself, with its photometry; ``other``: another random channel of the same
+        region; ``mean``: the mean of all its channels.
+    patch_normalised
+        Predict each patch and channel with zero mean and unit variance (MAE), instead of the standardised crop.
+    hidden_dim
+        Width of the hidden layer of the head, two linear layers with GELU.
+    """
+
+    weight: float = 0.0
+    target: TargetChannels = "same"
+    patch_normalised: bool = False
+    hidden_dim: int = 512
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 0, "weight")
+        _check_at_least(self, 1, "hidden_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights of the losses (DINOv2's), and how the teacher's targets are balanced."""
 
+    dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     student_temperature: float = 0.1
     centring: Literal["sinkhorn", "softmax"] = "sinkhorn"
     sinkhorn_iterations: int = 3
     centre_momentum: float = 0.9
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 0, "ibot_weight", "koleo_weight")
+        _check_at_least(self, 0, "dino_weight", "ibot_weight", "koleo_weight")
         _check_positive(self, "student_temperature")
         _check_at_least(self, 1, "sinkhorn_iterations")
         _check_share(self, "centre_momentum")
@@ -478,6 +508,11 @@ class PretrainConfig:
             size = getattr(self.views, name)
             if size % self.model.patch_size:
                 raise ValueError(f"views.{name}: expected a multiple of patch_size {self.model.patch_size}, got {size}")
+        if self.views.policy == "stack" and self.target_channels != "same":
+            raise ValueError(
+                "losses.reconstruction.target: expected same with views.policy=stack, whose crops have all channels, "
+                f"got {self.target_channels}"
+            )
 
     @property
     def mask_grid(self) -> tuple[int, int]:
@@ -496,3 +531,13 @@ class PretrainConfig:
     def uses_gram(self) -> bool:
         """Whether the Gram loss has a weight at any step."""
         return self.schedules.gram_weight != Schedule(peak=0.0)
+
+    @property
+    def uses_reconstruction(self) -> bool:
+        """Whether pixels of masked patches are predicted."""
+        return self.losses.reconstruction.weight > 0
+
+    @property
+    def target_channels(self) -> TargetChannels:
+        """Channels of the additional target views to plan; ``same`` needs none besides the global views."""
+        return self.losses.reconstruction.target if self.uses_reconstruction else "same"

@@ -37,7 +37,9 @@ class PlannedStream(IterableDataset[PlannedBatch]):
     def __init__(self, samples: SampleStream, config: PretrainConfig) -> None:
         self.samples = samples
         ranges = intensity_ranges([shard_set.manifest for shard_set in samples.sets])
-        samples.plan_sample = partial(plan_views, config=config.views, ranges=ranges, seed=config.seed)
+        samples.plan_sample = partial(
+            plan_views, config=config.views, ranges=ranges, seed=config.seed, targets=config.target_channels
+        )
         self._draw_masks = partial(
             draw_masks, grid=config.mask_grid, config=config.masking, seed=config.seed, views=config.views.num_global
         )

@@ -1,7 +1,7 @@
-"""The projection head of DINO and iBOT: an MLP onto the unit sphere, and the prototypes.
+"""The projection head of DINO and iBOT, an MLP onto the unit sphere with prototypes, and the head of reconstruction.
 
-The head does not compute logits. The (tokens, prototypes) matrix is the largest tensor of a training step; losses and
-targets take its two factors and compute it in chunks.
+The projection head does not compute logits. The (tokens, prototypes) matrix is the largest tensor of a training step;
+losses and targets take its two factors and compute it in chunks.
 """
 
 from itertools import pairwise
@@ -111,3 +111,35 @@ class ProjectionHead(nn.Module):
         # type of the rows is the type in which the logits are computed.
         unit = F.normalize(rows, dim=-1, eps=1e-6 if rows.dtype == torch.float16 else 1e-12)
         return Projection(unit.to(rows.dtype), self.last_layer())
+
+
+class ReconstructionHead(nn.Module):
+    """Two linear layers with GELU from the token of a masked patch to the pixels of the patch.
+
+    Parameters
+    ----------
+    width
+        Width of the input tokens.
+    pixels
+        Number of values of a patch: channels times its area.
+    hidden_dim
+        Width of the hidden layer.
+    """
+
+    def __init__(self, width: int, pixels: int, *, hidden_dim: int = 512) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden_dim), nn.Linear(hidden_dim, pixels)
+        if not self.fc1.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, *, generator: torch.Generator | None = None) -> None:
+        """Set weights to a truncated normal distribution, std 0.02, cut at +-2, and biases to 0."""
+        for layer in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Float[Tensor, "m d"]) -> Float[Tensor, "m e"]:
+        """Return the pixels, channel by channel, row by row."""
+        pixels: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        return pixels

@@ -1,7 +1,7 @@
-"""The losses of pretraining, each a function of features: DINO, iBOT, KoLeo, Gram.
+"""The losses of pretraining, each a function of features: DINO, iBOT, KoLeo, Gram, reconstruction.
 
 Formulas and weights: Caron et al. 2021 (DINO), Zhou et al. 2022 (iBOT), Sablayrolles et al. 2019 (KoLeo), Oquab et al.
-2024 (DINOv2), Simeoni et al. 2025 (DINOv3, Gram anchoring).
+2024 (DINOv2), Simeoni et al. 2025 (DINOv3, Gram anchoring), He et al. 2022 (MAE, patches of unit variance).
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from dinocell.ssl.chunks import chunks_with_scratch, compiled_once, full_precision, row_chunks
 from dinocell.ssl.heads import Projection
 from dinocell.ssl.targets import Targets, mark_dynamic_rows
+
+# MAE's; crops have unit variance, so a variance this small is a patch without any structure.
+_PATCH_VARIANCE_EPS = 1e-6
 
 
 class DinoLoss(NamedTuple):
@@ -179,6 +182,45 @@ def gram_loss(student: Float[Tensor, "b p d"], teacher: Float[Tensor, "b p d"]) 
         own, reference = (F.normalize(patches.to(dtype), dim=-1) for patches in (student, teacher.detach()))
         own, reference = own @ own.transpose(1, 2), reference @ reference.transpose(1, 2)
         return (own - reference).square().mean()
+
+
+def reconstruction_loss(
+    predicted: Float[Tensor, "m e"],
+    images: Float[Tensor, "n c h w"],
+    indices: Int[Tensor, " m"],
+    weights: Float[Tensor, " m"],
+    *,
+    patch_size: int,
+    patch_normalised: bool = False,
+) -> Float[Tensor, ""]:
+    """Compare predicted pixels of masked patches with those of the images: squared error.
+
+    The mean over the masked patches of each image, then over the images, masked or not, as in `ibot_loss`: without
+    ``patch_normalised``, images of unit variance of which half are masked start at about 0.5.
+
+    Parameters
+    ----------
+    predicted
+        The ``c * patch_size ** 2`` values of each masked patch, channel by channel, row by row.
+    images
+        The targets, standardised: the crops without mask, or the same crops in other channels.
+    indices
+        Masked patches, as indices into the flattened (image, patch) grid.
+    weights
+        One over the number of masked patches of the patch's image, see `dinocell.ssl.masking`.
+    patch_normalised
+        Compare with patches of zero mean and unit variance each, by channel (MAE).
+    """
+    with full_precision(predicted):
+        dtype = torch.promote_types(predicted.dtype, torch.float32)
+        grid = images.detach().to(dtype).unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+        target = grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)[indices]  # (m c rows columns)
+        if patch_normalised:
+            target = target - target.mean((2, 3), keepdim=True)
+            target = target * (target.square().mean((2, 3), keepdim=True) + _PATCH_VARIANCE_EPS).rsqrt()
+        squared = (predicted.to(dtype) - target.flatten(1)).square().mean(1)
+        loss: Tensor = (squared * weights).sum() / len(images)
+        return loss
 
 
 @lru_cache(maxsize=8)

@@ -65,6 +65,12 @@ def step_bytes(config: PretrainConfig, world: World) -> int:
     shards = num_shards(choose_parallel(config.compute.parallel, student, world), world) if world.size > 1 else 1
     state = 4 * (5 * student + (backbone if config.uses_gram else 0)) / shards + (2 * student if half else 0)
 
+    reconstruction = config.losses.reconstruction.hidden_dim if config.uses_reconstruction else 0
+    pixels = views.in_channels * vit.patch_size**2
+    if reconstruction:  # the student's head only
+        parameters = reconstruction * (vit.width + pixels + 1) + pixels
+        state += 4 * 4 * parameters / shards + (2 * parameters if half else 0)
+
     # Kept for the backward pass per token and block: inputs and outputs of two norms, queries, keys, values, attention
     # output, inputs and outputs of the activation. The last block computes a few tokens only.
     kinds = [part * len(kind) * ((side // vit.patch_size) ** 2 + vit.num_prefix) for kind, side in views.kinds]
@@ -77,6 +83,11 @@ def step_bytes(config: PretrainConfig, world: World) -> int:
     activations += 2 * 4 * part * views.in_channels * sum(len(kind) * side**2 for kind, side in views.kinds)
     hidden = vit.width + 2 * (heads.layers - 1) * heads.hidden + 3 * heads.bottleneck
     activations += (part * views.num_views + part * config.mean_masked) * hidden * size
+    if reconstruction:
+        # Hidden layer, predictions and targets of the masked patches; the targets' crops, and those in other channels.
+        activations += part * config.mean_masked * (size * (2 * reconstruction + pixels) + 4 * 3 * pixels)
+        crops = 1 if config.target_channels == "same" else 2
+        activations += crops * 4 * part * views.in_channels * views.num_global * views.global_size**2
     if config.uses_gram:
         activations += 4 * 4 * part * views.num_global * (views.global_size // vit.patch_size) ** 4
 

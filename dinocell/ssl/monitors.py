@@ -77,6 +77,10 @@ def help_text(config: PretrainConfig) -> str:
         ("`loss/ibot`", f"nats; {math.log(prototypes):.2f} times the share of masked crops for uniform predictions"),
         ("`loss/koleo`", "spread of the features over the sphere; it falls by itself: a falling total proves nothing"),
         ("`loss/gram`", "difference to the Gram teacher's patch similarities"),
+        (
+            "`loss/reconstruction`",
+            "squared error of the pixels of masked patches; the share of masked crops if the mean is predicted",
+        ),
         ("`loss/total`", "the weighted sum, which is minimised"),
         ("`targets/entropy`", f"nats, mean over the targets; {uniform} for uniform targets; should fall"),
         ("`targets/mean_entropy`", "nats, of the mean target; near `targets/entropy`: all tiles get the same target"),

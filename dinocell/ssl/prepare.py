@@ -149,6 +149,9 @@ def flop_per_image(config: PretrainConfig, model: StudentTeacher) -> float:
     teacher = views.num_global * (global_flop + head) + masked * head
     student = views.num_global * global_flop + views.num_local * local_flop + (views.num_views + masked) * head
     gram = views.num_global * global_flop if config.uses_gram else 0.0
+    if config.uses_reconstruction:
+        pixels = views.in_channels * vit.patch_size**2
+        student += masked * 2.0 * config.losses.reconstruction.hidden_dim * (vit.width + pixels)
     return teacher + 3 * student + gram
 
 

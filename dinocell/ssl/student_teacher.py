@@ -15,8 +15,8 @@ from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import gather, is_alone, rank, sum_over_ranks
 from dinocell.ssl.chunks import compiled_once
 from dinocell.ssl.config import HeadsConfig, LossConfig
-from dinocell.ssl.heads import Projection, ProjectionHead
-from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss
+from dinocell.ssl.heads import Projection, ProjectionHead, ReconstructionHead
+from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss, reconstruction_loss
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.targets import Centre, Targets, TeacherLogits, one_rank, sinkhorn_targets
 from dinocell.ssl.views import Views
@@ -31,6 +31,7 @@ class Losses(NamedTuple):
     ibot: Float[Tensor, ""]
     koleo: Float[Tensor, ""]
     gram: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
 
 
 class StepOutput(NamedTuple):
@@ -85,6 +86,11 @@ class StudentTeacher(nn.Module):
                 weight_norm=heads.weight_norm,
             )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        if losses.reconstruction.weight > 0:  # of the student only: the teacher predicts no pixels
+            vit = backbone.config
+            self.student["reconstruction_head"] = ReconstructionHead(
+                vit.width, vit.in_channels * vit.patch_size**2, hidden_dim=losses.reconstruction.hidden_dim
+            )
         self.gram = nn.ModuleDict({"backbone": copy.deepcopy(self.teacher["backbone"])} if with_gram else {})
         self.centres: nn.ModuleList | None = None
         if losses.centring == "softmax":
@@ -163,12 +169,16 @@ class StudentTeacher(nn.Module):
             compiled=self._compiled,
         )
         koleo = torch.stack([self._koleo(own) for own in outputs[0].cls.split(batch)]).sum()
-        total = dino.total + self._losses.ibot_weight * ibot + self._losses.koleo_weight * koleo
-        gram = total.new_zeros(())
+        weights = self._losses
+        total = weights.dino_weight * dino.total + weights.ibot_weight * ibot + weights.koleo_weight * koleo
+        gram = reconstruction = total.new_zeros(())
         if with_gram:
             gram = self._gram_loss(images, patches)
             total = total + gram_weight * gram
-        losses = Losses(total, dino.global_crops, dino.local_crops, ibot, koleo, gram)
+        if weights.reconstruction.weight > 0:
+            reconstruction = self._reconstruction_loss(masked, views, masks)
+            total = total + weights.reconstruction.weight * reconstruction
+        losses = Losses(total, dino.global_crops, dino.local_crops, ibot, koleo, gram, reconstruction)
         return StepOutput(losses, cls_targets, outputs[0].cls)
 
     def _gram_loss(self, images: Tensor, patches: Tensor) -> Tensor:
@@ -176,6 +186,18 @@ class StudentTeacher(nn.Module):
             reference = self.gram["backbone"](images).patches
         loss = compiled_once(gram_loss) if self._compiled else gram_loss
         return loss(patches, reference)
+
+    def _reconstruction_loss(self, masked: Tensor, views: Views, masks: PatchMasks) -> Tensor:
+        targets = views.global_views if views.target_views is None else views.target_views
+        loss = compiled_once(reconstruction_loss) if self._compiled else reconstruction_loss
+        return loss(
+            self.student["reconstruction_head"](masked),
+            targets.flatten(0, 1),
+            masks.indices,
+            masks.weights,
+            patch_size=cast("VisionTransformer", self.student["backbone"]).config.patch_size,
+            patch_normalised=self._losses.reconstruction.patch_normalised,
+        )
 
     def _koleo(self, cls: Tensor) -> Tensor:
         """Return KoLeo with neighbours among the tokens of all ranks."""

@@ -63,6 +63,8 @@ class Trainer:
             name: list(module.parameters()) for name, module in model.student.items()
         }
         self._student_parameters = [parameter for part in self._parameters.values() for parameter in part]
+        # The head of reconstruction is the student's only.
+        self._averaged_parameters = [parameter for name in model.teacher for parameter in self._parameters[name]]
         self._teacher_parameters = list(model.teacher.parameters())
         self._sharded = sharded_parts([model.student, model.teacher, model.gram])
         self._nonfinite_steps = NonfiniteSteps(
@@ -112,7 +114,7 @@ class Trainer:
         # AdamW, unless the loss or a gradient is not finite; then the teacher follows the student.
         self._nonfinite_steps.step(self._optimizer, [losses.total, *norms.values()])
         release(self._sharded)
-        update_ema(self._teacher_parameters, self._student_parameters, now.teacher_momentum)
+        update_ema(self._teacher_parameters, self._averaged_parameters, now.teacher_momentum)
         return measured | self._metrics(losses, norms, now) if measure else {}
 
     def _values(self, step: int) -> _Values:
@@ -175,6 +177,8 @@ class Trainer:
         metrics: dict[str, Any] = {f"loss/{name}": loss for name, loss in zip(Losses._fields, mean, strict=True)}
         if not self._config.uses_gram:
             del metrics["loss/gram"]
+        if not self._config.uses_reconstruction:
+            del metrics["loss/reconstruction"]
         metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
         metrics |= {f"schedule/{name}": value for name, value in now._asdict().items()}
         metrics["health/skipped_steps"] = self._nonfinite_steps.total

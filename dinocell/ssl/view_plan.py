@@ -5,7 +5,7 @@ loader worker, and again when a run is repeated or resumed.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32, Int64
 from dinocell.data_shards.manifest import Manifest
 from dinocell.data_shards.read import Origin
 from dinocell.data_shards.sample import SampleInfo
-from dinocell.ssl.config import ViewsConfig
+from dinocell.ssl.config import TargetChannels, ViewsConfig
 
 # Intensities of 0 to 1 that differ by less count as equal: the standard deviation of a real crop is 1,000 times larger.
 MIN_DIFFERENCE = 1e-5
@@ -33,6 +33,8 @@ _MIN_FACTOR = 0.5
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ViewPlan:
     """The ``n`` views of one tile, global ones first; ``k`` output channels, ``c`` channels of the tile.
+
+    After the local views there may be targets, one per global view: the same crop in other channels.
 
     Attributes
     ----------
@@ -70,7 +72,13 @@ class ViewPlan:
 
 
 def plan_views(
-    info: SampleInfo, origin: Origin, config: ViewsConfig, ranges: IntensityRanges, *, seed: int
+    info: SampleInfo,
+    origin: Origin,
+    config: ViewsConfig,
+    ranges: IntensityRanges,
+    *,
+    seed: int,
+    targets: TargetChannels = "same",
 ) -> ViewPlan:
     """Draw the views of a sample.
 
@@ -82,6 +90,9 @@ def plan_views(
         From `intensity_ranges`.
     seed
         Of the run.
+    targets
+        Channels of the targets of a reconstruction, which are planned in addition; ``same``: none, the global views are
+        the targets. The views themselves do not depend on it.
     """
     rng = np.random.default_rng([seed, origin.epoch, origin.data_set, origin.sample])
     n, c = config.num_views, len(info.channels)
@@ -94,7 +105,7 @@ def plan_views(
     # Intensity range and brightness in one linear map: (raw - low) / (high - low) * brightness.
     low, high = np.array([ranges[origin.data_set][name] for name in info.channels], np.float32).T
     factor = brightness.astype(np.float32) / (high - low)
-    return ViewPlan(
+    plan = ViewPlan(
         boxes=_draw_boxes(rng, info.height, info.width, config),
         mixing=mixing,
         factor=factor,
@@ -106,6 +117,48 @@ def plan_views(
         blur_sigma_px=(blurred * rng.uniform(*config.blur_sigma_px, n)).astype(np.float32),
         noise_sigma=(noisy * rng.uniform(*config.noise_sigma, n)).astype(np.float32),
         noise_seed=int(rng.integers(2**62)),
+    )
+    return plan if targets == "same" else _with_targets(plan, rng, config, targets, factor=1 / (high - low), low=low)
+
+
+def planned_kinds(plans: Sequence[ViewPlan], config: ViewsConfig) -> tuple[tuple[range, int], ...]:
+    """Return `ViewsConfig.kinds`, followed by the targets if the plans have any."""
+    targets = range(config.num_views, len(plans[0].boxes) if plans else config.num_views)
+    return (*config.kinds, (targets, config.global_size)) if targets else config.kinds
+
+
+def _with_targets(
+    plan: ViewPlan,
+    rng: np.random.Generator,
+    config: ViewsConfig,
+    targets: TargetChannels,
+    *,
+    factor: Float32[np.ndarray, " c"],
+    low: Float32[np.ndarray, " c"],
+) -> ViewPlan:
+    """Add a target per global view: the same crop with the same rotation, in other channels, without photometry."""
+    count = config.num_global
+    seen, drawn = plan.mixing[:count, 0], rng.random(count)
+    mixing = np.full_like(seen, 1 / seen.shape[1])
+    if targets == "other":
+        for view, weights in enumerate(seen):
+            others = np.flatnonzero(weights == 0)
+            # A view of the mean shows every channel: any channel is the target, as for a tile with one channel.
+            candidates = others if others.size else np.arange(len(weights))
+            mixing[view] = np.eye(len(weights), dtype=np.float32)[candidates[int(drawn[view] * len(candidates))]]
+    zeros, ones = np.zeros(count, np.float32), np.ones_like(plan.contrast[:count])
+    return replace(
+        plan,
+        boxes=np.concatenate((plan.boxes, plan.boxes[:count])),
+        mixing=np.concatenate((plan.mixing, mixing[:, None])),
+        factor=np.concatenate((plan.factor, ones * factor)),
+        offset=np.concatenate((plan.offset, ones * (-low * factor))),
+        contrast=np.concatenate((plan.contrast, ones)),
+        protein=np.concatenate((plan.protein, zeros - 1)),
+        mirrored=np.concatenate((plan.mirrored, plan.mirrored[:count])),
+        turned=np.concatenate((plan.turned, plan.turned[:count])),
+        blur_sigma_px=np.concatenate((plan.blur_sigma_px, zeros)),
+        noise_sigma=np.concatenate((plan.noise_sigma, zeros)),
     )
 
 

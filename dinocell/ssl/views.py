@@ -16,15 +16,19 @@ from torch.nn import functional as F
 
 from dinocell.data_shards.read import Batch
 from dinocell.ssl.config import ViewsConfig
-from dinocell.ssl.view_plan import MIN_DIFFERENCE, ViewPlan
+from dinocell.ssl.view_plan import MIN_DIFFERENCE, ViewPlan, planned_kinds
 from dinocell.ssl.views_gpu import all_tiles_at_once
 
 
 class Views(NamedTuple):
-    """Views of ``b`` tiles with the model's input channels; zero mean and unit variance per crop and channel."""
+    """Views of ``b`` tiles with the model's input channels; zero mean and unit variance per crop and channel.
+
+    ``target_views`` are the global crops in other channels, if the plans have targets of a reconstruction.
+    """
 
     global_views: Float[Tensor, "v b c s s"]
     local_views: Float[Tensor, "w b c t t"]
+    target_views: Float[Tensor, "v b c s s"] | None = None
 
 
 def make_views(batch: Batch, plans: Sequence[ViewPlan], config: ViewsConfig, *, device: torch.device) -> Views:
@@ -39,7 +43,8 @@ def make_views(batch: Batch, plans: Sequence[ViewPlan], config: ViewsConfig, *, 
     """
     make = all_tiles_at_once if device.type == "cuda" else crop_by_crop
     crops = make(batch.to(device, non_blocking=True), plans, config)
-    return Views(*(_finish(some, plans, views) for some, (views, _) in zip(crops, config.kinds, strict=True)))
+    kinds = planned_kinds(plans, config)
+    return Views(*(_finish(some, plans, views) for some, (views, _) in zip(crops, kinds, strict=True)))
 
 
 def _finish(crops: Float[Tensor, "v b k s s"], plans: Sequence[ViewPlan], views: range) -> Float[Tensor, "v b k s s"]:
@@ -69,9 +74,9 @@ def _blurred(crop: Float[Tensor, "k s s"], sigma: float) -> Float[Tensor, "k s s
 
 
 def crop_by_crop(batch: Batch, plans: Sequence[ViewPlan], config: ViewsConfig) -> list[Float[Tensor, "v b k s s"]]:
-    """Return the crops of all tiles, global and local views, rotated but not standardised; one crop at a time."""
+    """Return the crops of all tiles, of the kinds of `planned_kinds`, not standardised; one crop at a time."""
     shape = (len(batch), config.in_channels)
-    kinds = [torch.empty(len(views), *shape, size, size) for views, size in config.kinds]
+    kinds = [torch.empty(len(views), *shape, size, size) for views, size in planned_kinds(plans, config)]
     views = [view for kind in kinds for view in kind]
     for index, plan in enumerate(plans):
         tile = batch.tile(index)

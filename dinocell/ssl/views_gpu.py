@@ -10,18 +10,18 @@ from torch import Tensor
 
 from dinocell.data_shards.read import Batch
 from dinocell.ssl.config import ViewsConfig
-from dinocell.ssl.view_plan import MIN_DIFFERENCE, ViewPlan
+from dinocell.ssl.view_plan import MIN_DIFFERENCE, ViewPlan, planned_kinds
 
 
 def all_tiles_at_once(batch: Batch, plans: Sequence[ViewPlan], config: ViewsConfig) -> list[Float[Tensor, "v b k s s"]]:
-    """Return the crops of all tiles, global and local views, rotated but not standardised."""
+    """Return the crops of all tiles, of the kinds of `planned_kinds`, rotated but not standardised."""
     device = batch.storage.device
     # Tiles of one size, type and number of channels are stacked; most batches are a single such group.
     groups = _groups_of_equal_tiles(batch)
     stacks = [_stacked_tiles(batch, members) for members in groups]
     order = np.argsort([index for members in groups for index in members])
     kinds = []
-    for views, size in config.kinds:
+    for views, size in planned_kinds(plans, config):
         parts = []
         for members, tiles in zip(groups, stacks, strict=True):
             channels = [list(batch.channels[index]) for index in members]

@@ -30,7 +30,7 @@ def draw_views(views: Views, tiles: int = _SHOWN_TILES) -> UInt8[np.ndarray, "h 
     """
     rows = []
     for tile in range(min(tiles, views.global_views.shape[1])):
-        crops = [view[tile] for kind in views for view in kind]
+        crops = [view[tile] for kind in views[:2] for view in kind]
         for channel in range(crops[0].shape[0]):
             planes = [to_grey(crop[channel]) for crop in crops]
             height = max(len(plane) for plane in planes)
@@ -109,7 +109,7 @@ def preview_views(config: PretrainConfig, output: Path, *, num_samples: int = 8)
         for index, (info, plan) in enumerate(zip(batch.tiles.infos, batch.plans, strict=True)):
             if len(rows) == 2 * num_samples:
                 break
-            crops = [view[index] for kind in views for view in kind]
+            crops = [view[index] for kind in views[:2] for view in kind]
             names = [_channel(plan, view, info, config.views) for view in range(len(crops))]
             columns = [_column(name, crop) for name, crop in zip(names, crops, strict=True)]
             height = max(len(column) for column in columns)
