@@ -84,7 +84,7 @@ def recipe(options: argparse.Namespace, variant: str, workers: int, shards: Path
         model=ModelConfig(variant=variant, drop_path=0.0),
         heads=HeadsConfig(num_prototypes=8192),
         log_every=max(1, options.steps // 6),
-        picture_every=10**9,
+        image_every=10**9,
         export_every=10**9,
         online_eval=OnlineEvalConfig(every=0),
         compute=ComputeConfig(workers=workers, compile="nothing" if options.quick else "blocks"),

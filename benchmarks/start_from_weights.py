@@ -144,7 +144,7 @@ def recipe(shards: Path, output: Path, *, steps: int, seed: int, start: Path) ->
         heads=HeadsConfig(num_prototypes=128, hidden=64, bottleneck=32, weight_norm=True),
         losses=LossConfig(centring="softmax"),
         log_every=steps,
-        picture_every=10**9,
+        image_every=10**9,
         export_every=10**9,
         checkpoint_every=10**9,
         online_eval=OnlineEvalConfig(every=0),

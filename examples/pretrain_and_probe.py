@@ -82,7 +82,7 @@ if __name__ == "__main__":
             "views.local_size=32",
             "compute.workers=0",
         ]
-        small += ["picture_every=100", "export_every=3", "log_every=1"]
+        small += ["image_every=100", "export_every=3", "log_every=1"]
         with TemporaryDirectory() as scratch:
             main(Path(scratch) / "example", fields=3, size=128, overrides=small)
     else:

@@ -62,7 +62,7 @@ def config_of(shard_set: Path, output: Path, **changes: object) -> PretrainConfi
         shard_set,
         output,
         steps=STEPS,
-        picture_every=1000,
+        image_every=1000,
         export_every=1000,
         checkpoint_every=1000,
         compute=ComputeConfig(workers=0, parallel="fsdp", timeout_s=60.0),

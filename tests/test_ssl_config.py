@@ -40,8 +40,12 @@ def test_bounds_are_accepted(bound: str) -> None:
 
 def test_former_keys_are_accepted_and_removed_ones_only_with_their_default(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("watch: {every: 7}\nviews: {black: '0.1', white: '99.9'}\ngram: {negatives: keep}\n")
-    assert load_config(PretrainConfig, recipe, NEEDED).online_eval.every == 7
+    recipe.write_text(
+        "watch: {every: 7}\npicture_every: 8\nviews: {black: '0.1', white: '99.9'}\ngram: {negatives: keep}\n"
+    )
+    config = load_config(PretrainConfig, recipe, NEEDED)
+    assert (config.online_eval.every, config.image_every) == (7, 8)
+    assert load_config(PretrainConfig, None, [*NEEDED, "picture_every=9"]).image_every == 9
     for removed in ("views: {black: '1'}", "gram: {negatives: drop}"):
         recipe.write_text(removed)
         with pytest.raises(ConfigError, match=r"recipe.yaml.*(views\.black|gram\.negatives)"):

@@ -54,7 +54,7 @@ def test_ten_steps_give_the_golden_losses(shard_set: Path, tmp_path: Path, centr
             last_layer=Freeze(freeze=1),
         ),
         log_every=1,
-        picture_every=1000,
+        image_every=1000,
         compute=ComputeConfig(workers=0),
     )
     pretrain(config)

@@ -44,7 +44,7 @@ def config_of(shard_set: Path, output: Path, **compute: object) -> PretrainConfi
         output,
         steps=STEPS,
         batch_size=12,
-        picture_every=4,
+        image_every=4,
         export_every=100,
         checkpoint_every=2,
         compute=ComputeConfig(workers=0, **compute),  # type: ignore[arg-type]

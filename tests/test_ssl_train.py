@@ -54,7 +54,7 @@ def config_of(shard_set: Path, output: Path, **changes: Any) -> PretrainConfig:
         steps=10,
         model=ModelConfig(variant="nano", layer_scale=0.1, drop_path=0.1),
         schedules=Schedules(learning_rate=Schedule(peak=0.01, end=1e-4, warmup=0.2), last_layer=Freeze(freeze=1)),
-        picture_every=5,
+        image_every=5,
         export_every=6,
     )
     return replace(base, **changes)

@@ -21,7 +21,11 @@ Recompute = Literal["nothing", "activations", "blocks"]
 _LARGEST_SEED = 2**32 - 1
 
 # Former keys of `PretrainConfig`: present name, and for deleted ones the only value that is still accepted.
-RENAMED_KEYS = {"watch": "online_eval", "optim.max_bad_steps": "optim.max_nonfinite_steps"}
+RENAMED_KEYS = {
+    "watch": "online_eval",
+    "picture_every": "image_every",
+    "optim.max_bad_steps": "optim.max_nonfinite_steps",
+}
 REMOVED_KEYS = {"gram.negatives": "keep", "views.black": "0.1", "views.white": "99.9"}
 
 
@@ -466,7 +470,7 @@ class PretrainConfig:
     ----------
     steps, batch_size
         Length of the run; tiles per step, over all ranks.
-    log_every, picture_every, export_every
+    log_every, image_every, export_every
         Steps between metrics, images and teacher checkpoints; the last step always exports.
     checkpoint_every, keep_checkpoints, keep_checkpoint_every
         Steps between checkpoints, from which a run resumes; how many of the latest are kept, and those whose step is a
@@ -488,7 +492,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     online_eval: OnlineEvalConfig = field(default_factory=OnlineEvalConfig)
     log_every: int = 10
-    picture_every: int = 1000
+    image_every: int = 1000
     export_every: int = 9000
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
@@ -496,7 +500,7 @@ class PretrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "steps", "batch_size", "log_every", "picture_every", "export_every")
+        _check_at_least(self, 1, "steps", "batch_size", "log_every", "image_every", "export_every")
         _check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
         _check_at_least(self, 0, "keep_checkpoint_every")
         _check(self, f"0 to {_LARGEST_SEED}", lambda seed: 0 <= seed <= _LARGEST_SEED, "seed")

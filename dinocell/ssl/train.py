@@ -194,7 +194,7 @@ def _evaluate(
     online_eval: OnlineEval | None,
 ) -> None:
     """Draw images and evaluate the teacher, if due; all ranks gather the teacher, the main one evaluates."""
-    draws = step == 1 or step % config.picture_every == 0
+    draws = step == 1 or step % config.image_every == 0
     every = config.online_eval.every if online_eval is not None else 0
     evaluates = every > 0 and (step % every == 0 or step == config.steps)
     if not (draws or evaluates):

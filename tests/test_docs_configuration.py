@@ -4,9 +4,8 @@ import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinocell.configs.docs import document, reference
-
-ROOT = Path(__file__).parents[1]
+DOCS = Path(__file__).parents[1] / "docs"
+SCRIPT = runpy.run_path(str(DOCS / "make_configuration.py"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class Outer:
 
 
 def test_keys_types_defaults_and_meanings_are_in_the_table() -> None:
-    text = reference(Outer)
+    text = SCRIPT["reference"](Outer)
     assert "Of `all`." in text
     assert "| `size` | a number | 0.5 |  |" in text
     assert "| `inner.first` | an integer | required | `first`, `second`: Two lines. |" in text
@@ -41,8 +40,5 @@ def test_keys_types_defaults_and_meanings_are_in_the_table() -> None:
 
 
 def test_the_page_in_docs_is_up_to_date() -> None:
-    script = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))
-    expected = document(script["INTRODUCTION"], script["SCHEMAS"])
-    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == expected, (
-        "run: python docs/make_configuration.py"
-    )
+    expected = SCRIPT["document"](SCRIPT["INTRODUCTION"], SCRIPT["SCHEMAS"])
+    assert (DOCS / "configuration.md").read_text(encoding="utf-8") == expected, "run: python docs/make_configuration.py"
