@@ -40,8 +40,7 @@ from dinocell.ssl.config import (
     ViewsConfig,
 )
 from dinocell.ssl.masking import draw_masks
-from dinocell.ssl.memory import step_bytes
-from dinocell.ssl.prepare import build_model, flop_per_image
+from dinocell.ssl.prepare import build_model, flop_per_image, step_bytes
 from dinocell.ssl.views import Views
 
 _CASES = (

@@ -21,7 +21,7 @@ from dinocell.images.write import write_tiff
 from dinocell.models.weights import read_weights
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.preemption import RunStopped
-from dinocell.ssl import memory
+from dinocell.ssl import prepare
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.train import pretrain
 
@@ -118,7 +118,7 @@ def test_a_patch_that_does_not_divide_a_crop(refused: Callable[..., str], name: 
 def test_a_batch_or_prototypes_too_large_for_the_memory(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, too_much: str
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda _: 10**9)
+    monkeypatch.setattr(prepare, "available_bytes", lambda _: 10**9)
     said = refused(too_much)
     assert "compute.device: a step needs about" in said
     assert "cpu has 1.0 GB left per process: raise optim.accumulate from 1" in said

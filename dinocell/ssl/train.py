@@ -24,11 +24,16 @@ from dinocell.runtime.run import Run
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.data import PlannedBatch, open_shards
 from dinocell.ssl.masking import PatchMasks
-from dinocell.ssl.memory import check_memory, what_would_fit
-from dinocell.ssl.monitors import help_text
-from dinocell.ssl.prepare import backbone_of, build_model, describe_run, flop_per_image
+from dinocell.ssl.prepare import (
+    backbone_of,
+    build_model,
+    check_memory,
+    describe_run,
+    flop_per_image,
+    what_would_fit,
+)
 from dinocell.ssl.student_teacher import StudentTeacher
-from dinocell.ssl.trainer import Trainer, eval_folder
+from dinocell.ssl.trainer import Trainer, eval_folder, help_text
 from dinocell.ssl.views import Views, make_views
 from dinocell.ssl.visualise import draw_features, draw_views
 

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dinocell.cli import main
 from dinocell.ssl.heads import Projection
-from dinocell.ssl.monitors import feature_spread, target_use
 from dinocell.ssl.targets import Targets, TeacherLogits, sinkhorn_targets
+from dinocell.ssl.trainer import feature_spread, target_use
 
 
 def targets_of(logits: torch.Tensor) -> Targets:

@@ -15,7 +15,7 @@ from dinocell.errors import ConfigError
 from dinocell.runtime.distributed import World
 from dinocell.runtime.optim import adamw, clip_gradients, parameter_groups, set_rates, update_ema
 from dinocell.runtime.schedules import Schedule
-from dinocell.ssl import memory
+from dinocell.ssl import prepare
 from dinocell.ssl.config import (
     ComputeConfig,
     DataConfig,
@@ -32,8 +32,7 @@ from dinocell.ssl.config import (
     ViewsConfig,
 )
 from dinocell.ssl.masking import draw_masks
-from dinocell.ssl.memory import check_memory, step_bytes
-from dinocell.ssl.prepare import build_model
+from dinocell.ssl.prepare import build_model, check_memory, step_bytes
 from dinocell.ssl.views import Views
 
 GB = 10**9
@@ -163,13 +162,13 @@ def test_more_of_anything_takes_more() -> None:
 def test_what_fits_is_accepted_and_what_exceeds_the_memory_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes of one machine share its memory."""
     config, needed = recipe(), step_bytes(recipe(), World())
-    monkeypatch.setattr(memory, "available_bytes", lambda _: needed)
+    monkeypatch.setattr(prepare, "available_bytes", lambda _: needed)
     check_memory(config, World())
     larger = replace(config, batch_size=16)
     with pytest.raises(ConfigError, match=r"compute\.device: .*optim\.accumulate.*batch_size from 16"):
         check_memory(larger, World(size=2, local_size=2))
     check_memory(larger, World(size=2, local_size=1))
-    monkeypatch.setattr(memory, "available_bytes", lambda _: None)
+    monkeypatch.setattr(prepare, "available_bytes", lambda _: None)
     check_memory(replace(config, batch_size=10**6), World())
 
 
