@@ -74,20 +74,20 @@ def _sections(schema: type, prefix: str = "") -> list[tuple[str, type]]:
 
 def _docstring(section: type) -> tuple[str, dict[str, str]]:
     """Return the introduction of a docstring as one paragraph, and the description of each attribute."""
-    text = inspect.getdoc(section) or ""
-    before, _, after = text.partition("Attributes\n----------\n")
-    paragraph = " ".join(line for line in before.split("\n") if not line.startswith("=")).strip()
-    meanings: dict[str, str] = {}
-    names: list[str] = []
-    for line in after.split("\n"):
-        heading = _ATTRIBUTE.match(line)
-        if heading:
-            names = heading.group(1).split(", ")
-            together = f"{', '.join(f'`{name}`' for name in names)}:" if len(names) > 1 else ""
-            meanings |= dict.fromkeys(names, together)
-        elif line.strip():
-            for name in names:
-                meanings[name] = f"{meanings.get(name, '')} {_code(line.strip())}".strip()
+    paragraph, meanings = "", dict[str, str]()
+    for schema in reversed(section.__mro__[:-1]):  # a section that extends a shared one describes its own keys only
+        before, _, after = (inspect.getdoc(schema) or "").partition("Attributes\n----------\n")
+        paragraph = " ".join(line for line in before.split("\n") if not line.startswith("=")).strip()
+        names: list[str] = []
+        for line in after.split("\n"):
+            heading = _ATTRIBUTE.match(line)
+            if heading:
+                names = heading.group(1).split(", ")
+                together = f"{', '.join(f'`{name}`' for name in names)}:" if len(names) > 1 else ""
+                meanings |= dict.fromkeys(names, together)
+            elif line.strip():
+                for name in names:
+                    meanings[name] = f"{meanings.get(name, '')} {_code(line.strip())}".strip()
     return _code(re.sub(r"\s+", " ", paragraph)), meanings
 
 

@@ -1,13 +1,12 @@
 """Schema of a fine-tuning recipe."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dinocell.finetune.targets import TargetName
 from dinocell.models.config import VARIANTS
-from dinocell.runtime.device import Precision
+from dinocell.runtime.sections import AdamWConfig, ComputeConfig, check, check_ascending, refuse
 
 # Former keys that are still read under their old name, and former keys with the one value that is still accepted.
 RENAMED_KEYS: dict[str, str] = {
@@ -16,29 +15,6 @@ RENAMED_KEYS: dict[str, str] = {
     "optim.max_bad_steps": "optim.max_nonfinite_steps",
 }
 REMOVED_KEYS: dict[str, Any] = {"data.fixed_crops": None}
-
-
-def _check(section: object, is_valid: Callable[[Any], bool], expected: str, *names: str) -> None:
-    """Raise if one of the named fields has a value out of range; None is always valid."""
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and not is_valid(value):
-            raise ValueError(f"{name}: expected {expected}, got {list(value) if isinstance(value, tuple) else value}")
-
-
-def _at_least(section: object, minimum: int, *names: str) -> None:
-    _check(section, lambda value: value >= minimum, f"at least {minimum}", *names)
-
-
-def _positive(section: object, *names: str) -> None:
-    _check(section, lambda value: value > 0, "more than 0", *names)
-
-
-def _refuse(conflicts: dict[str, bool]) -> None:
-    """Raise with the first message whose condition holds."""
-    for message, is_wrong in conflicts.items():
-        if is_wrong:
-            raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +56,15 @@ class DataConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        _refuse(
-            {
-                "set either sets, or images and masks": bool(self.sets) == bool(self.images),
-                "images and masks: set both; one of them is missing": bool(self.images) != bool(self.masks),
-                f"weights: expected one per set, {len(self.sets)}": self.weights is not None
-                and len(self.weights) != len(self.sets),
-            },
+        num_sets = len(self.sets)
+        refuse(
+            (bool(self.sets) == bool(self.images), "set either sets, or images and masks"),
+            (bool(self.images) != bool(self.masks), "images and masks: set both; one of them is missing"),
+            (self.weights is not None and len(self.weights) != num_sets, f"weights: expected one per set, {num_sets}"),
         )
-        _check(self, lambda share: 0 < share < 1, "more than 0 and less than 1", "validation_share")
-        _check(self, lambda weights: all(weight > 0 for weight in weights), "more than 0 for each set", "weights")
-        _at_least(self, 1, "crops_per_image")
+        check(self, "validation_share", gt=0, lt=1)
+        check(self, "weights", gt=0)
+        check(self, "crops_per_image", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,23 +96,22 @@ class ModelConfig:
     blocks: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        _check(self, lambda size: size in VARIANTS, f"one of {', '.join(VARIANTS)}", "size")
-        _at_least(self, 1, "patch_size")
-        own = "segmenter: it has its own backbone and blocks; remove weights and blocks"
-        _refuse(
-            {
-                "pretrained=false means random weights: remove weights, or pretrained=false": self.weights is not None
-                and not self.pretrained,
-                own: self.segmenter is not None and (self.weights is not None or self.blocks is not None),
-            },
+        refuse((self.size not in VARIANTS, f"size: expected one of {', '.join(VARIANTS)}, got {self.size}"))
+        depth, blocks = VARIANTS[self.size].depth, self.blocks
+        are_wrong = blocks is not None and (sorted({*blocks}) != [*blocks] or not {*blocks} <= {*range(depth)})
+        ascending = f"blocks: expected four ascending numbers from 0 to {depth - 1} for size {self.size}, got {blocks}"
+        refuse(
+            (
+                self.weights is not None and not self.pretrained,
+                "pretrained=false means random weights: remove weights, or pretrained=false",
+            ),
+            (
+                self.segmenter is not None and (self.weights is not None or blocks is not None),
+                "segmenter: it has its own backbone and blocks; remove weights and blocks",
+            ),
+            (are_wrong, ascending),
         )
-        depth = VARIANTS[self.size].depth
-        _check(
-            self,
-            lambda blocks: sorted({*blocks}) == list(blocks) and 0 <= blocks[0] <= blocks[-1] < depth,
-            f"four ascending numbers from 0 to {depth - 1} for size {self.size}",
-            "blocks",
-        )
+        check(self, "patch_size", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,14 +149,12 @@ class AugmentConfig:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(self, 16, "crop")
-        _check(
-            self, lambda value: 0 <= value <= 1, "a probability from 0 to 1", "flip", "invert_contrast", "with_cells"
-        )
-        _check(self, lambda value: 0 <= value <= 180, "0 to 180", "rotation_deg")
-        _check(self, lambda value: 0 <= value <= 10, "0 to 10 pixels", "blur_px")
-        _check(self, lambda value: 0 <= value <= 1, "a fraction of the grey range from 0 to 1", "noise")
-        _check(self, lambda ends: 0 < ends[0] <= ends[1], "0 < minimum <= maximum", "scale", "brightness")
+        check(self, "crop", ge=16)
+        check(self, "flip", "invert_contrast", "with_cells", "noise", ge=0, le=1)
+        check(self, "rotation_deg", ge=0, le=180)
+        check(self, "blur_px", ge=0, le=10)
+        check(self, "scale", "brightness", gt=0)
+        check_ascending(self, "scale", "brightness")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +173,11 @@ class LossConfig:
     gradient_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "foreground_weight", "gradient_weight")
+        check(self, "foreground_weight", "gradient_weight", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(AdamWConfig):
     """AdamW (SAMCell's values) with linear warm-up and cosine decay to 0.
 
     Attributes
@@ -217,31 +188,23 @@ class OptimConfig:
         Factor on the learning rate from each block of the backbone to the one below.
     warmup_steps
         Steps of the warm-up, at most a tenth of the run.
-    clip
-        Maximum gradient norm of backbone and decoder each.
     ema
         Decay of the moving average of the weights, which is used for validation and in the files; 0: no average.
-    max_nonfinite_steps
-        Stop after so many consecutive steps with a non-finite loss or gradient. Such steps change no weight.
     """
 
     learning_rate: float = 1e-4
     backbone_learning_rate: float = 1e-5
     weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
     layer_decay: float = 1.0
     warmup_steps: int = 250
-    clip: float = 1.0
     ema: float = 0.0
-    max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "clip")
-        _at_least(self, 0, "backbone_learning_rate", "weight_decay", "warmup_steps")
-        _at_least(self, 1, "max_nonfinite_steps")
-        _check(self, lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers from 0 to less than 1", "betas")
-        _check(self, lambda value: 0 < value <= 1, "more than 0, up to 1", "layer_decay")
-        _check(self, lambda value: 0 <= value < 1, "0 to less than 1", "ema")
+        super().__post_init__()
+        check(self, "learning_rate", gt=0)
+        check(self, "backbone_learning_rate", "weight_decay", "warmup_steps", ge=0)
+        check(self, "layer_decay", gt=0, le=1)
+        check(self, "ema", ge=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,33 +223,7 @@ class StoppingConfig:
     min_delta: float = 1e-4
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "patience", "min_delta")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
-    """Settings that do not change the result, except for rounding.
-
-    Attributes
-    ----------
-    device
-        ``auto``: CUDA if available.
-    dtype
-        Of matrix products; ``auto``: bfloat16 on GPUs that support it (Ampere and later), float32 elsewhere.
-    workers
-        Processes that load and augment.
-    timeout_s
-        How long a rank waits for another.
-    """
-
-    device: str = "auto"
-    dtype: Precision = "auto"
-    workers: int = 2
-    timeout_s: float = 1800.0
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "workers")
-        _positive(self, "timeout_s")
+        check(self, "patience", "min_delta", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,10 +269,10 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         intervals = ("log_every", "image_every", "validate_every", "score_every", "checkpoint_every")
-        _at_least(self, 1, "epochs", "batch_size", *intervals)
-        _at_least(self, 0, "seed")
-        if self.target == "flows" and self.loss != LossConfig():
-            raise ValueError("loss: foreground_weight and gradient_weight are for target distance; remove them")
+        check(self, "epochs", "batch_size", *intervals, ge=1)
+        check(self, "seed", ge=0)
+        only = "loss: foreground_weight and gradient_weight are for target distance; remove them"
+        refuse((self.target == "flows" and self.loss != LossConfig(), only))
 
     @property
     def crops_per_step(self) -> int:

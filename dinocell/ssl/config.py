@@ -1,15 +1,15 @@
 """The schema of a pretraining recipe."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dinocell.models.config import VARIANTS
 from dinocell.models.layers import AttentionKernel
-from dinocell.runtime.device import Precision
+from dinocell.runtime import sections
 from dinocell.runtime.schedules import Freeze, Schedule, check_range
+from dinocell.runtime.sections import AdamWConfig, check, check_ascending, refuse
 from dinocell.runtime.sharding import Parallel
 
 Policy = Literal["consistency", "average", "bag", "stack"]
@@ -27,34 +27,6 @@ RENAMED_KEYS = {
     "optim.max_bad_steps": "optim.max_nonfinite_steps",
 }
 REMOVED_KEYS = {"gram.negatives": "keep", "views.black": "0.1", "views.white": "99.9"}
-
-
-def _check(section: Any, expected: str, accepts: Callable[[float], bool], *names: str) -> None:
-    """Refuse fields, numbers or tuples of numbers, with a value that is not accepted."""
-    for name in names:
-        value = getattr(section, name)
-        if not all(accepts(number) for number in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"{name}: expected {expected}, got {value}")
-
-
-def _check_at_least(section: Any, low: int, *names: str) -> None:
-    _check(section, f"at least {low}", lambda number: low <= number < math.inf, *names)
-
-
-def _check_positive(section: Any, *names: str) -> None:
-    _check(section, "more than 0", lambda number: 0 < number < math.inf, *names)
-
-
-def _check_share(section: Any, *names: str) -> None:
-    _check(section, "0 to 1", lambda number: 0 <= number <= 1, *names)
-
-
-def _check_ascending(section: Any, *names: str) -> None:
-    """Refuse pairs that are not a range."""
-    for name in names:
-        low, high = getattr(section, name)
-        if low > high:
-            raise ValueError(f"{name}: expected a minimum and a maximum, got {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +82,9 @@ class DataConfig:
     cache_gb: float = 50.0
 
     def __post_init__(self) -> None:
-        if not self.shards:
-            raise ValueError("shards: expected the folder or address of at least one shard set, got none")
-        _check_positive(self, "cache_gb", *(["weights"] if self.weights is not None else []))
-        _check_at_least(self, 1, "block_shards")
+        refuse((not self.shards, "shards: expected the folder or address of at least one shard set, got none"))
+        check(self, "cache_gb", "weights", gt=0)
+        check(self, "block_shards", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,19 +140,20 @@ class ViewsConfig:
     noise_sigma: tuple[float, float] = (0.01, 0.05)
 
     def __post_init__(self) -> None:
-        _check_share(self, "global_mean_probability", "local_mean_probability", "drop_channel", "protein_contrast")
-        _check_share(self, "blur", "noise", "global_area", "local_area")
-        _check_positive(self, "global_area", "local_area", "aspect")
-        _check_at_least(self, 1, "global_size", "local_size")
-        _check_at_least(self, 0, "num_local", "brightness", "contrast", "blur_sigma_px", "noise_sigma")
-        _check_ascending(self, "global_area", "local_area", "aspect", "blur_sigma_px", "noise_sigma")
-        if self.num_global < 2:
-            raise ValueError("global_mean_probability: expected a number for each of at least 2 global views")
-        if len(set(self.channels)) < len(self.channels) or (self.policy == "stack" and not self.channels):
-            raise ValueError(
-                "channels: expected names of input channels, each once, for policy stack at least one; got "
-                f"{list(self.channels)}"
-            )
+        probabilities = ("global_mean_probability", "local_mean_probability", "drop_channel", "protein_contrast")
+        check(self, *probabilities, "blur", "noise", ge=0, le=1)
+        check(self, "global_area", "local_area", gt=0, le=1)
+        check(self, "aspect", gt=0)
+        check(self, "global_size", "local_size", ge=1)
+        check(self, "num_local", "brightness", "contrast", "blur_sigma_px", "noise_sigma", ge=0)
+        check_ascending(self, "global_area", "local_area", "aspect", "blur_sigma_px", "noise_sigma")
+        two = "global_mean_probability: expected a number for each of at least 2 global views"
+        once = "channels: expected names of input channels, each once, for policy stack at least one"
+        is_repeated = len(set(self.channels)) < len(self.channels)
+        refuse(
+            (self.num_global < 2, two),
+            (is_repeated or (self.policy == "stack" and not self.channels), f"{once}; got {list(self.channels)}"),
+        )
 
     @property
     def num_global(self) -> int:
@@ -239,13 +211,10 @@ class MaskingConfig:
     shift: bool = False
 
     def __post_init__(self) -> None:
-        _check_share(self, "image_share", "min_patch_share", "max_patch_share", "max_block_share", "min_aspect")
-        _check_positive(self, "max_block_share", "min_aspect")
-        _check_at_least(self, 1, "min_block", *(["samples_per_group"] if self.samples_per_group is not None else []))
-        if self.min_patch_share > self.max_patch_share:
-            raise ValueError(
-                f"min_patch_share: expected at most max_patch_share {self.max_patch_share}, got {self.min_patch_share}"
-            )
+        check(self, "image_share", "max_patch_share", ge=0, le=1)
+        check(self, "min_patch_share", ge=0, le=self.max_patch_share)
+        check(self, "max_block_share", "min_aspect", gt=0, le=1)
+        check(self, "min_block", "samples_per_group", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,11 +236,11 @@ class ModelConfig:
     drop_path: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant}")
-        _check_at_least(self, 1, "patch_size")
-        _check_at_least(self, 0, "layer_scale")
-        _check(self, "0 to less than 1", lambda share: 0 <= share < 1, "drop_path")
+        variants = ", ".join(VARIANTS)
+        refuse((self.variant not in VARIANTS, f"variant: expected one of {variants}, got {self.variant}"))
+        check(self, "patch_size", ge=1)
+        check(self, "layer_scale", ge=0)
+        check(self, "drop_path", ge=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +255,7 @@ class HeadsConfig:
     weight_norm: bool = False
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "num_prototypes", "hidden", "bottleneck", "layers")
+        check(self, "num_prototypes", "hidden", "bottleneck", "layers", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,8 +281,8 @@ class ReconstructionConfig:
     hidden_dim: int = 512
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 0, "weight")
-        _check_at_least(self, 1, "hidden_dim")
+        check(self, "weight", ge=0)
+        check(self, "hidden_dim", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,10 +299,10 @@ class LossConfig:
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 0, "dino_weight", "ibot_weight", "koleo_weight")
-        _check_positive(self, "student_temperature")
-        _check_at_least(self, 1, "sinkhorn_iterations")
-        _check_share(self, "centre_momentum")
+        check(self, "dino_weight", "ibot_weight", "koleo_weight", ge=0)
+        check(self, "student_temperature", gt=0)
+        check(self, "sinkhorn_iterations", ge=1)
+        check(self, "centre_momentum", ge=0, le=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,12 +317,12 @@ class GramConfig:
     max_refreshes: int = 3
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "refresh_every")
-        _check_at_least(self, 0, "max_refreshes")
+        check(self, "refresh_every", ge=1)
+        check(self, "max_refreshes", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(AdamWConfig):
     """AdamW and its settings.
 
     Attributes
@@ -365,40 +334,27 @@ class OptimConfig:
         Factor on the heads' weight decay.
     rule
         How the learning rate of the schedule, which is for a batch of 1,024, scales with the batch size.
-    clip
-        Maximum gradient norm of each sub-module.
-    max_nonfinite_steps
-        Number of consecutive steps with a non-finite loss or gradient that ends the run. Such steps change no weight.
     """
 
     rule: Literal["sqrt", "linear", "constant"] = "sqrt"
-    betas: tuple[float, float] = (0.9, 0.999)
     layer_decay: float = 0.9
     patch_embedding_factor: float = 0.2
     head_weight_decay_factor: float = 1.0
     clip: float = 3.0
     accumulate: int = 1
-    max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
-        _check(self, "0 to less than 1", lambda beta: 0 <= beta < 1, "betas")
-        _check_at_least(self, 0, "layer_decay", "patch_embedding_factor", "head_weight_decay_factor")
-        _check(self, "more than 0", lambda norm: norm > 0, "clip")  # infinite: no clipping
-        _check_at_least(self, 1, "max_nonfinite_steps", "accumulate")
+        super().__post_init__()
+        check(self, "layer_decay", "patch_embedding_factor", "head_weight_decay_factor", ge=0)
+        check(self, "accumulate", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
+class ComputeConfig(sections.ComputeConfig):
     """Settings that change the results by rounding errors only.
 
     Attributes
     ----------
-    device
-        ``auto``: CUDA if available.
-    dtype
-        Of matrix products; ``auto``: bfloat16 on GPUs that support it (Ampere and later), float32 elsewhere.
-    workers
-        Number of processes per rank that read and decode ahead.
     parallel
         How the model is distributed over several ranks, see `dinocell.runtime.sharding`.
     attention
@@ -412,22 +368,12 @@ class ComputeConfig:
         What the backward pass recomputes instead of storing it. ``activations``: the outputs of norms and activations,
         no matrix product; ``blocks``: everything inside each block, and the teacher's logits. Figures:
         benchmarks/results/pretrain_step_cpu.md.
-    timeout_s
-        Time that ranks wait for each other before all of them stop with an error.
     """
 
-    device: str = "auto"
-    dtype: Precision = "auto"
-    workers: int = 2
     parallel: Parallel = "auto"
     attention: AttentionKernel = "sdpa"
     compile: Compile = "nothing"
     recompute: Recompute = "nothing"
-    timeout_s: float = 1800.0
-
-    def __post_init__(self) -> None:
-        _check_at_least(self, 0, "workers")
-        _check_positive(self, "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -455,11 +401,11 @@ class OnlineEvalConfig:
 
     def __post_init__(self) -> None:
         given = [name for name in ("knn_train", "knn_test", "label") if getattr(self, name) is not None]
-        if len(given) not in (0, 3):
-            raise ValueError(f"knn_train, knn_test, label: expected all three or none, got {', '.join(given)}")
-        _check_at_least(self, 0, "every")
-        _check_at_least(self, 1, "neighbours")
-        _check_at_least(self, 2, "tiles")
+        wanted = "knn_train, knn_test, label: expected all three or none"
+        refuse((len(given) in (1, 2), f"{wanted}, got {', '.join(given)}"))
+        check(self, "every", ge=0)
+        check(self, "neighbours", ge=1)
+        check(self, "tiles", ge=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -500,23 +446,22 @@ class PretrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "steps", "batch_size", "log_every", "image_every", "export_every")
-        _check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
-        _check_at_least(self, 0, "keep_checkpoint_every")
-        _check(self, f"0 to {_LARGEST_SEED}", lambda seed: 0 <= seed <= _LARGEST_SEED, "seed")
-        if self.batch_size % self.optim.accumulate:
-            raise ValueError(
-                f"optim.accumulate: expected a divisor of batch_size {self.batch_size}, got {self.optim.accumulate}"
+        check(self, "steps", "batch_size", "log_every", "image_every", "export_every", ge=1)
+        check(self, "checkpoint_every", "keep_checkpoints", ge=1)
+        check(self, "keep_checkpoint_every", ge=0)
+        check(self, "seed", ge=0, le=_LARGEST_SEED)
+        batch, parts = self.batch_size, self.optim.accumulate
+        refuse((batch % parts > 0, f"optim.accumulate: expected a divisor of batch_size {batch}, got {parts}"))
+        patch = self.model.patch_size
+        for name, size in (("global_size", self.views.global_size), ("local_size", self.views.local_size)):
+            refuse((size % patch > 0, f"views.{name}: expected a multiple of patch_size {patch}, got {size}"))
+        stack = "expected same with views.policy=stack, whose crops have all channels"
+        refuse(
+            (
+                self.views.policy == "stack" and self.target_channels != "same",
+                f"losses.reconstruction.target: {stack}, got {self.target_channels}",
             )
-        for name in ("global_size", "local_size"):
-            size = getattr(self.views, name)
-            if size % self.model.patch_size:
-                raise ValueError(f"views.{name}: expected a multiple of patch_size {self.model.patch_size}, got {size}")
-        if self.views.policy == "stack" and self.target_channels != "same":
-            raise ValueError(
-                "losses.reconstruction.target: expected same with views.policy=stack, whose crops have all channels, "
-                f"got {self.target_channels}"
-            )
+        )
 
     @property
     def mask_grid(self) -> tuple[int, int]:
