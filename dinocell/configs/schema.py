@@ -6,6 +6,7 @@ optionals, tuples, lists, string-keyed dicts, and further schemas (*sections*). 
 and one text for a list of texts or paths (``data.shards=D``).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -39,47 +40,54 @@ def fit(annotation: Any, value: Any, key: str = "") -> Any:
     MisfitError
         If the value does not fit, with ``key``, expected and got.
     """
-    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return _fit_section(annotation, value, key)
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return _fit_union(annotation, value, key)
-    if isinstance(value, str) and _is_list_of_texts(annotation):
-        value = [value]
-    if origin in (tuple, list) and isinstance(value, list | tuple):
-        return _fit_sequence(annotation, list(value), key)
-    if origin is dict and isinstance(value, Mapping):
+    origin, arguments, members = get_origin(annotation), get_args(annotation), _members(annotation)
+    if len(members) > 1:
+        real = [member for member in members if member is not type(None)]
+        if value is None and len(real) < len(members):
+            return None
+        if len(real) == 1 and value is not None:
+            return fit(real[0], value, key)  # its message may name an inner key
+        for member in real:
+            with contextlib.suppress(MisfitError):
+                return fit(member, value, key)
+    elif dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        if isinstance(value, Mapping):
+            return _fit_section(annotation, value, key)
+    elif origin in (tuple, list):
+        has_any_length = origin is list or arguments[1:] == (...,)
+        items = [value] if isinstance(value, str) and has_any_length and accepts_text(arguments[0]) else value
+        if isinstance(items, list | tuple) and (has_any_length or len(items) == len(arguments)):
+            kinds = arguments[:1] * len(items) if has_any_length else arguments
+            pairs = enumerate(zip(kinds, items, strict=True))
+            return origin(fit(kind, item, f"{key}[{index}]") for index, (kind, item) in pairs)
+    elif origin is dict and isinstance(value, Mapping):
         return {name: fit(arguments[1], item, join(key, str(name))) for name, item in value.items()}
-    if origin is Literal and any(value == allowed and type(value) is type(allowed) for allowed in arguments):
-        return value
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        for member in annotation:
-            if value in (member, member.name, member.value):
-                return member
-    elif annotation is Any or (annotation in (None, type(None)) and value is None):
-        return value
+    elif isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        for option in annotation:
+            if value in (option, option.name, option.value):
+                return option
     elif annotation is float and type(value) in (int, float):
         return float(value)
     elif annotation is Path and isinstance(value, str | Path):
         return Path(value)
-    elif annotation in (int, bool, str) and type(value) is annotation:
+    elif (
+        annotation is Any
+        or (annotation in (int, bool, str, type(None)) and type(value) is annotation)
+        or (origin is Literal and any(value == option and type(value) is type(option) for option in arguments))
+    ):
         return value
     raise MisfitError(key, _expected_got(annotation, value))
 
 
-def _fit_section(schema: type, value: Any, key: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise MisfitError(key, _expected_got(schema, value))
+def _fit_section(schema: type, value: Mapping[Any, Any], key: str) -> Any:
     value, former = present_keys(schema, value, key)
     for note in notes(former):
         _log.info(note)
     hints = field_types(schema)
-    for name in value:
-        if name not in hints:
-            raise MisfitError(join(key, str(name)), "unknown key" + did_you_mean(str(name), hints))
-    absent = missing_keys(schema, value, key)
-    if absent:
-        raise MisfitError(absent[0], "required, but not set")
+    problems = {join(key, name): "unknown key" + did_you_mean(name, hints) for name in value if name not in hints}
+    problems |= dict.fromkeys(missing_keys(schema, value, key), "required, but not set")
+    if problems:
+        raise MisfitError(*next(iter(problems.items())))
     values = {name: fit(hints[name], item, join(key, name)) for name, item in value.items()}
     try:
         return schema(**values)
@@ -87,46 +95,15 @@ def _fit_section(schema: type, value: Any, key: str) -> Any:
         raise MisfitError(key, " ".join(str(error).split())) from error
 
 
-def _fit_union(annotation: Any, value: Any, key: str) -> Any:
-    members = get_args(annotation)
-    if value is None and type(None) in members:
-        return None
-    real = [member for member in members if member is not type(None)]
-    if len(real) == 1 and value is not None:
-        return fit(real[0], value, key)  # its message may name an inner key
-    for member in real:
-        try:
-            return fit(member, value, key)
-        except MisfitError:
-            continue
-    raise MisfitError(key, _expected_got(annotation, value))
-
-
-def _fit_sequence(annotation: Any, value: list[Any], key: str) -> Any:
-    arguments = get_args(annotation)
-    if get_origin(annotation) is list:
-        return [fit(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(fit(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
-    if len(value) != len(arguments):
-        raise MisfitError(key, _expected_got(annotation, value))
-    return tuple(fit(arguments[index], item, f"{key}[{index}]") for index, item in enumerate(value))
-
-
-def _is_list_of_texts(annotation: Any) -> bool:
-    """Return whether an annotation is a list of texts or paths."""
-    arguments = get_args(annotation)
-    takes_any_number = get_origin(annotation) is list or (get_origin(annotation) is tuple and arguments[1:] == (...,))
-    return takes_any_number and accepts_text(arguments[0])
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
 def _expected_got(annotation: Any, value: Any) -> str:
     hint = ""
-    options = (
-        [show(option, quote=False) for option in get_args(annotation)] if get_origin(annotation) is Literal else []
-    )
-    if options and isinstance(value, str):
-        hint = did_you_mean(value, options)
+    if get_origin(annotation) is Literal and isinstance(value, str):
+        hint = did_you_mean(value, [show(option, quote=False) for option in get_args(annotation)])
     elif accepts_text(annotation) and isinstance(value, bool | int | float):
         hint = "; put it in quotes"
     return f"expected {describe(annotation)}, got {show(value)}{hint}"
@@ -144,7 +121,7 @@ def describe(annotation: Any, *, plural: bool = False) -> str:
         type(None): ("null", "null"),
         Any: ("anything", "anything"),
     }
-    if origin in (Union, types.UnionType):
+    if len(_members(annotation)) > 1:
         return " or ".join(describe(member) for member in arguments)
     if origin is Literal:
         return "one of " + ", ".join(show(option, quote=False) for option in arguments)
@@ -197,47 +174,36 @@ def field_types(schema: Any) -> dict[str, Any]:
 
 def section(annotation: Any) -> type | None:
     """Return the schema of a section or of an optional section, None for a plain value."""
-    for member in (
-        (annotation, *get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    ):
-        if isinstance(member, type) and dataclasses.is_dataclass(member):
-            return member
-    return None
+    sections = (member for member in _members(annotation) if isinstance(member, type))
+    return next((member for member in sections if dataclasses.is_dataclass(member)), None)
 
 
 def accepts_text(annotation: Any) -> bool:
     """Return whether ``annotation`` is text or a path, or an option of these."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return any(accepts_text(member) for member in get_args(annotation))
-    return annotation in (str, Path)
+    return any(member in (str, Path) for member in _members(annotation))
 
 
 def defaults(schema: type) -> dict[str, Any]:
     """Return the plain defaults of ``schema``, without the fields that have none."""
     plain = {}
     for field in dataclasses.fields(schema):
-        if field.init and field.default_factory is not dataclasses.MISSING:
-            plain[field.name] = to_plain(field.default_factory())
-        elif field.init and field.default is not dataclasses.MISSING:
-            plain[field.name] = to_plain(field.default)
+        if field.init and _has_default(field):
+            made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            plain[field.name] = to_plain(made)
     return plain
 
 
 def annotation_of(schema: type, key: str) -> Any:
     """Return the annotation of a dotted key of ``schema``; raise :class:`MisfitError` if there is no such key."""
     annotation: Any = schema
-    parts = key.split(".")
-    for index, part in enumerate(parts):
+    outer = ""
+    for part in key.split("."):
         inner = section(annotation)
-        if inner is not None and part in field_types(inner):
-            annotation = field_types(inner)[part]
-        elif inner is not None:
-            raise MisfitError(".".join(parts[: index + 1]), "unknown key" + did_you_mean(key, all_keys(schema)))
-        elif get_origin(annotation) is dict:
-            annotation = get_args(annotation)[1]
-        else:
-            value = ".".join(parts[:index])
-            raise MisfitError(key, f"unknown key; {value} takes {describe(annotation)}, no keys")
+        known = field_types(inner) if inner is not None else {}
+        if part not in known and get_origin(annotation) is not dict:
+            hint = did_you_mean(key, all_keys(schema)) if known else f"; {outer} takes {describe(annotation)}, no keys"
+            raise MisfitError(join(outer, part), f"unknown key{hint}")
+        annotation, outer = known[part] if known else get_args(annotation)[1], join(outer, part)
     return annotation
 
 
@@ -256,23 +222,23 @@ def present_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> t
     renamed, removed = getattr(module, "RENAMED_KEYS", {}), getattr(module, "REMOVED_KEYS", {})
     present, former = _copied(values), {}
     known = set(all_keys(schema)) if renamed or removed else set()
-    for old, new in renamed.items():
-        if old in known or new not in known or (value := _take(present, old)) is _ABSENT:
+    for old, new in {**renamed, **dict.fromkeys(removed)}.items():
+        if old in known or (new and new not in known) or (value := _take(present, old)) is _ABSENT:
             continue
-        if _take(_copied(present), new) is not _ABSENT:
-            raise MisfitError(join(prefix, new), f"set twice, also under its former name {join(prefix, old)}")
-        *parents, name = new.split(".")
-        inside = present
-        for part in parents:
-            inside = inside.setdefault(part, {})
-        inside[name] = value
-        former[join(prefix, new)] = join(prefix, old)
-    for old, only in removed.items():
-        if old in known or (value := _take(present, old)) is _ABSENT:
-            continue
-        if value != only:
-            raise MisfitError(join(prefix, old), f"no longer exists; only {show(only)} is still accepted")
-        former[join(prefix, old)] = join(prefix, old)
+        problem = ""
+        if new and _take(_copied(present), new) is not _ABSENT:
+            problem = f"set twice, also under its former name {join(prefix, old)}"
+        elif new:
+            *parents, name = new.split(".")
+            inside = present
+            for part in parents:
+                inside = inside.setdefault(part, {})
+            inside[name] = value
+        elif value != removed[old]:
+            problem = f"no longer exists; only {show(removed[old])} is still accepted"
+        if problem:
+            raise MisfitError(join(prefix, new or old), problem)
+        former[join(prefix, new or old)] = join(prefix, old)
     hints = field_types(schema)
     for name, value in present.items():
         inner = section(hints.get(name))
@@ -303,17 +269,14 @@ def _take(values: dict[str, Any], key: str) -> Any:
     return value
 
 
-def with_defaults(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values with the keys that they lack, as far as these have defaults."""
-    return _filled(schema, defaults(schema), values)
-
-
-def _filled(schema: type, plain: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(schema: type, values: Mapping[str, Any], plain: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return nested values with the keys that they lack, as far as these have defaults (or are in ``plain``)."""
+    plain = plain or defaults(schema)
     result = {**plain, **values}
     for name, annotation in field_types(schema).items():
         inner, value = section(annotation), values.get(name)
         if inner is not None and isinstance(value, Mapping):
-            result[name] = _filled(inner, plain.get(name) or defaults(inner), value)
+            result[name] = with_defaults(inner, value, plain.get(name))
     return result
 
 
@@ -362,9 +325,6 @@ def join(prefix: str, name: str) -> str:
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-
-
-# --- differences between configurations -----------------------------------------------------------------------------
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ("compute",)) -> list[str]:
