@@ -104,7 +104,7 @@ def shipped_recipes(command: str) -> list[str]:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the plain mapping in a YAML file, without resolving ``${...}``; :class:`ConfigError` if there is none."""
-    return _parse(path, _read(path))
+    return _parse(path)[0]
 
 
 def read_stored(schema: type, path: Path) -> dict[str, Any]:
@@ -141,12 +141,32 @@ def _shipped_folder(command: str) -> Path:
 
 @contextmanager
 def _errors_at(source: Callable[[str], str]) -> Iterator[None]:
-    """Add the source of a key to the errors of the schema."""
+    """Turn errors of the schema, of YAML and of ``${...}`` into one line that begins with the source of their key."""
+    cause: Exception
     try:
         yield
+        return
     except MisfitError as error:
-        where = source(error.key)
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+        cause, where, problem = error, source(error.key), str(error)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}: column {mark.column + 1}" if mark is not None else ""
+        cause, where, problem = error, source("") + place, _reason(error)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        cause, where, problem = error, source(key), f"{key}: {_reason(error)}" if key else _reason(error)
+    raise ConfigError(f"{where}: {problem}" if where else problem) from cause
+
+
+def _reason(error: yaml.YAMLError | OmegaConfBaseException) -> str:
+    """Return in one line what a library cannot read in a text."""
+    if isinstance(error, yaml.YAMLError):
+        problem = getattr(error, "problem", None) or getattr(error, "context", None) or one_line(error)
+        return f"not valid YAML: {problem}"
+    line = str(error).splitlines()[0]
+    if isinstance(error, GrammarParseError):
+        return f"the ${{...}} in it cannot be read ({line})"
+    return line.partition(" raised while resolving interpolation: ")[2].strip('"') or line
 
 
 def _nested(key: str, value: Any) -> Any:
@@ -156,83 +176,56 @@ def _nested(key: str, value: Any) -> Any:
     return value
 
 
-# --- YAML files -----------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> str:
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the mapping in a YAML file, and the line of every dotted key."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        problem = "no such file"
-    except IsADirectoryError:
-        problem = "is a folder, expected a YAML file"
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 text (byte {error.start}); save it as UTF-8"
-    except OSError as error:
-        problem = f"cannot be read: {one_line(error)}"
-    raise ConfigError(f"{path}: {problem}")
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problems = {
+            FileNotFoundError: "no such file",
+            IsADirectoryError: "is a folder, expected a YAML file",
+            UnicodeDecodeError: f"not UTF-8 text (byte {getattr(error, 'start', 0)}); save it as UTF-8",
+        }
+        problem = problems.get(type(error), f"cannot be read: {one_line(error)}")
+        raise ConfigError(f"{path}: {problem}") from error
+    with _errors_at(lambda _: str(path)):
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is None:
-            return {}
-        if not isinstance(root, yaml.MappingNode):
-            kind = "a list" if isinstance(root, yaml.SequenceNode) else f"'{root.value}'"
-            raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected 'key: value' lines, got {kind}")
-        plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}: column {mark.column + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {_yaml_problem(error)}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_omegaconf_problem(error)}") from error
-    if (number := _ambiguous_number(root)) is not None:
-        raise ConfigError(f"{path}:{number.start_mark.line + 1}: {_ambiguity(number)}")
-    assert isinstance(plain, dict)
-    return {str(name): value for name, value in plain.items()}
+        plain: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if root is not None else {}
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        kind = "a list" if isinstance(root, yaml.SequenceNode) else f"'{root.value}'"
+        raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected 'key: value' lines, got {kind}")
+    lines = {key: line for key, line, _ in reversed([*_nodes(root)])}
+    with _errors_at(lambda key: f"{path}:{lines[key]}"):
+        _check_numbers(root)
+    return {str(name): value for name, value in plain.items()}, lines
 
 
-def _ambiguous_number(node: yaml.Node | None) -> yaml.ScalarNode | None:
-    """Return the first number with a surprising meaning in YAML 1.1: 010 is 8 (octal), 1:30 is 90 (base 60)."""
-    if isinstance(node, yaml.ScalarNode):
-        is_number = node.style is None and node.tag.endswith((":int", ":float"))
-        return node if is_number and re.fullmatch(r"[-+]?0[0-7_]+|[^:]+:.*", node.value) else None
-    items: list[yaml.Node] = []
+def _nodes(node: yaml.Node | None, key: str = "", line: int = 1) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Yield the dotted key and the line of every name and value inside a node."""
+    if node is not None:
+        yield key, line, node
     if isinstance(node, yaml.MappingNode):
-        items = [item for pair in node.value for item in pair]
+        for name, value in node.value:
+            inner = join(key, str(name.value))
+            yield inner, name.start_mark.line + 1, name
+            yield from _nodes(value, inner, name.start_mark.line + 1)
     elif isinstance(node, yaml.SequenceNode):
-        items = node.value
-    return next((number for item in items if (number := _ambiguous_number(item)) is not None), None)
+        for index, value in enumerate(node.value):
+            yield from _nodes(value, f"{key}[{index}]", value.start_mark.line + 1)
 
 
-def _ambiguity(node: yaml.ScalarNode) -> str:
-    meaning = yaml.safe_load(node.value)
-    return f"{node.value} is {meaning} to YAML; write {meaning}, or '{node.value}' in quotes for a text"
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or getattr(error, "context", None) or one_line(error)
-
-
-def _omegaconf_problem(error: OmegaConfBaseException, *, with_key: bool = True) -> str:
-    """Return OmegaConf's message about a ``${...}`` in one line."""
-    line = str(error).splitlines()[0]
-    _, marker, reason = line.partition(" raised while resolving interpolation: ")
-    problem = reason.strip('"') if marker else line
-    if isinstance(error, GrammarParseError):
-        problem = f"the ${{...}} in it cannot be read ({line})"
-    return f"{error.full_key}: {problem}" if with_key and error.full_key else problem
-
-
-# --- settings of recipes and overrides ------------------------------------------------------------------------------
+def _check_numbers(root: yaml.Node | None, key: str = "") -> None:
+    """Refuse numbers with a surprising meaning in YAML 1.1: 010 is 8 (octal), 1:30 is 90 (base 60)."""
+    for inner, _, node in _nodes(root, key):
+        is_number = isinstance(node, yaml.ScalarNode) and node.style is None and node.tag.endswith((":int", ":float"))
+        if is_number and re.fullmatch(r"[-+]?0[0-7_]+|[^:]+:.*", node.value):
+            meaning = yaml.safe_load(node.value)
+            problem = f"{node.value} is {meaning} to YAML; write {meaning}, or '{node.value}' in quotes for a text"
+            raise MisfitError(inner, problem)
 
 
 def _recipe_settings(schema: type, recipe: Path) -> Iterator[_Setting]:
-    text = _read(recipe)
-    values = _parse(recipe, text)
-    lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+    values, lines = _parse(recipe)
     with _errors_at(lambda _: str(recipe)):
         values, former = schemas.present_keys(schema, values)
     for note in schemas.notes(former):
@@ -247,25 +240,16 @@ def _recipe_settings(schema: type, recipe: Path) -> Iterator[_Setting]:
     yield from _settings(schema, "", values, source)
 
 
-def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            key = join(prefix, str(name.value))
-            yield key, name.start_mark.line + 1
-            yield from _lines(value, key)
-
-
 def _override_settings(schema: type, text: str, overrides: Sequence[str]) -> Iterator[_Setting]:
-    source = f"override '{text}'"
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a file name in another encoding; config.yaml could not hold it
-        shown = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        raise ConfigError(f"override '{shown}': expected UTF-8 text; rename the file or folder") from None
+    # A file name in another encoding has surrogates; config.yaml could not hold it.
+    shown = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    source = f"override '{shown}'"
     key, equals, raw = (part.strip() for part in text.partition("="))
+    keys = list(schemas.all_keys(schema))
     problem = ""
-    if not equals:
-        keys = list(schemas.all_keys(schema))
+    if shown != text:
+        problem = "expected UTF-8 text; rename the file or folder"
+    elif not equals:
         hint = f"; did you mean '{key}=...'?" if key in keys else did_you_mean(key, keys, suffix="=...")
         problem = f"expected key=value{hint}"
     elif not all(key.split(".")):
@@ -275,24 +259,14 @@ def _override_settings(schema: type, text: str, overrides: Sequence[str]) -> Ite
     if problem:
         raise ConfigError(f"{source}: {problem}")
     with _errors_at(lambda _: source):
-        key = _present_key(schema, key, source, overrides)
-        value = _from_text(schemas.annotation_of(schema, key), raw, source)
+        rest, former = schemas.present_keys(schema, _nested(key, ""))
+        if former:
+            key = ".".join(_keys(rest))
+            if key in (other.partition("=")[0].strip() for other in overrides):
+                raise MisfitError(key, "set twice, also under its former name")
+            _log.warning("%s: %s", source, ", ".join(schemas.notes(former)))
+        value = _from_text(schemas.annotation_of(schema, key), raw, key)
     yield from _settings(schema, key, value, lambda _: source)
-
-
-def _present_key(schema: type, key: str, source: str, overrides: Sequence[str]) -> str:
-    """Return the present name of a dotted key that may be a former one."""
-    rest, former = schemas.present_keys(schema, _nested(key, _UNREAD))
-    if not former:
-        return key
-    present = ".".join(_keys(rest))
-    if present in (text.partition("=")[0].strip() for text in overrides):
-        raise MisfitError(present, "set twice, also under its former name")
-    _log.warning("%s: %s", source, ", ".join(schemas.notes(former)))
-    return present
-
-
-_UNREAD = object()
 
 
 def _keys(nested: Any) -> Iterator[str]:
@@ -316,7 +290,7 @@ def _settings(schema: type, key: str, value: Any, source: Callable[[str], str]) 
             yield from _settings(schema, join(key, str(name)), item, source)
 
 
-def _from_text(annotation: Any, raw: str, source: str) -> Any:
+def _from_text(annotation: Any, raw: str, key: str) -> Any:
     """Parse the right side of ``key=value``; a text or a path is taken literally unless quoted or null."""
     if raw in get_args(annotation) and get_origin(annotation) is Literal:
         return raw
@@ -324,25 +298,17 @@ def _from_text(annotation: Any, raw: str, source: str) -> Any:
         return raw
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
-        number = _ambiguous_number(yaml.compose(raw, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        problem = f"the value is not valid YAML ({_yaml_problem(error)}); put it in quotes"
-        raise ConfigError(f"{source}: {problem}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_omegaconf_problem(error, with_key=False)}") from error
-    if number is not None:
-        raise ConfigError(f"{source}: {_ambiguity(number)}")
+        node = yaml.compose(raw, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise MisfitError(key, f"{_reason(error)}; put the value in quotes") from error
+    _check_numbers(node, key)
     return parsed["value"]
 
 
 def _resolve(schema: type, tree: Any, settings: list[_Setting]) -> dict[str, Any]:
     """Return the tree with every ``${...}`` replaced; text from the environment is parsed like an override."""
-    try:
+    with _errors_at(lambda key: _source_of(key, settings)):
         values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{_source_of(error.full_key or '', settings)}: {_omegaconf_problem(error)}") from error
-    except RecursionError:
-        raise ConfigError("a value refers to itself through ${...}") from None
     assert isinstance(values, dict)
     for setting in settings:
         if isinstance(setting.value, str) and "${" in setting.value:
@@ -351,7 +317,8 @@ def _resolve(schema: type, tree: Any, settings: list[_Setting]) -> dict[str, Any
             for part in parents:
                 parent = parent[part] if isinstance(parent, dict) else None
             if isinstance(parent, dict) and isinstance(parent.get(name), str):
-                parent[name] = _from_text(schemas.annotation_of(schema, setting.key), parent[name], setting.source)
+                with _errors_at(lambda _, at=setting: at.source):  # type: ignore[misc]
+                    parent[name] = _from_text(schemas.annotation_of(schema, setting.key), parent[name], setting.key)
     return {str(name): value for name, value in values.items()}
 
 
