@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import erf
 from torch import nn
 
-from dinocell.ssl.heads import ProjectionHead, ReconstructionHead
+from dinocell.ssl.heads import ProjectionHead, ReconstructionHead, row_chunks
 
 
 def plain_head(state: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,3 +121,11 @@ def test_the_reconstruction_head_is_two_linear_layers_with_gelu() -> None:
     assert head(tokens[:0]).shape == (0, 16)
     with torch.device("meta"):
         assert ReconstructionHead(6, 16).fc2.weight.is_meta
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 50), st.integers(1, 300))
+def test_chunks_cover_every_row_once(num_rows: int, prototypes: int, elements: int) -> None:
+    chunks = list(row_chunks(num_rows, prototypes, torch.device("cpu"), elements))
+    assert [row for chunk in chunks for row in range(num_rows)[chunk]] == list(range(num_rows))
+    assert all(chunk.stop - chunk.start <= max(1, elements // prototypes) for chunk in chunks)

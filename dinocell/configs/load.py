@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -58,13 +58,12 @@ def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence
     tree: Any = OmegaConf.create(schemas.defaults(schema))
     for setting in settings:
         tree = OmegaConf.unsafe_merge(tree, _nested(setting.key, setting.value))
-    values = _resolve(schema, tree, settings)
-    if missing := schemas.missing_keys(schema, values):
-        where = f"{recipe}: " if recipe is not None else ""
-        raise ConfigError(
-            f"{where}required, but not set: {', '.join(missing)}; set it in the recipe or with {missing[0]}=..."
-        )
     with _errors_at(lambda key: _source_of(key, settings)):
+        values = _resolve(schema, tree, settings)
+        if missing := schemas.missing_keys(schema, values):
+            where = f"{recipe}: " if recipe is not None else ""
+            hint = f"set it in the recipe or with {missing[0]}=..."
+            raise ConfigError(f"{where}required, but not set: {', '.join(missing)}; {hint}")
         return schemas.fit(schema, values)  # type: ignore[no-any-return]
 
 
@@ -124,8 +123,7 @@ def read_stored(schema: type, path: Path) -> dict[str, Any]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration object as nested plain types: dict, list, str, int, float, bool, None."""
-    plain = schemas.to_plain(config)
-    assert isinstance(plain, dict), f"expected a configuration object, got {type(config).__name__}"
+    plain: dict[str, Any] = schemas.to_plain(config)
     return plain
 
 
@@ -259,21 +257,15 @@ def _override_settings(schema: type, text: str, overrides: Sequence[str]) -> Ite
     if problem:
         raise ConfigError(f"{source}: {problem}")
     with _errors_at(lambda _: source):
-        rest, former = schemas.present_keys(schema, _nested(key, ""))
+        _, former = schemas.present_keys(schema, _nested(key, ""))
         if former:
-            key = ".".join(_keys(rest))
+            for new, old in former.items():
+                key = new + key.removeprefix(old)
             if key in (other.partition("=")[0].strip() for other in overrides):
                 raise MisfitError(key, "set twice, also under its former name")
             _log.warning("%s: %s", source, ", ".join(schemas.notes(former)))
         value = _from_text(schemas.annotation_of(schema, key), raw, key)
     yield from _settings(schema, key, value, lambda _: source)
-
-
-def _keys(nested: Any) -> Iterator[str]:
-    if isinstance(nested, dict):
-        for name, inner in nested.items():
-            yield name
-            yield from _keys(inner)
 
 
 def _settings(schema: type, key: str, value: Any, source: Callable[[str], str]) -> Iterator[_Setting]:
@@ -307,19 +299,15 @@ def _from_text(annotation: Any, raw: str, key: str) -> Any:
 
 def _resolve(schema: type, tree: Any, settings: list[_Setting]) -> dict[str, Any]:
     """Return the tree with every ``${...}`` replaced; text from the environment is parsed like an override."""
-    with _errors_at(lambda key: _source_of(key, settings)):
-        values = OmegaConf.to_container(tree, resolve=True)
-    assert isinstance(values, dict)
-    for setting in settings:
-        if isinstance(setting.value, str) and "${" in setting.value:
-            *parents, name = setting.key.split(".")
-            parent: Any = values
-            for part in parents:
-                parent = parent[part] if isinstance(parent, dict) else None
-            if isinstance(parent, dict) and isinstance(parent.get(name), str):
-                with _errors_at(lambda _, at=setting: at.source):  # type: ignore[misc]
-                    parent[name] = _from_text(schemas.annotation_of(schema, setting.key), parent[name], setting.key)
-    return {str(name): value for name, value in values.items()}
+    values: Any = OmegaConf.to_container(tree, resolve=True)
+    for key in [setting.key for setting in settings if "${" in str(setting.value)]:
+        *parents, name = key.split(".")
+        parent = values
+        for part in parents:
+            parent = parent.get(part) if isinstance(parent, dict) else None
+        if isinstance(parent, dict) and isinstance(parent.get(name), str):
+            parent[name] = _from_text(schemas.annotation_of(schema, key), parent[name], key)
+    return cast("dict[str, Any]", values)
 
 
 def _source_of(key: str, settings: list[_Setting]) -> str:

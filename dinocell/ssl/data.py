@@ -3,13 +3,14 @@
 Plans and masks are drawn in the loader's workers, plans before a tile is decoded: channels that no view needs are not.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
 from torch.utils.data import IterableDataset
 
+from dinocell.data_shards.manifest import Manifest
 from dinocell.data_shards.read import Batch, SampleStream, stream
 from dinocell.errors import ConfigError
 from dinocell.runtime.distributed import World
@@ -78,29 +79,33 @@ def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> P
         cache_gb=data.cache_gb,
     )
     for shard_set in samples.sets:
-        _check_channels(config.views, shard_set.location, tuple(shard_set.manifest.channels))
-        _check_tiles(config.views, shard_set.location, shard_set.manifest.shapes)
+        _check_set(config.views, shard_set.location, shard_set.manifest)
     return PlannedStream(samples, config)
 
 
-def _check_channels(views: ViewsConfig, location: str, names: tuple[str, ...]) -> None:
-    if views.policy == "stack" and not set(views.channels) & set(names):
-        raise ConfigError(
-            f"views.channels: {location} has none of {', '.join(views.channels)}; it has {', '.join(names)}"
-        )
-    if views.policy in ("consistency", "bag") and len(names) < 2:
-        raise ConfigError(
-            f"views.policy: {views.policy} needs at least two channels, {location} has {', '.join(names)}; "
-            "use views.policy=average"
-        )
-
-
-def _check_tiles(views: ViewsConfig, location: str, shapes: Mapping[str, int]) -> None:
-    """Refuse a set without a tile as large as a crop: every view would be an upsampled one."""
-    sides = [min(map(int, shape.rsplit(maxsplit=1)[0].split(" x ")[1:])) for shape in shapes]
-    for name, size in (("global_size", views.global_size), ("local_size", views.local_size)):
-        if sides and max(sides) < size and (name == "global_size" or views.num_local):
-            raise ConfigError(
-                f"views.{name}: crops have {size} px, and the tiles of {location} have at most {max(sides)} px; "
-                f"lower views.{name}, or build the set with larger tiles"
+def _check_set(views: ViewsConfig, location: str, manifest: Manifest) -> None:
+    """Refuse a set without the channels of the views, or without a tile as large as a crop: all would be upsampled."""
+    names = ", ".join(manifest.channels)
+    conflicts = [
+        (
+            views.policy == "stack" and not set(views.channels) & set(manifest.channels),
+            f"views.channels: {location} has none of {', '.join(views.channels)}; it has {names}",
+        ),
+        (
+            views.policy in ("consistency", "bag") and len(manifest.channels) < 2,
+            f"views.policy: {views.policy} needs at least two channels, {location} has {names}; "
+            "use views.policy=average",
+        ),
+    ]
+    largest = max((min(map(int, shape.rsplit(maxsplit=1)[0].split(" x ")[1:])) for shape in manifest.shapes), default=0)
+    for name, (some, size) in zip(("global_size", "local_size"), views.kinds, strict=True):
+        conflicts.append(
+            (
+                0 < largest < size and len(some) > 0,
+                f"views.{name}: crops have {size} px, and the tiles of {location} have at most {largest} px; "
+                f"lower views.{name}, or build the set with larger tiles",
             )
+        )
+    for is_wrong, message in conflicts:
+        if is_wrong:
+            raise ConfigError(message)

@@ -1,16 +1,25 @@
-"""The projection head of DINO and iBOT, an MLP onto the unit sphere with prototypes, and the head of reconstruction.
+"""The heads: an MLP onto the unit sphere with prototypes for DINO and iBOT, and the head of reconstruction.
 
 The projection head does not compute logits. The (tokens, prototypes) matrix is the largest tensor of a training step;
-losses and targets take its two factors and compute it in chunks.
+losses and targets take its two factors and compute it in chunks of rows.
 """
 
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Elements of a chunk by default, and maximum rows on the CPU: smaller chunks give slow matrix products, larger ones
+# exceed the processor's cache (benchmarks/ssl_heads.py).
+_CPU_ELEMENTS, _CPU_ROWS = 2**23, 256
+_GPU_ELEMENTS = 2**27
 
 
 class Projection(NamedTuple):
@@ -143,3 +152,40 @@ class ReconstructionHead(nn.Module):
         """Return the pixels, channel by channel, row by row."""
         pixels: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
         return pixels
+
+
+def row_chunks(
+    num_rows: int, num_prototypes: int, device: torch.device, elements: int | None = None
+) -> Iterator[slice]:
+    """Yield slices of rows whose logits have at most ``elements`` elements, but at least one row."""
+    on_cpu = device.type == "cpu"
+    size = max(1, (elements or (_CPU_ELEMENTS if on_cpu else _GPU_ELEMENTS)) // max(num_prototypes, 1))
+    if on_cpu and elements is None:
+        size = min(size, _CPU_ROWS)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def chunks_with_scratch(
+    count: int, num_rows: int, like: Float[Tensor, " k"], elements: int | None = None
+) -> Iterator[tuple[slice, Float[Tensor, "count m k"]]]:
+    """Yield `row_chunks` with memory for ``count`` matrices each.
+
+    The memory is reused: on the CPU new pages cost more than the arithmetic.
+    """
+    scratch: Tensor | None = None
+    for rows in row_chunks(num_rows, len(like), like.device, elements):
+        if scratch is None:  # the first chunk is the largest
+            scratch = like.new_empty(count, rows.stop, len(like))
+        yield rows, scratch[:, : rows.stop - rows.start]
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Return a context without autocast: products run in the type of their factors."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@cache
+def compiled_once(function: Function) -> Function:
+    """Return the compiled function; the same object at every call."""
+    return cast("Function", torch.compile(function))

@@ -14,8 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinocell.ssl.chunks import chunks_with_scratch, compiled_once, full_precision, row_chunks
-from dinocell.ssl.heads import Projection
+from dinocell.ssl.heads import Projection, chunks_with_scratch, compiled_once, full_precision, row_chunks
 from dinocell.ssl.targets import Targets, mark_dynamic_rows
 
 # MAE's; crops have unit variance, so a variance this small is a patch without any structure.
@@ -38,7 +37,6 @@ def dino_loss(
     num_locals: int,
     temperature: float = 0.1,
     local_weight: float = 1.0,
-    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> DinoLoss:
     """Compare the CLS token of every student crop with the teacher's of every *other* global crop of the same image.
@@ -57,7 +55,7 @@ def dino_loss(
         Of the student.
     local_weight
         Factor on the local pairs (DINOv3 lowers it late in training); the global ones keep their weight.
-    chunk_elements, compiled
+    compiled
         See `prototype_cross_entropy`.
 
     Raises
@@ -88,7 +86,6 @@ def dino_loss(
         torch.cat((global_weights, local_weights)),
         temperature=temperature,
         target_of_row=_target_of_row(num_globals, num_locals, batch, mean.device),
-        chunk_elements=chunk_elements,
         compiled=compiled,
     )
     of_global, of_local = loss.rows.split((num_globals * batch, num_locals * batch))
@@ -102,7 +99,6 @@ def ibot_loss(
     *,
     num_images: int,
     temperature: float = 0.1,
-    chunk_elements: int | None = None,
     compiled: bool = False,
 ) -> Float[Tensor, ""]:
     """Compare the student's masked patches with the teacher's, which sees the same patches unmasked.
@@ -117,7 +113,7 @@ def ibot_loss(
         Global crops of the batch, masked or not: the loss is the mean over these.
     temperature
         Of the student.
-    chunk_elements, compiled
+    compiled
         See `prototype_cross_entropy`.
     """
     return prototype_cross_entropy(
@@ -125,7 +121,6 @@ def ibot_loss(
         targets,
         weights / num_images,
         temperature=temperature,
-        chunk_elements=chunk_elements,
         compiled=compiled,
     ).total
 
@@ -279,7 +274,7 @@ def prototype_cross_entropy(
     target_of_row
         Row of ``targets`` for each student row; by default the row of the same index.
     chunk_elements
-        Elements of a chunk of logits, see `dinocell.ssl.chunks`; changes memory and time, not the result.
+        Elements of a chunk of logits, see `dinocell.ssl.heads`; changes memory and time, not the result.
     compiled
         Compile the passes over a chunk of logits; the same result up to rounding.
 

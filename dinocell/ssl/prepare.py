@@ -25,9 +25,8 @@ from dinocell.runtime.device import available_bytes, uses_bfloat16
 from dinocell.runtime.distributed import World, max_over_ranks
 from dinocell.runtime.optim import scaled_learning_rate
 from dinocell.runtime.sharding import choose_parallel, make_mesh, num_shards, shard
-from dinocell.ssl.chunks import row_chunks
 from dinocell.ssl.config import HeadsConfig, PretrainConfig, Recompute
-from dinocell.ssl.heads import ProjectionHead
+from dinocell.ssl.heads import ProjectionHead, row_chunks
 from dinocell.ssl.student_teacher import StudentTeacher
 from dinocell.ssl.view_plan import PERCENTILES
 

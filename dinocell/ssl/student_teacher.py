@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import gather, is_alone, rank, sum_over_ranks
-from dinocell.ssl.chunks import compiled_once
 from dinocell.ssl.config import HeadsConfig, LossConfig
-from dinocell.ssl.heads import Projection, ProjectionHead, ReconstructionHead
+from dinocell.ssl.heads import Projection, ProjectionHead, ReconstructionHead, compiled_once
 from dinocell.ssl.losses import dino_loss, gram_loss, ibot_loss, koleo_loss, reconstruction_loss
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.targets import Centre, Targets, TeacherLogits, one_rank, sinkhorn_targets

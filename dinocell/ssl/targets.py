@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dinocell.ssl.chunks import chunks_with_scratch, compiled_once, full_precision, row_chunks
-from dinocell.ssl.heads import Projection
+from dinocell.ssl.heads import Projection, chunks_with_scratch, compiled_once, full_precision, row_chunks
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Return the sum of a tensor over all ranks, such as ``torch.distributed.all_reduce`` on a copy."""
@@ -138,7 +137,7 @@ def sinkhorn_targets(
     sum_over_ranks
         For several ranks; the result is that of one process with all rows.
     chunk_elements
-        Elements of a chunk of logits, see `dinocell.ssl.chunks.row_chunks`.
+        Elements of a chunk of logits, see `dinocell.ssl.heads.row_chunks`.
     compiled
         Compile the passes over a chunk of logits: less memory traffic, the same result up to rounding.
     """

@@ -30,8 +30,8 @@ from dinocell.runtime.optim import (
 )
 from dinocell.runtime.schedules import value_at
 from dinocell.runtime.sharding import release, sharded_parts
-from dinocell.ssl.chunks import chunks_with_scratch, full_precision
 from dinocell.ssl.config import PretrainConfig
+from dinocell.ssl.heads import chunks_with_scratch, full_precision
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.prepare import backbone_of
 from dinocell.ssl.student_teacher import Losses, StepOutput, StudentTeacher

@@ -147,19 +147,20 @@ def _with_targets(
             candidates = others if others.size else np.arange(len(weights))
             mixing[view] = np.eye(len(weights), dtype=np.float32)[candidates[int(drawn[view] * len(candidates))]]
     zeros, ones = np.zeros(count, np.float32), np.ones_like(plan.contrast[:count])
-    return replace(
-        plan,
-        boxes=np.concatenate((plan.boxes, plan.boxes[:count])),
-        mixing=np.concatenate((plan.mixing, mixing[:, None])),
-        factor=np.concatenate((plan.factor, ones * factor)),
-        offset=np.concatenate((plan.offset, ones * (-low * factor))),
-        contrast=np.concatenate((plan.contrast, ones)),
-        protein=np.concatenate((plan.protein, zeros - 1)),
-        mirrored=np.concatenate((plan.mirrored, plan.mirrored[:count])),
-        turned=np.concatenate((plan.turned, plan.turned[:count])),
-        blur_sigma_px=np.concatenate((plan.blur_sigma_px, zeros)),
-        noise_sigma=np.concatenate((plan.noise_sigma, zeros)),
-    )
+    added = {
+        "boxes": plan.boxes[:count],
+        "mixing": mixing[:, None],
+        "factor": ones * factor,
+        "offset": ones * (-low * factor),
+        "contrast": ones,
+        "protein": zeros - 1,
+        "mirrored": plan.mirrored[:count],
+        "turned": plan.turned[:count],
+        "blur_sigma_px": zeros,
+        "noise_sigma": zeros,
+    }
+    extended = {name: np.concatenate((getattr(plan, name), values)) for name, values in added.items()}
+    return replace(plan, **extended)  # type: ignore[arg-type]
 
 
 def intensity_ranges(manifests: Sequence[Manifest]) -> list[dict[str, tuple[float, float]]]:
