@@ -17,9 +17,6 @@ TargetChannels = Literal["same", "other", "mean"]
 Compile = Literal["nothing", "blocks", "all"]
 Recompute = Literal["nothing", "activations", "blocks"]
 
-# The seed of each step and rank is a multiple of the run's seed and must fit into 64 bits.
-_LARGEST_SEED = 2**32 - 1
-
 # Former keys of `PretrainConfig`: present name, and for deleted ones the only value that is still accepted.
 RENAMED_KEYS = {
     "watch": "online_eval",
@@ -53,10 +50,9 @@ class Schedules:
         return self.backbone or (Freeze(freeze=0.02, warmup=0.03) if from_weights else Freeze())
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay", "local_weight", "gram_weight"):
-            check_range(name, getattr(self, name), 0.0, math.inf)
-        check_range("teacher_momentum", self.teacher_momentum, 0.0, 1.0)
-        check_range("teacher_temperature", self.teacher_temperature, 1e-4, math.inf)
+        ranges = {"teacher_momentum": (0.0, 1.0), "teacher_temperature": (1e-4, math.inf)}
+        for name in ("learning_rate", "weight_decay", *ranges, "local_weight", "gram_weight"):
+            check_range(name, getattr(self, name), *ranges.get(name, (0.0, math.inf)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,22 +442,19 @@ class PretrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        check(self, "steps", "batch_size", "log_every", "image_every", "export_every", ge=1)
-        check(self, "checkpoint_every", "keep_checkpoints", ge=1)
+        intervals = ("log_every", "image_every", "export_every", "checkpoint_every")
+        check(self, "steps", "batch_size", *intervals, "keep_checkpoints", ge=1)
         check(self, "keep_checkpoint_every", ge=0)
-        check(self, "seed", ge=0, le=_LARGEST_SEED)
+        # The seed of each step and rank is a multiple of this one and must fit into 64 bits.
+        check(self, "seed", ge=0, le=2**32 - 1)
         batch, parts = self.batch_size, self.optim.accumulate
         refuse((batch % parts > 0, f"optim.accumulate: expected a divisor of batch_size {batch}, got {parts}"))
         patch = self.model.patch_size
         for name, size in (("global_size", self.views.global_size), ("local_size", self.views.local_size)):
             refuse((size % patch > 0, f"views.{name}: expected a multiple of patch_size {patch}, got {size}"))
-        stack = "expected same with views.policy=stack, whose crops have all channels"
-        refuse(
-            (
-                self.views.policy == "stack" and self.target_channels != "same",
-                f"losses.reconstruction.target: {stack}, got {self.target_channels}",
-            )
-        )
+        same = "losses.reconstruction.target: expected same with views.policy=stack, whose crops have all channels"
+        target = self.target_channels
+        refuse((self.views.policy == "stack" and target != "same", f"{same}, got {target}"))
 
     @property
     def mask_grid(self) -> tuple[int, int]:

@@ -101,10 +101,7 @@ class ProjectionHead(nn.Module):
         lengths of prototypes     1
         ========================  ========================================
         """
-        for module in self.mlp.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-                nn.init.zeros_(module.bias)
+        _init_linear(self.mlp, generator)
         last = self.last_layer
         nn.init.trunc_normal_(last.weight_v if last.weight_norm else last.weight, std=0.02, generator=generator)
         if last.weight_norm:
@@ -123,17 +120,7 @@ class ProjectionHead(nn.Module):
 
 
 class ReconstructionHead(nn.Module):
-    """Two linear layers with GELU from the token of a masked patch to the pixels of the patch.
-
-    Parameters
-    ----------
-    width
-        Width of the input tokens.
-    pixels
-        Number of values of a patch: channels times its area.
-    hidden_dim
-        Width of the hidden layer.
-    """
+    """Two linear layers with GELU from the token of a masked patch to its ``pixels``: channels times area numbers."""
 
     def __init__(self, width: int, pixels: int, *, hidden_dim: int = 512) -> None:
         super().__init__()
@@ -144,14 +131,19 @@ class ReconstructionHead(nn.Module):
     @torch.no_grad()
     def init_weights(self, *, generator: torch.Generator | None = None) -> None:
         """Set weights to a truncated normal distribution, std 0.02, cut at +-2, and biases to 0."""
-        for layer in (self.fc1, self.fc2):
-            nn.init.trunc_normal_(layer.weight, std=0.02, generator=generator)
-            nn.init.zeros_(layer.bias)
+        _init_linear(self, generator)
 
     def forward(self, tokens: Float[Tensor, "m d"]) -> Float[Tensor, "m e"]:
         """Return the pixels, channel by channel, row by row."""
         pixels: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
         return pixels
+
+
+def _init_linear(parent: nn.Module, generator: torch.Generator | None) -> None:
+    for module in parent.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            nn.init.zeros_(module.bias)
 
 
 def row_chunks(

@@ -231,14 +231,6 @@ def _mean(values: Tensor) -> Tensor:
     return values.mean() if len(values) else values.new_zeros(())
 
 
-# --- cross-entropy --------------------------------------------------------------------------------------------------
-#
-# Cross-entropy of student rows and targets over prototypes, without the full matrix of logits.
-#
-# Logits, log-softmax, loss and both gradients are computed for a chunk of rows at a time, in the forward pass; the
-# backward pass only scales. At 1,096 rows and 65,536 prototypes the plain implementation holds five matrices of 287 MB.
-
-
 class CrossEntropy(NamedTuple):
     """The weighted sum, with gradient, and the value of every row, for logging (no gradient)."""
 
@@ -298,7 +290,11 @@ def prototype_cross_entropy(
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
-    """Forward: the loss, and its gradients. Backward: these times the gradient of the loss."""
+    """Cross-entropy of student rows and targets over prototypes, without the full matrix of logits.
+
+    The forward pass computes logits, log-softmax, loss and both gradients for a chunk of rows at a time; the backward
+    pass only scales. At 1,096 rows and 65,536 prototypes the plain implementation holds five matrices of 287 MB.
+    """
 
     @staticmethod
     def forward(

@@ -153,7 +153,9 @@ class Trainer:
             seed = (config.seed * 1_000_003 + step) * 4099 + world.rank * count + index
             if world.size * count == 1:
                 seed = config.seed * 1_000_003 + step
-            self._set_gradient_sync(index == count - 1)
+            for module in self._model.student.values():
+                if isinstance(module, FSDPModule):  # gradients are averaged over the ranks after the last part only
+                    module.set_requires_gradient_sync(index == count - 1)
             use_bfloat16 = uses_bfloat16(config.compute.dtype, world.device)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=use_bfloat16):
                 output = self._model(
@@ -170,12 +172,6 @@ class Trainer:
         assert output is not None
         assert total is not None
         return output, Losses(*(total / count).unbind())
-
-    def _set_gradient_sync(self, enabled: bool) -> None:
-        """Average gradients over the ranks after this part, or keep them local until the last one."""
-        for module in self._model.student.values():
-            if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(enabled)
 
     def _metrics(self, losses: Losses, norms: dict[str, Tensor], now: _Values) -> dict[str, Any]:
         """Return losses (means over all ranks), gradient norms, schedules and the count of skipped steps."""

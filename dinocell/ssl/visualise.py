@@ -23,13 +23,13 @@ _SHOWN_TILES = 4
 _GAP_PX = 2
 
 
-def draw_views(views: Views, tiles: int = _SHOWN_TILES) -> UInt8[np.ndarray, "h w"]:
+def draw_views(views: Views) -> UInt8[np.ndarray, "h w"]:
     """Draw the views of the first tiles, one row each: global crops, then local ones; channels below each other.
 
     Values from -2.5 to 2.5 standard deviations are drawn from black to white.
     """
     rows = []
-    for tile in range(min(tiles, views.global_views.shape[1])):
+    for tile in range(min(_SHOWN_TILES, views.global_views.shape[1])):
         crops = [view[tile] for kind in views[:2] for view in kind]
         for channel in range(crops[0].shape[0]):
             planes = [to_grey(crop[channel]) for crop in crops]
@@ -86,9 +86,6 @@ def _enlarged(small: UInt8[Tensor, "h w *rgb"], size: int) -> UInt8[np.ndarray, 
 def to_grey(plane: Float[Tensor, "h w"]) -> UInt8[np.ndarray, "h w"]:
     """Draw a standardised channel, from -2.5 standard deviations (0) to 2.5 (255)."""
     return (np.clip(plane.float().cpu().numpy() / 5 + 0.5, 0, 1) * 255).astype(np.uint8)
-
-
-# --- preview of views -----------------------------------------------------------------------------------------------
 
 
 def preview_views(config: PretrainConfig, output: Path, *, num_samples: int = 8) -> None:
