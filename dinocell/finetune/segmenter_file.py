@@ -4,8 +4,10 @@ Files are read as tensors only; no code in them is ever executed.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,9 +17,9 @@ from torch import Tensor
 from dinocell.configs.schema import MisfitError, fit, to_plain
 from dinocell.errors import WeightsError
 from dinocell.finetune.preprocess import SegmenterSettings
-from dinocell.models.checkpoint_files import METADATA_KEY, read_raw
+from dinocell.models.checkpoint_files import METADATA_KEY, RawWeights, read_raw
 from dinocell.models.config import WeightsCard
-from dinocell.models.locate import locate
+from dinocell.models.locate import locate, require
 from dinocell.models.vit import ViTConfig
 from dinocell.runtime.files import replacing
 
@@ -39,21 +41,21 @@ class SegmenterFile:
 def is_segmenter(source: str | Path) -> bool:
     """Return whether a source is a DINOCell segmenter; False if it cannot be read."""
     try:
-        path = locate(source)
-        raw = read_raw(path / "model.safetensors" if (path / "model.safetensors").is_file() else path)
+        return _read(source)[1].get("kind") == KIND
     except WeightsError:
         return False
-    return isinstance(raw.metadata, dict) and raw.metadata.get("kind") == KIND
+
+
+def _read(source: str | Path) -> tuple[RawWeights, Mapping[str, Any]]:
+    """Find and read a file, or the segmenter in a folder; return its content and our description, if it has one."""
+    path = locate(source)
+    inner = path / "model.safetensors"
+    raw = read_raw(inner if inner.is_file() else path)
+    return raw, raw.metadata or {}
 
 
 def write_segmenter(path: Path, file: SegmenterFile) -> None:
-    """Write a file atomically.
-
-    Raises
-    ------
-    WeightsError
-        If it cannot be written.
-    """
+    """Write a file atomically; WeightsError if it cannot be written."""
     metadata = {
         "schema": _VERSION,
         "kind": KIND,
@@ -84,22 +86,20 @@ def read_segmenter(source: str | Path) -> SegmenterFile:
     WeightsError
         If there is none, it is damaged, or it is another kind of file.
     """
-    path = locate(source)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    raw = read_raw(path)
-    if not isinstance(raw.metadata, dict) or raw.metadata.get("kind") != KIND:
-        kind = "a backbone" if raw.metadata is not None or raw.container else "no DINOCell file"
-        raise WeightsError(f"{source}: expected a segmenter, this file is {kind}; train one with 'dinocell finetune'")
-    version = raw.metadata.get("schema")
-    if version != _VERSION:
-        raise WeightsError(f"{source}: file version {version}, this DINOCell reads {_VERSION}; update dinocell")
+    raw, metadata = _read(source)
+    kind = "a backbone" if raw.metadata is not None or raw.container else "no DINOCell file"
+    require(
+        metadata.get("kind") == KIND,
+        f"{source}: expected a segmenter, this file is {kind}; train one with 'dinocell finetune'",
+    )
+    version = metadata.get("schema")
+    require(version == _VERSION, f"{source}: file version {version}, this DINOCell reads {_VERSION}; update dinocell")
     try:
         return SegmenterFile(
-            vit=fit(ViTConfig, raw.metadata["vit"], "vit"),
-            blocks=tuple(fit(list[int], raw.metadata["blocks"], "blocks")),
-            settings=fit(SegmenterSettings, raw.metadata["settings"], "settings"),
-            card=fit(WeightsCard, raw.metadata["card"], "card"),
+            vit=fit(ViTConfig, metadata["vit"], "vit"),
+            blocks=tuple(fit(list[int], metadata["blocks"], "blocks")),
+            settings=fit(SegmenterSettings, metadata["settings"], "settings"),
+            card=fit(WeightsCard, metadata["card"], "card"),
             tensors=raw.tensors,
         )
     except (MisfitError, KeyError, ValueError) as error:
