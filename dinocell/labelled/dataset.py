@@ -13,7 +13,6 @@ other tools) is ignored.
 """
 
 import json
-import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -77,10 +76,7 @@ class LabelledSet:
         return int(self._first[-1])
 
     def __getitem__(self, index: SupportsIndex) -> LabelledImage:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        index %= len(self)
+        index = range(len(self))[index]
         group = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._groups[group].read(index - int(self._first[group]))
 
@@ -92,10 +88,7 @@ class LabelledSet:
         if not self.description:
             return None
         name = "." if path == self.folder else path.name
-        records = [group["images"] for group in self.description["groups"] if group["folder"] == name]
-        if not records:
-            raise ImageError(f"{path}: not in {self.folder / 'dataset.json'}; build the set again")
-        return list(records[0])
+        return next((list(group["images"]) for group in self.description["groups"] if group["folder"] == name), [])
 
 
 def open_labelled(folder: str | Path) -> LabelledSet:
@@ -178,7 +171,10 @@ class _Group:
                 distance is None or (distance.dtype == np.float32 and distance.shape == size),
                 f"{array('dist_maps', distance)}, expected float32 of {size}; remove it, and it is computed",
             ),
-            (names == len(images), f"dataset.json names {names} images, imgs.npy contains {len(images)}"),
+            (
+                names == len(images),
+                f"dataset.json names {names} images, imgs.npy contains {len(images)}; build the set again",
+            ),
         ]
         for is_valid, problem in checks:
             if not is_valid:

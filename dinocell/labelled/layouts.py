@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from dinocell.errors import DinocellError
 from dinocell.images.image import Image
 from dinocell.images.name_pattern import NamePattern
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, read_image
@@ -143,8 +142,8 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
         raise ValueError(f"encoding: expected one of {', '.join(ENCODINGS)}, got {encoding!r}")
     image_pattern, mask_pattern = NamePattern.parse(images), NamePattern.parse(masks)
     fields = image_pattern.names
-    if not set(fields) <= set(mask_pattern.names):
-        raise DinocellError(f"patterns {images!r} and {masks!r}: expected each field of the first in the second")
+    if not {*fields} <= {*mask_pattern.names}:
+        reject("no pairs", f"patterns {images!r} and {masks!r}: expected each field of the first in the second")
     by_key: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     # A name that matches both ('{name}.tif' matches 'a_mask.tif' too) belongs to the more specific pattern.
     order = sorted(((0, image_pattern), (1, mask_pattern)), key=lambda entry: -entry[1].num_literal)
