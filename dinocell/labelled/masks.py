@@ -13,8 +13,6 @@ from jaxtyping import Bool, Float64, Int32, Integer, Shaped
 from dinocell.errors import ImageError, one_line
 from dinocell.images.read import read_image
 
-ENCODINGS = ("labels", "regions", "instances")
-
 
 class PairError(ImageError):
     """An image and its mask that cannot be part of a labelled set; reports count by ``kind``."""
