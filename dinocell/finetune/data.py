@@ -63,12 +63,7 @@ class Split(NamedTuple):
 def open_sets(config: DataConfig, folder: Path, *, rebuild: bool = False) -> list[Path]:
     """Return the folders of the labelled sets; ``data.images`` and ``data.masks`` are built as one under ``folder``.
 
-    ``rebuild`` builds it even if it exists: the images may have changed.
-
-    Raises
-    ------
-    DinocellError
-        If nothing can be used.
+    ``rebuild`` builds it even if it exists: the images may have changed. DinocellError if nothing can be used.
     """
     if config.images is None or config.masks is None:
         return [Path(name) for name in config.sets]
@@ -117,10 +112,7 @@ def _patterns(images: str, masks: str) -> tuple[Path, str, str]:
 def split(sets: Sequence[Path], config: DataConfig, *, seed: int, record: Path | None) -> Split:
     """Split the images at random by ``seed``, and write their names to ``record``.
 
-    Raises
-    ------
-    DinocellError
-        If there are too few images, or, with ``strict``, if pairs were skipped when the sets were built.
+    DinocellError if there are too few images, or, with ``strict``, if pairs were skipped when the sets were built.
     """
     opened = [open_labelled(folder) for folder in [*sets, *map(Path, config.validation_sets)]]
     if config.strict and any(data_set.description.get("skipped") for data_set in opened):
@@ -129,9 +121,8 @@ def split(sets: Sequence[Path], config: DataConfig, *, seed: int, record: Path |
         )
     indices = [ImageIndex(index, image) for index, data_set in enumerate(opened) for image in range(len(data_set))]
     training = [index for index in indices if index.data_set < len(sets)]
-    if config.validation_sets:
-        validation = [index for index in indices if index.data_set >= len(sets)]
-    else:
+    validation = indices[len(training) :]
+    if not config.validation_sets:
         if len(training) < 2:
             raise DinocellError(
                 f"{config.images or ', '.join(map(str, sets))}: one image cannot be split into training and "
@@ -153,9 +144,10 @@ def split(sets: Sequence[Path], config: DataConfig, *, seed: int, record: Path |
 
 def skipped_pairs(sets: Sequence[LabelledSet]) -> Iterator[str]:
     """Yield a line for each reason why pairs of image and mask were skipped when the sets were built."""
-    skipped = [skip for data_set in sets for skip in data_set.description.get("skipped", [])]
-    for kind in dict.fromkeys(skip["kind"] for skip in skipped):
-        same = [skip for skip in skipped if skip["kind"] == kind]
+    by_kind: dict[str, list[dict[str, str]]] = {}
+    for skip in (skip for data_set in sets for skip in data_set.description.get("skipped", [])):
+        by_kind.setdefault(skip["kind"], []).append(skip)
+    for kind, same in by_kind.items():
         more = f" and {len(same) - _MAX_NAMES} more" if len(same) > _MAX_NAMES else ""
         names = ", ".join(skip["name"] for skip in same[:_MAX_NAMES])
         reason = "" if kind == "no cells" else f"; the first: {same[0]['reason']}"

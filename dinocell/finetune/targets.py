@@ -23,6 +23,8 @@ from dinocell.labelled.distance import check_labels, labels_to_distance
 from dinocell.runtime.jit import compiled, inlined
 
 TargetName = Literal["distance", "flows"]
+_Labels = Integer[np.ndarray, "h w"]
+_Maps = Float[Tensor, "b k h w"]
 
 # A typical mean of distance maps: the untrained decoder starts from it instead of from 0.5 everywhere.
 _MEAN_DISTANCE = 0.1
@@ -53,10 +55,7 @@ class Postprocessing(ABC):
     def with_thresholds(self, **values: int | float | None) -> "Postprocessing":
         """Return the parameters with other thresholds; None keeps a threshold.
 
-        Raises
-        ------
-        DinocellError
-            If a threshold belongs to the other target, or is out of its range.
+        DinocellError if a threshold belongs to the other target, or is out of its range.
         """
         changes: dict[str, Any] = {name: float(value) for name, value in values.items() if value is not None}
         for name in changes.keys() - set(self.thresholds):
@@ -122,44 +121,25 @@ class FlowPostprocessing(Postprocessing):
 
 
 class Target(ABC):
-    """One kind of map.
-
-    Attributes
-    ----------
-    num_maps
-        Number of maps, the channels of the decoder's output.
-    error
-        What the loss measures, in words.
-    initial_logit
-        Bias of the untrained decoder's output.
-    postprocessing
-        The class of its postprocessing parameters.
-    """
+    """One kind of map."""
 
     name: TargetName
-    num_maps: int
-    error: str
-    initial_logit: float = 0.0
+    num_maps: int  # the channels of the decoder's output
+    error: str  # what the loss measures, in words
+    initial_logit: float = 0.0  # bias of the untrained decoder's output
     postprocessing: type[Postprocessing]
 
     @abstractmethod
-    def encode(
-        self, labels: Integer[np.ndarray, "h w"], visible: tuple[slice, slice]
-    ) -> Float32[np.ndarray, "k rows columns"]:
+    def encode(self, labels: _Labels, visible: tuple[slice, slice]) -> Float32[np.ndarray, "k rows columns"]:
         """Return the maps of the ``visible`` part of a label image, computed from cells that extend beyond it."""
 
     @abstractmethod
-    def activate(self, logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
+    def activate(self, logits: _Maps) -> _Maps:
         """Turn the decoder's output into maps."""
 
     @abstractmethod
     def loss(
-        self,
-        maps: Float[Tensor, "b k h w"],
-        targets: Float[Tensor, "b k h w"],
-        *,
-        foreground_weight: float = 0.0,
-        gradient_weight: float = 0.0,
+        self, maps: _Maps, targets: _Maps, *, foreground_weight: float = 0.0, gradient_weight: float = 0.0
     ) -> Float[Tensor, ""]:
         """Return the loss; see `dinocell.finetune.config.LossConfig` for the weights."""
 
@@ -173,21 +153,14 @@ class _Distance(Target):
     initial_logit = math.log(_MEAN_DISTANCE / (1 - _MEAN_DISTANCE))
     postprocessing = DistancePostprocessing
 
-    def encode(
-        self, labels: Integer[np.ndarray, "h w"], visible: tuple[slice, slice]
-    ) -> Float32[np.ndarray, "k rows columns"]:
+    def encode(self, labels: _Labels, visible: tuple[slice, slice]) -> Float32[np.ndarray, "k rows columns"]:
         return np.ascontiguousarray(labels_to_distance(labels)[visible])[None]
 
-    def activate(self, logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
+    def activate(self, logits: _Maps) -> _Maps:
         return logits.sigmoid()
 
     def loss(
-        self,
-        maps: Float[Tensor, "b k h w"],
-        targets: Float[Tensor, "b k h w"],
-        *,
-        foreground_weight: float = 0.0,
-        gradient_weight: float = 0.0,
+        self, maps: _Maps, targets: _Maps, *, foreground_weight: float = 0.0, gradient_weight: float = 0.0
     ) -> Float[Tensor, ""]:
         """Return the mean squared error, with optional weights of the foreground and of neighbour differences."""
         squared = (maps - targets).square()
@@ -209,9 +182,7 @@ class _Flows(Target):
     error = "error of flows and cell probability"
     postprocessing = FlowPostprocessing
 
-    def encode(
-        self, labels: Integer[np.ndarray, "h w"], visible: tuple[slice, slice]
-    ) -> Float32[np.ndarray, "k rows columns"]:
+    def encode(self, labels: _Labels, visible: tuple[slice, slice]) -> Float32[np.ndarray, "k rows columns"]:
         # A cell and its mirror image beyond the image's border have one id but a centre each. Cells outside the
         # visible part cost time and are not needed.
         parts = np.asarray(label(labels, connectivity=2), dtype=np.int32)  # type: ignore[no-untyped-call]
@@ -220,16 +191,11 @@ class _Flows(Target):
         flows = labels_to_flows(np.where(is_seen[parts], parts, 0))
         return np.ascontiguousarray(flows[:, *visible])
 
-    def activate(self, logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
+    def activate(self, logits: _Maps) -> _Maps:
         # In float32: under autocast a probability above 0.998 would round to 1, whose cross entropy has no gradient.
         return torch.cat((logits[:, :2].float(), logits[:, 2:].float().sigmoid()), dim=1)
 
-    def loss(
-        self,
-        maps: Float[Tensor, "b k h w"],
-        targets: Float[Tensor, "b k h w"],
-        **_: float,
-    ) -> Float[Tensor, ""]:
+    def loss(self, maps: _Maps, targets: _Maps, **_: float) -> Float[Tensor, ""]:
         """Return 12.5 times the mean squared error of the flows plus the cross entropy of the cell probability."""
         flows = _FLOW_WEIGHT * F.mse_loss(maps[:, :2], targets[:, :2])
         return flows + F.binary_cross_entropy(maps[:, 2], targets[:, 2])
@@ -238,23 +204,18 @@ class _Flows(Target):
 TARGETS: dict[TargetName, Target] = {target.name: target for target in (_Distance(), _Flows())}
 
 
-def labels_to_flows(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray, "3 h w"]:
+def labels_to_flows(labels: _Labels) -> Float32[np.ndarray, "3 h w"]:
     """Return each pixel's flow as a unit vector along rows and columns, and whether it is in a cell (0 or 1).
 
     Heat diffuses inside each cell from a source in its middle; a pixel's flow is the direction of the heat gradient
     (Cellpose: Stringer et al. 2021, Nature Methods 18). Following the flows from any pixel of a cell leads to its
-    middle, see `dinocell.eval.segmentation.flows`.
+    middle, see `dinocell.eval.segmentation.flows`. ValueError as in `labels_to_distance`.
 
     The source is the cell's pixel nearest to the median of its rows and columns. Each of ``2 * (rows + columns)``
     iterations, of its bounding box, adds 1 to the source and replaces every value by the mean of its 3 x 3 neighbours,
     with 0 outside the cell. Flows are the central differences of ``log(1 + heat)``, normalised to length 1; 0 where
     they vanish, and in pieces of a cell that are not connected to the source. They depend on the cell's own pixels
     only.
-
-    Raises
-    ------
-    ValueError
-        If ``labels`` is not of an integer type, or has negative ids.
     """
     check_labels(labels)
     flows = np.zeros((3, *labels.shape), np.float32)

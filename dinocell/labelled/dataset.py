@@ -94,10 +94,7 @@ class LabelledSet:
 def open_labelled(folder: str | Path) -> LabelledSet:
     """Open a labelled set, of DINOCell or of SAMCell.
 
-    Raises
-    ------
-    ImageError
-        If files are missing, damaged, of an unexpected type, or do not match each other.
+    ImageError if files are missing, damaged, of an unexpected type, or do not match each other.
     """
     return LabelledSet(Path(folder))
 
@@ -116,12 +113,8 @@ class _Group:
         return self._length
 
     def _map(self) -> tuple[_MappedArray, _MappedArray, _MappedArray | None]:
-        has_distance = (self._folder / "dist_maps.npy").exists()
-        return (
-            _mapped(self._folder / "imgs.npy"),
-            _mapped(self._folder / "anns.npy"),
-            _mapped(self._folder / "dist_maps.npy") if has_distance else None,
-        )
+        images, labels, distance = (self._folder / f"{name}.npy" for name in ("imgs", "anns", "dist_maps"))
+        return _mapped(images), _mapped(labels), _mapped(distance) if distance.exists() else None
 
     def name(self, index: int) -> str:
         return f"{index:06d}" if self._records is None else str(self._records[index]["name"])
@@ -149,34 +142,23 @@ class _Group:
         )
 
     def _check(self, images: _MappedArray, labels: _MappedArray, distance: _MappedArray | None) -> None:
-        def array(name: str, values: _MappedArray | None) -> str:
-            return f"{name}.npy is {values.dtype} of {values.shape}" if values is not None else ""
-
         size = (len(images), *images.shape[1:3])
         names = len(images) if self._records is None else len(self._records)
-        checks = [
-            (
-                images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))),
-                f"{array('imgs', images)}, expected uint8 of (n h w 3) or (n h w)",
-            ),
-            (
-                labels.dtype.kind in "ui",
-                f"{array('anns', labels)}, expected one integer per cell; resized with interpolation?",
-            ),
-            (
-                labels.shape in (size, (size[0], 2, *size[1:])),
-                f"{array('imgs', images)}, {array('anns', labels)}, expected the same number and size",
-            ),
-            (
-                distance is None or (distance.dtype == np.float32 and distance.shape == size),
-                f"{array('dist_maps', distance)}, expected float32 of {size}; remove it, and it is computed",
-            ),
-            (
-                names == len(images),
-                f"dataset.json names {names} images, imgs.npy contains {len(images)}; build the set again",
-            ),
-        ]
-        for is_valid, problem in checks:
+        image_text, label_text, distance_text = (
+            f"{name}.npy is {values.dtype} of {values.shape}" if values is not None else ""
+            for name, values in (("imgs", images), ("anns", labels), ("dist_maps", distance))
+        )
+        are_images = images.dtype == np.uint8 and (images.ndim == 3 or images.shape[3:] in ((1,), (3,)))
+        is_same_size = labels.shape in (size, (size[0], 2, *size[1:]))
+        is_distance = distance is None or (distance.dtype == np.float32 and distance.shape == size)
+        valid = {
+            f"{image_text}, expected uint8 of (n h w 3) or (n h w)": are_images,
+            f"{label_text}, expected one integer per cell; resized with interpolation?": labels.dtype.kind in "ui",
+            f"{image_text}, {label_text}, expected the same number and size": is_same_size,
+            f"{distance_text}, expected float32 of {size}; remove it, and it is computed": is_distance,
+            f"dataset.json names {names} images, imgs.npy contains {len(images)}; build it again": names == len(images),
+        }
+        for problem, is_valid in valid.items():
             if not is_valid:
                 raise ImageError(f"{self._folder}: {problem}")
 
