@@ -9,7 +9,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,14 +211,10 @@ class CropDataset(Dataset[Batch]):
         crops_per_image: int | None = None,
     ) -> None:
         self._split, self._settings, self._augment, self._seed = split, settings, augment, seed
-        members: dict[int, list[ImageIndex]] = {}
-        for index in split.training:
-            members.setdefault(index.data_set, []).append(index)
-        self._members = list(members.values())
+        self._members = [list(images) for _, images in groupby(split.training, key=attrgetter("data_set"))]
         if crops_per_image is None:
-            sides = [split.sets[index.data_set][index.image].labels.shape for index in split.training[:16]]
-            area = float(np.median([height * width for height, width in sides]))
-            crops_per_image = max(1, round(area / augment.crop**2))
+            areas = [split.sets[index.data_set][index.image].labels.size for index in split.training[:16]]
+            crops_per_image = max(1, round(float(np.median(areas)) / augment.crop**2))
         total = crops_per_image * len(split.training)
         shares = np.array([len(images) for images in self._members] if weights is None else list(weights), float)
         self._quotas = np.maximum(1, np.rint(total * shares / shares.sum())).astype(int)

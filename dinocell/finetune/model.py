@@ -134,13 +134,9 @@ class DINOCell(nn.Module):
         self.freeze_backbone = frozen
         self.requires_grad_(True)
         self.backbone.requires_grad_(not frozen)
-        for unused in (
-            *self.backbone.blocks[self.blocks[-1] + 1 :],
-            self.backbone.cls_norm,
-            self.backbone.local_cls_norm,
-        ):
-            if unused is not None:
-                unused.requires_grad_(False)
+        unused = [*self.backbone.blocks[self.blocks[-1] + 1 :], self.backbone.cls_norm, self.backbone.local_cls_norm]
+        for module in filter(None, unused):
+            module.requires_grad_(False)
         self.backbone.mask_token.requires_grad_(False)
         self.train()
 
@@ -159,11 +155,8 @@ class DINOCell(nn.Module):
     def forward(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
         """Return maps of the images' size, in the units of the target: distances and probabilities in [0, 1].
 
-        Parameters
-        ----------
-        images
-            Prepared by `dinocell.finetune.preprocess.prepare`; of any size: sides that the patch does not divide are
-            padded by reflection and the maps cropped.
+        Images are prepared by `dinocell.finetune.preprocess.prepare`, and of any size: sides that the patch does not
+        divide are padded by reflection and the maps cropped.
         """
         return TARGETS[self.target].activate(self.forward_logits(images))
 
@@ -192,10 +185,7 @@ class DINOCell(nn.Module):
     def from_pretrained(cls, source: str | Path) -> "DINOCell":
         """Load a segmenter, in eval mode, from a file, a folder, ``hf://owner/name`` or a URL.
 
-        Raises
-        ------
-        WeightsError
-            If there is none, it is damaged, or it is another kind of file.
+        WeightsError if there is none, it is damaged, or it is another kind of file.
         """
         file = read_segmenter(source)
         with torch.device("meta"):
@@ -217,12 +207,8 @@ class DINOCell(nn.Module):
         if path.suffix not in (".pt", ".pth", ".safetensors"):
             path = path / "model.safetensors"
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}
-        write_segmenter(
-            path,
-            SegmenterFile(
-                vit=self.backbone.config, blocks=self.blocks, settings=self.settings, card=self.card, tensors=tensors
-            ),
-        )
+        vit, blocks, settings, card = self.backbone.config, self.blocks, self.settings, self.card
+        write_segmenter(path, SegmenterFile(vit=vit, blocks=blocks, settings=settings, card=card, tensors=tensors))
         return path
 
     def fingerprint(self) -> str:
@@ -240,10 +226,7 @@ class DINOCell(nn.Module):
     def load_weights(self, path: str | Path) -> None:
         """Load tensors, settings and card from the file of a segmenter of the same architecture.
 
-        Raises
-        ------
-        WeightsError
-            If the architecture differs; the model is unchanged then.
+        WeightsError if the architecture differs; the model is unchanged then.
         """
         file = read_segmenter(path)
         self._load(file, path)
@@ -268,9 +251,8 @@ class DINOCell(nn.Module):
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         require(not problems, f"{source}: its tensors are damaged or do not fit: {'; '.join(problems[:3])}{more}")
         if self.decoder.head.weight.is_meta:
-            self.load_state_dict(
-                {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True
-            )
+            copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+            self.load_state_dict(copies, assign=True)
             self.set_frozen(self.freeze_backbone)
         else:
             self.load_state_dict(tensors)
@@ -288,12 +270,7 @@ def create_dinocell_model(
 ) -> DINOCell:
     """Build a segmenter with a new decoder; ``model_size`` is a key of `dinocell.models.vit.VARIANTS`.
 
-    Raises
-    ------
-    WeightsError
-        If ``pretrained`` and no weights are found; the message tells where to get them.
-    ValueError
-        For an unknown size.
+    WeightsError if ``pretrained`` and no weights are found, with where to get them; ValueError for an unknown size.
     """
     if model_size not in VARIANTS:
         raise ValueError(f"model_size: expected one of {', '.join(VARIANTS)}, got {model_size!r}")
@@ -377,15 +354,7 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Sequence[Float[Tensor, "b d rows columns"]], images: Float[Tensor, "b 1 h w"]
     ) -> Float[Tensor, "b k h w"]:
-        """Return the maps.
-
-        Parameters
-        ----------
-        tokens
-            Four maps, the shallowest block first; of any resolution (patch 8, 14, 16).
-        images
-            The images that the tokens were computed from.
-        """
+        """Return the maps; ``tokens`` are four maps, the shallowest first, of any resolution (patch 8, 14, 16)."""
         images = images.contiguous(memory_format=torch.channels_last)
         full = self.stem[0](images)
         half = self.stem[1](full)

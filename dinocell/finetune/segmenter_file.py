@@ -79,13 +79,7 @@ def write_segmenter(path: Path, file: SegmenterFile) -> None:
 
 
 def read_segmenter(source: str | Path) -> SegmenterFile:
-    """Find and read a segmenter.
-
-    Raises
-    ------
-    WeightsError
-        If there is none, it is damaged, or it is another kind of file.
-    """
+    """Find and read a segmenter; WeightsError if there is none, it is damaged, or it is another kind of file."""
     raw, metadata = _read(source)
     kind = "a backbone" if raw.metadata is not None or raw.container else "no DINOCell file"
     require(
@@ -109,20 +103,19 @@ def read_segmenter(source: str | Path) -> SegmenterFile:
 def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
     """Return the facts about a segmenter by name, in reading order."""
     vit, settings = file.vit, file.settings
-    count = {
-        part: sum(tensor.numel() for name, tensor in file.tensors.items() if name.startswith(part))
+    backbone, decoder = (
+        sum(tensor.numel() for name, tensor in file.tensors.items() if name.startswith(part))
         for part in ("backbone.", "decoder.")
-    }
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})
-    clahe = (
-        f"CLAHE {settings.clahe_clip:g} in tiles of {settings.clahe_tile_px} px" if settings.clahe_clip else "no CLAHE"
     )
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})
+    tiles = f" in tiles of {settings.clahe_tile_px} px"
+    clahe = f"CLAHE {settings.clahe_clip:g}{tiles}" if settings.clahe_clip else "no CLAHE"
     low, high = settings.percentiles
     return {
         "format": "DINOCell segmenter",
         "architecture": f"ViT of width {vit.width}, {vit.depth} blocks, patch {vit.patch_size} px; decoder at blocks "
         f"{', '.join(map(str, file.blocks))}",
-        "parameters": f"{count['backbone.']:,} backbone, {count['decoder.']:,} decoder ({', '.join(dtypes)})",
+        "parameters": f"{backbone:,} backbone, {decoder:,} decoder ({', '.join(dtypes)})",
         "target": settings.target,
         "input": f"{settings.convention}, percentiles {low:g} and {high:g}, {clahe}",
         "windows": f"{settings.window_px} px",
@@ -134,13 +127,8 @@ def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
     }
 
 
-# --- default model --------------------------------------------------------------------------------------------------
-#
-# The small segmenter that is shipped with the package, for `dinocell segment` without ``--model``; its model card is
-# README.md in the same folder.
-
+# Shipped with the package, for `dinocell segment` without ``--model``; its model card is README.md in the same folder.
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "default_model" / "segmenter.safetensors"
-
 DEFAULT_MODEL_NOTICE = (
     "no --model: using the default model, trained on 751 public images of nuclei and of one cell type in phase "
     "contrast. Check its overlays (--save-viz) before you rely on it, and fine-tune it on your own images"

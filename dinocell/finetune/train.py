@@ -107,13 +107,12 @@ def dry_run(config: FinetuneConfig) -> str:
                 torch.cuda.synchronize()
             seconds = perf_counter() - begin
         total = timedelta(seconds=round(seconds * training.total_steps))
-        return "\n".join(
-            [
-                *training.describe(),
-                f"a step takes {seconds:.2f} s on {world.device}; peak memory {decimal(peak_bytes(world.device))}",
-                f"the run takes at most {total}, without validation; nothing was written",
-            ]
+        lines = (
+            *training.describe(),
+            f"a step takes {seconds:.2f} s on {world.device}; peak memory {decimal(peak_bytes(world.device))}",
+            f"the run takes at most {total}, without validation; nothing was written",
         )
+        return "\n".join(lines)
 
 
 @dataclass(kw_only=True)
@@ -146,15 +145,16 @@ class Training:
             raise ConfigError(f"batch_size: {config.crops_per_step} crops cannot be divided among {world.size} ranks")
         self.config, self.world, self._score = config, world, score
         self.checkpointer = Checkpointer(config.output / "checkpoints", timeout_s=config.compute.timeout_s)
-        has_begun = bool(self.checkpointer.steps())
         if world.is_main:
             # A run that resumes uses the images that it started with; before its first checkpoint they may be fixed.
-            open_sets(config.data, config.output, rebuild=not has_begun)
+            open_sets(config.data, config.output, rebuild=not self.checkpointer.steps())
         barrier()
         record = config.output / "split.json" if world.is_main and not is_dry else None
         self.split = split(open_sets(config.data, config.output), config.data, seed=config.seed, record=record)
         names = tuple(Path(data_set.folder).name for data_set in self.split.sets)
-        self.learner = Learner(config, world, trained_on=names, pixel_size_um=self._pixel_size())
+        sizes = {self.split.sets[index.data_set][index.image].pixel_size_um for index in self.split.training}
+        pixel_size_um = sizes.pop() if len(sizes) == 1 else None
+        self.learner = Learner(config, world, trained_on=names, pixel_size_um=pixel_size_um)
         self.crops = CropDataset(
             self.split,
             self.learner.model.settings,
@@ -165,13 +165,8 @@ class Training:
         )
         self.steps_per_epoch = math.ceil(self.crops.epoch_length / config.crops_per_step)
         self.total_steps = config.epochs * self.steps_per_epoch
-        warmup = min(config.optim.warmup_steps, self.total_steps // 10)
-        self._schedule = Schedule(peak=1.0, end=0.0, warmup=warmup)
+        self._schedule = Schedule(peak=1.0, end=0.0, warmup=min(config.optim.warmup_steps, self.total_steps // 10))
         self.progress = Progress()
-
-    def _pixel_size(self) -> float | None:
-        sizes = {self.split.sets[c.data_set][c.image].pixel_size_um for c in self.split.training}
-        return sizes.pop() if len(sizes) == 1 else None
 
     def describe(self) -> list[str]:
         """Return lines about the run: the model, the data, its length, and the pairs that were skipped."""
@@ -245,11 +240,8 @@ class Training:
         if self._score is not None and self.world.is_main and epoch % config.score_every == 0:
             metrics |= self._score(self.learner.average.eval(), self.split.validation_images(), False).metrics
         if epoch % config.image_every == 0 and self.world.is_main:
-            run.image(
-                step,
-                "examples (image, target, prediction, error)",
-                draw_examples(batch, self.learner.predict(batch.images).cpu()),
-            )
+            drawn = draw_examples(batch, self.learner.predict(batch.images).cpu())
+            run.image(step, "examples (image, target, prediction, error)", drawn)
         return metrics
 
     def write(self, name: str, step: int) -> None:
@@ -278,9 +270,8 @@ class Training:
             chosen = ", ".join(f"{name} {value}" for name, value in scored.settings.items()) or "unchanged"
             run.note(f"best epoch {self.progress.best_epoch}: {shown}; thresholds: {chosen}")
             if not any(scored.metrics.values()):
-                run.note(
-                    "no cells were segmented: train longer (epochs, data.crops_per_image), or see docs/training.md"
-                )
+                advice = "train longer (epochs, data.crops_per_image), or see docs/training.md"
+                run.note(f"no cells were segmented: {advice}")
         barrier()
         self.progress.finished = True
         self.save()
