@@ -4,7 +4,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.dataset import LabelledImage
 from dinocell.labelled.layouts import folder_pairs
+from dinocell.runtime.distributed import World
 
 
 def test_the_split_is_by_image_fixed_by_the_seed_and_recorded(labelled_folder: Path, tmp_path: Path) -> None:
@@ -55,9 +56,9 @@ def test_every_image_is_used_equally_often_in_every_epoch(labelled_folder: Path)
 def test_two_ranks_together_see_the_crops_of_one(labelled_folder: Path) -> None:
     divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
     crops = CropDataset(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=2)
-    settings = {"first_step": 1, "last_step": 3, "batch_size": 4, "workers": 0}
-    alone = list(loader(crops, rank=0, ranks=1, **settings))
-    halves = [list(loader(crops, rank=rank, ranks=2, **settings)) for rank in range(2)]
+    settings: dict[str, Any] = {"steps": range(1, 3), "batch_size": 4, "workers": 0}
+    alone = list(loader(crops, World(), **settings))
+    halves = [list(loader(crops, World(rank=rank, size=2), **settings)) for rank in range(2)]
     for whole, first, second in zip(alone, *halves, strict=True):
         torch.testing.assert_close(whole.images[0::2], first.images)
         torch.testing.assert_close(whole.targets[1::2], second.targets)

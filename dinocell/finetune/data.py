@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import groupby, takewhile
+from itertools import groupby, islice, takewhile
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from dinocell.finetune.targets import TARGETS, Target
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.dataset import LabelledImage, LabelledSet, open_labelled
 from dinocell.labelled.layouts import folder_pairs
+from dinocell.runtime.distributed import World
 from dinocell.runtime.files import write_atomically
 from dinocell.runtime.progress import start_progress
 
@@ -259,29 +260,18 @@ def _shuffled(seed: int, stream: int, turn: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, turn]).permutation(length)
 
 
-def loader(
-    crops: CropDataset,
-    *,
-    first_step: int,
-    last_step: int,
-    batch_size: int,
-    rank: int,
-    ranks: int,
-    workers: int,
-    pin_memory: bool = False,
-) -> "DataLoader[Batch]":
-    """Return this rank's batches of the steps from ``first_step`` (counted from 0) up to ``last_step``, exclusive.
+def loader(crops: CropDataset, world: World, *, steps: range, batch_size: int, workers: int) -> "DataLoader[Batch]":
+    """Return this rank's batches of some steps, counted from 0.
 
-    ``batch_size`` is the total over all ranks; a rank takes every ``ranks``-th crop of it.
+    ``batch_size`` is the total over all ranks; each takes every ``world.size``-th crop of it.
     """
-    steps = range(first_step, last_step)
-    crop_numbers = [list(range(step * batch_size + rank, (step + 1) * batch_size, ranks)) for step in steps]
+    ends = [((step * batch_size + world.rank), (step + 1) * batch_size) for step in steps]
     return DataLoader(
         crops,
-        batch_sampler=crop_numbers,
+        batch_sampler=[list(range(first, end, world.size)) for first, end in ends],
         num_workers=workers,
         collate_fn=concatenate,
-        pin_memory=pin_memory,
+        pin_memory=world.device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
 
@@ -290,16 +280,14 @@ def validation_batches(
     images: Sequence[LabelledImage], settings: SegmenterSettings, *, crop: int, batch_size: int
 ) -> Iterator[Batch]:
     """Yield the crops of whole images, without augmentation, in batches."""
-    waiting: list[Batch] = []
-    for image in images:
-        grey, labels, intensities = prepare_labelled(image, settings)
-        for tile in tile_image(grey, labels, crop):
-            waiting.append(to_batch(tile, intensities, settings))
-            if len(waiting) == batch_size:
-                yield concatenate(waiting)
-                waiting = []
-    if waiting:
-        yield concatenate(waiting)
+    prepared = (prepare_labelled(image, settings) for image in images)
+    crops = (
+        to_batch(tile, intensities, settings)
+        for grey, labels, intensities in prepared
+        for tile in tile_image(grey, labels, crop)
+    )
+    while batch := list(islice(crops, batch_size)):
+        yield concatenate(batch)
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

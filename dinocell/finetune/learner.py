@@ -2,8 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,14 +115,6 @@ class Learner:
             total += torch.tensor([float(loss) * len(batch.images), len(batch.images)], dtype=torch.float64)
         total = sum_over_ranks(total)
         return float(total[0] / total[1])
-
-    def write(self, path: Path, *, line: str, licences: list[str]) -> None:
-        """Export the averaged weights; ``line`` and the ``licences`` of the data are added to the backbone's card."""
-        own = self.average.card
-        licence = "; ".join(dict.fromkeys(filter(None, [own.licence, *licences])))
-        self.average.card = replace(own, derived_from=(*own.derived_from, line), licence=licence)
-        self.average.save_pretrained(path)
-        self.average.card = own
 
     def state(self) -> dict[str, Any]:
         """Return the tensors that the next step depends on, for a checkpoint."""

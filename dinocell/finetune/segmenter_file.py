@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dinocell.configs.schema import MisfitError, fit, to_plain
-from dinocell.errors import WeightsError
+from dinocell.errors import WeightsError, one_line
 from dinocell.finetune.preprocess import SegmenterSettings
 from dinocell.models.checkpoint_files import METADATA_KEY, RawWeights, read_raw
 from dinocell.models.config import WeightsCard
@@ -74,8 +74,7 @@ def write_segmenter(path: Path, file: SegmenterFile) -> None:
             else:
                 torch.save({"model": tensors, METADATA_KEY: metadata}, part)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise WeightsError(f"{path}: cannot be written ({reason or error})") from error
+        raise WeightsError(f"{path}: cannot be written ({one_line(error)})") from error
 
 
 def read_segmenter(source: str | Path) -> SegmenterFile:

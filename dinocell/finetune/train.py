@@ -188,13 +188,10 @@ class Training:
         """Return the batches of this rank, from a step on."""
         return loader(
             self.crops,
-            first_step=first_step,
-            last_step=self.total_steps,
+            self.world,
+            steps=range(first_step, self.total_steps),
             batch_size=self.config.crops_per_step,
-            rank=self.world.rank,
-            ranks=self.world.size,
             workers=self.config.compute.workers,
-            pin_memory=self.world.device.type == "cuda",
         )
 
     def train(self, run: Run, stop: StopRequest) -> None:
@@ -245,16 +242,17 @@ class Training:
         return metrics
 
     def write(self, name: str, step: int) -> None:
-        """Export the averaged weights, on the main rank."""
+        """Export the averaged weights on the main rank; their card has a line and the data's licences in addition."""
         if not self.world.is_main:
             return
-        model = self.learner.model
-        self.learner.write(
-            self.config.output / name,
-            line=f"DINOCell fine-tuning, {model.target}, {step} steps of {self.config.crops_per_step} on "
-            f"{', '.join(model.settings.trained_on)}",
-            licences=[str(data_set.description.get("licence") or "") for data_set in self.split.sets],
-        )
+        model = self.learner.average
+        own, trained_on = model.card, ", ".join(model.settings.trained_on)
+        line = f"DINOCell fine-tuning, {model.target}, {step} steps of {self.config.crops_per_step} on {trained_on}"
+        licences = [own.licence, *(str(data_set.description.get("licence") or "") for data_set in self.split.sets)]
+        licence = "; ".join(dict.fromkeys(filter(None, licences)))
+        model.card = replace(own, derived_from=(*own.derived_from, line), licence=licence)
+        model.save_pretrained(self.config.output / name)
+        model.card = own
 
     def finish(self, run: Run) -> None:
         """Choose the thresholds that score best on the validation images, store them, and mark the run as finished."""
