@@ -265,7 +265,7 @@ def loader(crops: CropDataset, world: World, *, steps: range, batch_size: int, w
 
     ``batch_size`` is the total over all ranks; each takes every ``world.size``-th crop of it.
     """
-    ends = [((step * batch_size + world.rank), (step + 1) * batch_size) for step in steps]
+    ends = [(step * batch_size + world.rank, (step + 1) * batch_size) for step in steps]
     return DataLoader(
         crops,
         batch_sampler=[list(range(first, end, world.size)) for first, end in ends],

@@ -46,16 +46,10 @@ class Learner:
         self.model = _make_model(config).to(world.device)
         replace_settings(self.model, trained_on=trained_on, pixel_size_um=pixel_size_um, window_px=config.augment.crop)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.optim.ema else self.model
-        self._parallel: nn.Module = self.model
-        if world.size > 1:
-            self._parallel = DistributedDataParallel(self.model)
+        self._parallel: nn.Module = DistributedDataParallel(self.model) if world.size > 1 else self.model
         parts = {"backbone": self.model.backbone, "decoder": self.model.decoder}
-        groups = parameter_groups(
-            parts,
-            depth=self.model.backbone.config.depth,
-            layer_decay=config.optim.layer_decay,
-            patch_embedding_factor=1.0,
-        )
+        depth, layer_decay = self.model.backbone.config.depth, config.optim.layer_decay
+        groups = parameter_groups(parts, depth=depth, layer_decay=layer_decay, patch_embedding_factor=1.0)
         self._parts = {name: part for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
         self._optimizer = adamw(groups, betas=config.optim.betas)
         self.nonfinite_steps = NonfiniteSteps(
@@ -126,9 +120,8 @@ class Learner:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state."""
-        set_state_dict(
-            self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(self.model, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.nonfinite_steps.restore(state["bad"])
         if self._optim.ema:
             self.average.load_state_dict(state["average"])

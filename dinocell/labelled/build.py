@@ -361,12 +361,6 @@ def _folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def _is_labelled_set(folder: Path) -> bool:
     """Return whether a folder has the files of a labelled set and no others, so that no image is ever removed."""
-    arrays = {"imgs.npy", "anns.npy", "dist_maps.npy"}
-
-    def belongs(path: Path) -> bool:
-        if path.is_dir():
-            is_size = re.fullmatch(r"\d+x\d+", path.name) is not None
-            return is_size and {file.name for file in path.iterdir()} <= arrays
-        return path.name in arrays | {"dataset.json"}
-
-    return (folder / "dataset.json").is_file() and all(belongs(path) for path in folder.iterdir())
+    own = re.compile(r"dataset\.json|(\d+x\d+/)?(imgs|anns|dist_maps)\.npy|\d+x\d+/")
+    names = (path.relative_to(folder).as_posix() + "/" * path.is_dir() for path in folder.rglob("*"))
+    return (folder / "dataset.json").is_file() and all(own.fullmatch(name) for name in names)

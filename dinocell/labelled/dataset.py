@@ -179,12 +179,13 @@ def _array_folders(folder: Path) -> list[Path]:
     folders = sorted(path.parent for path in folder.glob("*/imgs.npy"))
     # Sets read as sizes of one set would lose their descriptions, and padding would be part of the images.
     sets = [path.name for path in folders if (path / "dataset.json").exists()]
-    if sets or not folders:
+    if sets:
         problem = f"a folder of labelled sets ({', '.join(sets[:4])}); list them one by one"
-        if not folders:
-            problem = "no labelled set (no imgs.npy); make one with 'dinocell dataset'"
-        raise ImageError(f"{folder}: {problem if folder.is_dir() else 'no such folder'}")
-    return folders
+    elif not folders:
+        problem = "no labelled set (no imgs.npy); make one with 'dinocell dataset'"
+    else:
+        return folders
+    raise ImageError(f"{folder}: {problem if folder.is_dir() else 'no such folder'}")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -197,8 +198,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ImageError(f"{path}: cannot be read ({one_line(error)}); build the set again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
         return {}  # another tool's file of that name
-    if content.get("version") != FORMAT_VERSION:
-        raise ImageError(
-            f"{path}: version {content.get('version')}, this version of DINOCell reads {FORMAT_VERSION}; build it again"
-        )
+    version = content.get("version")
+    if version != FORMAT_VERSION:
+        raise ImageError(f"{path}: version {version}, this DINOCell reads {FORMAT_VERSION}; build the set again")
     return content

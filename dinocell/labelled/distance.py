@@ -19,12 +19,7 @@ def labels_to_distance(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray
     The result is 0 on the background, in (0, 1] inside cells, and 1 at the deepest pixels of each cell. A label in
     several pieces is one cell with one maximum, as in SAMCell's training sets, where each label's mask is transformed
     separately. Equal within 1e-6 to that loop with SciPy's exact transform (SAMCell's notebook uses OpenCV's 3x3
-    approximation).
-
-    Parameters
-    ----------
-    labels
-        0 is background, each other integer one cell. Ids may have gaps and any value that their type allows.
+    approximation). Ids may have gaps and any value that their type allows; 0 is background.
 
     Raises
     ------

@@ -133,7 +133,7 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
         raise ValueError(f"encoding: expected one of {', '.join(_ENCODINGS)}, got {encoding!r}")
     image_pattern, mask_pattern = NamePattern.parse(images), NamePattern.parse(masks)
     fields = image_pattern.names
-    if not {*fields} <= {*mask_pattern.names}:
+    if not set(fields) <= set(mask_pattern.names):
         reject("no pairs", f"patterns {images!r} and {masks!r}: expected each field of the first in the second")
     by_key: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     # A name that matches both ('{name}.tif' matches 'a_mask.tif' too) belongs to the more specific pattern.
