@@ -24,8 +24,8 @@ from dinocell.eval.metrics.bootstrap import ctc_intervals, matching_intervals
 from dinocell.eval.metrics.overlaps import contingency_table
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.config import FinetuneConfig
+from dinocell.finetune.data import open_sets, split
 from dinocell.finetune.model import DINOCell
-from dinocell.finetune.sets import open_sets, split
 from dinocell.images.write import write_png
 from dinocell.labelled.dataset import LabelledImage, open_labelled
 

@@ -25,7 +25,7 @@ from scipy import ndimage
 
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.segmentation.flows import find_masks, flow_errors, flows_to_labels
-from dinocell.labelled.flows import labels_to_flows
+from dinocell.finetune.targets import labels_to_flows
 
 EIGHT_CONNECTED = np.ones((3, 3), bool)
 FLOW_ERROR, PROBABILITY = 0.4, 0.5

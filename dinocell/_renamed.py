@@ -10,7 +10,7 @@ from types import ModuleType
 
 RENAMED = {
     "dinocell.data_shards.distance": "dinocell.labelled.distance",
-    "dinocell.data_shards.flows": "dinocell.labelled.flows",
+    "dinocell.data_shards.flows": "dinocell.finetune.targets",
     "dinocell.data_shards.images": "dinocell.images.read",
     "dinocell.data_shards.sources_images": "dinocell.data_shards.sources.files",
     "dinocell.data_shards.sources_names": "dinocell.data_shards.sources.pattern",

@@ -17,11 +17,10 @@ from dinocell.eval.segmentation.flows import flows_to_labels
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
 from dinocell.eval.threshold_search import search_parameters
 from dinocell.finetune.model import DINOCell, replace_settings
-from dinocell.finetune.targets import FlowPostprocessing
+from dinocell.finetune.targets import FlowPostprocessing, labels_to_flows
 from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.dataset import LabelledImage
-from dinocell.labelled.flows import labels_to_flows
 from dinocell.labelled.layouts import folder_pairs
 from dinocell.models.config import VARIANTS, variant_config
 

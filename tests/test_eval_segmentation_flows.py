@@ -11,7 +11,7 @@ from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.segmentation.flows import find_masks, flows_to_labels, keep
-from dinocell.labelled.flows import labels_to_flows
+from dinocell.finetune.targets import labels_to_flows
 
 unchecked = inspect.unwrap(flows_to_labels)
 FIELD = make_field(3, SyntheticConfig(size=(64, 80), channels=("AGP",), num_cells=(6, 9), cell_radius_px=9.0))

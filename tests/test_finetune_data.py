@@ -1,19 +1,47 @@
-"""The stream of crops: the order of images, the shares of ranks, and reproducible crops."""
+"""Training data: the split of labelled sets, the order of images, the shares of ranks, and reproducible crops."""
 
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
+from dinocell.errors import DinocellError
 from dinocell.finetune.config import AugmentConfig, DataConfig
-from dinocell.finetune.data import CropDataset, loader, prepare_labelled, tile_image
+from dinocell.finetune.data import CropDataset, loader, open_sets, prepare_labelled, split, tile_image
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
-from dinocell.finetune.sets import split
+from dinocell.labelled.build import build_labelled
 from dinocell.labelled.dataset import LabelledImage
+from dinocell.labelled.layouts import folder_pairs
+from dinocell.runtime.distributed import World
+
+
+def test_the_split_is_by_image_fixed_by_the_seed_and_recorded(labelled_folder: Path, tmp_path: Path) -> None:
+    record = tmp_path / "split.json"
+    config = DataConfig(sets=("x",), validation_share=0.4)
+    divided = split([labelled_folder / "set"], config, seed=3, record=record)
+    assert split([labelled_folder / "set"], config, seed=3, record=None).validation == divided.validation
+    names = json.loads(record.read_text())
+    assert len(names["validation"]) == 2
+    assert not set(names["validation"]) & set(names["training"])
+
+
+def test_one_image_cannot_be_split(tmp_path: Path, labelled_folder: Path) -> None:
+    pairs = folder_pairs(labelled_folder, images="images/f0.{name}", masks="masks/f0.{name}")
+    build_labelled(pairs, tmp_path / "one")
+    with pytest.raises(DinocellError, match="one image"):
+        split([tmp_path / "one"], DataConfig(sets=("x",)), seed=0, record=None)
+
+
+@pytest.mark.parametrize("wrong", ["images/f0.tif", "pictures"])
+def test_a_missing_folder_of_images_is_named(wrong: str, labelled_folder: Path, tmp_path: Path) -> None:
+    config = DataConfig(images=str(labelled_folder / wrong), masks=str(labelled_folder / "masks"))
+    with pytest.raises(DinocellError, match=f"data.images: no folder {labelled_folder / wrong}"):
+        open_sets(config, tmp_path)
 
 
 def test_every_image_is_used_equally_often_in_every_epoch(labelled_folder: Path) -> None:
@@ -28,9 +56,9 @@ def test_every_image_is_used_equally_often_in_every_epoch(labelled_folder: Path)
 def test_two_ranks_together_see_the_crops_of_one(labelled_folder: Path) -> None:
     divided = split([labelled_folder / "set"], DataConfig(sets=("x",)), seed=0, record=None)
     crops = CropDataset(divided, SegmenterSettings(), AugmentConfig(crop=64), seed=1, crops_per_image=2)
-    settings = {"first_step": 1, "last_step": 3, "batch_size": 4, "workers": 0}
-    alone = list(loader(crops, rank=0, ranks=1, **settings))
-    halves = [list(loader(crops, rank=rank, ranks=2, **settings)) for rank in range(2)]
+    settings: dict[str, Any] = {"steps": range(1, 3), "batch_size": 4, "workers": 0}
+    alone = list(loader(crops, World(), **settings))
+    halves = [list(loader(crops, World(rank=rank, size=2), **settings)) for rank in range(2)]
     for whole, first, second in zip(alone, *halves, strict=True):
         torch.testing.assert_close(whole.images[0::2], first.images)
         torch.testing.assert_close(whole.targets[1::2], second.targets)

@@ -8,9 +8,8 @@ from scipy import ndimage
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.finetune.config import AugmentConfig
 from dinocell.finetune.data import random_crop, tile_image
-from dinocell.finetune.targets import TARGETS
+from dinocell.finetune.targets import TARGETS, labels_to_flows
 from dinocell.labelled.distance import labels_to_distance
-from dinocell.labelled.flows import labels_to_flows
 
 STILL = AugmentConfig(
     flip=0.0, rotation_deg=0.0, scale=(1.0, 1.0), brightness=(1.0, 1.0), invert_contrast=0.0, with_cells=0.0

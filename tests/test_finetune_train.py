@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,7 @@ def test_a_model_of_flows_overfits_two_images(tmp_path: Path) -> None:
 
 def test_progress_counts_epochs_without_improvement_and_round_trips() -> None:
     progress = train.Progress()
-    assert train.Progress.of(json.loads(json.dumps(progress.values()))) == progress
+    assert train.Progress(**json.loads(json.dumps(asdict(progress)))) == progress
     assert progress.update(0.5, 1, after=1, min_delta=0.01)
     assert progress.update(0.495, 2, after=1, min_delta=0.01)  # the lowest so far, but not an improvement
     assert (progress.best, progress.best_epoch, progress.stale) == (0.495, 2, 1)
@@ -167,7 +168,7 @@ def test_progress_counts_epochs_without_improvement_and_round_trips() -> None:
     assert (progress.best_epoch, progress.stale) == (2, 3)
     assert progress.update(0.4, 5, after=1, min_delta=0.01)
     assert progress.stale == 0
-    assert train.Progress.of(progress.values()) == progress
+    assert train.Progress(**json.loads(json.dumps(asdict(progress)))) == progress
 
 
 @pytest.mark.cuda

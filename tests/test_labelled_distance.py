@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from dinocell.labelled.distance import distance_to_boundary, labels_to_distance
+from dinocell.labelled.distance import check_labels, distance_to_boundary, labels_to_distance
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # Without the checks of annotations at run time, which would raise before our own.
-unchecked = inspect.unwrap(distance_to_boundary)
+unchecked = inspect.unwrap(check_labels)
 
 
 def plain_loop(labels: np.ndarray, *, divide: bool = True) -> np.ndarray:

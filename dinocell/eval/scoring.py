@@ -10,7 +10,7 @@ from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.eval.segmentation.targets import DECODERS, decode
 from dinocell.eval.threshold_search import search_parameters
 from dinocell.finetune.model import DINOCell
-from dinocell.finetune.validation import Scored
+from dinocell.finetune.train import Scored
 from dinocell.labelled.dataset import LabelledImage
 
 

@@ -1,9 +1,7 @@
-"""One training step of a segmenter: network, loss, optimizer and moving average, on one rank or several."""
+"""A segmenter in training: network, loss, optimizer and moving average, on one rank or several."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinocell.errors import ConfigError
 from dinocell.finetune.config import FinetuneConfig
-from dinocell.finetune.data import Batch
+from dinocell.finetune.data import Batch, validation_batches
 from dinocell.finetune.model import DINOCell, create_dinocell_model, replace_settings
 from dinocell.finetune.targets import TARGETS
+from dinocell.labelled.dataset import LabelledImage
 from dinocell.runtime.device import uses_bfloat16
 from dinocell.runtime.distributed import World, sum_over_ranks
 from dinocell.runtime.optim import NonfiniteSteps, adamw, clip_gradients, parameter_groups, set_rates, update_ema
@@ -41,23 +40,16 @@ class Learner:
     def __init__(
         self, config: FinetuneConfig, world: World, *, trained_on: tuple[str, ...], pixel_size_um: float | None
     ) -> None:
-        self._optim, self._loss_options = config.optim, vars(config.loss)
-        self._device, self._ranks = world.device, world.size
+        self._optim, self._loss_options, self._world = config.optim, vars(config.loss), world
         self._uses_bfloat16 = uses_bfloat16(config.compute.dtype, world.device)
         torch.manual_seed(config.seed)
         self.model = _make_model(config).to(world.device)
         replace_settings(self.model, trained_on=trained_on, pixel_size_um=pixel_size_um, window_px=config.augment.crop)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.optim.ema else self.model
-        self._parallel: nn.Module = self.model
-        if world.size > 1:
-            self._parallel = DistributedDataParallel(self.model)
+        self._parallel: nn.Module = DistributedDataParallel(self.model) if world.size > 1 else self.model
         parts = {"backbone": self.model.backbone, "decoder": self.model.decoder}
-        groups = parameter_groups(
-            parts,
-            depth=self.model.backbone.config.depth,
-            layer_decay=config.optim.layer_decay,
-            patch_embedding_factor=1.0,
-        )
+        depth, layer_decay = self.model.backbone.config.depth, config.optim.layer_decay
+        groups = parameter_groups(parts, depth=depth, layer_decay=layer_decay, patch_embedding_factor=1.0)
         self._parts = {name: part for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
         self._optimizer = adamw(groups, betas=config.optim.betas)
         self.nonfinite_steps = NonfiniteSteps(
@@ -69,7 +61,7 @@ class Learner:
     def step(self, batch: Batch, rate: float) -> dict[str, Any]:
         """Train on a batch, with the learning rates times ``rate``, and return the metrics to log."""
         optim = self._optim
-        images, targets = (part.to(self._device, non_blocking=True) for part in batch)
+        images, targets = (part.to(self._world.device, non_blocking=True) for part in batch)
         set_rates(
             self._optimizer,
             learning_rate=rate * optim.learning_rate,
@@ -82,7 +74,7 @@ class Learner:
         loss.backward()
         norms = clip_gradients(self._parts, optim.clip)
         # Ranks have different crops: all log the mean loss, and skip a step together if it is not finite.
-        mean_loss = sum_over_ranks(loss.detach()) / self._ranks
+        mean_loss = sum_over_ranks(loss.detach()) / self._world.size
         self.nonfinite_steps.step(self._optimizer, [mean_loss, *norms.values()])
         if optim.ema:
             update_ema(self.average.parameters(), self.model.parameters(), optim.ema)
@@ -96,10 +88,10 @@ class Learner:
     @torch.no_grad()
     def predict(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
         """Return the averaged model's maps, on the device."""
-        return self._maps(self.average.eval(), images.to(self._device))
+        return self._maps(self.average.eval(), images.to(self._world.device))
 
     def _maps(self, model: nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._uses_bfloat16):
+        with torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._uses_bfloat16):
             maps: Tensor = model(images)
         return maps.float()
 
@@ -107,13 +99,16 @@ class Learner:
         """Return the loss of the run's target, with the weights of its recipe."""
         return TARGETS[self.model.target].loss(maps, targets, **self._loss_options)
 
-    def write(self, path: Path, *, line: str, licences: list[str]) -> None:
-        """Export the averaged weights; ``line`` and the ``licences`` of the data are added to the backbone's card."""
-        own = self.average.card
-        licence = "; ".join(dict.fromkeys(filter(None, [own.licence, *licences])))
-        self.average.card = replace(own, derived_from=(*own.derived_from, line), licence=licence)
-        self.average.save_pretrained(path)
-        self.average.card = own
+    @torch.no_grad()
+    def validation_loss(self, images: Sequence[LabelledImage], *, crop: int, batch_size: int) -> float:
+        """Return the mean loss over all crops of the images, without augmentation, over all ranks."""
+        total = torch.zeros(2, dtype=torch.float64)
+        own = images[self._world.rank :: self._world.size]
+        for batch in validation_batches(own, self.average.settings, crop=crop, batch_size=batch_size):
+            loss = self.loss(self.predict(batch.images), batch.targets.to(self._world.device))
+            total += torch.tensor([float(loss) * len(batch.images), len(batch.images)], dtype=torch.float64)
+        total = sum_over_ranks(total)
+        return float(total[0] / total[1])
 
     def state(self) -> dict[str, Any]:
         """Return the tensors that the next step depends on, for a checkpoint."""
@@ -125,9 +120,8 @@ class Learner:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state."""
-        set_state_dict(
-            self.model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(self.model, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.nonfinite_steps.restore(state["bad"])
         if self._optim.ema:
             self.average.load_state_dict(state["average"])

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dinocell.configs.schema import diff_configs
-from dinocell.errors import WeightsError
-from dinocell.finetune.decoder import Decoder
 from dinocell.finetune.preprocess import SegmenterSettings
 from dinocell.finetune.segmenter_file import SegmenterFile, read_segmenter, write_segmenter
 from dinocell.finetune.targets import TARGETS, TargetName
 from dinocell.models.config import WeightsCard
+from dinocell.models.locate import require
 from dinocell.models.vit import VARIANTS, VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 
@@ -107,18 +107,21 @@ class DINOCell(nn.Module):
         depth = backbone.config.depth
         spread = tuple(depth * (index + 1) // 4 - 1 for index in range(4))
         self.blocks = tuple(blocks) if blocks is not None else _BLOCKS.get(depth, spread)
-        is_ascending = sorted(set(self.blocks)) == list(self.blocks)
-        if len(self.blocks) != 4 or not is_ascending or not 0 <= self.blocks[0] <= self.blocks[-1] < depth:
-            raise ValueError(f"blocks: expected four ascending numbers below {depth}, got {list(self.blocks)}")
         convention = backbone.card.input.convention
-        if convention == "imagenet" or (settings is not None and settings.convention != convention):
-            raise WeightsError(f"the backbone expects {convention} input; load it with in_channels=1, without settings")
-        if settings is None:
-            pixel_size_um = backbone.card.input.pixel_size_um
-            settings = SegmenterSettings(convention=convention, target=target, pixel_size_um=pixel_size_um)
-        if settings.target != target:
-            raise ValueError(f"target: got {target} and settings for {settings.target}")
-        self.settings = settings
+        self.settings = settings or SegmenterSettings(
+            convention="unit" if convention == "unit" else "standardised",
+            target=target,
+            pixel_size_um=backbone.card.input.pixel_size_um,
+        )
+        require(
+            len(self.blocks) == 4 and sorted({-1, *self.blocks, depth}) == [-1, *self.blocks, depth],
+            f"blocks: expected four ascending numbers below {depth}, got {list(self.blocks)}",
+        )
+        require(
+            self.settings.convention == convention,
+            f"the backbone expects {convention} input; load it with in_channels=1, without settings",
+        )
+        require(self.settings.target == target, f"target: got {target} and settings for {self.settings.target}")
         self.backbone = backbone
         self.decoder = Decoder(backbone.config.width, out_channels=TARGETS[target].num_maps)
         assert self.decoder.head.bias is not None
@@ -131,13 +134,9 @@ class DINOCell(nn.Module):
         self.freeze_backbone = frozen
         self.requires_grad_(True)
         self.backbone.requires_grad_(not frozen)
-        for unused in (
-            *self.backbone.blocks[self.blocks[-1] + 1 :],
-            self.backbone.cls_norm,
-            self.backbone.local_cls_norm,
-        ):
-            if unused is not None:
-                unused.requires_grad_(False)
+        unused = [*self.backbone.blocks[self.blocks[-1] + 1 :], self.backbone.cls_norm, self.backbone.local_cls_norm]
+        for module in filter(None, unused):
+            module.requires_grad_(False)
         self.backbone.mask_token.requires_grad_(False)
         self.train()
 
@@ -156,11 +155,8 @@ class DINOCell(nn.Module):
     def forward(self, images: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b k h w"]:
         """Return maps of the images' size, in the units of the target: distances and probabilities in [0, 1].
 
-        Parameters
-        ----------
-        images
-            Prepared by `dinocell.finetune.preprocess.prepare`; of any size: sides that the patch does not divide are
-            padded by reflection and the maps cropped.
+        Images are prepared by `dinocell.finetune.preprocess.prepare`, and of any size: sides that the patch does not
+        divide are padded by reflection and the maps cropped.
         """
         return TARGETS[self.target].activate(self.forward_logits(images))
 
@@ -189,10 +185,7 @@ class DINOCell(nn.Module):
     def from_pretrained(cls, source: str | Path) -> "DINOCell":
         """Load a segmenter, in eval mode, from a file, a folder, ``hf://owner/name`` or a URL.
 
-        Raises
-        ------
-        WeightsError
-            If there is none, it is damaged, or it is another kind of file.
+        WeightsError if there is none, it is damaged, or it is another kind of file.
         """
         file = read_segmenter(source)
         with torch.device("meta"):
@@ -201,7 +194,7 @@ class DINOCell(nn.Module):
             model = cls.__new__(cls)
             nn.Module.__init__(model)
             model._assemble(backbone, file.blocks, file.settings.target, file.settings, freeze_backbone=True)
-        model._load(file.tensors, str(source))
+        model._load(file, source)
         return model.eval()
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -214,12 +207,8 @@ class DINOCell(nn.Module):
         if path.suffix not in (".pt", ".pth", ".safetensors"):
             path = path / "model.safetensors"
         tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}
-        write_segmenter(
-            path,
-            SegmenterFile(
-                vit=self.backbone.config, blocks=self.blocks, settings=self.settings, card=self.card, tensors=tensors
-            ),
-        )
+        vit, blocks, settings, card = self.backbone.config, self.blocks, self.settings, self.card
+        write_segmenter(path, SegmenterFile(vit=vit, blocks=blocks, settings=settings, card=card, tensors=tensors))
         return path
 
     def fingerprint(self) -> str:
@@ -237,40 +226,33 @@ class DINOCell(nn.Module):
     def load_weights(self, path: str | Path) -> None:
         """Load tensors, settings and card from the file of a segmenter of the same architecture.
 
-        Raises
-        ------
-        WeightsError
-            If the architecture differs; the model is unchanged then.
+        WeightsError if the architecture differs; the model is unchanged then.
         """
         file = read_segmenter(path)
+        self._load(file, path)
+        self.settings, self.card = file.settings, file.card
+
+    def _load(self, file: SegmenterFile, source: str | Path) -> None:
         ours = {"backbone": dataclasses.asdict(self.backbone.config), "blocks": self.blocks, "target": self.target}
         theirs = {"backbone": dataclasses.asdict(file.vit), "blocks": file.blocks, "target": file.settings.target}
         differing = diff_configs(ours, theirs)
-        if differing:
-            raise WeightsError(
-                f"{path}: the architecture differs from this model's ({'; '.join(differing)}); "
-                "use DINOCell.from_pretrained"
-            )
-        self._load(file.tensors, str(path))
-        self.settings, self.card = file.settings, file.card
-
-    def _load(self, tensors: dict[str, Tensor], source: str) -> None:
-        expected = self.state_dict()
-        problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-        problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
-        for name in sorted(expected.keys() & tensors.keys()):
-            shape, got = tuple(expected[name].shape), tuple(tensors[name].shape)
-            if shape != got:
-                problems.append(f"{name}: expected shape {shape}, got {got}")
-            elif not bool(tensors[name].isfinite().all()):
-                problems.append(f"{name} has values that are not finite")
-        if problems:
-            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise WeightsError(f"{source}: its tensors are damaged or do not fit: {'; '.join(problems[:3])}{more}")
+        require(
+            not differing,
+            f"{source}: the architecture differs from this model's ({'; '.join(differing)}); "
+            "use DINOCell.from_pretrained",
+        )
+        tensors = file.tensors
+        shapes, expected = (
+            {name: tuple(tensor.shape) for name, tensor in named.items()} for named in (tensors, self.state_dict())
+        )
+        problems = diff_configs(expected, shapes) or [
+            f"{name} has values that are not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()
+        ]
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        require(not problems, f"{source}: its tensors are damaged or do not fit: {'; '.join(problems[:3])}{more}")
         if self.decoder.head.weight.is_meta:
-            self.load_state_dict(
-                {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}, assign=True
-            )
+            copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+            self.load_state_dict(copies, assign=True)
             self.set_frozen(self.freeze_backbone)
         else:
             self.load_state_dict(tensors)
@@ -288,12 +270,7 @@ def create_dinocell_model(
 ) -> DINOCell:
     """Build a segmenter with a new decoder; ``model_size`` is a key of `dinocell.models.vit.VARIANTS`.
 
-    Raises
-    ------
-    WeightsError
-        If ``pretrained`` and no weights are found; the message tells where to get them.
-    ValueError
-        For an unknown size.
+    WeightsError if ``pretrained`` and no weights are found, with where to get them; ValueError for an unknown size.
     """
     if model_size not in VARIANTS:
         raise ValueError(f"model_size: expected one of {', '.join(VARIANTS)}, got {model_size!r}")
@@ -319,3 +296,108 @@ def _parse(name: str) -> tuple[str, int]:
         names = ", ".join(f"vit{letter}8" for letter in _LETTERS)
         raise ValueError(f"backbone_name: expected variant and patch size, such as {names}, got {name!r}")
     return _LETTERS[match[1]], int(match[2])
+
+
+class Decoder(nn.Module):
+    """Turn token maps from four depths and the image into maps of the image's size (logits, no sigmoid).
+
+    A U-Net whose encoder is the vision transformer. All token maps have the resolution of the patches: the deeper ones
+    enter at the coarse levels of the decoder, the shallower ones at the fine levels. A shallow convolutional branch
+    adds from the image what patches do not resolve, the exact position of edges.
+
+    Parameters
+    ----------
+    width
+        Channels of the token maps. The decoder has as many at 1/8 of the resolution, at most 512; they decrease to a
+        half, a sixth and a sixteenth towards the full resolution, where convolutions are expensive.
+    out_channels
+        Number of output maps.
+    """
+
+    def __init__(self, width: int, *, out_channels: int = 1) -> None:
+        super().__init__()
+        widths = [max(8, -(-min(width, 512) // share // 4) * 4) for share in (1, 2, 6, 16)]
+        fine = [max(8, channels // 2) for channels in widths[1:]]  # of the image branch at 1/4, 1/2 and 1
+        # Before upsampling, each token map is projected to the width of the level that it joins, the deepest first.
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for channels in (widths[0], *widths[:3]))
+        self.stem = nn.ModuleList(
+            [
+                _convolutions(1, fine[2], 1),
+                nn.Sequential(nn.Conv2d(fine[2], fine[1], 3, stride=2, padding=1), nn.GELU(approximate="tanh")),
+                nn.Sequential(nn.Conv2d(fine[1], fine[0], 3, stride=2, padding=1), nn.GELU(approximate="tanh")),
+            ]
+        )
+        self.narrow = nn.ModuleList(nn.Conv2d(wide, narrow, 1) for wide, narrow in pairwise(widths))
+        self.merge = nn.ModuleList(
+            [
+                _convolutions(2 * widths[0], widths[0], 4),
+                _convolutions(2 * widths[1] + fine[0], widths[1]),
+                _convolutions(2 * widths[2] + fine[1], widths[2]),
+                _convolutions(widths[3] + fine[2], widths[3]),
+            ]
+        )
+        self.head = nn.Conv2d(widths[3], out_channels, 1)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise convolutions by He's normal distribution, biases to 0, norms to the identity, the head near 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.normal_(self.head.weight, std=0.01)
+
+    def forward(
+        self, tokens: Sequence[Float[Tensor, "b d rows columns"]], images: Float[Tensor, "b 1 h w"]
+    ) -> Float[Tensor, "b k h w"]:
+        """Return the maps; ``tokens`` are four maps, the shallowest first, of any resolution (patch 8, 14, 16)."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        full = self.stem[0](images)
+        half = self.stem[1](full)
+        quarter = self.stem[2](half)
+        height, width = images.shape[-2:]
+        eighth = (-(-height // 8), -(-width // 8))
+        lateral = [layer(maps) for layer, maps in zip(self.lateral, reversed(tokens), strict=True)]
+        # Coarse to fine: upsample, then fuse with the token map and the image branch of that level.
+        x = self.merge[0](_resize_and_stack(eighth, *lateral[:2]))
+        x = self.merge[1](_resize_and_stack(quarter.shape[-2:], self.narrow[0](x), lateral[2], quarter))
+        x = self.merge[2](_resize_and_stack(half.shape[-2:], self.narrow[1](x), lateral[3], half))
+        x = self.merge[3](_resize_and_stack((height, width), self.narrow[2](x), full))
+        maps: Tensor = self.head(x)
+        return maps
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each pixel.
+
+    It has no statistics over the batch, which would be unreliable for a batch of 1 or 4, and none over the image, which
+    would make the map of a cell depend on the rest of its tile.
+    """
+
+    def forward(self, maps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Normalise."""
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _convolutions(inputs: int, outputs: int, count: int = 2) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index in range(count):
+        layers += [
+            nn.Conv2d(inputs if index == 0 else outputs, outputs, 3, padding=1, bias=False),
+            ChannelNorm(outputs),
+            nn.GELU(approximate="tanh"),
+        ]
+    return nn.Sequential(*layers)
+
+
+def _resize_and_stack(size: Sequence[int], *maps: Tensor) -> Tensor:
+    """Resize maps bilinearly to one size and stack their channels."""
+    size = tuple(size)
+    resized = [
+        x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps
+    ]
+    return torch.cat(resized, dim=1)

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, Real, Shaped, UInt8
 
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import ImageError
 from dinocell.finetune.targets import TARGETS, Postprocessing, TargetName
 from dinocell.images.image import as_image, percentile_range, to_uint8
 
@@ -149,15 +149,14 @@ def resize(plane: Float32[np.ndarray, "h w"], size: tuple[int, int]) -> Float32[
 
 def _scale(pixel_size_um: int | float | None, settings: SegmenterSettings) -> float:
     """Return the factor by which an image is resized to the pixel size of the training."""
-    if pixel_size_um is not None and not 0 < pixel_size_um < math.inf:
-        raise DinocellError(f"pixel_size_um: expected more than 0, got {pixel_size_um}")
-    if pixel_size_um is None or settings.pixel_size_um is None:
+    if pixel_size_um is None:
         return 1.0
-    scale = float(pixel_size_um) / settings.pixel_size_um
-    if not 1 / _MAX_SCALE <= scale <= _MAX_SCALE:
+    trained = settings.pixel_size_um
+    scale = 1.0 if trained is None else float(pixel_size_um) / trained
+    if not (0 < pixel_size_um < math.inf and 1 / _MAX_SCALE <= scale <= _MAX_SCALE):
         raise ImageError(
-            f"the image's pixel size is {pixel_size_um:g} um, the segmenter was trained at {settings.pixel_size_um:g} "
-            "um; is it in another unit? Set it with pixel_size_um (--pixel-size)"
+            f"pixel_size_um: got {pixel_size_um:g} um, expected more than 0 and within a factor of {_MAX_SCALE} of the "
+            f"training images' ({trained or 'unknown'}); is it in another unit? Set it with --pixel-size"
         )
     return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
 

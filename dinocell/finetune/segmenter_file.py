@@ -4,8 +4,10 @@ Files are read as tensors only; no code in them is ever executed.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,11 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dinocell.configs.schema import MisfitError, fit, to_plain
-from dinocell.errors import WeightsError
+from dinocell.errors import WeightsError, one_line
 from dinocell.finetune.preprocess import SegmenterSettings
-from dinocell.models.checkpoint_files import METADATA_KEY, read_raw
+from dinocell.models.checkpoint_files import METADATA_KEY, RawWeights, read_raw
 from dinocell.models.config import WeightsCard
-from dinocell.models.locate import locate
+from dinocell.models.locate import locate, require
 from dinocell.models.vit import ViTConfig
 from dinocell.runtime.files import replacing
 
@@ -39,21 +41,21 @@ class SegmenterFile:
 def is_segmenter(source: str | Path) -> bool:
     """Return whether a source is a DINOCell segmenter; False if it cannot be read."""
     try:
-        path = locate(source)
-        raw = read_raw(path / "model.safetensors" if (path / "model.safetensors").is_file() else path)
+        return _read(source)[1].get("kind") == KIND
     except WeightsError:
         return False
-    return isinstance(raw.metadata, dict) and raw.metadata.get("kind") == KIND
+
+
+def _read(source: str | Path) -> tuple[RawWeights, Mapping[str, Any]]:
+    """Find and read a file, or the segmenter in a folder; return its content and our description, if it has one."""
+    path = locate(source)
+    inner = path / "model.safetensors"
+    raw = read_raw(inner if inner.is_file() else path)
+    return raw, raw.metadata or {}
 
 
 def write_segmenter(path: Path, file: SegmenterFile) -> None:
-    """Write a file atomically.
-
-    Raises
-    ------
-    WeightsError
-        If it cannot be written.
-    """
+    """Write a file atomically; WeightsError if it cannot be written."""
     metadata = {
         "schema": _VERSION,
         "kind": KIND,
@@ -72,34 +74,25 @@ def write_segmenter(path: Path, file: SegmenterFile) -> None:
             else:
                 torch.save({"model": tensors, METADATA_KEY: metadata}, part)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise WeightsError(f"{path}: cannot be written ({reason or error})") from error
+        raise WeightsError(f"{path}: cannot be written ({one_line(error)})") from error
 
 
 def read_segmenter(source: str | Path) -> SegmenterFile:
-    """Find and read a segmenter.
-
-    Raises
-    ------
-    WeightsError
-        If there is none, it is damaged, or it is another kind of file.
-    """
-    path = locate(source)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    raw = read_raw(path)
-    if not isinstance(raw.metadata, dict) or raw.metadata.get("kind") != KIND:
-        kind = "a backbone" if raw.metadata is not None or raw.container else "no DINOCell file"
-        raise WeightsError(f"{source}: expected a segmenter, this file is {kind}; train one with 'dinocell finetune'")
-    version = raw.metadata.get("schema")
-    if version != _VERSION:
-        raise WeightsError(f"{source}: file version {version}, this DINOCell reads {_VERSION}; update dinocell")
+    """Find and read a segmenter; WeightsError if there is none, it is damaged, or it is another kind of file."""
+    raw, metadata = _read(source)
+    kind = "a backbone" if raw.metadata is not None or raw.container else "no DINOCell file"
+    require(
+        metadata.get("kind") == KIND,
+        f"{source}: expected a segmenter, this file is {kind}; train one with 'dinocell finetune'",
+    )
+    version = metadata.get("schema")
+    require(version == _VERSION, f"{source}: file version {version}, this DINOCell reads {_VERSION}; update dinocell")
     try:
         return SegmenterFile(
-            vit=fit(ViTConfig, raw.metadata["vit"], "vit"),
-            blocks=tuple(fit(list[int], raw.metadata["blocks"], "blocks")),
-            settings=fit(SegmenterSettings, raw.metadata["settings"], "settings"),
-            card=fit(WeightsCard, raw.metadata["card"], "card"),
+            vit=fit(ViTConfig, metadata["vit"], "vit"),
+            blocks=tuple(fit(list[int], metadata["blocks"], "blocks")),
+            settings=fit(SegmenterSettings, metadata["settings"], "settings"),
+            card=fit(WeightsCard, metadata["card"], "card"),
             tensors=raw.tensors,
         )
     except (MisfitError, KeyError, ValueError) as error:
@@ -109,20 +102,19 @@ def read_segmenter(source: str | Path) -> SegmenterFile:
 def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
     """Return the facts about a segmenter by name, in reading order."""
     vit, settings = file.vit, file.settings
-    count = {
-        part: sum(tensor.numel() for name, tensor in file.tensors.items() if name.startswith(part))
+    backbone, decoder = (
+        sum(tensor.numel() for name, tensor in file.tensors.items() if name.startswith(part))
         for part in ("backbone.", "decoder.")
-    }
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})
-    clahe = (
-        f"CLAHE {settings.clahe_clip:g} in tiles of {settings.clahe_tile_px} px" if settings.clahe_clip else "no CLAHE"
     )
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})
+    tiles = f" in tiles of {settings.clahe_tile_px} px"
+    clahe = f"CLAHE {settings.clahe_clip:g}{tiles}" if settings.clahe_clip else "no CLAHE"
     low, high = settings.percentiles
     return {
         "format": "DINOCell segmenter",
         "architecture": f"ViT of width {vit.width}, {vit.depth} blocks, patch {vit.patch_size} px; decoder at blocks "
         f"{', '.join(map(str, file.blocks))}",
-        "parameters": f"{count['backbone.']:,} backbone, {count['decoder.']:,} decoder ({', '.join(dtypes)})",
+        "parameters": f"{backbone:,} backbone, {decoder:,} decoder ({', '.join(dtypes)})",
         "target": settings.target,
         "input": f"{settings.convention}, percentiles {low:g} and {high:g}, {clahe}",
         "windows": f"{settings.window_px} px",
@@ -134,13 +126,8 @@ def describe_segmenter(file: SegmenterFile) -> dict[str, str]:
     }
 
 
-# --- default model --------------------------------------------------------------------------------------------------
-#
-# The small segmenter that is shipped with the package, for `dinocell segment` without ``--model``; its model card is
-# README.md in the same folder.
-
+# Shipped with the package, for `dinocell segment` without ``--model``; its model card is README.md in the same folder.
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "default_model" / "segmenter.safetensors"
-
 DEFAULT_MODEL_NOTICE = (
     "no --model: using the default model, trained on 751 public images of nuclei and of one cell type in phase "
     "contrast. Check its overlays (--save-viz) before you rely on it, and fine-tune it on your own images"

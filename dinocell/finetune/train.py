@@ -2,11 +2,12 @@
 
 import math
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,17 +19,33 @@ from torch.utils.data import DataLoader
 from dinocell.configs.load import to_yaml
 from dinocell.errors import ConfigError, WeightsError
 from dinocell.finetune.config import FinetuneConfig
-from dinocell.finetune.data import Batch, CropDataset, loader
+from dinocell.finetune.data import Batch, CropDataset, loader, open_sets, skipped_pairs, split
 from dinocell.finetune.learner import Learner
-from dinocell.finetune.sets import Split, open_sets, skipped_pairs, split
+from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.targets import TARGETS
-from dinocell.finetune.validation import Scorer, choose_thresholds, validation_loss
+from dinocell.labelled.dataset import LabelledImage
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.device import peak_bytes
 from dinocell.runtime.distributed import World, barrier, together
 from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.runtime.schedules import Schedule, value_at
+
+# Example images: number of crops, and space between their maps.
+_SHOWN = 4
+_GAP_PX = 2
+
+
+class Scored(NamedTuple):
+    """Metrics for the log, and the settings that scored better than the segmenter's own."""
+
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+
+
+Scorer = Callable[[DINOCell, Sequence[LabelledImage], bool], Scored]
+"""Segments images and scores them; with True it also searches thresholds. `dinocell.eval.scoring.score_segmenter` is
+one; it is passed in because evaluation is a layer above training."""
 
 
 def finetune(config: FinetuneConfig, *, score: Scorer | None = None) -> Path:
@@ -90,13 +107,12 @@ def dry_run(config: FinetuneConfig) -> str:
                 torch.cuda.synchronize()
             seconds = perf_counter() - begin
         total = timedelta(seconds=round(seconds * training.total_steps))
-        return "\n".join(
-            [
-                *training.describe(),
-                f"a step takes {seconds:.2f} s on {world.device}; peak memory {decimal(peak_bytes(world.device))}",
-                f"the run takes at most {total}, without validation; nothing was written",
-            ]
+        lines = (
+            *training.describe(),
+            f"a step takes {seconds:.2f} s on {world.device}; peak memory {decimal(peak_bytes(world.device))}",
+            f"the run takes at most {total}, without validation; nothing was written",
         )
+        return "\n".join(lines)
 
 
 @dataclass(kw_only=True)
@@ -104,28 +120,19 @@ class Progress:
     """Completed steps, the lowest validation loss and its epoch, and the epochs without an improvement since."""
 
     step: int = 0
-    best: float = math.inf
+    best: float | None = None
     best_epoch: int = 0
     stale: int = 0
     finished: bool = False
 
     def update(self, loss: float, epoch: int, *, after: int, min_delta: float) -> bool:
         """Record a validation loss, ``after`` epochs since the last, and return whether it is the lowest so far."""
-        self.stale = 0 if loss < self.best - min_delta else self.stale + after
-        if not loss < self.best:
+        best = math.inf if self.best is None else self.best
+        self.stale = 0 if loss < best - min_delta else self.stale + after
+        if not loss < best:
             return False
         self.best, self.best_epoch = loss, epoch
         return True
-
-    def values(self) -> dict[str, Any]:
-        """Return JSON values for `Progress.of`."""
-        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
-
-    @staticmethod
-    def of(values: dict[str, Any]) -> "Progress":
-        """Return the progress that these values were made from."""
-        given: dict[str, Any] = {name: math.inf if value is None else value for name, value in values.items()}
-        return Progress(**given)
 
 
 class Training:
@@ -138,15 +145,16 @@ class Training:
             raise ConfigError(f"batch_size: {config.crops_per_step} crops cannot be divided among {world.size} ranks")
         self.config, self.world, self._score = config, world, score
         self.checkpointer = Checkpointer(config.output / "checkpoints", timeout_s=config.compute.timeout_s)
-        has_begun = bool(self.checkpointer.steps())
         if world.is_main:
             # A run that resumes uses the images that it started with; before its first checkpoint they may be fixed.
-            open_sets(config.data, config.output, rebuild=not has_begun)
+            open_sets(config.data, config.output, rebuild=not self.checkpointer.steps())
         barrier()
         record = config.output / "split.json" if world.is_main and not is_dry else None
-        self.split: Split = split(open_sets(config.data, config.output), config.data, seed=config.seed, record=record)
+        self.split = split(open_sets(config.data, config.output), config.data, seed=config.seed, record=record)
         names = tuple(Path(data_set.folder).name for data_set in self.split.sets)
-        self.learner = Learner(config, world, trained_on=names, pixel_size_um=self._pixel_size())
+        sizes = {self.split.sets[index.data_set][index.image].pixel_size_um for index in self.split.training}
+        pixel_size_um = sizes.pop() if len(sizes) == 1 else None
+        self.learner = Learner(config, world, trained_on=names, pixel_size_um=pixel_size_um)
         self.crops = CropDataset(
             self.split,
             self.learner.model.settings,
@@ -157,29 +165,33 @@ class Training:
         )
         self.steps_per_epoch = math.ceil(self.crops.epoch_length / config.crops_per_step)
         self.total_steps = config.epochs * self.steps_per_epoch
-        warmup = min(config.optim.warmup_steps, self.total_steps // 10)
-        self._schedule = Schedule(peak=1.0, end=0.0, warmup=warmup)
+        self._schedule = Schedule(peak=1.0, end=0.0, warmup=min(config.optim.warmup_steps, self.total_steps // 10))
         self.progress = Progress()
 
-    def _pixel_size(self) -> float | None:
-        sizes = {self.split.sets[c.data_set][c.image].pixel_size_um for c in self.split.training}
-        return sizes.pop() if len(sizes) == 1 else None
-
     def describe(self) -> list[str]:
-        """Return lines about the run."""
-        return describe_run(self.config, self.learner, self.split, self.crops, total_steps=self.total_steps)
+        """Return lines about the run: the model, the data, its length, and the pairs that were skipped."""
+        config, model, images = self.config, self.learner.model, self.split.training
+        backbone, decoder = (
+            sum(parameter.numel() for parameter in part.parameters()) / 1e6 for part in (model.backbone, model.decoder)
+        )
+        frozen = " (frozen)" if model.freeze_backbone else ""
+        return [
+            f"backbone {backbone:.1f} M{frozen}, decoder {decoder:.1f} M parameters; "
+            f"{' | '.join(model.card.derived_from) or 'random weights'}",
+            f"{len(images)} image{'s' * (len(images) != 1)} for training, {len(self.split.validation)} for validation; "
+            f"{self.crops.epoch_length} crops per epoch, at most {config.epochs} epochs: {self.total_steps} steps of "
+            f"{config.crops_per_step}",
+            *(f"skipped, {line}" for line in skipped_pairs(self.split.sets)),
+        ]
 
     def batches(self, first_step: int) -> "DataLoader[Batch]":
         """Return the batches of this rank, from a step on."""
         return loader(
             self.crops,
-            first_step=first_step,
-            last_step=self.total_steps,
+            self.world,
+            steps=range(first_step, self.total_steps),
             batch_size=self.config.crops_per_step,
-            rank=self.world.rank,
-            ranks=self.world.size,
             workers=self.config.compute.workers,
-            pin_memory=self.world.device.type == "cuda",
         )
 
     def train(self, run: Run, stop: StopRequest) -> None:
@@ -215,12 +227,8 @@ class Training:
         config, progress = self.config, self.progress
         metrics: dict[str, Any] = {"epoch": float(epoch)}
         if epoch % config.validate_every == 0 or step == self.total_steps:
-            loss = validation_loss(
-                self.learner,
-                self.split.validation_images(),
-                crop=config.augment.crop,
-                batch_size=config.crops_per_step,
-                world=self.world,
+            loss = self.learner.validation_loss(
+                self.split.validation_images(), crop=config.augment.crop, batch_size=config.crops_per_step
             )
             metrics["loss/validation"] = loss
             is_best = progress.update(loss, epoch, after=config.validate_every, min_delta=config.stopping.min_delta)
@@ -229,39 +237,39 @@ class Training:
         if self._score is not None and self.world.is_main and epoch % config.score_every == 0:
             metrics |= self._score(self.learner.average.eval(), self.split.validation_images(), False).metrics
         if epoch % config.image_every == 0 and self.world.is_main:
-            run.image(
-                step,
-                "examples (image, target, prediction, error)",
-                draw_examples(batch, self.learner.predict(batch.images).cpu()),
-            )
+            drawn = draw_examples(batch, self.learner.predict(batch.images).cpu())
+            run.image(step, "examples (image, target, prediction, error)", drawn)
         return metrics
 
     def write(self, name: str, step: int) -> None:
-        """Export the averaged weights, on the main rank."""
+        """Export the averaged weights on the main rank; their card has a line and the data's licences in addition."""
         if not self.world.is_main:
             return
-        model = self.learner.model
-        self.learner.write(
-            self.config.output / name,
-            line=f"DINOCell fine-tuning, {model.target}, {step} steps of {self.config.crops_per_step} on "
-            f"{', '.join(model.settings.trained_on)}",
-            licences=[str(data_set.description.get("licence") or "") for data_set in self.split.sets],
-        )
+        model = self.learner.average
+        own, trained_on = model.card, ", ".join(model.settings.trained_on)
+        line = f"DINOCell fine-tuning, {model.target}, {step} steps of {self.config.crops_per_step} on {trained_on}"
+        licences = [own.licence, *(str(data_set.description.get("licence") or "") for data_set in self.split.sets)]
+        licence = "; ".join(dict.fromkeys(filter(None, licences)))
+        model.card = replace(own, derived_from=(*own.derived_from, line), licence=licence)
+        model.save_pretrained(self.config.output / name)
+        model.card = own
 
     def finish(self, run: Run) -> None:
-        """Choose thresholds on the validation images, store them in the file, and mark the run as finished."""
+        """Choose the thresholds that score best on the validation images, store them, and mark the run as finished."""
         best = self.config.output / "best.pt"
         if self.world.is_main and self._score is not None:
             images = self.split.validation_images()
             run.note(f"choosing thresholds on {len(images)} validation image{'s' * (len(images) > 1)}")
-            scored = choose_thresholds(best, images, self._score, self.world.device)
+            model = DINOCell.from_pretrained(best).to(self.world.device)
+            scored = self._score(model, images, True)
+            replace_settings(model, **scored.settings)
+            model.save_pretrained(best)
             shown = ", ".join(f"{name} {value:.3f}" for name, value in scored.metrics.items())
             chosen = ", ".join(f"{name} {value}" for name, value in scored.settings.items()) or "unchanged"
             run.note(f"best epoch {self.progress.best_epoch}: {shown}; thresholds: {chosen}")
             if not any(scored.metrics.values()):
-                run.note(
-                    "no cells were segmented: train longer (epochs, data.crops_per_image), or see docs/training.md"
-                )
+                advice = "train longer (epochs, data.crops_per_image), or see docs/training.md"
+                run.note(f"no cells were segmented: {advice}")
         barrier()
         self.progress.finished = True
         self.save()
@@ -269,7 +277,7 @@ class Training:
 
     def save(self) -> None:
         """Save a checkpoint."""
-        self.checkpointer.save(self.progress.step, self.learner.state(), self.progress.values())
+        self.checkpointer.save(self.progress.step, self.learner.state(), asdict(self.progress))
 
     def restore(self) -> None:
         """Restore the latest checkpoint, if there is one."""
@@ -279,35 +287,7 @@ class Training:
         restored = self.checkpointer.restore(state)
         assert restored is not None
         self.learner.restore(state)
-        self.progress = Progress.of(restored.values)
-
-
-# --- monitoring -----------------------------------------------------------------------------------------------------
-#
-# What a fine-tuning run reports: lines about the run, the meaning of its metrics, and images of example crops.
-
-_SHOWN = 4
-_GAP_PX = 2
-
-
-def describe_run(
-    config: FinetuneConfig, learner: Learner, split: Split, crops: CropDataset, *, total_steps: int
-) -> list[str]:
-    """Return lines about a run: the model, the data, its length, and the pairs that were skipped."""
-    model = learner.model
-    millions = {
-        name: sum(p.numel() for p in part.parameters()) / 1e6
-        for name, part in (("backbone", model.backbone), ("decoder", model.decoder))
-    }
-    frozen = " (frozen)" if model.freeze_backbone else ""
-    images = f"{len(split.training)} image{'s' * (len(split.training) != 1)}"
-    return [
-        f"backbone {millions['backbone']:.1f} M{frozen}, decoder {millions['decoder']:.1f} M parameters; "
-        f"{' | '.join(model.card.derived_from) or 'random weights'}",
-        f"{images} for training, {len(split.validation)} for validation; {crops.epoch_length} crops per epoch, at most "
-        f"{config.epochs} epochs: {total_steps} steps of {config.crops_per_step}",
-        *(f"skipped, {line}" for line in skipped_pairs(split.sets)),
-    ]
+        self.progress = Progress(**restored.values)
 
 
 def help_text(config: FinetuneConfig) -> str:

@@ -24,7 +24,7 @@ from dinocell.errors import ImageError
 from dinocell.images.image import Image, percentile_range, to_uint8
 from dinocell.labelled.dataset import FORMAT_NAME, FORMAT_VERSION
 from dinocell.labelled.distance import labels_to_distance
-from dinocell.labelled.layouts import Pair, PairContent
+from dinocell.labelled.layouts import Pair
 from dinocell.labelled.masks import PairError, reject
 from dinocell.runtime.files import folder_lock
 
@@ -66,12 +66,10 @@ def build_labelled(
     advice: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> BuildReport:
-    """Write a labelled set (see ``dinocell.labelled.dataset``).
+    """Write a labelled set (see ``dinocell.labelled.dataset``) of pairs from ``dinocell.labelled.layouts``.
 
     Parameters
     ----------
-    pairs
-        From ``dinocell.labelled.layouts``.
     source, licence
         Kept in ``dataset.json``.
     target_size
@@ -81,9 +79,9 @@ def build_labelled(
         Keep this channel of each image, by index or name; ``mean``: see `Image.mean`. None keeps grey and RGB images
         and skips all others.
     keep_empty
-        Keep images without a cell instead of skipping them.
+        Keep images without a cell.
     strict
-        Stop at the first pair that cannot be used.
+        Stop at the first pair that cannot be used, instead of skipping it.
     overwrite
         Replace ``output`` if it is a labelled set; other files and folders are never replaced.
     advice
@@ -101,9 +99,9 @@ def build_labelled(
         writer = _SetWriter(building)
         for done, pair in enumerate(pairs, start=1):
             try:
-                writer.check_name(pair.name)
-                content = pair.read()
-                example = _example(pair.name, content, target_size=target_size, channel=channel, keep_empty=keep_empty)
+                if pair.name in writer.names:
+                    reject("duplicate name", f"{pair.name}: a second pair of that name")
+                example = _example(pair, target_size=target_size, channel=channel, keep_empty=keep_empty)
             except ImageError as error:
                 kind = error.kind if isinstance(error, PairError) else "cannot be read"
                 reason = f"{error} ({advice[kind]})" if advice and kind in advice else str(error)
@@ -111,7 +109,7 @@ def build_labelled(
                     reject(kind, reason, error)
                 writer.skipped.append(Skipped(pair.name, kind, reason))
             else:
-                writer.append(example, content.notes)
+                writer.append(example)
             progress(done)
         settings = {"percentiles": list(PERCENTILES), "target_size": target_size, "channel": channel}
         return writer.finish(output, {"source": source, "licence": licence, **settings})
@@ -122,18 +120,14 @@ class _SetWriter:
 
     def __init__(self, folder: Path) -> None:
         self.skipped: list[Skipped] = []
+        self.names: set[str] = set()
         self._folder = folder
         self._sizes: dict[tuple[int, int], _SizeWriter] = {}
         self._notes: Counter[str] = Counter()
-        self._names: set[str] = set()
 
-    def check_name(self, name: str) -> None:
-        if name in self._names:
-            reject("duplicate name", f"{name}: a second pair of that name")
-
-    def append(self, example: "_Example", notes: Counter[str]) -> None:
-        self._names.add(example.record["name"])
-        self._notes += notes + example.notes
+    def append(self, example: "_Example") -> None:
+        self.names.add(example.record["name"])
+        self._notes += example.notes
         height, width = size = example.labels.shape
         if size not in self._sizes:
             self._sizes[size] = _SizeWriter(self._folder / f"{height}x{width}", height, width)
@@ -148,7 +142,7 @@ class _SetWriter:
         groups = [arrays.finish() for _, arrays in sorted(self._sizes.items())]
         if len(groups) == 1:  # its arrays are directly in the set's folder
             subfolder = self._folder / groups[0]["folder"]
-            for path in sorted(subfolder.iterdir()):
+            for path in subfolder.iterdir():
                 path.rename(self._folder / path.name)
             subfolder.rmdir()
             groups[0]["folder"] = "."
@@ -189,10 +183,9 @@ class _Example(NamedTuple):
     record: dict[str, Any]
 
 
-def _example(
-    name: str, content: PairContent, *, target_size: int | None, channel: int | str | None, keep_empty: bool
-) -> _Example:
-    image, labels, notes = content.image, content.labels, Counter[str]()
+def _example(pair: Pair, *, target_size: int | None, channel: int | str | None, keep_empty: bool) -> _Example:
+    content = pair.read()
+    image, labels, notes = content.image, content.labels, content.notes.copy()
     try:
         image_size, mask_size = (f"{h} x {w}" for h, w in (image.pixels.shape[1:], labels.shape))
         for is_wrong, kind, reason in (
@@ -205,19 +198,19 @@ def _example(
         pixels, levels = _to_bgr(image if channel is None else image.select(channel))
     except ImageError as error:
         kind = error.kind if isinstance(error, PairError) else "values or channels"
-        reject(kind, f"{name}: {error}", error)
+        reject(kind, f"{pair.name}: {error}", error)
     labels = labels.astype(np.int32)
     num_before, scale = _num_cells(labels), 1.0
     if target_size is not None:
         scale = target_size / max(labels.shape)
         pixels, labels = _scaled(pixels, labels, scale)
-        notes["cells lost in scaling"] = num_before - _num_cells(labels)
+        notes["cells lost in scaling"] += num_before - _num_cells(labels)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         distance = labels_to_distance(labels)
-    notes["images filled by one cell"] = len(caught)
+    notes["images filled by one cell"] += len(caught)
     record = {
-        "name": name,
+        "name": pair.name,
         "valid": list(labels.shape),
         "num_cells": _num_cells(labels),
         "levels": levels,
@@ -265,9 +258,6 @@ def _scaled(
 
 def _num_cells(labels: Int32[np.ndarray, "h w"]) -> int:
     return int(np.count_nonzero(np.unique(labels)))
-
-
-# --- the files of a labelled set while they are written -------------------------------------------------------------
 
 
 class _SizeWriter:
@@ -371,12 +361,6 @@ def _folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def _is_labelled_set(folder: Path) -> bool:
     """Return whether a folder has the files of a labelled set and no others, so that no image is ever removed."""
-    arrays = {"imgs.npy", "anns.npy", "dist_maps.npy"}
-
-    def belongs(path: Path) -> bool:
-        if path.is_dir():
-            is_size = re.fullmatch(r"\d+x\d+", path.name) is not None
-            return is_size and {file.name for file in path.iterdir()} <= arrays
-        return path.name in arrays | {"dataset.json"}
-
-    return (folder / "dataset.json").is_file() and all(belongs(path) for path in folder.iterdir())
+    own = re.compile(r"dataset\.json|(\d+x\d+/)?(imgs|anns|dist_maps)\.npy|\d+x\d+/")
+    names = (path.relative_to(folder).as_posix() + "/" * path.is_dir() for path in folder.rglob("*"))
+    return (folder / "dataset.json").is_file() and all(own.fullmatch(name) for name in names)

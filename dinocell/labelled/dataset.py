@@ -13,7 +13,6 @@ other tools) is ignored.
 """
 
 import json
-import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -77,10 +76,7 @@ class LabelledSet:
         return int(self._first[-1])
 
     def __getitem__(self, index: SupportsIndex) -> LabelledImage:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        index %= len(self)
+        index = range(len(self))[index]
         group = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._groups[group].read(index - int(self._first[group]))
 
@@ -92,19 +88,13 @@ class LabelledSet:
         if not self.description:
             return None
         name = "." if path == self.folder else path.name
-        records = [group["images"] for group in self.description["groups"] if group["folder"] == name]
-        if not records:
-            raise ImageError(f"{path}: not in {self.folder / 'dataset.json'}; build the set again")
-        return list(records[0])
+        return next((list(group["images"]) for group in self.description["groups"] if group["folder"] == name), [])
 
 
 def open_labelled(folder: str | Path) -> LabelledSet:
     """Open a labelled set, of DINOCell or of SAMCell.
 
-    Raises
-    ------
-    ImageError
-        If files are missing, damaged, of an unexpected type, or do not match each other.
+    ImageError if files are missing, damaged, of an unexpected type, or do not match each other.
     """
     return LabelledSet(Path(folder))
 
@@ -123,12 +113,8 @@ class _Group:
         return self._length
 
     def _map(self) -> tuple[_MappedArray, _MappedArray, _MappedArray | None]:
-        has_distance = (self._folder / "dist_maps.npy").exists()
-        return (
-            _mapped(self._folder / "imgs.npy"),
-            _mapped(self._folder / "anns.npy"),
-            _mapped(self._folder / "dist_maps.npy") if has_distance else None,
-        )
+        images, labels, distance = (self._folder / f"{name}.npy" for name in ("imgs", "anns", "dist_maps"))
+        return _mapped(images), _mapped(labels), _mapped(distance) if distance.exists() else None
 
     def name(self, index: int) -> str:
         return f"{index:06d}" if self._records is None else str(self._records[index]["name"])
@@ -156,31 +142,23 @@ class _Group:
         )
 
     def _check(self, images: _MappedArray, labels: _MappedArray, distance: _MappedArray | None) -> None:
-        def array(name: str, values: _MappedArray | None) -> str:
-            return f"{name}.npy is {values.dtype} of {values.shape}" if values is not None else ""
-
         size = (len(images), *images.shape[1:3])
         names = len(images) if self._records is None else len(self._records)
-        checks = [
-            (
-                images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))),
-                f"{array('imgs', images)}, expected uint8 of (n h w 3) or (n h w)",
-            ),
-            (
-                labels.dtype.kind in "ui",
-                f"{array('anns', labels)}, expected one integer per cell; resized with interpolation?",
-            ),
-            (
-                labels.shape in (size, (size[0], 2, *size[1:])),
-                f"{array('imgs', images)}, {array('anns', labels)}, expected the same number and size",
-            ),
-            (
-                distance is None or (distance.dtype == np.float32 and distance.shape == size),
-                f"{array('dist_maps', distance)}, expected float32 of {size}; remove it, and it is computed",
-            ),
-            (names == len(images), f"dataset.json names {names} images, imgs.npy contains {len(images)}"),
-        ]
-        for is_valid, problem in checks:
+        image_text, label_text, distance_text = (
+            f"{name}.npy is {values.dtype} of {values.shape}" if values is not None else ""
+            for name, values in (("imgs", images), ("anns", labels), ("dist_maps", distance))
+        )
+        are_images = images.dtype == np.uint8 and (images.ndim == 3 or images.shape[3:] in ((1,), (3,)))
+        is_same_size = labels.shape in (size, (size[0], 2, *size[1:]))
+        is_distance = distance is None or (distance.dtype == np.float32 and distance.shape == size)
+        valid = {
+            f"{image_text}, expected uint8 of (n h w 3) or (n h w)": are_images,
+            f"{label_text}, expected one integer per cell; resized with interpolation?": labels.dtype.kind in "ui",
+            f"{image_text}, {label_text}, expected the same number and size": is_same_size,
+            f"{distance_text}, expected float32 of {size}; remove it, and it is computed": is_distance,
+            f"dataset.json names {names} images, imgs.npy contains {len(images)}; build it again": names == len(images),
+        }
+        for problem, is_valid in valid.items():
             if not is_valid:
                 raise ImageError(f"{self._folder}: {problem}")
 
@@ -201,12 +179,13 @@ def _array_folders(folder: Path) -> list[Path]:
     folders = sorted(path.parent for path in folder.glob("*/imgs.npy"))
     # Sets read as sizes of one set would lose their descriptions, and padding would be part of the images.
     sets = [path.name for path in folders if (path / "dataset.json").exists()]
-    if sets or not folders:
+    if sets:
         problem = f"a folder of labelled sets ({', '.join(sets[:4])}); list them one by one"
-        if not folders:
-            problem = "no labelled set (no imgs.npy); make one with 'dinocell dataset'"
-        raise ImageError(f"{folder}: {problem if folder.is_dir() else 'no such folder'}")
-    return folders
+    elif not folders:
+        problem = "no labelled set (no imgs.npy); make one with 'dinocell dataset'"
+    else:
+        return folders
+    raise ImageError(f"{folder}: {problem if folder.is_dir() else 'no such folder'}")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -219,8 +198,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ImageError(f"{path}: cannot be read ({one_line(error)}); build the set again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
         return {}  # another tool's file of that name
-    if content.get("version") != FORMAT_VERSION:
-        raise ImageError(
-            f"{path}: version {content.get('version')}, this version of DINOCell reads {FORMAT_VERSION}; build it again"
-        )
+    version = content.get("version")
+    if version != FORMAT_VERSION:
+        raise ImageError(f"{path}: version {version}, this DINOCell reads {FORMAT_VERSION}; build the set again")
     return content

@@ -19,12 +19,7 @@ def labels_to_distance(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray
     The result is 0 on the background, in (0, 1] inside cells, and 1 at the deepest pixels of each cell. A label in
     several pieces is one cell with one maximum, as in SAMCell's training sets, where each label's mask is transformed
     separately. Equal within 1e-6 to that loop with SciPy's exact transform (SAMCell's notebook uses OpenCV's 3x3
-    approximation).
-
-    Parameters
-    ----------
-    labels
-        0 is background, each other integer one cell. Ids may have gaps and any value that their type allows.
+    approximation). Ids may have gaps and any value that their type allows; 0 is background.
 
     Raises
     ------
@@ -65,17 +60,15 @@ def distance_to_boundary(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarr
     count: if one label fills the whole image, the distance is infinite. A cell's maximum is the radius of the largest
     disc inside it, to half a pixel. ValueError as in `labels_to_distance`.
     """
-    if labels.ndim != 2 or labels.dtype.kind not in "ui":  # a bool mask would silently give one cell
-        raise ValueError(
-            f"labels: expected one integer id per cell (h w), got {labels.dtype} of {labels.shape}; "
-            "scipy.ndimage.label numbers the pieces of a mask"
-        )
-    check_not_negative(labels)
+    check_labels(labels)
     # Two threads are not faster than one on a 2048 px image (edt 3.1.2).
     return np.asarray(edt.edt(native(labels), black_border=False, parallel=1))
 
 
-def check_not_negative(labels: Integer[np.ndarray, "h w"]) -> None:
-    """Raise ValueError if an id is negative."""
-    if labels.size and labels.dtype.kind == "i" and labels.min() < 0:
-        raise ValueError(f"labels: expected ids of at least 0 (0 is background), got {labels.min()}")
+def check_labels(labels: Integer[np.ndarray, "h w"]) -> None:
+    """Raise ValueError if labels are not integers (a bool mask would silently give one cell), or negative."""
+    is_integer = labels.ndim == 2 and labels.dtype.kind in "ui"
+    if not is_integer or (labels.dtype.kind == "i" and labels.min(initial=0) < 0):
+        got = f"{labels.dtype} of {labels.shape}; scipy.ndimage.label numbers the pieces of a mask"
+        got = f"the id {labels.min()}" if is_integer else got
+        raise ValueError(f"labels: expected one integer id per cell (h w) and 0 as background, got {got}")

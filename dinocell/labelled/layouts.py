@@ -16,21 +16,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from dinocell.errors import DinocellError
 from dinocell.images.image import Image
 from dinocell.images.name_pattern import NamePattern
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, read_image
 from dinocell.images.storage import Listed, list_files, nfc
-from dinocell.labelled.masks import (
-    ENCODINGS,
-    PairError,
-    draw,
-    read_coco,
-    read_instances,
-    read_labels,
-    read_regions,
-    reject,
-)
+from dinocell.labelled.masks import PairError, draw, read_coco, read_instances, read_labels, read_regions, reject
+
+_ENCODINGS = ("labels", "regions", "instances")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +72,6 @@ def livecell_pairs(folder: Path, *, split: str | None = None, annotations: Path 
 
 def cellpose_pairs(folder: Path, *, split: str | None = None) -> list[Pair]:
     """List Cellpose's numbered pairs: ``000_img.png`` with ``000_masks.png``, in ``folder/<split>`` if that exists."""
-    _check_folder(folder)
     folder = folder / split if split and (folder / split).is_dir() else folder
     return folder_pairs(folder, images="{name}_img.*", masks="{name}_masks.*")
 
@@ -99,9 +90,8 @@ def ctc_pairs(folder: Path, *, truth: str = "gold", sequences: Sequence[str] = (
     pairs = []
     for seg in seg_folders:
         sequence = seg.parent.name.removesuffix(suffix)
-        raw = {_frame_number(path, r"t(\d+)"): path for path in sorted((folder / sequence).glob("t*.tif*"))}
-        masks = {_frame_number(path, r"man_seg(\d+)"): path for path in sorted(seg.glob("man_seg*.tif*"))}
-        for frame, mask in sorted((frame, mask) for frame, mask in masks.items() if frame is not None):
+        raw = _frames(folder / sequence, "t")
+        for frame, mask in sorted(_frames(seg, "man_seg").items()):
             name = f"{sequence}/{mask.stem.removeprefix('man_seg')}"
             pairs.append(Pair(name=name, read=partial(read_pair, name, raw.get(frame), [mask], "labels")))
     if not pairs:
@@ -139,19 +129,18 @@ def folder_pairs(folder: Path, *, images: str, masks: str, encoding: str = "labe
         cell, with a further field or ``*`` in the pattern, as in ``{name}/masks/{cell}.png``.
     """
     _check_folder(folder)
-    if encoding not in ENCODINGS:
-        raise ValueError(f"encoding: expected one of {', '.join(ENCODINGS)}, got {encoding!r}")
+    if encoding not in _ENCODINGS:
+        raise ValueError(f"encoding: expected one of {', '.join(_ENCODINGS)}, got {encoding!r}")
     image_pattern, mask_pattern = NamePattern.parse(images), NamePattern.parse(masks)
     fields = image_pattern.names
     if not set(fields) <= set(mask_pattern.names):
-        raise DinocellError(f"patterns {images!r} and {masks!r}: expected each field of the first in the second")
+        reject("no pairs", f"patterns {images!r} and {masks!r}: expected each field of the first in the second")
     by_key: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     # A name that matches both ('{name}.tif' matches 'a_mask.tif' too) belongs to the more specific pattern.
     order = sorted(((0, image_pattern), (1, mask_pattern)), key=lambda entry: -entry[1].num_literal)
     for file in _files_of_patterns(folder, (images, masks)):
         for kind, pattern in order:
-            values = pattern.match(file.name)
-            if values is not None:
+            if values := pattern.match(file.name):
                 key = tuple(values[field] for field in fields)
                 by_key.setdefault(key, ([], []))[kind].append(Path(file.path))
                 break
@@ -178,10 +167,8 @@ def read_pair(name: str, image_path: Path | None, masks: list[Path], encoding: s
         reject("no mask", f"{image_path}: no mask")
     notes: Counter[str] = Counter()
     image = read_image(image_path)
-    if encoding == "instances":
-        labels: Integer[np.ndarray, "h w"] = read_instances(masks, notes)
-    else:
-        labels = {"labels": read_labels, "regions": read_regions}[encoding](masks[0])
+    one_file = {"labels": read_labels, "regions": read_regions}
+    labels = read_instances(masks, notes) if encoding == "instances" else one_file[encoding](masks[0])
     return PairContent(image=image, labels=labels, notes=notes)
 
 
@@ -193,12 +180,12 @@ def _read_coco_pair(
     _check_single(name, "files", paths)
     notes: Counter[str] = Counter()
     image = read_image(paths[0])
-    height, width = shape = (image.pixels.shape[1], image.pixels.shape[2])
+    _, height, width = image.pixels.shape
     annotated = (record.get("height", height), record.get("width", width))
-    if annotated != shape:
+    if annotated != (height, width):
         reject("sizes differ", f"{paths[0]}: {height} x {width}, annotated as {annotated[0]} x {annotated[1]}")
     try:
-        labels = draw(annotations, shape, notes)
+        labels = draw(annotations, (height, width), notes)
     except PairError as error:
         reject(error.kind, f"{name}: {error}")
     return PairContent(image=image, labels=labels, notes=notes)
@@ -217,9 +204,10 @@ def _annotation_file(folder: Path, split: str | None) -> Path:
     return paths[0]
 
 
-def _frame_number(path: Path, pattern: str) -> int | None:
-    match = re.fullmatch(pattern, path.stem)
-    return int(match[1]) if match else None
+def _frames(folder: Path, prefix: str) -> dict[int, Path]:
+    """Return the TIFF files named by a prefix and a frame number, by number."""
+    paths = ((re.fullmatch(rf"{prefix}(\d+)", path.stem), path) for path in sorted(folder.glob(f"{prefix}*.tif*")))
+    return {int(match[1]): path for match, path in paths if match}
 
 
 def _files(folder: Path) -> list[Listed]:
@@ -232,13 +220,12 @@ def _files_of_patterns(folder: Path, patterns: Sequence[str]) -> list[Listed]:
 
     Nothing else is searched: images and masks on two disks may have only the root in common.
     """
-    files: dict[str, Listed] = {}
+    files: set[Listed] = set()
     for pattern in patterns:
-        literal = _literal_folder(folder, pattern)
-        if literal is not None:
+        if literal := _literal_folder(folder, pattern):
             subfolder, prefix = literal
-            files |= {(name := prefix + file.name): Listed(name, file.path) for file in _files(subfolder)}
-    return sorted(files.values())
+            files |= {Listed(prefix + file.name, file.path) for file in _files(subfolder)}
+    return sorted(files)
 
 
 def _literal_folder(folder: Path, pattern: str) -> tuple[Path, str] | None:

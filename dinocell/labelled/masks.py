@@ -13,8 +13,6 @@ from jaxtyping import Bool, Float64, Int32, Integer, Shaped
 from dinocell.errors import ImageError, one_line
 from dinocell.images.read import read_image
 
-ENCODINGS = ("labels", "regions", "instances")
-
 
 class PairError(ImageError):
     """An image and its mask that cannot be part of a labelled set; reports count by ``kind``."""
@@ -40,31 +38,21 @@ class Piece(NamedTuple):
 def read_labels(path: str | Path) -> Integer[np.ndarray, "h w"]:
     """Read a label image: one integer per cell, in a grey or palette image (or stored as red = green = blue).
 
-    Raises
-    ------
-    PairError
-        If the values are not integers, or only separate cells from background.
+    PairError if the values are not integers, or only separate cells from background.
     """
     planes = _planes(path)
     labels = np.asarray(planes[0])
-    problem = None
     if len(planes) > 1:
-        problem = (
-            f"{len(planes)} channels that differ, expected one integer per cell; "
-            "if every cell has its own colour, use the encoding 'regions'"
-        )
+        problem = f"{len(planes)} channels that differ; for cells of one colour each, use the encoding 'regions'"
     elif labels.dtype.kind not in "uib":
         problem = f"values of type {labels.dtype}; save the labels as integers"
     elif labels.dtype.kind == "b" or (labels.dtype.kind == "u" and _is_black_and_white(labels)):
-        problem = (
-            "a binary mask, in which touching cells are one; "
-            "if its connected components are the cells, use the encoding 'regions'"
-        )
+        problem = "a binary mask; if its connected components are the cells, use the encoding 'regions'"
     elif labels.min() < 0:
         problem = f"negative labels (minimum {labels.min()})"
-    if problem:
-        reject("not a label image", f"{path}: {problem}")
-    return labels
+    else:
+        return labels
+    reject("not a label image", f"{path}: {problem}")
 
 
 def read_regions(path: str | Path) -> Int32[np.ndarray, "h w"]:
@@ -78,8 +66,7 @@ def read_regions(path: str | Path) -> Int32[np.ndarray, "h w"]:
     planes = _planes(path)
     bits = 8 * planes.dtype.itemsize
     if planes.dtype.kind not in "uib" or bits * len(planes) > 64:
-        problem = f"{len(planes)} channel(s) of type {planes.dtype}; expected colours"
-        reject("not a label image", f"{path}: {problem}")
+        reject("not a label image", f"{path}: {len(planes)} channel(s) of type {planes.dtype}; expected colours")
     # One integer per colour, then consecutive ones, because `label` takes small integers.
     code = np.zeros(planes.shape[1:], np.uint64)
     for plane in planes:
@@ -96,7 +83,7 @@ def read_instances(paths: Sequence[Path], notes: Counter[str]) -> Int32[np.ndarr
     for path in paths:
         mask = (_planes(path) != 0).any(axis=0)
         if pieces and mask.shape != shape:
-            sizes = "{} x {}, the mask of another cell is {} x {}".format(*mask.shape, *shape)
+            sizes = f"{mask.shape[0]} x {mask.shape[1]}, the mask of another cell is {shape[0]} x {shape[1]}"
             reject("sizes differ", f"{path}: {sizes}")
         shape = mask.shape
         pieces.append(cropped(mask))
@@ -156,15 +143,12 @@ def _is_black_and_white(labels: Integer[np.ndarray, "h w"]) -> bool:
 def read_coco(path: Path) -> tuple[list[dict[str, Any]], dict[Any, list[dict[str, Any]]]]:
     """Return the images of an annotation file, and the annotations of each by image id.
 
-    Raises
-    ------
-    ImageError
-        If the file is not COCO JSON, or none of its annotations belongs to one of its images.
+    PairError if the file is not COCO JSON, or none of its annotations belongs to one of its images.
     """
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:  # ValueError: JSON and text encoding
-        raise ImageError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
+        reject("no pairs", f"{path}: cannot be read as JSON ({one_line(error)})", error)
     try:
         images = list(content["images"])
         annotations = content["annotations"]
@@ -177,10 +161,10 @@ def read_coco(path: Path) -> tuple[list[dict[str, Any]], dict[Any, list[dict[str
     except (KeyError, TypeError):
         has_names = False
     if not has_names:
-        raise ImageError(f"{path}: not COCO instances; expected 'images' and 'annotations' with their ids")
+        reject("no pairs", f"{path}: not COCO instances; expected 'images' and 'annotations' with their ids")
     if annotations and not any(by_image[image["id"]] for image in images):
         ids = f"{annotations[0]['image_id']!r} among {', '.join(repr(image['id']) for image in images[:3])}"
-        raise ImageError(f"{path}: no annotation belongs to an image (no image_id {ids}...); correct the ids")
+        reject("no pairs", f"{path}: no annotation belongs to an image (no image_id {ids}...); correct the ids")
     return images, by_image
 
 
@@ -193,10 +177,10 @@ def draw(annotations: list[dict[str, Any]], shape: tuple[int, int], notes: Count
             continue
         try:
             pieces.append(_piece(annotation["segmentation"], shape))
+        except PairError as error:
+            reject(error.kind, f"annotation {annotation.get('id')}: {error}", error)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            kind = error.kind if isinstance(error, PairError) else "bad annotation"
-            reason = str(error) if isinstance(error, PairError) else "no polygon or run lengths"
-            reject(kind, f"annotation {annotation.get('id')}: {reason}", error)
+            reject("bad annotation", f"annotation {annotation.get('id')}: no polygon or run lengths", error)
     return paint(pieces, shape, notes)
 
 
@@ -204,19 +188,18 @@ def _piece(segmentation: Any, shape: tuple[int, int]) -> Piece:
     if isinstance(segmentation, Mapping):
         height, width = segmentation["size"]
         if (height, width) != shape:
-            sizes = f"run lengths for {height} x {width}, the image is {shape[0]} x {shape[1]}"
-            reject("sizes differ", sizes)
+            reject("sizes differ", f"run lengths for {height} x {width}, the image is {shape[0]} x {shape[1]}")
         counts = segmentation["counts"]
         return cropped(decode_run_lengths(uncompressed(counts) if isinstance(counts, str) else counts, shape))
     return polygons_piece([np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation], shape)
 
 
 def polygons_piece(polygons: list[Float64[np.ndarray, "vertices 2"]], shape: tuple[int, int]) -> Piece:
-    """Draw the union of polygons of x and y; parts outside the image are cut off. ValueError if one is malformed."""
+    """Draw the union of polygons of x and y; parts outside the image are cut off. PairError if one is malformed."""
     from skimage.draw import polygon2mask
 
     if not polygons or any(len(polygon) < 3 or not np.isfinite(polygon).all() for polygon in polygons):
-        raise ValueError("polygons: expected at least one, of at least 3 finite vertices each")
+        reject("bad annotation", "expected at least one polygon, of at least 3 finite vertices each")
     corners = np.concatenate(polygons)
     left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, (shape[1], shape[0]))
     right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int), (left, top), (shape[1], shape[0]))
@@ -233,7 +216,7 @@ def decode_run_lengths(counts: list[int], shape: tuple[int, int]) -> Bool[np.nda
     """Return the mask of run lengths: background and cell alternate, column by column, background first."""
     runs = np.asarray(counts, np.int64)
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != shape[0] * shape[1]:
-        raise ValueError(f"run lengths: expected them to add up to {shape[0]} x {shape[1]}")
+        reject("bad annotation", f"expected run lengths that add up to {shape[0]} x {shape[1]}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape[1], shape[0]).T
 
 
@@ -246,7 +229,7 @@ def uncompressed(text: str) -> list[int]:
     """
     numbers = re.findall("[P-o]*[0-O]", text)
     if "".join(numbers) != text:
-        raise ValueError("compressed run lengths: an invalid character, or the string ends within a number")
+        reject("bad annotation", "compressed run lengths: an invalid character, or the string ends within a number")
     counts: list[int] = []
     for number in numbers:
         digits = [(ord(character) - 48) & 31 for character in number]

@@ -1,4 +1,4 @@
-"""Flows to labelled cells: the inverse of `dinocell.labelled.flows` (Cellpose: Stringer et al. 2021, Nat. Methods).
+"""Flows to labelled cells: the inverse of `labels_to_flows` (Cellpose: Stringer et al. 2021, Nat. Methods).
 
 Every pixel with a sufficient cell probability follows the flow, step by step; pixels that end in the same sink are one
 cell. Holes are filled. Then the flows of the resulting cells are computed, and cells are dropped whose flows contradict
@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from dinocell.errors import DinocellError
 from dinocell.eval.segmentation.refine import relabel
-from dinocell.labelled.flows import labels_to_flows
+from dinocell.finetune.targets import labels_to_flows
 from dinocell.runtime.jit import compiled
 
 # As in the paper: cell probability above one half, and a mean squared error of the flows of at most 0.4.
