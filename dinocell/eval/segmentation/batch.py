@@ -1,8 +1,12 @@
 """The batch of `dinocell segment`: one thread reads the next image and one writes, while the network works.
 
-An image is skipped if its labels exist and ``summary.jsonl`` records the same settings and the same image for them. Any
-other labels in their place are an error before any work starts, unless ``--overwrite`` is given. Labels are written
-last: where they exist, so do the other files of the image. ``summary.csv`` is derived from ``summary.jsonl``.
+The record of an image in ``summary.jsonl`` is written before its first file, and its labels are written last. So:
+
+- Record and labels: the image is done, and is skipped if its settings and source are the recorded ones, else an error.
+- A record without labels: the run was interrupted, and all files of the image are written again.
+- Any file of an image without a record is the user's own: an error.
+
+These errors come before any work starts, and not with ``--overwrite``. ``summary.csv`` is derived from the records.
 """
 
 import csv
@@ -46,15 +50,16 @@ def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[Im
     Raises
     ------
     DinocellError
-        If labels exist that are not recorded, or were made with other settings or from another image.
+        If files exist that are not recorded, or labels were made with other settings or from another image.
     """
     records = read_records(options.output)
     coco = read_coco_file(options.output / COCO) if options.save_coco else None
     content_hash = functools.cache(_content_hash)  # once per stack
     pending = []
     for task in tasks:
-        labels, record = task.paths["labels"], records.get(task.name)
-        if options.overwrite or not labels.exists():
+        existing, record = [path for path in task.paths.values() if path.exists()], records.get(task.name)
+        is_labelled = task.paths["labels"] in existing
+        if options.overwrite or not (is_labelled or (existing and record is None)):
             pending.append(task)
             continue
         if record is None:
@@ -64,10 +69,12 @@ def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[Im
         elif not _is_source(record, task.file, options.output, content_hash):
             reason = f"was made from {record['file']}, not from {task.file}"
         else:
-            if not all(path.exists() for path in task.paths.values()) or (coco is not None and task.name not in coco):
+            if len(existing) < len(task.paths) or (coco is not None and task.name not in coco):
                 pending.append(task)
             continue
-        raise DinocellError(f"{labels}: exists and {reason}; choose another --output, or replace it with --overwrite")
+        raise DinocellError(
+            f"{existing[-1]}: exists and {reason}; choose another --output, or replace it with --overwrite"
+        )
     return pending
 
 
@@ -181,8 +188,9 @@ class _Batch:
         num_cells = int(labels.max())
         record = {"image": task.name, "cells": num_cells, "covered_share": float((labels > 0).mean())}
         with _output_errors(self.options.output):
-            # Labels mean that all files are complete: those of an earlier run must not vouch for a mixture.
+            # A record without labels marks all files until they are complete, those of an earlier run too.
             paths["labels"].unlink(missing_ok=True)
+            _append(self.options.output, [record | source | {"settings": self.options.settings}])
             if "csv" in paths:
                 grey = image.grey()
                 writers.write_cells(
@@ -204,8 +212,6 @@ class _Batch:
                 write_mask(paths["save_ctc"], labels)
             if self.options.save_coco:
                 self.coco[task.name] = coco_image(labels, file_name=task.file.name, frame=task.frame)
-            # Before the labels: a run that is killed in between leaves a record without labels, which is recomputed.
-            _append(self.options.output, [record | source | {"settings": self.options.settings}])
             write_labels(paths["labels"], labels, pixel_size_um=size)
         self._report(f"{task.title}: {num_cells} cells")
 
