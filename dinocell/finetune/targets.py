@@ -1,7 +1,7 @@
 """What a segmenter predicts: distance maps, or flows with a cell probability. One `Target` object for each kind.
 
 A target encodes labels as maps, activates and initialises the decoder's output, and has a loss and a class of
-postprocessing parameters. `dinocell.eval.segmentation.targets` is the way back, from maps to labels.
+postprocessing parameters. `dinocell.eval.segmentation.pipeline` is the way back, from maps to labels.
 """
 
 import math
