@@ -77,8 +77,8 @@ def flows_to_labels(
         If the maps are not three of floating point numbers, have no pixels or a value that is not finite, or an option
         is out of range.
     """
-    check_flow_thresholds(probability, flow_error)
-    return keep(_masks(_checked(flows), probability), flow_error=flow_error, min_area_px=min_area_px)
+    _check(flows, probability, flow_error, min_area_px)
+    return keep(_masks(flows, probability), flow_error=flow_error, min_area_px=min_area_px)
 
 
 def find_masks(flows: Float[np.ndarray, "3 h w"], *, probability: int | float) -> Masks:
@@ -89,14 +89,12 @@ def find_masks(flows: Float[np.ndarray, "3 h w"], *, probability: int | float) -
     DinocellError
         As `flows_to_labels`.
     """
-    check_flow_thresholds(probability, FLOW_ERROR)
-    return _masks(_checked(flows), probability)
+    _check(flows, probability)
+    return _masks(flows, probability)
 
 
 def keep(masks: Masks, *, flow_error: int | float, min_area_px: int) -> Int32[np.ndarray, "h w"]:
     """Return the labels without cells that have a higher flow error or are smaller; ids run from 1 in their order."""
-    if min_area_px < 0:
-        raise DinocellError(f"min_area_px: expected at least 0, got {min_area_px}")
     is_kept = (masks.errors <= flow_error) & (masks.areas >= min_area_px)
     return relabel(masks.labels, np.concatenate([[False], is_kept]))
 
@@ -110,34 +108,29 @@ def flow_errors(flows: Float[np.ndarray, "3 h w"], labels: Integer[np.ndarray, "
     return sums / np.maximum(areas, 1)
 
 
-def check_flow_thresholds(probability: int | float, flow_error: int | float) -> None:
-    """Check the two thresholds.
-
-    Raises
-    ------
-    DinocellError
-        If ``probability`` is not in [0, 1), or ``flow_error`` not above 0.
-    """
-    if not 0 <= probability < 1:
-        raise DinocellError(f"probability: expected at least 0 and less than 1, got {probability}")
-    if not flow_error > 0:
-        raise DinocellError(f"flow_error: expected more than 0 (4 keeps nearly all cells), got {flow_error}")
-
-
-def _checked(flows: np.ndarray) -> Float32[np.ndarray, "3 h w"]:
-    problem = ""
-    if flows.ndim != 3 or len(flows) != 3 or flows.size == 0:
-        problem = f"three maps (3 h w) of at least one pixel, got an array of shape {flows.shape}"
-    elif flows.dtype.kind != "f":
-        problem = f"floating point numbers, got values of type {flows.dtype}"
-    elif not np.isfinite(flows).all():
-        problem = f"finite numbers, got {np.count_nonzero(~np.isfinite(flows))} of {flows.size} that are not"
-    if problem:
-        raise DinocellError(f"flows: expected {problem}")
-    return np.ascontiguousarray(flows, np.float32)
+def _check(
+    flows: np.ndarray, probability: int | float, flow_error: int | float = FLOW_ERROR, min_area_px: int = 0
+) -> None:
+    num_bad = np.count_nonzero(~np.isfinite(flows)) if flows.dtype.kind == "f" else 0
+    checks = (
+        ("probability", 0 <= probability < 1, f"at least 0 and less than 1, got {probability}"),
+        ("flow_error", flow_error > 0, f"more than 0 (4 keeps nearly all cells), got {flow_error}"),
+        ("min_area_px", min_area_px >= 0, f"at least 0, got {min_area_px}"),
+        (
+            "flows",
+            flows.ndim == 3 and len(flows) == 3 and flows.size > 0,
+            f"three maps (3 h w) of at least one pixel, got an array of shape {flows.shape}",
+        ),
+        ("flows", flows.dtype.kind == "f", f"floating point numbers, got values of type {flows.dtype}"),
+        ("flows", num_bad == 0, f"finite numbers, got {num_bad} of {flows.size} that are not"),
+    )
+    for name, is_valid, expected in checks:
+        if not is_valid:
+            raise DinocellError(f"{name}: expected {expected}")
 
 
-def _masks(flows: Float32[np.ndarray, "3 h w"], probability: float) -> Masks:
+def _masks(flows: Float[np.ndarray, "3 h w"], probability: int | float) -> Masks:
+    flows = np.ascontiguousarray(flows, np.float32)
     is_cell = flows[2] > np.float32(probability)
     ends = _ends(flows, is_cell)
     # A cell is all pixels whose points end around one sink.

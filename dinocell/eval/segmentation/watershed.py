@@ -96,7 +96,6 @@ def distance_to_labels(
         If the map is not a two-dimensional array of floating point numbers, has no pixels, has NaN or values far
         outside [0, 1], or an option is out of range.
     """
-    cells_max, cell_fill = checked_thresholds(cells_max, cell_fill)
     refinement = Refinement(
         min_area_px=min_area_px,
         merge_px=merge_px,
@@ -104,7 +103,7 @@ def distance_to_labels(
         restore_border=restore_border,
         blur_px=blur_px,
     )
-    distance = _checked_map(distance)
+    distance = _checked(distance, cells_max, cell_fill)
     labels = _flood(distance, cells_max, cell_fill).labels
     return refine_labels(labels, distance, cell_fill=cell_fill, refinement=refinement)
 
@@ -117,8 +116,7 @@ def flood(distance: Float[np.ndarray, "h w"], *, cells_max: int | float, lowest_
     DinocellError
         As `distance_to_labels`.
     """
-    cells_max, lowest_fill = checked_thresholds(cells_max, lowest_fill)
-    distance = _checked_map(distance)
+    distance = _checked(distance, cells_max, lowest_fill)
     course = _flood(distance, cells_max, lowest_fill)
     is_peak = distance > np.float32(cells_max)
     levels = course.levels if course.levels.size else np.zeros(1, np.float32)
@@ -126,8 +124,8 @@ def flood(distance: Float[np.ndarray, "h w"], *, cells_max: int | float, lowest_
         labels=course.labels,
         taken_at=np.where(is_peak, distance, levels[course.rank]),
         distance=distance,
-        cells_max=cells_max,
-        lowest_fill=lowest_fill,
+        cells_max=float(cells_max),
+        lowest_fill=float(lowest_fill),
         exact_below=_exact_below(course),
     )
 
@@ -156,40 +154,35 @@ def cut(flooded: Flooded, cell_fill: int | float) -> Int32[np.ndarray, "h w"]:
     return np.where(flooded.taken_at > np.float32(cell_fill), flooded.labels, 0)
 
 
-def checked_thresholds(cells_max: int | float, cell_fill: int | float) -> tuple[float, float]:
-    """Return the two thresholds as floats.
-
-    Raises
-    ------
-    DinocellError
-        If one is not in [0, 1), or ``cell_fill`` is above ``cells_max``.
-    """
-    for name, value in (("cells_max", cells_max), ("cell_fill", cell_fill)):
-        if not 0 <= value < 1:
-            raise DinocellError(f"{name}: expected at least 0 and less than 1, got {value}")
-    if cell_fill > cells_max:
-        raise DinocellError(f"cell_fill: expected at most cells_max, which is {cells_max}, got {cell_fill}")
-    return float(cells_max), float(cell_fill)
-
-
-def _checked_map(distance: np.ndarray) -> Float32[np.ndarray, "h w"]:
+def _checked(distance: np.ndarray, cells_max: int | float, cell_fill: int | float) -> Float32[np.ndarray, "h w"]:
     """Return the map as float32 in C order."""
-    shape, size, problem = distance.shape, distance.size, ""
-    if distance.ndim != 2:
-        problem = f"one map (h w), got an array of shape {shape}"
-    elif distance.dtype.kind != "f":
-        problem = f"floating point numbers from 0 to 1, got values of type {distance.dtype}"
-    elif not 0 < size <= np.iinfo(np.int32).max // 2:
-        problem = f"1 to 2^30 pixels at a time, got a map of shape {shape}"
-    elif np.isnan(lowest := distance.min()):
-        problem = f"a number in every pixel, got NaN in {np.count_nonzero(np.isnan(distance))} of {size}"
-    elif lowest < -_TOLERANCE or distance.max() > 1 + _TOLERANCE:
-        problem = (
-            f"values from 0 to 1, got {lowest:.4g} to {distance.max():.4g}; divide each cell's distance by its maximum "
-            "(labels_to_distance does)"
-        )
-    if problem:
-        raise DinocellError(f"distance: expected {problem}")
+    low, high = (distance.min(), distance.max()) if distance.size and distance.dtype.kind == "f" else (0, 0)
+    checks = (
+        ("cells_max", 0 <= cells_max < 1, f"at least 0 and less than 1, got {cells_max}"),
+        ("cell_fill", 0 <= cell_fill < 1, f"at least 0 and less than 1, got {cell_fill}"),
+        ("cell_fill", cell_fill <= cells_max, f"at most cells_max, which is {cells_max}, got {cell_fill}"),
+        ("distance", distance.ndim == 2, f"one map (h w), got an array of shape {distance.shape}"),
+        (
+            "distance",
+            distance.dtype.kind == "f",
+            f"floating point numbers from 0 to 1, got values of type {distance.dtype}",
+        ),
+        (
+            "distance",
+            0 < distance.size <= np.iinfo(np.int32).max // 2,
+            f"1 to 2^30 pixels at a time, got a map of shape {distance.shape}",
+        ),
+        ("distance", not np.isnan(low), "a number in every pixel, got NaN"),
+        (
+            "distance",
+            low >= -_TOLERANCE and high <= 1 + _TOLERANCE,
+            f"values from 0 to 1, got {low:.4g} to {high:.4g}; divide each cell's distance by its maximum "
+            "(labels_to_distance does)",
+        ),
+    )
+    for name, is_valid, expected in checks:
+        if not is_valid:
+            raise DinocellError(f"{name}: expected {expected}")
     return np.ascontiguousarray(distance, np.float32)
 
 
@@ -210,7 +203,7 @@ class _Flood(NamedTuple):
     width: int
 
 
-def _flood(distance: Float32[np.ndarray, "h w"], cells_max: float, cell_fill: float) -> _Flood:
+def _flood(distance: Float32[np.ndarray, "h w"], cells_max: int | float, cell_fill: int | float) -> _Flood:
     peak, fill = np.float32(cells_max), np.float32(cell_fill)
     # Markers: every 8-connected component above cells_max. Ground: all pixels that may be flooded.
     peaks, is_ground = np.empty(distance.shape, np.int32), distance > fill
