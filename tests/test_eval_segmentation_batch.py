@@ -271,7 +271,7 @@ def test_results_that_were_half_replaced_on_a_full_disk_are_recomputed(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch.writers, "write_overlay", full)
+        patch.setattr(batch, "write_png", full)
         assert segment(*line, "--cells-max", "0.6", "--overwrite") == 2
     assert segment(*line, "--cells-max", "0.6") == 0
     found = contents(tmp_path / "out")
