@@ -28,6 +28,9 @@ STEPS = 200
 # As in the paper: a sink is the pixel within 5 x 5 where most points end, at least 10 of them, so smaller cells are not
 # found. Points that end up to this far from it, without a gap between, belong to it.
 _SINK_POINTS, _SINK_WINDOW, _SINK_REACH_PX = 10, 5, 6
+# A point has converged if it is this close to its position so many steps before. The number is even, because points
+# oscillate around a sink.
+REST_EVERY, REST_PX = 8, 1 / 64
 
 _EIGHT_CONNECTED = np.ones((3, 3), bool)
 
@@ -212,23 +215,11 @@ def _in_raster_order(labels: Int32[np.ndarray, "h w"]) -> Int32[np.ndarray, "h w
     return np.take(lookup, labels)
 
 
-# --- following flows ------------------------------------------------------------------------------------------------
-#
-# The kernel: where a point ends that follows the flow, by Euler steps through the bilinearly interpolated field.
-
-__all__ = ["REST_EVERY", "REST_PX", "follow"]
-
-
-# A point has converged if it is this close to its position so many steps before. The number is even, because points
-# oscillate around a sink.
-REST_EVERY, REST_PX = 8, 1 / 64
-
-
 @compiled
 def follow(
     flows: Float64[np.ndarray, "h w 2"], starts: Int[np.ndarray, "n 2"], ends: Float64[np.ndarray, "n 2"], steps: int
 ) -> None:
-    """Write the positions to ``ends`` where the points end that start at the pixels ``starts``."""
+    """Write to ``ends`` where Euler steps through the bilinearly interpolated flow lead from the pixels ``starts``."""
     height, width = flows.shape[0], flows.shape[1]
     for point in range(starts.shape[0]):
         row, column = float(starts[point, 0]), float(starts[point, 1])

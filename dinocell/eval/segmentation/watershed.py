@@ -27,6 +27,15 @@ _EIGHT_CONNECTED = np.ones((3, 3), bool)
 # overshoot a little: only the order of values and the thresholds matter.
 _TOLERANCE = 0.5
 
+_Ints = Integer[np.ndarray, " _"]
+_Table = Integer[np.ndarray, "_ 2"]
+
+# A heap entry has its key, smallest first, in the upper 32 bits, and the pixel in the lower. This key is above all.
+_PLACE_HOLDER = np.int64(0x7FFFFFFF) << 32
+_HIGHEST = 0x7F000000  # bits of 1.7e38
+_DIGIT = 11
+_DIGIT_MASK = (1 << _DIGIT) - 1
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flooded:
@@ -258,10 +267,6 @@ def _exact_below(course: _Flood) -> float:
     return float(bits[ring].min().view(np.float32)) if tied else math.inf
 
 
-# --- flooding -------------------------------------------------------------------------------------------------------
-#
-# The kernels of the seeded watershed: which peak claims which pixel, in the order of scikit-image's heap.
-#
 # scikit-image's watershed keeps pixels in one binary heap, ordered by height and then by age, which is the number of
 # pixels queued before. These kernels give the same labels faster, by three facts:
 #
@@ -276,17 +281,6 @@ def _exact_below(course: _Flood) -> float:
 # Images are flat here, with a frame of one pixel. ``owner`` is -1 in the frame and where nothing is to be flooded, 0
 # where no label has arrived yet, and else the label. ``bits`` are float32 heights read as int32, in the same order, as
 # no height that counts is negative.
-
-__all__ = ["claim_ring", "flood_ring", "rank_heights"]
-
-_Ints = Integer[np.ndarray, " _"]
-_Table = Integer[np.ndarray, "_ 2"]
-
-# A heap entry has its key, smallest first, in the upper 32 bits, and the pixel in the lower. This key is above all.
-_PLACE_HOLDER = np.int64(0x7FFFFFFF) << 32
-_HIGHEST = 0x7F000000  # bits of 1.7e38
-_DIGIT = 11
-_DIGIT_MASK = (1 << _DIGIT) - 1
 
 
 @compiled
