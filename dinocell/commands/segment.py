@@ -98,9 +98,9 @@ def _run(arguments: argparse.Namespace) -> None:
     tasks = batch.plan_tasks(files, options)
     pending = batch.find_pending(tasks, options)
     names = {task.name for task in pending}
-    skipped = [task for task in tasks if task.name not in names]
-    for task in skipped:
-        print(f"{task.title}: skipped: results exist (use --overwrite to recompute)")
+    for task in tasks:
+        if task.name not in names:
+            print(f"{task.title}: skipped: results exist (use --overwrite to recompute)")
     if arguments.dry_run:
         for task in pending:
             *others, labels = task.paths.values()
@@ -120,12 +120,7 @@ def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
     """Return the image files of paths, folders, patterns and lists of those (``@list.txt``), each once.
 
     Folders are searched recursively, through links; hidden files and the results folder ``without`` are skipped,
-    unless the input itself is inside that folder.
-
-    Raises
-    ------
-    DinocellError
-        If an input has no image, or a folder cannot be searched.
+    unless the input itself is inside that folder. A DinocellError if an input has no image, or cannot be searched.
     """
     from dinocell.images.read import IMAGE_SUFFIXES
 

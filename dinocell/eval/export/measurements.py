@@ -33,40 +33,21 @@ class Intensities(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CellTable:
-    """One entry per cell, in the order of the ids; lengths and areas in pixels.
-
-    Attributes
-    ----------
-    perimeter
-        Length of the line through the centres of the border pixels (4 neighbours), estimated as by Benkrid and Crookes.
-    centroid
-        Row and column.
-    box
-        Top, left, bottom and right; the last two are exclusive.
-    major_axis, minor_axis
-        Of the ellipse with the cell's second moments.
-    orientation
-        Of the major axis against the rows' axis, from -pi/2 to pi/2 counter-clockwise.
-    solidity
-        Area / area of the convex hull of the pixels' diamonds.
-    num_neighbours
-        Number of other cells that touch this one, also by a corner.
-    intensities
-        One entry per channel.
-    """
+    """One entry per cell, in the order of the ids; lengths and areas in pixels."""
 
     ids: Int64[np.ndarray, "n"]
     area: Int64[np.ndarray, "n"]
+    # Of the line through the centres of the border pixels (4 neighbours), as by Benkrid and Crookes.
     perimeter: Float64[np.ndarray, "n"]
-    centroid: Float64[np.ndarray, "n 2"]
-    box: Int64[np.ndarray, "n 4"]
-    major_axis: Float64[np.ndarray, "n"]
+    centroid: Float64[np.ndarray, "n 2"]  # row and column
+    box: Int64[np.ndarray, "n 4"]  # top, left, bottom and right; the last two are exclusive
+    major_axis: Float64[np.ndarray, "n"]  # of the ellipse with the cell's second moments
     minor_axis: Float64[np.ndarray, "n"]
     eccentricity: Float64[np.ndarray, "n"]
-    orientation: Float64[np.ndarray, "n"]
-    solidity: Float64[np.ndarray, "n"]
-    num_neighbours: Int64[np.ndarray, "n"]
-    intensities: tuple[Intensities, ...]
+    orientation: Float64[np.ndarray, "n"]  # of the major axis to the rows' axis, -pi/2 to pi/2 counter-clockwise
+    solidity: Float64[np.ndarray, "n"]  # area / area of the convex hull of the pixels' diamonds
+    num_neighbours: Int64[np.ndarray, "n"]  # other cells that touch this one, also by a corner
+    intensities: tuple[Intensities, ...]  # one entry per channel
 
 
 def measure_table(labels: Integer[np.ndarray, "h w"], channels: Sequence[Shaped[np.ndarray, "h w"]] = ()) -> CellTable:

@@ -106,13 +106,8 @@ def _walk(fragments: _Labels, seen: Bool[np.ndarray, "h w"], row: int, column: i
 @compiled
 def _is_hole(corners: _Rows, start: int, end: int) -> bool:
     """Return whether a ring runs counter-clockwise on the screen, by the sign of its area."""
-    doubled_area = 0
-    before = end - 1
-    for index in range(start, end):
-        doubled_area += np.int64(corners[before, 0]) * corners[index, 1]
-        doubled_area -= np.int64(corners[index, 0]) * corners[before, 1]
-        before = index
-    return doubled_area < 0
+    x, y = corners[start:end, 0].astype(np.int64), corners[start:end, 1].astype(np.int64)
+    return bool(np.sum(np.roll(x, 1) * y - x * np.roll(y, 1)) < 0)
 
 
 @compiled

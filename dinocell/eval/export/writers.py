@@ -79,16 +79,14 @@ def write_cells(
         "neighbours": table.num_neighbours,
     }
     for end, intensities in zip(_channel_ends(len(channels), channel_names), table.intensities, strict=True):
-        columns |= {
-            f"mean_intensity{end}": intensities.mean,
-            f"min_intensity{end}": intensities.minimum,
-            f"max_intensity{end}": intensities.maximum,
-            f"std_intensity{end}": intensities.std,
-        }
+        names = (f"{statistic}_intensity{end}" for statistic in ("mean", "min", "max", "std"))
+        columns |= zip(names, intensities, strict=True)
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(columns)
-        lines.writerows(zip(*(_shown(column) for column in columns.values()), strict=True))
+        # Integers as they are, floats with eight digits.
+        shown = (map("{:.8g}".format, x.tolist()) if x.dtype.kind == "f" else x.tolist() for x in columns.values())
+        lines.writerows(zip(*shown, strict=True))
 
 
 def _channel_ends(num_channels: int, names: Sequence[str]) -> list[str]:
@@ -99,11 +97,6 @@ def _channel_ends(num_channels: int, names: Sequence[str]) -> list[str]:
     if len(set(spelled)) == num_channels and all(spelled):
         return [f"_{name}" for name in spelled]
     return [f"_{index}" for index in range(num_channels)]
-
-
-def _shown(column: np.ndarray) -> list[object]:
-    """Return integers as they are, floats with eight digits."""
-    return [f"{value:.8g}" for value in column.tolist()] if column.dtype.kind == "f" else column.tolist()
 
 
 def write_geojson(path: Path, cells: Sequence[CellOutline], *, name: str) -> None:
@@ -187,10 +180,7 @@ class CocoImage:
 def coco_image(labels: Integer[np.ndarray, "h w"], *, file_name: str, frame: int | None) -> CocoImage:
     """Return the entries of an image: compressed run lengths (exact, with holes), boxes and areas in pixels.
 
-    Parameters
-    ----------
-    frame
-        Index in a stack, from 0; None for a file of one image.
+    ``frame`` is the index in a stack, from 0; None for a file of one image.
     """
     from pycocotools import mask as coco_mask
 
@@ -218,10 +208,7 @@ def coco_image(labels: Integer[np.ndarray, "h w"], *, file_name: str, frame: int
 def read_coco_file(path: Path) -> dict[str, CocoImage]:
     """Return the entries of earlier runs, by image name; none if there is no file.
 
-    Raises
-    ------
-    DinocellError
-        If the file was not written by `write_coco_file`, or is damaged.
+    A DinocellError if the file was not written by `write_coco_file`, or is damaged.
     """
     if not path.exists():
         return {}

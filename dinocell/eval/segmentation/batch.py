@@ -89,11 +89,8 @@ class ImageTask:
 def plan_tasks(files: Sequence[Path], options: SegmentOptions) -> list[ImageTask]:
     """Return every image and frame to segment, with the names of its results.
 
-    Raises
-    ------
-    DinocellError
-        If two files would write the same results, results would replace an input image, a name is too long or not
-        Unicode, or it has no frame number where the challenge's layout needs one.
+    A DinocellError if two files would write the same results, results would replace an input image, a name is too long
+    or not Unicode, or it has no frame number where the challenge's layout needs one.
     """
     inputs = {_absolute(file) for file in files}
     sources: dict[Path, Path] = {}
@@ -156,13 +153,7 @@ def _absolute(path: Path) -> str:
 
 
 def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[ImageTask]:
-    """Return the images without results; those with labels by the same settings from the same image are skipped.
-
-    Raises
-    ------
-    DinocellError
-        If files exist that are not recorded, or labels were made with other settings or from another image.
-    """
+    """Return the images that are not done, by the rules above; existing files that are errors raise a DinocellError."""
     records = read_records(options.output)
     coco = writers.read_coco_file(options.output / COCO) if options.save_coco else None
     content_hash = functools.cache(_content_hash)  # once per stack
@@ -194,10 +185,7 @@ def segment_images(
 ) -> dict[Path, str]:
     """Segment images, log a line for each, and return the files that failed, with the reason.
 
-    Raises
-    ------
-    DinocellError
-        If results cannot be written.
+    A DinocellError ends the run if results cannot be written.
     """
     with _output_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
@@ -340,10 +328,7 @@ class _Batch:
 def read_records(output: Path) -> dict[str, Record]:
     """Return the records of a results folder by image, from ``summary.jsonl`` or an older version's ``summary.csv``.
 
-    Raises
-    ------
-    DinocellError
-        If one of the files was written by another program, or is damaged.
+    A DinocellError if one of the files was written by another program, or is damaged.
     """
     path = output / SUMMARY
     try:
@@ -405,8 +390,7 @@ def _content_hash(file: Path) -> str:
     digest = hashlib.sha256()
     for path in _files_of(file):
         with path.open("rb") as content:
-            while chunk := content.read(2**20):
-                digest.update(chunk)
+            hashlib.file_digest(content, lambda: digest)
     return digest.hexdigest()
 
 
@@ -420,6 +404,5 @@ def _output_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ImageError) as error:  # the image writers' names the file and the cause
-        is_named = isinstance(error, ImageError)
-        text = str(error) if is_named else f"{output}: cannot be written ({one_line(error)})"
-        raise DinocellError(text) from error
+        named = error if isinstance(error, ImageError) else f"{output}: cannot be written ({one_line(error)})"
+        raise DinocellError(str(named)) from error

@@ -6,7 +6,6 @@ the predicted ones.
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,20 +36,11 @@ _EIGHT_CONNECTED = np.ones((3, 3), bool)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Masks:
-    """All cells, before any is dropped; ids run from 1 without gaps, in the raster order of the cells' first pixels.
-
-    Attributes
-    ----------
-    errors
-        Per cell, from cell 1: the mean over its pixels of the squared length of the difference between the predicted
-        flow and the flow of a cell of this shape. 0 is perfect, 4 the opposite direction.
-    areas
-        Per cell, in pixels.
-    """
+    """All cells, before any is dropped; ids run from 1 without gaps, in the raster order of the cells' first pixels."""
 
     labels: Int32[np.ndarray, "h w"]
-    errors: Float64[np.ndarray, " n"]
-    areas: Float64[np.ndarray, " n"]
+    errors: Float64[np.ndarray, " n"]  # per cell, from cell 1: see `flow_errors`
+    areas: Float64[np.ndarray, " n"]  # per cell, in pixels
 
 
 def flows_to_labels(
@@ -70,7 +60,7 @@ def flows_to_labels(
     probability
         Minimum cell probability, exclusive; in [0, 1).
     flow_error
-        Cells with a higher flow error (see `Masks`) become background. More than 0; 4 keeps nearly all.
+        Cells with a higher flow error (see `flow_errors`) become background. More than 0; 4 keeps nearly all.
     min_area_px
         Smaller cells become background.
 
@@ -81,19 +71,21 @@ def flows_to_labels(
         is out of range.
     """
     _check(flows, probability, flow_error, min_area_px)
-    return keep(_masks(flows, probability), flow_error=flow_error, min_area_px=min_area_px)
+    return keep(find_masks(flows, probability=probability), flow_error=flow_error, min_area_px=min_area_px)
 
 
 def find_masks(flows: Float[np.ndarray, "3 h w"], *, probability: int | float) -> Masks:
-    """Follow the flows and cluster the points where they end; `keep` selects from the result.
-
-    Raises
-    ------
-    DinocellError
-        As `flows_to_labels`.
-    """
+    """Follow the flows and cluster the points where they end, for `keep`; errors as in `flows_to_labels`."""
     _check(flows, probability)
-    return _masks(flows, probability)
+    flows = np.ascontiguousarray(flows, np.float32)
+    is_cell = flows[2] > np.float32(probability)
+    ends = _ends(flows, is_cell)
+    # A cell is all pixels whose points end around one sink.
+    cells = np.zeros(is_cell.shape, np.int32)
+    cells[is_cell] = _sinks(ends, is_cell.shape)[ends[:, 0], ends[:, 1]]
+    labels = _in_raster_order(_without_holes(cells))
+    areas = np.bincount(labels.ravel(), minlength=int(labels.max()) + 1)[1:].astype(np.float64)
+    return Masks(labels=labels, errors=flow_errors(flows, labels), areas=areas)
 
 
 def keep(masks: Masks, *, flow_error: int | float, min_area_px: int) -> Int32[np.ndarray, "h w"]:
@@ -103,7 +95,10 @@ def keep(masks: Masks, *, flow_error: int | float, min_area_px: int) -> Int32[np
 
 
 def flow_errors(flows: Float[np.ndarray, "3 h w"], labels: Integer[np.ndarray, "h w"]) -> Float64[np.ndarray, " n"]:
-    """Return for each cell, from cell 1, how much the flows contradict those of cells of these shapes, see `Masks`."""
+    """Return for each cell, from cell 1, how much the flows contradict those of cells of these shapes.
+
+    It is the mean over the cell's pixels of the squared length of the difference: 0 is perfect, 4 opposite.
+    """
     num_cells = int(labels.max())
     areas = np.bincount(labels.ravel(), minlength=num_cells + 1)[1:]
     squared = ((flows[:2] - labels_to_flows(labels)[:2]).astype(np.float64) ** 2).sum(axis=0)
@@ -121,27 +116,14 @@ def _check(
         ("min_area_px", min_area_px >= 0, f"at least 0, got {min_area_px}"),
         (
             "flows",
-            flows.ndim == 3 and len(flows) == 3 and flows.size > 0,
-            f"three maps (3 h w) of at least one pixel, got an array of shape {flows.shape}",
+            flows.ndim == 3 and len(flows) == 3 and flows.size > 0 and flows.dtype.kind == "f",
+            f"three maps (3 h w) of floating point numbers, got {flows.dtype}, {flows.shape}",
         ),
-        ("flows", flows.dtype.kind == "f", f"floating point numbers, got values of type {flows.dtype}"),
         ("flows", num_bad == 0, f"finite numbers, got {num_bad} of {flows.size} that are not"),
     )
     for name, is_valid, expected in checks:
         if not is_valid:
             raise DinocellError(f"{name}: expected {expected}")
-
-
-def _masks(flows: Float[np.ndarray, "3 h w"], probability: int | float) -> Masks:
-    flows = np.ascontiguousarray(flows, np.float32)
-    is_cell = flows[2] > np.float32(probability)
-    ends = _ends(flows, is_cell)
-    # A cell is all pixels whose points end around one sink.
-    cells = np.zeros(is_cell.shape, np.int32)
-    cells[is_cell] = _sinks(ends, is_cell.shape)[ends[:, 0], ends[:, 1]]
-    labels = _in_raster_order(_without_holes(cells))
-    areas = np.bincount(labels.ravel(), minlength=int(labels.max()) + 1)[1:].astype(np.float64)
-    return Masks(labels=labels, errors=flow_errors(flows, labels), areas=areas)
 
 
 def _ends(flows: Float32[np.ndarray, "3 h w"], is_cell: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "n 2"]:
@@ -153,9 +135,8 @@ def _ends(flows: Float32[np.ndarray, "3 h w"], is_cell: Bool[np.ndarray, "h w"])
     workers = os.cpu_count() or 1
     bounds = np.linspace(0, len(starts), 4 * workers + 1).astype(int)
     parts = [slice(first, last) for first, last in pairwise(bounds)]
-    run: Callable[[slice], None] = lambda part: follow(directions, starts[part], ends[part], STEPS)  # noqa: E731
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(run, parts))
+        list(pool.map(lambda part: follow(directions, starts[part], ends[part], STEPS), parts))
     return np.floor(ends + 0.5).astype(np.intp)
 
 

@@ -6,10 +6,9 @@
     labels = DINOCellPipeline(model).run(image)
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, ClassVar, Literal, NamedTuple, overload
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from dinocell.eval.segmentation.tiling import predict
 from dinocell.eval.segmentation.watershed import cut, distance_to_labels, flood
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import prepare, resize
-from dinocell.finetune.targets import Postprocessing, TargetName
+from dinocell.finetune.targets import DistancePostprocessing, Postprocessing, TargetName
 from dinocell.images.image import as_image
 from dinocell.runtime.distributed import find_device
 
@@ -205,13 +204,7 @@ class DINOCellPipeline:
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Float32[np.ndarray, "h w"]:
-        """Return the distance map of an image; parameters as for `run`.
-
-        Raises
-        ------
-        DinocellError
-            If it is a flow model: see `maps`.
-        """
+        """Return the distance map of an image; parameters as for `run`. A DinocellError for flow models, see `maps`."""
         if self.model.target != "distance":
             raise DinocellError(f"this segmenter was trained for {self.model.target}, it has no distance map; use maps")
         return self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
@@ -225,49 +218,29 @@ class DINOCellPipeline:
 
 def decode(maps: Float32[np.ndarray, "*maps h w"], parameters: Postprocessing) -> Int32[np.ndarray, "h w"]:
     """Return the labels of a segmenter's maps; a distance map is (h w), flows are (3 h w)."""
-    return _TO_LABELS[parameters.target](maps, **asdict(parameters))
+    return DECODERS[parameters.target].to_labels(maps, **asdict(parameters))
 
 
-_TO_LABELS: dict[TargetName, Callable[..., Int32[np.ndarray, "h w"]]] = {
-    "distance": distance_to_labels,
-    "flows": flows_to_labels,
-}
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Postprocessing of one target's maps, with one set of parameters or over the grid of a threshold search."""
+
+    to_labels: Callable[..., Int32[np.ndarray, "h w"]]  # of maps and the parameters by name
+    axes: Callable[[Any], Axes]  # the default grid around parameters
+    training_axes: Axes = field(default_factory=dict)  # what the search at the end of fine-tuning varies besides
+    # Of maps, axes, one value of the first axis, and the parameters that the grid does not vary: yields the labels of
+    # all grid points with this value, in every pixel equal to those of `to_labels`.
+    decode_grid: Callable[..., Decoded]
 
 
-class Decoder(ABC):
-    """The grid of a threshold search for one target, decoded with the work that its points share done once."""
-
-    training_axes: ClassVar[Axes] = {}
-    """What the search at the end of a fine-tuning run varies besides `axes`."""
-
-    @abstractmethod
-    def axes(self, parameters: Postprocessing) -> Axes:
-        """Return the default grid of a threshold search around the parameters."""
-
-    @abstractmethod
-    def decode_grid(
-        self, maps: Float32[np.ndarray, "*maps h w"], axes: Axes, first: float, parameters: Postprocessing
-    ) -> Decoded:
-        """Yield the labels of all grid points with one value of the first axis, in every pixel equal to `decode`'s."""
-
-
-class _DistanceDecoder(Decoder):
-    # Merging the fragments of a cell helps curved cells on sharp maps, and joins neighbours on blurred ones.
-    training_axes: ClassVar[Axes] = {"merge_px": (None, 1.5, 3.0, 5.0)}
-
-    def axes(self, parameters: Any) -> Axes:
-        return {
-            "cells_max": threshold_values("cells_max", *CELLS_MAX_RANGE, STEPS),
-            "cell_fill": threshold_values("cell_fill", *CELL_FILL_RANGE, STEPS),
-            "merge_px": (parameters.merge_px,),
-            # Refined boundaries are right on blurred maps, and wrong where peaks are low for another reason.
-            "restore_border": (True, False),
-        }
-
-    def decode_grid(
-        self, maps: Float32[np.ndarray, "*maps h w"], axes: Axes, first: float, parameters: Postprocessing
-    ) -> Decoded:
-        yield from decode_distance_grid(maps, axes, first, Refinement(min_area_px=parameters.min_area_px))
+def _distance_axes(parameters: DistancePostprocessing) -> Axes:
+    return {
+        "cells_max": threshold_values("cells_max", *CELLS_MAX_RANGE, STEPS),
+        "cell_fill": threshold_values("cell_fill", *CELL_FILL_RANGE, STEPS),
+        "merge_px": (parameters.merge_px,),
+        # Refined boundaries are right on blurred maps, and wrong where peaks are low for another reason.
+        "restore_border": (True, False),
+    }
 
 
 def decode_distance_grid(
@@ -286,30 +259,35 @@ def decode_distance_grid(
                 yield (row, column, place), refine_labels(plain, flooded.distance, cell_fill=fill, refinement=way)
 
 
-class _FlowDecoder(Decoder):
-    def axes(self, parameters: Postprocessing) -> Axes:  # noqa: ARG002
-        return {"probability": PROBABILITIES, "flow_error": FLOW_ERRORS}
-
-    def decode_grid(
-        self, maps: Float32[np.ndarray, "*maps h w"], axes: Axes, first: float, parameters: Postprocessing
-    ) -> Decoded:
-        # The flows are followed once per probability; the flow error then only selects among the cells found.
-        masks = find_masks(maps, probability=first)
-        for index, flow_error in enumerate(axes["flow_error"]):
-            yield (index,), keep(masks, flow_error=flow_error, min_area_px=parameters.min_area_px)
+def _decode_flow_grid(
+    flows: Float32[np.ndarray, "3 h w"], axes: Axes, probability: float, parameters: Postprocessing
+) -> Decoded:
+    """Follow the flows once; the flow error then only selects among the cells found."""
+    masks = find_masks(flows, probability=probability)
+    for index, flow_error in enumerate(axes["flow_error"]):
+        yield (index,), keep(masks, flow_error=flow_error, min_area_px=parameters.min_area_px)
 
 
-DECODERS: dict[TargetName, Decoder] = {"distance": _DistanceDecoder(), "flows": _FlowDecoder()}
+DECODERS: dict[TargetName, Decoder] = {
+    "distance": Decoder(
+        to_labels=distance_to_labels,
+        axes=_distance_axes,
+        # Merging the fragments of a cell helps curved cells on sharp maps, and joins neighbours on blurred ones.
+        training_axes={"merge_px": (None, 1.5, 3.0, 5.0)},
+        decode_grid=lambda maps, axes, cells_max, parameters: decode_distance_grid(
+            maps, axes, cells_max, Refinement(min_area_px=parameters.min_area_px)
+        ),
+    ),
+    "flows": Decoder(
+        to_labels=flows_to_labels,
+        axes=lambda _: {"probability": PROBABILITIES, "flow_error": FLOW_ERRORS},
+        decode_grid=_decode_flow_grid,
+    ),
+}
 
 
 def threshold_values(name: str, low: int | float, high: int | float, steps: int) -> tuple[float, ...]:
-    """Return evenly spaced values of a threshold.
-
-    Raises
-    ------
-    DinocellError
-        If the range is not within [0, 1), or there is no step.
-    """
+    """Return evenly spaced values of a threshold; a DinocellError if the range is not within [0, 1), or has no step."""
     if not 0 <= low <= high < 1 or steps < 1:
         raise DinocellError(
             f"{name}: expected 0 <= minimum <= maximum < 1 and at least 1 step, got {low}, {high}, {steps}"

@@ -39,13 +39,7 @@ _PerLabel = Shaped[np.ndarray, " n"]
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """Steps after the flood. `dinocell.eval.segmentation.watershed.distance_to_labels` explains the fields.
-
-    Raises
-    ------
-    DinocellError
-        If a number is out of its range.
-    """
+    """Steps after the flood; `dinocell.eval.segmentation.watershed.distance_to_labels` explains the fields."""
 
     min_area_px: int = 0
     merge_px: int | float | None = MERGE_PX
@@ -70,21 +64,11 @@ PLAIN = Refinement(merge_px=None, restore_border=False)
 
 
 class CellMeasures(NamedTuple):
-    """One entry per label; entry 0, the background, is 0.
+    """One entry per label; entry 0, the background, is 0."""
 
-    Attributes
-    ----------
-    radius_px
-        Radius of the largest disc inside the label, to half a pixel.
-    middle
-        The map's value at the centre of that disc.
-    peak
-        The map's maximum in the label.
-    """
-
-    radius_px: _PerLabel
-    middle: _PerLabel
-    peak: _PerLabel
+    radius_px: _PerLabel  # of the largest disc inside the label, to half a pixel
+    middle: _PerLabel  # the map's value at the centre of that disc
+    peak: _PerLabel  # the map's maximum in the label
 
     @property
     def full_radius_px(self) -> _PerLabel:
@@ -101,12 +85,8 @@ def refine_labels(
 ) -> Int32[np.ndarray, "h w"]:
     """Merge fragments, refine boundaries, drop small cells; the rest is relabelled from 1 in the order of the ids.
 
-    ``labels`` are those of a flood: 0 and ids from 1, at most as many as pixels. They are not written to.
-
-    Raises
-    ------
-    DinocellError
-        If the shapes differ.
+    ``labels`` are those of a flood: 0 and ids from 1, at most as many as pixels. They are not written to. A
+    DinocellError if the shapes differ.
     """
     if labels.shape != distance.shape:
         raise DinocellError(f"labels: expected the shape of the distance map, {distance.shape}, got {labels.shape}")

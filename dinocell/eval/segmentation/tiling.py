@@ -209,9 +209,10 @@ def _check(
 ) -> None:
     hint = "; add a channel axis: image[None]" if image.ndim == 2 else ""
     checks = (
-        (image.ndim == 3, f"image: expected (c h w), got an array of shape {image.shape}{hint}"),
-        (image.size > 0, f"image: expected at least one pixel, got an array of shape {image.shape}"),
-        (image.dtype.kind in "biuf", f"image: expected real numbers, got values of type {image.dtype}"),
+        (
+            image.ndim == 3 and image.size > 0 and image.dtype.kind in "biuf",
+            f"image: expected real numbers (c h w), at least one pixel, got {image.dtype}, {image.shape}{hint}",
+        ),
         (window > 0 < batch_size, f"window and batch_size: expected at least 1, got {window} and {batch_size}"),
         (0 <= 2 * overlap <= window, f"overlap: expected 0 to {window // 2} for tiles of {window} px, got {overlap}"),
         (

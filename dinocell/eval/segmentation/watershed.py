@@ -39,26 +39,14 @@ _DIGIT_MASK = (1 << _DIGIT) - 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flooded:
-    """A flood that can be cut at any fill threshold from ``lowest_fill``; see `flood` and `cut`.
+    """A flood that can be cut at any fill threshold from ``lowest_fill``; see `flood` and `cut`."""
 
-    Attributes
-    ----------
-    labels
-        Per pixel the peak whose flood reached it, or 0; peaks are numbered from 1 in raster order, without gaps.
-    taken_at
-        The flood's level when it reached the pixel: the pixel's own height, or less behind a lower saddle.
-    distance
-        The map.
-    exact_below
-        Cuts below this equal a flood from scratch; infinity on nearly all maps.
-    """
-
-    labels: Int32[np.ndarray, "h w"]
-    taken_at: Float32[np.ndarray, "h w"]
-    distance: Float32[np.ndarray, "h w"]
+    labels: Int32[np.ndarray, "h w"]  # the peak whose flood reached the pixel, or 0; numbered from 1 in raster order
+    taken_at: Float32[np.ndarray, "h w"]  # the flood's level then: the pixel's height, or less behind a lower saddle
+    distance: Float32[np.ndarray, "h w"]  # the map
     cells_max: float
     lowest_fill: float
-    exact_below: float
+    exact_below: float  # cuts below this equal a flood from scratch; infinity on nearly all maps
 
 
 def distance_to_labels(
@@ -118,13 +106,7 @@ def distance_to_labels(
 
 
 def flood(distance: Float[np.ndarray, "h w"], *, cells_max: int | float, lowest_fill: int | float) -> Flooded:
-    """Flood once for all fill thresholds from ``lowest_fill``.
-
-    Raises
-    ------
-    DinocellError
-        As `distance_to_labels`.
-    """
+    """Flood once for all fill thresholds from ``lowest_fill``, for `cut`; errors as in `distance_to_labels`."""
     distance = _checked(distance, cells_max, lowest_fill)
     course = _flood(distance, cells_max, lowest_fill)
     is_peak = distance > np.float32(cells_max)
@@ -170,16 +152,10 @@ def _checked(distance: np.ndarray, cells_max: int | float, cell_fill: int | floa
         ("cells_max", 0 <= cells_max < 1, f"at least 0 and less than 1, got {cells_max}"),
         ("cell_fill", 0 <= cell_fill < 1, f"at least 0 and less than 1, got {cell_fill}"),
         ("cell_fill", cell_fill <= cells_max, f"at most cells_max, which is {cells_max}, got {cell_fill}"),
-        ("distance", distance.ndim == 2, f"one map (h w), got an array of shape {distance.shape}"),
         (
             "distance",
-            distance.dtype.kind == "f",
-            f"floating point numbers from 0 to 1, got values of type {distance.dtype}",
-        ),
-        (
-            "distance",
-            0 < distance.size <= np.iinfo(np.int32).max // 2,
-            f"1 to 2^30 pixels at a time, got a map of shape {distance.shape}",
+            distance.ndim == 2 and distance.dtype.kind == "f" and 0 < distance.size <= np.iinfo(np.int32).max // 2,
+            f"one map (h w) of floating point numbers and at most 2^30 pixels, got {distance.dtype}, {distance.shape}",
         ),
         ("distance", not np.isnan(low), "a number in every pixel, got NaN"),
         (
@@ -196,19 +172,15 @@ def _checked(distance: np.ndarray, cells_max: int | float, cell_fill: int | floa
 
 
 class _Flood(NamedTuple):
-    """A flood and its course: ``levels`` are the heights that it fell through, ``rank`` the level of each pixel.
-
-    Flat arrays of the framed map: ``bits``, ``owner``, ``ring``, the first pixels next to the peaks, and ``claimers``,
-    the peak pixels that claimed these.
-    """
+    """A flood and its course; the last five are of the framed map, flat."""
 
     labels: Int32[np.ndarray, "h w"]
-    rank: Int32[np.ndarray, "h w"]
-    levels: Float32[np.ndarray, " levels"]
+    rank: Int32[np.ndarray, "h w"]  # the level of each pixel
+    levels: Float32[np.ndarray, " levels"]  # the heights that the flood fell through
     bits: Int32[np.ndarray, " framed"]
     owner: Int32[np.ndarray, " framed"]
-    ring: Int32[np.ndarray, " ring"]
-    claimers: Int32[np.ndarray, " ring"]
+    ring: Int32[np.ndarray, " ring"]  # the first pixels next to the peaks
+    claimers: Int32[np.ndarray, " ring"]  # the peak pixels that claimed these
     width: int
 
 
