@@ -10,9 +10,9 @@ import tifffile
 import torch
 from PIL import Image
 
+from dinocell.commands.segment import find_images
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.export.writers import write_cells
-from dinocell.eval.segmentation.jobs import find_images
 from dinocell.images.read import read_image
 from dinocell.images.write import write_tiff
 from helpers.commands import segment

@@ -31,8 +31,7 @@ from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.metrics.matching import matching_score
 from dinocell.eval.metrics.overlaps import contingency_table
 from dinocell.eval.report import write_report
-from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.targets import threshold_values
+from dinocell.eval.segmentation.pipeline import DINOCellPipeline, threshold_values
 from dinocell.eval.segmentation.watershed import distance_to_labels
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import SegmenterSettings

@@ -14,9 +14,8 @@ from shapely.geometry import shape as geometry_of
 
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.eval.export.coco import coco_image, read_coco_file, write_coco_file
 from dinocell.eval.export.outlines import trace_cells
-from dinocell.eval.export.writers import write_geojson, write_rois
+from dinocell.eval.export.writers import coco_image, read_coco_file, write_coco_file, write_geojson, write_rois
 from dinocell.labelled.masks import decode_run_lengths, uncompressed
 
 

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import unicodedata
 from collections.abc import Callable
@@ -269,7 +271,7 @@ def test_results_that_were_half_replaced_on_a_full_disk_are_recomputed(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch.writers, "write_overlay", full)
+        patch.setattr(batch, "write_png", full)
         assert segment(*line, "--cells-max", "0.6", "--overwrite") == 2
     assert segment(*line, "--cells-max", "0.6") == 0
     found = contents(tmp_path / "out")
@@ -438,6 +440,54 @@ def test_labels_drawn_by_hand_are_not_replaced(
     assert segment(images / "t1.tif", "--model", segmenter, "--output", images, "--csv", "--overwrite") == 0
     assert tifffile.imread(images / "t1_labels.tif").max() < 100
     assert segment(images / "t1.tif", "--model", segmenter, "--output", images, "--csv", "--save-viz") == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--csv", "t1_cells.csv"),
+        ("--save-viz", "t1_overlay.png"),
+        ("--save-outlines", "t1_outlines.png"),
+        ("--save-dist-map", "t1_distance.tif"),
+        ("--save-geojson", "t1_cells.geojson"),
+        ("--save-rois", "t1_rois.zip"),
+        ("--save-ctc", "in_RES/mask1.tif"),
+    ],
+)
+def test_a_file_of_the_users_own_is_not_replaced(
+    option: str, name: str, images: Path, segmenter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "out" / name
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    line = (images, "--model", segmenter, "--output", tmp_path / "out", option)
+    for dry in ((), ("--dry-run",)):
+        assert segment(*line, *dry) == 2
+        (text,) = capsys.readouterr().err.splitlines()
+        assert all(word in text for word in (f"{own}: ", "--output", "--overwrite"))
+        assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [own]
+        assert own.read_bytes() == b"mine"
+    assert segment(*line, "--overwrite") == 0
+    assert own.read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("at", ["batch.writers.write_outlines", "batch.write_labels"])
+def test_what_a_killed_run_left_is_recomputed_without_complaint(
+    at: str, images: Path, segmenter: str, tmp_path: Path
+) -> None:
+    words = [str(images), "--model", segmenter, "--output", str(tmp_path / "out"), *EVERYTHING]
+    kill = (
+        "import os, signal; from dinocell.cli import main; from dinocell.eval.segmentation import batch; "
+        f"{at} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL); main({['segment', *words]})"
+    )
+    assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / "t0_cells.csv").exists()
+    assert not (tmp_path / "out" / "t0_labels.tif").exists()
+    assert segment(*words) == 0
+    assert segment(images, "--model", segmenter, "--output", tmp_path / "whole", *EVERYTHING) == 0
+    found = contents(tmp_path / "out")
+    found["summary.jsonl"] = found["summary.jsonl"].split(b"\n", 1)[1]  # the record of the killed run is the first
+    assert found == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

@@ -170,7 +170,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _axes(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
     """Return the values of the thresholds whose range is set."""
-    from dinocell.eval.segmentation.targets import STEPS, threshold_values
+    from dinocell.eval.segmentation.pipeline import STEPS, threshold_values
 
     ranges = {"cells_max": options.cells_max_range, "cell_fill": options.cell_fill_range}
     return {name: threshold_values(name, ends[0], ends[1], STEPS) for name, ends in ranges.items() if ends is not None}

@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from dinocell.commands._parser import add_command
 from dinocell.errors import DinocellError, ImageError
 
 if TYPE_CHECKING:
-    from dinocell.eval.segmentation.jobs import ImageTask, SegmentOptions
+    from dinocell.eval.segmentation.batch import ImageTask, SegmentOptions
     from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 
 # For --dry-run: the side of the crop that is timed, and memory by benchmarks/results/segment.md.
@@ -72,18 +74,18 @@ def register(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from dinocell.eval.segmentation.jobs import COCO, ENDINGS, SUMMARY, SegmentOptions, find_images, plan_tasks
-
     inputs = [*arguments.images, *(f"@{file}" for file in arguments.list)]
     if not inputs:
         raise DinocellError("no images: give files, folders, patterns, or a list of them with --list FILE")
     if arguments.pixel_size is not None and not 0 < arguments.pixel_size < math.inf:
         raise DinocellError(f"--pixel-size: expected more than 0 micrometres, got {arguments.pixel_size:g}")
     files = find_images(inputs, without=arguments.output)
+    from dinocell.eval.segmentation import batch  # after the quick checks: it imports the network
+
     pipeline = _load_pipeline(arguments)
-    options = SegmentOptions(
+    options = batch.SegmentOptions(
         output=arguments.output,
-        products=frozenset(product for product in ENDINGS if getattr(arguments, product)),
+        products=frozenset(product for product in batch.ENDINGS if getattr(arguments, product)),
         maps=pipeline.model.target,
         save_ctc=arguments.save_ctc,
         save_coco=arguments.save_coco,
@@ -93,27 +95,94 @@ def _run(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         settings=_settings(pipeline, arguments),
     )
-    from dinocell.eval.segmentation.batch import find_pending, segment_images
-
-    tasks = plan_tasks(files, options)
-    pending = find_pending(tasks, options)
+    tasks = batch.plan_tasks(files, options)
+    pending = batch.find_pending(tasks, options)
     names = {task.name for task in pending}
-    skipped = [task for task in tasks if task.name not in names]
-    for task in skipped:
-        print(f"{task.title}: skipped: results exist (use --overwrite to recompute)")
+    for task in tasks:
+        if task.name not in names:
+            print(f"{task.title}: skipped: results exist (use --overwrite to recompute)")
     if arguments.dry_run:
         for task in pending:
             *others, labels = task.paths.values()
             print(f"{task.title} -> {', '.join(map(str, (labels, *others)))}")
-        tables = [SUMMARY, *([COCO] if options.save_coco else [])]
+        tables = [batch.SUMMARY, *([batch.COCO] if options.save_coco else [])]
         print(f"all images -> {', '.join(str(options.output / name) for name in tables)}")
         print(f"{len(pending)} images{_cost(pending, pipeline, options)}; nothing was written")
         return
-    failed = segment_images(pending, pipeline, options, log=print)
+    failed = batch.segment_images(pending, pipeline, options, log=print)
     print(f"results: {options.output}")
     if failed:
         lines = "\n".join(f"  {line}" for line in failed.values())
         raise SystemExit(f"dinocell: {len(failed)} of {len(files)} images could not be segmented:\n{lines}")
+
+
+def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
+    """Return the image files of paths, folders, patterns and lists of those (``@list.txt``), each once.
+
+    Folders are searched recursively, through links; hidden files and the results folder ``without`` are skipped,
+    unless the input itself is inside that folder. A DinocellError if an input has no image, or cannot be searched.
+    """
+    from dinocell.images.read import IMAGE_SUFFIXES
+
+    images: dict[str, Path] = {}
+    for text in inputs:
+        for entry in _read_list(Path(text[1:])) if text.startswith("@") else [text]:
+            path = Path(entry)
+            matches = [path] if path.exists() else _matching(path, without)
+            files = [file for match in matches for file in _images_in(match, without)]
+            if not files:
+                suffixes = ", ".join(IMAGE_SUFFIXES)
+                raise DinocellError(f"{entry}: no image found ({suffixes}; not in the results folder {without})")
+            for file in files:
+                images.setdefault(os.path.abspath(file), file)  # noqa: PTH100 - links keep their names
+    return list(images.values())
+
+
+def _images_in(path: Path, without: Path) -> list[Path]:
+    """Return a file itself, or the images in a folder and its subfolders."""
+    from dinocell.images.read import has_image_name
+    from dinocell.images.storage import list_files
+
+    if not path.is_dir() or path.suffix.lower() == ".zarr":
+        return [path]
+    files = [Path(file.path) for file in list_files(path, folders_as_files=(".zarr",))]
+    is_inside = without.resolve() in path.resolve().parents
+    return [file for file in files if has_image_name(file.name) and (is_inside or not _is_in(file, without))]
+
+
+def _matching(pattern: Path, without: Path) -> list[Path]:
+    """Return the matches of a pattern such as ``plate*/**/*.tif`` that the shell has passed on; no hidden files."""
+    parts = pattern.parts
+    num_fixed = next((index for index, part in enumerate(parts) if set("*?[") & set(part)), len(parts))
+    try:
+        matches = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    except (NotImplementedError, ValueError, IndexError):
+        return []
+    if not any(part.startswith(".") for part in parts[num_fixed:]):
+        matches = [match for match in matches if not any(part.startswith(".") for part in match.parts[num_fixed:])]
+    is_inside = _is_in(Path(*parts[:num_fixed]) / "file", without)
+    return [match for match in matches if is_inside or not _is_in(match, without)]
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Return whether a file is in a folder or below it; a linked file is where the link is."""
+    return path.parent.resolve().is_relative_to(folder.resolve())
+
+
+def _read_list(path: Path) -> list[str]:
+    """Return the lines of a list of inputs; ``#`` begins a comment line."""
+    entries: list[str] = []
+    problem = "is empty; expected images, folders or patterns, one per line"
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        entries = [line for line in lines if line and not line.startswith("#")]
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        problem = "cannot be read (not UTF-8 text; is it an image?)"
+    if not entries:
+        raise DinocellError(f"{path}: the list {problem}")
+    return entries
 
 
 def _load_pipeline(arguments: argparse.Namespace) -> "DINOCellPipeline":

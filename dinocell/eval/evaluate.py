@@ -21,8 +21,7 @@ from dinocell.eval.evaluation_sets import EvaluationSet, PairSet, find_predictio
 from dinocell.eval.metrics.ctc_files import MAX_ID, check_programs, official_scores_of
 from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
 from dinocell.eval.metrics.summary import ImageScores, PooledScores, pool, score_tables
-from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.targets import Axes, decode
+from dinocell.eval.segmentation.pipeline import Axes, DINOCellPipeline, decode
 from dinocell.eval.threshold_search import GridSearch, search_parameters, store_maps
 from dinocell.finetune.targets import Postprocessing
 from dinocell.labelled.dataset import LabelledImage

@@ -6,8 +6,7 @@ import numpy as np
 
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.metrics.matching import matching_score
-from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-from dinocell.eval.segmentation.targets import DECODERS, decode
+from dinocell.eval.segmentation.pipeline import DECODERS, DINOCellPipeline, decode
 from dinocell.eval.threshold_search import search_parameters
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import Scored

@@ -1,7 +1,7 @@
 """Find the postprocessing parameters that score best: a grid search on maps that are predicted once.
 
 Every grid point is scored exactly as if the maps were postprocessed with its parameters and scored by
-`dinocell.eval.metrics.ctc`; `dinocell.eval.segmentation.targets` shares the work between points.
+`dinocell.eval.metrics.ctc`; `dinocell.eval.segmentation.pipeline` shares the work between points.
 """
 
 import csv
@@ -21,8 +21,7 @@ from dinocell.errors import DinocellError
 from dinocell.eval.metrics.ctc import Counts, count, seg_and_det
 from dinocell.eval.metrics.matching import find_matches
 from dinocell.eval.metrics.overlaps import contingency_table
-from dinocell.eval.segmentation.refine import Refinement
-from dinocell.eval.segmentation.targets import (
+from dinocell.eval.segmentation.pipeline import (
     CELL_FILL_RANGE,
     CELLS_MAX_RANGE,
     DECODERS,
@@ -32,6 +31,7 @@ from dinocell.eval.segmentation.targets import (
     decode_distance_grid,
     threshold_values,
 )
+from dinocell.eval.segmentation.refine import Refinement
 from dinocell.finetune.targets import DistancePostprocessing, Postprocessing
 from dinocell.runtime.files import replacing
 

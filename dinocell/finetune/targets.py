@@ -1,8 +1,8 @@
 """What a segmenter predicts: distance maps, or flows with a cell probability. One `Target` object for each kind.
 
 A target encodes labels as maps, activates and initialises the decoder's output, and has a loss and a class of
-postprocessing parameters. `dinocell.eval.segmentation.targets` is the way back, from maps to labels. Distance maps are
-part of labelled sets (`dinocell.labelled.distance`); flows are computed here.
+postprocessing parameters. `dinocell.eval.segmentation.pipeline` is the way back, from maps to labels. Distance maps
+are part of labelled sets (`dinocell.labelled.distance`); flows are computed here.
 """
 
 import math

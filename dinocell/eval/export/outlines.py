@@ -16,6 +16,12 @@ from dinocell.runtime.jit import compiled
 _Labels = Int32[np.ndarray, "h w"]
 _Rows = Int32[np.ndarray, "n k"]
 
+# By heading, clockwise on the screen (east, south, west, north): the step from a corner to the next, in rows and
+# columns, and the pixel ahead on the right, relative to the corner. The one on the left is the right one of the heading
+# before.
+_STEPS = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
+_RIGHT = np.array([(0, 0), (0, -1), (-1, -1), (-1, 0)])
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CellOutline:
@@ -77,55 +83,31 @@ def _walk(fragments: _Labels, seen: Bool[np.ndarray, "h w"], row: int, column: i
     Each corner becomes a row of ``walk``: x, y, and whether two pixels of the fragment meet only in this corner.
     """
     fragment = fragments[row, column]
-    heading, length = 0, 0  # clockwise on the screen: east, south, west, north
+    heading, length = 0, 0
     # At each corner look at the two pixels ahead: go straight along an edge, else turn right, or left around a pixel.
     while True:
         if heading == 0:
             if seen[row, column]:
                 return walk, length
             seen[row, column] = True
-            column += 1
-            right, left = (
-                _is_fragment(fragments, row, column, fragment),
-                _is_fragment(fragments, row - 1, column, fragment),
-            )
-        elif heading == 1:
-            row += 1
-            right, left = (
-                _is_fragment(fragments, row, column - 1, fragment),
-                _is_fragment(fragments, row, column, fragment),
-            )
-        elif heading == 2:
-            column -= 1
-            right, left = (
-                _is_fragment(fragments, row - 1, column - 1, fragment),
-                _is_fragment(fragments, row, column - 1, fragment),
-            )
-        else:
-            row -= 1
-            right, left = (
-                _is_fragment(fragments, row - 1, column, fragment),
-                _is_fragment(fragments, row - 1, column - 1, fragment),
-            )
+        row, column = row + _STEPS[heading, 0], column + _STEPS[heading, 1]
+        before = (heading + 3) % 4
+        right = _is_fragment(fragments, row + _RIGHT[heading, 0], column + _RIGHT[heading, 1], fragment)
+        left = _is_fragment(fragments, row + _RIGHT[before, 0], column + _RIGHT[before, 1], fragment)
         if right and not left:
             continue
         if length == walk.shape[0]:
             walk = _grown(walk)
         walk[length, 0], walk[length, 1], walk[length, 2] = column, row, left and not right
         length += 1
-        heading = (heading + 3) % 4 if right else (heading + 1) % 4
+        heading = before if right else (heading + 1) % 4
 
 
 @compiled
 def _is_hole(corners: _Rows, start: int, end: int) -> bool:
     """Return whether a ring runs counter-clockwise on the screen, by the sign of its area."""
-    doubled_area = 0
-    before = end - 1
-    for index in range(start, end):
-        doubled_area += np.int64(corners[before, 0]) * corners[index, 1]
-        doubled_area -= np.int64(corners[index, 0]) * corners[before, 1]
-        before = index
-    return doubled_area < 0
+    x, y = corners[start:end, 0].astype(np.int64), corners[start:end, 1].astype(np.int64)
+    return bool(np.sum(np.roll(x, 1) * y - x * np.roll(y, 1)) < 0)
 
 
 @compiled

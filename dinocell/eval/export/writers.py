@@ -1,24 +1,31 @@
-"""Result files besides labels: maps, overlays, tables of cells, outlines for other programs; all written atomically."""
+"""Result files of `dinocell segment` besides labels and maps; all are written atomically.
+
+Overlays, a table of cells, and pixel-exact cells for other programs: GeoJSON for QuPath, regions of interest for
+ImageJ, and one COCO file of all images, to which later runs add.
+"""
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
-from jaxtyping import Float32, Integer, Real, Shaped, UInt8
+from jaxtyping import Integer, Real, Shaped, UInt8
 
+from dinocell.errors import DinocellError
 from dinocell.eval.export.measurements import measure_table
 from dinocell.eval.export.outlines import CellOutline, inner_edges
 from dinocell.images.image import percentile_range, to_uint8
-from dinocell.images.write import write_png, write_tiff
+from dinocell.images.write import write_png
 from dinocell.runtime.files import replacing
 
 # Outlines: a yellow that is visible on dark fluorescence and on bright phase contrast.
 _OUTLINE = (255, 210, 0)
 _PERCENTILES = (0.5, 99.8)
+_COCO_CATEGORY = {"id": 1, "name": "cell", "supercategory": "cell"}
 
 
 def overlay(image: Real[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"]) -> UInt8[np.ndarray, "3 h w"]:
@@ -29,23 +36,11 @@ def overlay(image: Real[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"]) 
     return rgb
 
 
-def write_overlay(path: Path, image: Real[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"]) -> None:
-    """Write `overlay` as PNG."""
-    write_png(path, overlay(image, labels))
-
-
 def write_outlines(path: Path, labels: Integer[np.ndarray, "h w"]) -> None:
     """Write the inner outlines of the cells in yellow as PNG with a transparent background."""
     rgba = np.zeros((4, *labels.shape), np.uint8)
     rgba[:, inner_edges(labels)] = np.array((*_OUTLINE, 255), np.uint8)[:, None]
     write_png(path, rgba)
-
-
-def write_maps(
-    path: Path, maps: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"], *, pixel_size_um: float | None
-) -> None:
-    """Write a distance map, or flows and cell probability, as TIFF of 32-bit floats, one channel per map."""
-    write_tiff(path, maps if maps.ndim == 3 else maps[None], pixel_size_um=pixel_size_um)
 
 
 def write_cells(
@@ -84,16 +79,14 @@ def write_cells(
         "neighbours": table.num_neighbours,
     }
     for end, intensities in zip(_channel_ends(len(channels), channel_names), table.intensities, strict=True):
-        columns |= {
-            f"mean_intensity{end}": intensities.mean,
-            f"min_intensity{end}": intensities.minimum,
-            f"max_intensity{end}": intensities.maximum,
-            f"std_intensity{end}": intensities.std,
-        }
+        names = (f"{statistic}_intensity{end}" for statistic in ("mean", "min", "max", "std"))
+        columns |= zip(names, intensities, strict=True)
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(columns)
-        lines.writerows(zip(*(_shown(column) for column in columns.values()), strict=True))
+        # Integers as they are, floats with eight digits.
+        shown = (map("{:.8g}".format, x.tolist()) if x.dtype.kind == "f" else x.tolist() for x in columns.values())
+        lines.writerows(zip(*shown, strict=True))
 
 
 def _channel_ends(num_channels: int, names: Sequence[str]) -> list[str]:
@@ -106,29 +99,12 @@ def _channel_ends(num_channels: int, names: Sequence[str]) -> list[str]:
     return [f"_{index}" for index in range(num_channels)]
 
 
-def _shown(column: np.ndarray) -> list[object]:
-    """Return integers as they are, floats with eight digits."""
-    return [f"{value:.8g}" for value in column.tolist()] if column.dtype.kind == "f" else column.tolist()
-
-
-# --- outlines and ROIs ----------------------------------------------------------------------------------------------
-#
-# Cells for other programs, pixel-exact: GeoJSON for QuPath, regions of interest for ImageJ.
-
-_CELL = "cell {}"
-
-
 def write_geojson(path: Path, cells: Sequence[CellOutline], *, name: str) -> None:
     """Write a FeatureCollection of detections, one feature per cell and line.
 
     Coordinates are pixels, x before y; the image's upper left corner is (0, 0), as in QuPath. A cell in several
     fragments is a MultiPolygon; holes are inner rings. Ids are derived from ``name`` and the cell's id: the same cells
     always give the same bytes.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
     """
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
@@ -136,20 +112,6 @@ def write_geojson(path: Path, cells: Sequence[CellOutline], *, name: str) -> Non
             file.write(",\n" if index else "\n")
             json.dump(_feature(cell, name), file)
         file.write("\n]}\n")
-
-
-def write_rois(path: Path, cells: Iterable[CellOutline]) -> None:
-    """Write a zip of ImageJ regions of interest named by cell id; cells with holes or fragments are composites.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
-    """
-    from roifile import roiwrite
-
-    with replacing(path) as part:
-        roiwrite(part, (_roi(cell) for cell in cells), mode="w")
 
 
 def _feature(cell: CellOutline, name: str) -> dict[str, Any]:
@@ -162,8 +124,16 @@ def _feature(cell: CellOutline, name: str) -> dict[str, Any]:
             "type": "Polygon" if is_one else "MultiPolygon",
             "coordinates": polygons[0] if is_one else polygons,
         },
-        "properties": {"objectType": "detection", "name": _CELL.format(cell.label)},
+        "properties": {"objectType": "detection", "name": f"cell {cell.label}"},
     }
+
+
+def write_rois(path: Path, cells: Iterable[CellOutline]) -> None:
+    """Write a zip of ImageJ regions of interest named by cell id; cells with holes or fragments are composites."""
+    from roifile import roiwrite
+
+    with replacing(path) as part:
+        roiwrite(part, (_roi(cell) for cell in cells), mode="w")
 
 
 def _roi(cell: CellOutline) -> Any:
@@ -197,3 +167,97 @@ def _path(ring: np.ndarray) -> np.ndarray:
     steps[0, 0] = 0
     steps[:, 1:] = ring
     return np.append(steps.ravel(), np.float32(4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoImage:
+    """One image and its cells, without the ids that they get in a file."""
+
+    image: dict[str, Any]
+    annotations: tuple[dict[str, Any], ...]
+
+
+def coco_image(labels: Integer[np.ndarray, "h w"], *, file_name: str, frame: int | None) -> CocoImage:
+    """Return the entries of an image: compressed run lengths (exact, with holes), boxes and areas in pixels.
+
+    ``frame`` is the index in a stack, from 0; None for a file of one image.
+    """
+    from pycocotools import mask as coco_mask
+
+    height, width = labels.shape
+    image = {"file_name": file_name, "height": height, "width": width}
+    if frame is not None:
+        image["frame"] = frame
+    ids, runs = _run_lengths(labels)
+    masks = coco_mask.frPyObjects(runs, height, width) if runs else []
+    boxes = np.asarray(coco_mask.toBbox(masks) if runs else [], np.int64).tolist()
+    annotations = tuple(
+        {
+            "category_id": _COCO_CATEGORY["id"],
+            "iscrowd": 0,
+            "bbox": box,
+            "area": sum(run["counts"][1::2]),
+            "segmentation": {"size": [height, width], "counts": mask["counts"].decode("ascii")},
+            "cell": label,
+        }
+        for label, box, run, mask in zip(ids.tolist(), boxes, runs, masks, strict=True)
+    )
+    return CocoImage(image=image, annotations=annotations)
+
+
+def read_coco_file(path: Path) -> dict[str, CocoImage]:
+    """Return the entries of earlier runs, by image name; none if there is no file.
+
+    A DinocellError if the file was not written by `write_coco_file`, or is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+        annotations: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+        for entry in content["annotations"]:
+            annotations[entry["image_id"]].append({k: v for k, v in entry.items() if k not in ("id", "image_id")})
+        return {
+            image["name"]: CocoImage(
+                image={k: v for k, v in image.items() if k not in ("id", "name")},
+                annotations=tuple(annotations[image["id"]]),
+            )
+            for image in content["images"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DinocellError(
+            f"{path}: is not a file of 'dinocell segment', or is damaged; move it away, or choose another --output"
+        ) from error
+
+
+def write_coco_file(path: Path, images: Mapping[str, CocoImage]) -> None:
+    """Write images, sorted by name, and their cells, with ids from 1."""
+    content: dict[str, Any] = {"info": {"description": "cells found by DINOCell"}, "images": [], "annotations": []}
+    content["categories"] = [_COCO_CATEGORY]
+    annotation_id = 0
+    for image_id, name in enumerate(sorted(images), start=1):
+        content["images"].append({"id": image_id, "name": name, **images[name].image})
+        for annotation in images[name].annotations:
+            annotation_id += 1
+            content["annotations"].append({"id": annotation_id, "image_id": image_id, **annotation})
+    with replacing(path) as part:
+        part.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _run_lengths(labels: Integer[np.ndarray, "h w"]) -> tuple[Integer[np.ndarray, " cells"], list[dict[str, Any]]]:
+    """Return the ids, growing, and the masks as uncompressed run lengths: pixels outside and inside in turn."""
+    size = labels.size
+    # Down the columns, as COCO counts, a run starts wherever the label changes.
+    flat = labels.ravel(order="F")
+    starts = np.flatnonzero(np.diff(flat, prepend=flat[:1] - 1 if size else 0))
+    ends = np.append(starts[1:], size)
+    # Sort the runs by cell; the stable sort keeps each cell's runs in order.
+    order = np.argsort(flat[starts], kind="stable")
+    order = order[flat[starts[order]] > 0]
+    ids, first = np.unique(flat[starts[order]], return_index=True)
+    masks = []
+    for runs in np.split(order, first[1:]) if len(ids) else []:
+        bounds = np.stack([starts[runs], ends[runs]], axis=1).ravel()
+        counts = np.diff(bounds, prepend=0, append=size)
+        masks.append({"size": list(labels.shape), "counts": counts[: len(counts) - (counts[-1] == 0)].tolist()})
+    return ids, masks

@@ -1,8 +1,12 @@
 """The batch of `dinocell segment`: one thread reads the next image and one writes, while the network works.
 
-An image is skipped if its labels exist and ``summary.jsonl`` records the same settings and the same image for them. Any
-other labels in their place are an error before any work starts, unless ``--overwrite`` is given. Labels are written
-last: where they exist, so do the other files of the image. ``summary.csv`` is derived from ``summary.jsonl``.
+The record of an image in ``summary.jsonl`` is written before its first file, and its labels are written last. So:
+
+- Record and labels: the image is done, and is skipped if its settings and source are the recorded ones, else an error.
+- A record without labels: the run was interrupted, and all files of the image are written again.
+- Any file of an image without a record is the user's own: an error.
+
+These errors come before any work starts, and not with ``--overwrite``. ``summary.csv`` is derived from the records.
 """
 
 import csv
@@ -14,25 +18,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dinocell.errors import DinocellError, ImageError, StackError
+from dinocell.errors import DinocellError, ImageError, StackError, one_line
 from dinocell.eval.export import writers
-from dinocell.eval.export.coco import CocoImage, coco_image, read_coco_file, write_coco_file
 from dinocell.eval.export.outlines import trace_cells
 from dinocell.eval.metrics.ctc_files import check_ids, write_mask
-from dinocell.eval.segmentation.jobs import COCO, SUMMARY, ImageTask, SegmentOptions
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
 from dinocell.images.image import Image
-from dinocell.images.read import read_image, read_stack
-from dinocell.images.write import write_labels
+from dinocell.images.read import IMAGE_SUFFIXES, count_frames, image_stem, read_image, read_stack
+from dinocell.images.write import write_labels, write_png, write_tiff
 from dinocell.runtime.files import folder_lock, replacing
 
-RECORDS = "summary.jsonl"
+RECORDS, SUMMARY, COCO = "summary.jsonl", "summary.csv", "coco.json"
+# The files of each image, by option: the end of the file name. Maps are named after the model's target.
+ENDINGS: dict[str, str] = {
+    "csv": "_cells.csv",
+    "save_dist_map": "_{maps}.tif",
+    "save_viz": "_overlay.png",
+    "save_outlines": "_outlines.png",
+    "save_geojson": "_cells.geojson",
+    "save_rois": "_rois.zip",
+}
+_MAX_NAME_BYTES = 255  # of most file systems
 _COLUMNS = ("image", "cells", "covered_share", "file", "settings")  # of summary.csv
 _MAX_WAITING = 2  # images whose results wait to be written: more would only fill the memory
 _REPORT_EVERY_S = 10.0  # progress within a large image
@@ -40,21 +52,116 @@ _REPORT_EVERY_S = 10.0  # progress within a large image
 Record = dict[str, Any]  # a line of summary.jsonl
 
 
-def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[ImageTask]:
-    """Return the images without results; those with labels by the same settings from the same image are skipped.
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions:
+    """What to write, and how to read the images."""
 
-    Raises
-    ------
-    DinocellError
-        If labels exist that are not recorded, or were made with other settings or from another image.
+    output: Path  # the results folder
+    products: frozenset[str] = frozenset()  # files per image in addition to its labels
+    maps: str = "distance"  # name of the model's maps: distance or flows
+    save_ctc: bool = False  # masks in the layout of the Cell Tracking Challenge
+    save_coco: bool = False  # one COCO file of all images
+    frames: bool = False  # segment every frame of a stack
+    channel: int | None = None  # from 0; None: the mean of all channels
+    pixel_size_um: float | None = None  # overrides the file metadata
+    overwrite: bool = False
+    settings: str = ""  # what the labels depend on besides the image, as text; recorded and compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTask:
+    """One image, or one frame of a stack, and its result files.
+
+    ``name`` begins the names of the results; ``paths`` are by product, with the labels last (key ``labels``).
     """
+
+    file: Path
+    frame: int | None
+    name: str
+    paths: dict[str, Path]
+
+    @property
+    def title(self) -> str:
+        """The file, and the frame of a stack, for messages."""
+        return str(self.file) if self.frame is None else f"{self.file}, frame {self.frame}"
+
+
+def plan_tasks(files: Sequence[Path], options: SegmentOptions) -> list[ImageTask]:
+    """Return every image and frame to segment, with the names of its results.
+
+    A DinocellError if two files would write the same results, results would replace an input image, a name is too long
+    or not Unicode, or it has no frame number where the challenge's layout needs one.
+    """
+    inputs = {_absolute(file) for file in files}
+    sources: dict[Path, Path] = {}
+    tasks = [task for file in files for task in _tasks_of(file, options)]
+    for task in tasks:
+        for path in task.paths.values():
+            source, name = sources.setdefault(path, task.file), os.fsencode(path.name)
+            problems = (
+                (source != task.file, f"{source} and {task.file} would both write {path}; segment them to two folders"),
+                (
+                    _absolute(path) in inputs,
+                    f"{path}: is given as an image, and results of {task.file} have this name; choose another --output",
+                ),
+                (
+                    len(name) > _MAX_NAME_BYTES or name != path.name.encode(errors="replace"),
+                    f"{name.decode('utf-8', 'backslashreplace')}: too long a file name, or not Unicode (UTF-8); rename "
+                    "the image",
+                ),
+            )
+            for is_wrong, problem in problems:
+                if is_wrong:
+                    raise DinocellError(problem)
+    return tasks
+
+
+def _tasks_of(file: Path, options: SegmentOptions) -> list[ImageTask]:
+    stem = image_stem(file.name) if file.name.lower().endswith(IMAGE_SUFFIXES) else file.stem
+    frames: list[tuple[int | None, str, str]]  # index, name and mask in the challenge's layout
+    if options.frames:
+        try:
+            num_frames = count_frames(file)
+        except ImageError:  # reported when the file is read
+            num_frames = 1
+        digits = max(3, len(str(num_frames - 1)))
+        frames = [(k, f"{stem}_f{k:04d}", f"{stem}_RES/mask{k:0{digits}d}.tif") for k in range(num_frames)]
+    else:
+        number = stem[len(stem.rstrip("0123456789")) :]
+        if options.save_ctc and not number:
+            raise DinocellError(
+                f"{file}: --save-ctc needs the frame number at the end of the name, such as t007.tif; for a stack, add "
+                "--frames"
+            )
+        frames = [(None, stem, f"{Path(_absolute(file)).parent.name}_RES/mask{number}.tif")]
+    tasks = []
+    for frame, name, mask in frames:
+        results = {
+            product: f"{name}{ending.format(maps=options.maps)}"
+            for product, ending in ENDINGS.items()
+            if product in options.products
+        }
+        results |= ({"save_ctc": mask} if options.save_ctc else {}) | {"labels": f"{name}_labels.tif"}
+        paths = {product: options.output / result for product, result in results.items()}
+        tasks.append(ImageTask(file=file, frame=frame, name=name, paths=paths))
+    return tasks
+
+
+def _absolute(path: Path) -> str:
+    """Return the absolute path; links keep their names, as with git-annex and DVC."""
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow them
+
+
+def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[ImageTask]:
+    """Return the images that are not done, by the rules above; existing files that are errors raise a DinocellError."""
     records = read_records(options.output)
-    coco = read_coco_file(options.output / COCO) if options.save_coco else None
+    coco = writers.read_coco_file(options.output / COCO) if options.save_coco else None
     content_hash = functools.cache(_content_hash)  # once per stack
     pending = []
     for task in tasks:
-        labels, record = task.paths["labels"], records.get(task.name)
-        if options.overwrite or not labels.exists():
+        existing, record = [path for path in task.paths.values() if path.exists()], records.get(task.name)
+        is_interrupted = record is not None and task.paths["labels"] not in existing
+        if options.overwrite or not existing or is_interrupted:
             pending.append(task)
             continue
         if record is None:
@@ -64,10 +171,12 @@ def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[Im
         elif not _is_source(record, task.file, options.output, content_hash):
             reason = f"was made from {record['file']}, not from {task.file}"
         else:
-            if not all(path.exists() for path in task.paths.values()) or (coco is not None and task.name not in coco):
+            if len(existing) < len(task.paths) or (coco is not None and task.name not in coco):
                 pending.append(task)
             continue
-        raise DinocellError(f"{labels}: exists and {reason}; choose another --output, or replace it with --overwrite")
+        raise DinocellError(
+            f"{existing[-1]}: exists and {reason}; choose another --output, or replace it with --overwrite"
+        )
     return pending
 
 
@@ -76,10 +185,7 @@ def segment_images(
 ) -> dict[Path, str]:
     """Segment images, log a line for each, and return the files that failed, with the reason.
 
-    Raises
-    ------
-    DinocellError
-        If results cannot be written.
+    A DinocellError ends the run if results cannot be written.
     """
     with _output_errors(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
@@ -89,11 +195,8 @@ def segment_images(
     batch = _Batch(tasks=tasks, pipeline=pipeline, options=options, log=log)
     try:
         batch.run()
-    except BaseException:  # interrupted, or the disk is full: report that rather than what follows from it
-        with suppress(DinocellError):
-            batch.write_tables()
-        raise
-    batch.write_tables()
+    finally:
+        batch.write_tables()
     return batch.failed
 
 
@@ -106,7 +209,7 @@ class _Batch:
     options: SegmentOptions
     log: Callable[[str], None]
     failed: dict[Path, str] = field(default_factory=dict)
-    coco: dict[str, CocoImage] = field(default_factory=dict)
+    coco: dict[str, writers.CocoImage] = field(default_factory=dict)
     num_done: int = 0
     last_report_s: float = field(default_factory=time.monotonic)
 
@@ -122,7 +225,14 @@ class _Batch:
                 try:
                     if isinstance(image, ImageError):
                         raise image
-                    result = self._predict(task, image)
+                    result = self.pipeline.run(
+                        image.plane(self.options.channel),
+                        return_dist_map=True,
+                        pixel_size_um=self._pixel_size_um(image),
+                        progress=functools.partial(self._report_tiles, task),
+                    )
+                    if self.options.save_ctc:
+                        check_ids(result.labels, task.paths["save_ctc"])
                     writing.append(writer.submit(self._write, task, image, result, source))
                 except ImageError as error:
                     writing.append(writer.submit(self._report_failure, task, error))
@@ -136,7 +246,7 @@ class _Batch:
         output = self.options.output
         with _output_errors(output), folder_lock(output, wait=True):
             if self.options.save_coco:
-                write_coco_file(output / COCO, read_coco_file(output / COCO) | self.coco)
+                writers.write_coco_file(output / COCO, writers.read_coco_file(output / COCO) | self.coco)
             records = read_records(output)
             with replacing(output / SUMMARY) as part, part.open("w", encoding="utf-8", newline="") as file:
                 table = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
@@ -165,33 +275,23 @@ class _Batch:
             for task in waiting:
                 yield task, error, {}
 
-    def _predict(self, task: ImageTask, image: Image) -> Segmentation:
-        result = self.pipeline.run(
-            image.plane(self.options.channel),
-            return_dist_map=True,
-            pixel_size_um=self._pixel_size_um(image),
-            progress=functools.partial(self._report_tiles, task),
-        )
-        if self.options.save_ctc:
-            check_ids(result.labels, task.paths["save_ctc"])
-        return result
-
     def _write(self, task: ImageTask, image: Image, result: Segmentation, source: Record) -> None:
         paths, (labels, maps), size = task.paths, result, self._pixel_size_um(image)
         num_cells = int(labels.max())
         record = {"image": task.name, "cells": num_cells, "covered_share": float((labels > 0).mean())}
         with _output_errors(self.options.output):
-            # Labels mean that all files are complete: those of an earlier run must not vouch for a mixture.
+            # A record without labels marks all files until they are complete, those of an earlier run too.
             paths["labels"].unlink(missing_ok=True)
+            _append(self.options.output, [record | source | {"settings": self.options.settings}])
             if "csv" in paths:
                 grey = image.grey()
                 writers.write_cells(
                     paths["csv"], labels, grey.pixels, channel_names=grey.channel_names, pixel_size_um=size
                 )
             if "save_dist_map" in paths:
-                writers.write_maps(paths["save_dist_map"], maps, pixel_size_um=size)
+                write_tiff(paths["save_dist_map"], maps, pixel_size_um=size)
             if "save_viz" in paths:
-                writers.write_overlay(paths["save_viz"], image.plane(self.options.channel), labels)
+                write_png(paths["save_viz"], writers.overlay(image.plane(self.options.channel), labels))
             if "save_outlines" in paths:
                 writers.write_outlines(paths["save_outlines"], labels)
             outlines = trace_cells(labels) if {"save_geojson", "save_rois"} & paths.keys() else []
@@ -203,9 +303,7 @@ class _Batch:
                 paths["save_ctc"].parent.mkdir(exist_ok=True)
                 write_mask(paths["save_ctc"], labels)
             if self.options.save_coco:
-                self.coco[task.name] = coco_image(labels, file_name=task.file.name, frame=task.frame)
-            # Before the labels: a run that is killed in between leaves a record without labels, which is recomputed.
-            _append(self.options.output, [record | source | {"settings": self.options.settings}])
+                self.coco[task.name] = writers.coco_image(labels, file_name=task.file.name, frame=task.frame)
             write_labels(paths["labels"], labels, pixel_size_um=size)
         self._report(f"{task.title}: {num_cells} cells")
 
@@ -230,10 +328,7 @@ class _Batch:
 def read_records(output: Path) -> dict[str, Record]:
     """Return the records of a results folder by image, from ``summary.jsonl`` or an older version's ``summary.csv``.
 
-    Raises
-    ------
-    DinocellError
-        If one of the files was written by another program, or is damaged.
+    A DinocellError if one of the files was written by another program, or is damaged.
     """
     path = output / SUMMARY
     try:
@@ -295,8 +390,7 @@ def _content_hash(file: Path) -> str:
     digest = hashlib.sha256()
     for path in _files_of(file):
         with path.open("rb") as content:
-            while chunk := content.read(2**20):
-                digest.update(chunk)
+            hashlib.file_digest(content, lambda: digest)
     return digest.hexdigest()
 
 
@@ -309,7 +403,6 @@ def _output_errors(output: Path) -> Iterator[None]:
     """Turn what keeps results from being written into an error that ends the run: the next image would fail as well."""
     try:
         yield
-    except OSError as error:
-        raise DinocellError(f"{output}: cannot be written ({error.strerror or error})") from error
-    except ImageError as error:  # of the image writers; it names the file and the cause
-        raise DinocellError(str(error)) from error
+    except (OSError, ImageError) as error:  # the image writers' names the file and the cause
+        named = error if isinstance(error, ImageError) else f"{output}: cannot be written ({one_line(error)})"
+        raise DinocellError(str(named)) from error

@@ -6,7 +6,6 @@ the predicted ones.
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,26 +27,20 @@ STEPS = 200
 # As in the paper: a sink is the pixel within 5 x 5 where most points end, at least 10 of them, so smaller cells are not
 # found. Points that end up to this far from it, without a gap between, belong to it.
 _SINK_POINTS, _SINK_WINDOW, _SINK_REACH_PX = 10, 5, 6
+# A point has converged if it is this close to its position so many steps before. The number is even, because points
+# oscillate around a sink.
+REST_EVERY, REST_PX = 8, 1 / 64
 
 _EIGHT_CONNECTED = np.ones((3, 3), bool)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Masks:
-    """All cells, before any is dropped; ids run from 1 without gaps, in the raster order of the cells' first pixels.
-
-    Attributes
-    ----------
-    errors
-        Per cell, from cell 1: the mean over its pixels of the squared length of the difference between the predicted
-        flow and the flow of a cell of this shape. 0 is perfect, 4 the opposite direction.
-    areas
-        Per cell, in pixels.
-    """
+    """All cells, before any is dropped; ids run from 1 without gaps, in the raster order of the cells' first pixels."""
 
     labels: Int32[np.ndarray, "h w"]
-    errors: Float64[np.ndarray, " n"]
-    areas: Float64[np.ndarray, " n"]
+    errors: Float64[np.ndarray, " n"]  # per cell, from cell 1: see `flow_errors`
+    areas: Float64[np.ndarray, " n"]  # per cell, in pixels
 
 
 def flows_to_labels(
@@ -67,7 +60,7 @@ def flows_to_labels(
     probability
         Minimum cell probability, exclusive; in [0, 1).
     flow_error
-        Cells with a higher flow error (see `Masks`) become background. More than 0; 4 keeps nearly all.
+        Cells with a higher flow error (see `flow_errors`) become background. More than 0; 4 keeps nearly all.
     min_area_px
         Smaller cells become background.
 
@@ -77,67 +70,14 @@ def flows_to_labels(
         If the maps are not three of floating point numbers, have no pixels or a value that is not finite, or an option
         is out of range.
     """
-    check_flow_thresholds(probability, flow_error)
-    return keep(_masks(_checked(flows), probability), flow_error=flow_error, min_area_px=min_area_px)
+    _check(flows, probability, flow_error, min_area_px)
+    return keep(find_masks(flows, probability=probability), flow_error=flow_error, min_area_px=min_area_px)
 
 
 def find_masks(flows: Float[np.ndarray, "3 h w"], *, probability: int | float) -> Masks:
-    """Follow the flows and cluster the points where they end; `keep` selects from the result.
-
-    Raises
-    ------
-    DinocellError
-        As `flows_to_labels`.
-    """
-    check_flow_thresholds(probability, FLOW_ERROR)
-    return _masks(_checked(flows), probability)
-
-
-def keep(masks: Masks, *, flow_error: int | float, min_area_px: int) -> Int32[np.ndarray, "h w"]:
-    """Return the labels without cells that have a higher flow error or are smaller; ids run from 1 in their order."""
-    if min_area_px < 0:
-        raise DinocellError(f"min_area_px: expected at least 0, got {min_area_px}")
-    is_kept = (masks.errors <= flow_error) & (masks.areas >= min_area_px)
-    return relabel(masks.labels, np.concatenate([[False], is_kept]))
-
-
-def flow_errors(flows: Float[np.ndarray, "3 h w"], labels: Integer[np.ndarray, "h w"]) -> Float64[np.ndarray, " n"]:
-    """Return for each cell, from cell 1, how much the flows contradict those of cells of these shapes, see `Masks`."""
-    num_cells = int(labels.max())
-    areas = np.bincount(labels.ravel(), minlength=num_cells + 1)[1:]
-    squared = ((flows[:2] - labels_to_flows(labels)[:2]).astype(np.float64) ** 2).sum(axis=0)
-    sums = np.bincount(labels.ravel(), weights=squared.ravel(), minlength=num_cells + 1)[1:]
-    return sums / np.maximum(areas, 1)
-
-
-def check_flow_thresholds(probability: int | float, flow_error: int | float) -> None:
-    """Check the two thresholds.
-
-    Raises
-    ------
-    DinocellError
-        If ``probability`` is not in [0, 1), or ``flow_error`` not above 0.
-    """
-    if not 0 <= probability < 1:
-        raise DinocellError(f"probability: expected at least 0 and less than 1, got {probability}")
-    if not flow_error > 0:
-        raise DinocellError(f"flow_error: expected more than 0 (4 keeps nearly all cells), got {flow_error}")
-
-
-def _checked(flows: np.ndarray) -> Float32[np.ndarray, "3 h w"]:
-    problem = ""
-    if flows.ndim != 3 or len(flows) != 3 or flows.size == 0:
-        problem = f"three maps (3 h w) of at least one pixel, got an array of shape {flows.shape}"
-    elif flows.dtype.kind != "f":
-        problem = f"floating point numbers, got values of type {flows.dtype}"
-    elif not np.isfinite(flows).all():
-        problem = f"finite numbers, got {np.count_nonzero(~np.isfinite(flows))} of {flows.size} that are not"
-    if problem:
-        raise DinocellError(f"flows: expected {problem}")
-    return np.ascontiguousarray(flows, np.float32)
-
-
-def _masks(flows: Float32[np.ndarray, "3 h w"], probability: float) -> Masks:
+    """Follow the flows and cluster the points where they end, for `keep`; errors as in `flows_to_labels`."""
+    _check(flows, probability)
+    flows = np.ascontiguousarray(flows, np.float32)
     is_cell = flows[2] > np.float32(probability)
     ends = _ends(flows, is_cell)
     # A cell is all pixels whose points end around one sink.
@@ -146,6 +86,44 @@ def _masks(flows: Float32[np.ndarray, "3 h w"], probability: float) -> Masks:
     labels = _in_raster_order(_without_holes(cells))
     areas = np.bincount(labels.ravel(), minlength=int(labels.max()) + 1)[1:].astype(np.float64)
     return Masks(labels=labels, errors=flow_errors(flows, labels), areas=areas)
+
+
+def keep(masks: Masks, *, flow_error: int | float, min_area_px: int) -> Int32[np.ndarray, "h w"]:
+    """Return the labels without cells that have a higher flow error or are smaller; ids run from 1 in their order."""
+    is_kept = (masks.errors <= flow_error) & (masks.areas >= min_area_px)
+    return relabel(masks.labels, np.concatenate([[False], is_kept]))
+
+
+def flow_errors(flows: Float[np.ndarray, "3 h w"], labels: Integer[np.ndarray, "h w"]) -> Float64[np.ndarray, " n"]:
+    """Return for each cell, from cell 1, how much the flows contradict those of cells of these shapes.
+
+    It is the mean over the cell's pixels of the squared length of the difference: 0 is perfect, 4 opposite.
+    """
+    num_cells = int(labels.max())
+    areas = np.bincount(labels.ravel(), minlength=num_cells + 1)[1:]
+    squared = ((flows[:2] - labels_to_flows(labels)[:2]).astype(np.float64) ** 2).sum(axis=0)
+    sums = np.bincount(labels.ravel(), weights=squared.ravel(), minlength=num_cells + 1)[1:]
+    return sums / np.maximum(areas, 1)
+
+
+def _check(
+    flows: np.ndarray, probability: int | float, flow_error: int | float = FLOW_ERROR, min_area_px: int = 0
+) -> None:
+    num_bad = np.count_nonzero(~np.isfinite(flows)) if flows.dtype.kind == "f" else 0
+    checks = (
+        ("probability", 0 <= probability < 1, f"at least 0 and less than 1, got {probability}"),
+        ("flow_error", flow_error > 0, f"more than 0 (4 keeps nearly all cells), got {flow_error}"),
+        ("min_area_px", min_area_px >= 0, f"at least 0, got {min_area_px}"),
+        (
+            "flows",
+            flows.ndim == 3 and len(flows) == 3 and flows.size > 0 and flows.dtype.kind == "f",
+            f"three maps (3 h w) of floating point numbers, got {flows.dtype}, {flows.shape}",
+        ),
+        ("flows", num_bad == 0, f"finite numbers, got {num_bad} of {flows.size} that are not"),
+    )
+    for name, is_valid, expected in checks:
+        if not is_valid:
+            raise DinocellError(f"{name}: expected {expected}")
 
 
 def _ends(flows: Float32[np.ndarray, "3 h w"], is_cell: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "n 2"]:
@@ -157,9 +135,8 @@ def _ends(flows: Float32[np.ndarray, "3 h w"], is_cell: Bool[np.ndarray, "h w"])
     workers = os.cpu_count() or 1
     bounds = np.linspace(0, len(starts), 4 * workers + 1).astype(int)
     parts = [slice(first, last) for first, last in pairwise(bounds)]
-    run: Callable[[slice], None] = lambda part: follow(directions, starts[part], ends[part], STEPS)  # noqa: E731
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(run, parts))
+        list(pool.map(lambda part: follow(directions, starts[part], ends[part], STEPS), parts))
     return np.floor(ends + 0.5).astype(np.intp)
 
 
@@ -219,23 +196,11 @@ def _in_raster_order(labels: Int32[np.ndarray, "h w"]) -> Int32[np.ndarray, "h w
     return np.take(lookup, labels)
 
 
-# --- following flows ------------------------------------------------------------------------------------------------
-#
-# The kernel: where a point ends that follows the flow, by Euler steps through the bilinearly interpolated field.
-
-__all__ = ["REST_EVERY", "REST_PX", "follow"]
-
-
-# A point has converged if it is this close to its position so many steps before. The number is even, because points
-# oscillate around a sink.
-REST_EVERY, REST_PX = 8, 1 / 64
-
-
 @compiled
 def follow(
     flows: Float64[np.ndarray, "h w 2"], starts: Int[np.ndarray, "n 2"], ends: Float64[np.ndarray, "n 2"], steps: int
 ) -> None:
-    """Write the positions to ``ends`` where the points end that start at the pixels ``starts``."""
+    """Write to ``ends`` where Euler steps through the bilinearly interpolated flow lead from the pixels ``starts``."""
     height, width = flows.shape[0], flows.shape[1]
     for point in range(starts.shape[0]):
         row, column = float(starts[point, 0]), float(starts[point, 1])

@@ -1,4 +1,4 @@
-"""From an image to labelled cells in one call.
+"""From an image to labelled cells: the network's maps, and how those of each target become labels.
 
 ::
 
@@ -6,20 +6,37 @@
     labels = DINOCellPipeline(model).run(image)
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Shaped
 
 from dinocell.errors import DinocellError
-from dinocell.eval.segmentation.targets import decode
+from dinocell.eval.segmentation.flows import find_masks, flows_to_labels, keep
+from dinocell.eval.segmentation.refine import Refinement, refine_labels
 from dinocell.eval.segmentation.tiling import predict
+from dinocell.eval.segmentation.watershed import cut, distance_to_labels, flood
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.preprocess import prepare, resize
+from dinocell.finetune.targets import DistancePostprocessing, Postprocessing, TargetName
 from dinocell.images.image import as_image
 from dinocell.runtime.distributed import find_device
+
+Axes = Mapping[str, Sequence[Any]]
+"""Values of each postprocessing parameter that a search varies. The costly part of decoding depends on the first."""
+Decoded = Iterator[tuple[tuple[int, ...], Int32[np.ndarray, "h w"]]]
+"""Labels of grid points: indices along all axes but the first, and the labels. Impossible points are skipped."""
+
+# SAMCell's grid: 20 x 20 points.
+CELLS_MAX_RANGE = (0.1, 0.9)
+CELL_FILL_RANGE = (0.05, 0.5)
+STEPS = 20
+# Probabilities around a half; flow errors from one that only keeps clean cells to one that keeps nearly all.
+PROBABILITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+FLOW_ERRORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 4.0)
 
 
 class Segmentation(NamedTuple):
@@ -187,28 +204,92 @@ class DINOCellPipeline:
         pixel_size_um: int | float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Float32[np.ndarray, "h w"]:
-        """Return the distance map of an image; parameters as for `run`.
-
-        Raises
-        ------
-        DinocellError
-            If it is a flow model: see `maps`.
-        """
+        """Return the distance map of an image; parameters as for `run`. A DinocellError for flow models, see `maps`."""
         if self.model.target != "distance":
             raise DinocellError(f"this segmenter was trained for {self.model.target}, it has no distance map; use maps")
         return self.maps(image, channel=channel, pixel_size_um=pixel_size_um, progress=progress)
 
     def cells(
-        self,
-        maps: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"],
-        *,
-        cells_max: int | float | None = None,
-        cell_fill: int | float | None = None,
-        probability: int | float | None = None,
-        flow_error: int | float | None = None,
+        self, maps: Float32[np.ndarray, "h w"] | Float32[np.ndarray, "3 h w"], **thresholds: int | float | None
     ) -> Int32[np.ndarray, "h w"]:
         """Return the labels of the maps that `maps` returned; thresholds that are given replace the pipeline's."""
-        parameters = self.parameters.with_thresholds(
-            cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error
+        return decode(maps, self.parameters.with_thresholds(**thresholds))
+
+
+def decode(maps: Float32[np.ndarray, "*maps h w"], parameters: Postprocessing) -> Int32[np.ndarray, "h w"]:
+    """Return the labels of a segmenter's maps; a distance map is (h w), flows are (3 h w)."""
+    return DECODERS[parameters.target].to_labels(maps, **asdict(parameters))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Postprocessing of one target's maps, with one set of parameters or over the grid of a threshold search."""
+
+    to_labels: Callable[..., Int32[np.ndarray, "h w"]]  # of maps and the parameters by name
+    axes: Callable[[Any], Axes]  # the default grid around parameters
+    training_axes: Axes = field(default_factory=dict)  # what the search at the end of fine-tuning varies besides
+    # Of maps, axes, one value of the first axis, and the parameters that the grid does not vary: yields the labels of
+    # all grid points with this value, in every pixel equal to those of `to_labels`.
+    decode_grid: Callable[..., Decoded]
+
+
+def _distance_axes(parameters: DistancePostprocessing) -> Axes:
+    return {
+        "cells_max": threshold_values("cells_max", *CELLS_MAX_RANGE, STEPS),
+        "cell_fill": threshold_values("cell_fill", *CELL_FILL_RANGE, STEPS),
+        "merge_px": (parameters.merge_px,),
+        # Refined boundaries are right on blurred maps, and wrong where peaks are low for another reason.
+        "restore_border": (True, False),
+    }
+
+
+def decode_distance_grid(
+    distance: Float32[np.ndarray, "h w"], axes: Axes, cells_max: float, refinement: Refinement
+) -> Decoded:
+    """Flood a distance map once, at the lowest fill threshold, and cut and refine it at all others."""
+    fills = [(row, fill) for row, fill in enumerate(axes["cell_fill"]) if fill <= cells_max]
+    if not fills:
+        return
+    flooded = flood(distance, cells_max=cells_max, lowest_fill=min(fill for _, fill in fills))
+    for row, fill in fills:
+        plain = cut(flooded, fill)
+        for column, merge_px in enumerate(axes["merge_px"]):
+            for place, restored in enumerate(axes["restore_border"]):
+                way = replace(refinement, merge_px=merge_px, restore_border=restored)
+                yield (row, column, place), refine_labels(plain, flooded.distance, cell_fill=fill, refinement=way)
+
+
+def _decode_flow_grid(
+    flows: Float32[np.ndarray, "3 h w"], axes: Axes, probability: float, parameters: Postprocessing
+) -> Decoded:
+    """Follow the flows once; the flow error then only selects among the cells found."""
+    masks = find_masks(flows, probability=probability)
+    for index, flow_error in enumerate(axes["flow_error"]):
+        yield (index,), keep(masks, flow_error=flow_error, min_area_px=parameters.min_area_px)
+
+
+DECODERS: dict[TargetName, Decoder] = {
+    "distance": Decoder(
+        to_labels=distance_to_labels,
+        axes=_distance_axes,
+        # Merging the fragments of a cell helps curved cells on sharp maps, and joins neighbours on blurred ones.
+        training_axes={"merge_px": (None, 1.5, 3.0, 5.0)},
+        decode_grid=lambda maps, axes, cells_max, parameters: decode_distance_grid(
+            maps, axes, cells_max, Refinement(min_area_px=parameters.min_area_px)
+        ),
+    ),
+    "flows": Decoder(
+        to_labels=flows_to_labels,
+        axes=lambda _: {"probability": PROBABILITIES, "flow_error": FLOW_ERRORS},
+        decode_grid=_decode_flow_grid,
+    ),
+}
+
+
+def threshold_values(name: str, low: int | float, high: int | float, steps: int) -> tuple[float, ...]:
+    """Return evenly spaced values of a threshold; a DinocellError if the range is not within [0, 1), or has no step."""
+    if not 0 <= low <= high < 1 or steps < 1:
+        raise DinocellError(
+            f"{name}: expected 0 <= minimum <= maximum < 1 and at least 1 step, got {low}, {high}, {steps}"
         )
-        return decode(maps, parameters)
+    return tuple(np.linspace(low, high, steps if high > low else 1).round(9).tolist())

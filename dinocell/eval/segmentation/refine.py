@@ -5,6 +5,7 @@ The watershed alone gets neither right, not even on a perfect distance map.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Integer, Shaped
@@ -17,101 +18,28 @@ from dinocell.errors import DinocellError
 from dinocell.labelled.distance import distance_to_boundary
 from dinocell.runtime.jit import compiled
 
-# --- measurements of cells ------------------------------------------------------------------------------------------
-#
-# The width of each label, and the height of the map in it.
+MERGE_PX = 3.0
+# By trial on the real masks of benchmarks/round_trip.py: above the noise of networks, below valleys between two cells.
+MERGE_DEPTH = 0.1
+# Loss of a peak by blur, see `refine_boundaries`: between round cells, 1.25, and long ones, 0.80, by trial on the real
+# masks of nuclei and of elongated cells.
+_PEAK_LOSS = 1.1
+# The blur cannot be estimated from smaller cells.
+_SMALLEST_RADIUS_PX = 3
+# The boundary is half a pixel outside the centres of the outermost pixels, which are 1 from the background's.
+_BOUNDARY_PX = 0.5
+
+_STEEP = np.linspace(-6, 6, 2401)
+_RAMP = _STEEP * ndtr(_STEEP) + np.exp(-(_STEEP**2) / 2) / math.sqrt(2 * math.pi)
 
 _Labels = Int32[np.ndarray, "h w"]
 _Map = Float32[np.ndarray, "h w"]
 _PerLabel = Shaped[np.ndarray, " n"]
 
 
-@dataclass(frozen=True, eq=False)
-class CellMeasures:
-    """One entry per label; entry 0, the background, is 0.
-
-    Attributes
-    ----------
-    radius_px
-        Radius of the largest disc inside the label, to half a pixel.
-    middle
-        The map's value at the centre of that disc.
-    peak
-        The map's maximum in the label.
-    """
-
-    radius_px: _PerLabel
-    middle: _PerLabel
-    peak: _PerLabel
-
-    @property
-    def full_radius_px(self) -> _PerLabel:
-        """The radius at which the map would be 1: per pixel towards the boundary it falls by 1 / this."""
-        return np.asarray(self.radius_px / np.maximum(self.middle, np.float32(1e-3)))
-
-
-def measure_cells(labels: _Labels, distance: _Map, num_labels: int) -> CellMeasures:
-    """Measure labels 1 to ``num_labels``; missing ones are 0.
-
-    A label that fills the whole image has no boundary: its radius is half the longer side of the image.
-    """
-    depth = distance_to_boundary(labels)
-    if np.isinf(depth[0, 0]):
-        depth.fill(max(depth.shape) / 2)
-    return CellMeasures(*_measure(labels, distance, depth, num_labels))
-
-
-def measure_selected(labels: _Labels, distance: _Map, which: Bool[np.ndarray, " n"]) -> CellMeasures:
-    """Measure the labels where ``which``, one entry per label, is True; the others are 0.
-
-    The same numbers as `measure_cells`: the pixel nearest to a label's inside is in its bounding box or next to it.
-    """
-    boxes = ndimage.find_objects(labels, max_label=len(which) - 1)
-    selected = [(label, boxes[label - 1]) for label in np.flatnonzero(which).tolist() if label and boxes[label - 1]]
-    if sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, (rows, columns) in selected) > labels.size:
-        return measure_cells(np.where(which[labels], labels, 0), distance, len(which) - 1)
-    measures = CellMeasures(*(np.zeros(len(which), np.float32) for _ in range(3)))
-    for label, box in selected:
-        wider = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
-        own = np.ascontiguousarray(labels[wider] == label, np.int32)
-        depth = distance_to_boundary(own)
-        if np.isinf(depth[0, 0]):
-            depth.fill(max(labels.shape) / 2)
-        radius, middle, peak = _measure(own, distance[wider], depth, 1)
-        measures.radius_px[label], measures.middle[label], measures.peak[label] = radius[1], middle[1], peak[1]
-    return measures
-
-
-@compiled
-def _measure(labels: _Labels, distance: _Map, depth: _Map, num_labels: int) -> tuple[_PerLabel, _PerLabel, _PerLabel]:
-    radius = np.zeros(num_labels + 1, np.float32)
-    middle = np.zeros(num_labels + 1, np.float32)
-    peak = np.zeros(num_labels + 1, np.float32)
-    for row in range(labels.shape[0]):
-        for column in range(labels.shape[1]):
-            label = labels[row, column]
-            if label > 0:
-                value, deep = distance[row, column], depth[row, column]
-                peak[label] = max(peak[label], value)
-                if deep > radius[label] or (deep == radius[label] and value > middle[label]):
-                    radius[label], middle[label] = deep, value
-    return radius, middle, peak
-
-
-MERGE_PX = 3.0
-# By trial on the real masks of benchmarks/round_trip.py: above the noise of networks, below valleys between two cells.
-MERGE_DEPTH = 0.1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """Steps after the flood. `dinocell.eval.segmentation.watershed.distance_to_labels` explains the fields.
-
-    Raises
-    ------
-    DinocellError
-        If a number is out of its range.
-    """
+    """Steps after the flood; `dinocell.eval.segmentation.watershed.distance_to_labels` explains the fields."""
 
     min_area_px: int = 0
     merge_px: int | float | None = MERGE_PX
@@ -135,6 +63,19 @@ class Refinement:
 PLAIN = Refinement(merge_px=None, restore_border=False)
 
 
+class CellMeasures(NamedTuple):
+    """One entry per label; entry 0, the background, is 0."""
+
+    radius_px: _PerLabel  # of the largest disc inside the label, to half a pixel
+    middle: _PerLabel  # the map's value at the centre of that disc
+    peak: _PerLabel  # the map's maximum in the label
+
+    @property
+    def full_radius_px(self) -> _PerLabel:
+        """The radius at which the map would be 1: per pixel towards the boundary it falls by 1 / this."""
+        return np.asarray(self.radius_px / np.maximum(self.middle, np.float32(1e-3)))
+
+
 def refine_labels(
     labels: Int32[np.ndarray, "h w"],
     distance: Float32[np.ndarray, "h w"],
@@ -144,12 +85,8 @@ def refine_labels(
 ) -> Int32[np.ndarray, "h w"]:
     """Merge fragments, refine boundaries, drop small cells; the rest is relabelled from 1 in the order of the ids.
 
-    ``labels`` are those of a flood: 0 and ids from 1, at most as many as pixels. They are not written to.
-
-    Raises
-    ------
-    DinocellError
-        If the shapes differ.
+    ``labels`` are those of a flood: 0 and ids from 1, at most as many as pixels. They are not written to. A
+    DinocellError if the shapes differ.
     """
     if labels.shape != distance.shape:
         raise DinocellError(f"labels: expected the shape of the distance map, {distance.shape}, got {labels.shape}")
@@ -173,6 +110,53 @@ def relabel(labels: Integer[np.ndarray, "h w"], is_kept: Bool[np.ndarray, " n"])
     return np.take(np.where(is_kept, np.cumsum(is_kept), 0).astype(np.int32), labels)
 
 
+def measure_cells(labels: _Labels, distance: _Map, num_labels: int) -> CellMeasures:
+    """Measure labels 1 to ``num_labels``; missing ones are 0.
+
+    A label that fills the whole image has no boundary: its radius is half the longer side of the image.
+    """
+    depth = distance_to_boundary(labels)
+    if np.isinf(depth[0, 0]):
+        depth.fill(max(depth.shape) / 2)
+    return CellMeasures(*_measure(labels, distance, depth, num_labels))
+
+
+def measure_selected(labels: _Labels, distance: _Map, which: Bool[np.ndarray, " n"]) -> CellMeasures:
+    """Measure the labels where ``which``, one entry per label, is True; the others are 0.
+
+    The same numbers as `measure_cells`: the pixel nearest to a label's inside is in its bounding box or next to it.
+    """
+    boxes = ndimage.find_objects(labels, max_label=len(which) - 1)
+    selected = [(label, boxes[label - 1]) for label in np.flatnonzero(which).tolist() if label and boxes[label - 1]]
+    if sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, (rows, columns) in selected) > labels.size:
+        return measure_cells(np.where(which[labels], labels, 0), distance, len(which) - 1)
+    measures = CellMeasures(*np.zeros((3, len(which)), np.float32))
+    for label, box in selected:
+        wider = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
+        own = np.ascontiguousarray(labels[wider] == label, np.int32)
+        depth = distance_to_boundary(own)
+        if np.isinf(depth[0, 0]):
+            depth.fill(max(labels.shape) / 2)
+        for values, measured in zip(measures, _measure(own, distance[wider], depth, 1), strict=True):
+            values[label] = measured[1]
+    return measures
+
+
+@compiled
+def _measure(labels: _Labels, distance: _Map, depth: _Map, num_labels: int) -> tuple[_PerLabel, _PerLabel, _PerLabel]:
+    radius = np.zeros(num_labels + 1, np.float32)
+    middle, peak = np.zeros_like(radius), np.zeros_like(radius)
+    for row in range(labels.shape[0]):
+        for column in range(labels.shape[1]):
+            label = labels[row, column]
+            if label > 0:
+                value, deep = distance[row, column], depth[row, column]
+                peak[label] = max(peak[label], value)
+                if deep > radius[label] or (deep == radius[label] and value > middle[label]):
+                    radius[label], middle[label] = deep, value
+    return radius, middle, peak
+
+
 def _merge(labels: _Labels, distance: _Map, measures: CellMeasures, ids: _PerLabel) -> tuple[_Labels, CellMeasures]:
     """Give every label its new id, and measure the merged ones."""
     is_merged = np.bincount(ids, minlength=len(ids))[ids] > 1
@@ -180,31 +164,22 @@ def _merge(labels: _Labels, distance: _Map, measures: CellMeasures, ids: _PerLab
         return labels, measures
     labels = ids[labels]
     merged = measure_selected(labels, distance, is_merged)
-    return labels, CellMeasures(
-        radius_px=np.where(is_merged, merged.radius_px, measures.radius_px),
-        middle=np.where(is_merged, merged.middle, measures.middle),
-        peak=np.where(is_merged, merged.peak, measures.peak),
-    )
-
-
-# --- merging of fragments -------------------------------------------------------------------------------------------
-#
-# Merge the fragments of one cell: several peaks above the threshold need not be several cells. Two rules:
-#
-# - A long or curved cell is wide in several places, and the map has a peak in each. Between them it falls to the width
-#   of the waist, but between two cells to their common border, that is to about one pixel. So widths in pixels are
-#   compared: the map's saddle times the cell's radius.
-# - Noise makes additional peaks next to a true one, which hardly rise above the saddle.
+    return labels, CellMeasures(*(np.where(is_merged, *pair) for pair in zip(merged, measures, strict=True)))
 
 
 def merged_ids(
     labels: _Labels, distance: _Map, measures: CellMeasures, *, merge_px: int | float, merge_depth: int | float
 ) -> Int32[np.ndarray, " n"]:
-    """Return for every label the smallest label of its cell.
+    """Return for every label the smallest label of its cell; several peaks need not be several cells.
 
-    Two labels that share a border (4-connected) are one cell if its saddle, the maximum over the border of the lower of
-    both sides, times the smaller of their full radii is more than ``merge_px``; or if the lower of their peaks is less
-    than ``merge_depth`` above the saddle. Every border is judged as the flood left it, whatever else merges.
+    Two labels that share a border (4-connected) are one cell
+
+    - if its saddle, the maximum over the border of the lower of both sides, times the smaller of their full radii is
+      more than ``merge_px``. A long or curved cell has a peak in each place where it is wide. Between them the map
+      falls to the width of the waist, but between two cells to their common border, that is to about one pixel.
+    - if the lower of their peaks is less than ``merge_depth`` above the saddle, as peaks of noise are.
+
+    Every border is judged as the flood left it, whatever else merges.
     """
     num_labels = len(measures.peak) - 1
     first, second, saddle = _highest_contacts(labels, distance, num_labels)
@@ -240,44 +215,24 @@ def _highest_contacts(labels: _Labels, distance: _Map, num_labels: int) -> tuple
     return *np.divmod(pair[starts], stride), saddle
 
 
-# --- boundary refinement --------------------------------------------------------------------------------------------
-#
-# Move each cell's boundary from the contour at the fill threshold to where the cell ends.
-#
-# A distance map falls from 1 to 0 over a cell's radius R, so ``distance > cell_fill`` excludes a ring of cell_fill x R
-# pixels. On a perfect map growing each label by that much undoes it. A network's map is smoother: it is not 0 at the
-# cell's boundary, and a small cell's contour at ``cell_fill`` may be outside the cell. For a ramp of slope 1 / R
-# that is smoothed by a Gaussian of sigma s, the value at e pixels inside the boundary is
-#
-#     (s / R) ramp(e / s),    ramp(z) = z Phi(z) + phi(z)    (Phi, phi: the normal distribution and its density)
-#
-# and the peak of a round cell falls from 1 by sqrt(pi / 2) s / R, of a long one by sqrt(2 / pi) s / R (the mean
-# distance from the centre, or from the midline). The second formula gives s, the first the position of the contour.
-
-# Between the two shapes above, 1.25 and 0.80: by trial on the real masks of nuclei and of elongated cells.
-_PEAK_LOSS = 1.1
-# The blur cannot be estimated from smaller cells.
-_SMALLEST_RADIUS_PX = 3
-# The boundary is half a pixel outside the centres of the outermost pixels, which are 1 from the background's.
-_BOUNDARY_PX = 0.5
-
-_STEEP = np.linspace(-6, 6, 2401)
-_RAMP = _STEEP * ndtr(_STEEP) + np.exp(-(_STEEP**2) / 2) / math.sqrt(2 * math.pi)
-
-
 def refine_boundaries(
     labels: _Labels, distance: _Map, measures: CellMeasures, *, cell_fill: int | float, blur_px: int | float | None
 ) -> _Labels:
     """Move each label's boundary from the contour of the map at ``cell_fill`` to where the cell ends.
 
-    Outwards only into free background, by Euclidean distance; a pixel in reach of two labels goes to the nearer one, of
-    two equally near to the smaller id. Inwards, where blur has pushed the contour out of the cell, by a higher
-    threshold, at most half of the label's peak.
+    A distance map falls from 1 to 0 over a cell's radius R, so ``distance > cell_fill`` excludes a ring of
+    cell_fill x R pixels. On a perfect map growing each label by that much undoes it. A network's map is smoother: it is
+    not 0 at the cell's boundary, and a small cell's contour at ``cell_fill`` may be outside the cell. For a ramp of
+    slope 1 / R that is smoothed by a Gaussian of sigma s, the value at e pixels inside the boundary is
 
-    Parameters
-    ----------
-    blur_px
-        Sigma of the map's smoothing; 0 is a perfect map; None estimates it from the peaks.
+        (s / R) ramp(e / s),    ramp(z) = z Phi(z) + phi(z)    (Phi, phi: the normal distribution and its density)
+
+    and the peak of a round cell falls from 1 by sqrt(pi / 2) s / R, of a long one by sqrt(2 / pi) s / R (the mean
+    distance from the centre, or from the midline). The second formula gives s, the first the position of the contour.
+
+    Labels grow outwards only into free background, by Euclidean distance; a pixel in reach of two labels goes to the
+    nearer one, of two equally near to the smaller id. Inwards, where blur has pushed the contour out of the cell, the
+    map is cut higher, at most at half of the label's peak. ``blur_px`` is s; None estimates it from the peaks.
     """
     blur = estimate_blur_px(measures, cell_fill) if blur_px is None else blur_px
     radius = measures.radius_px.astype(np.float64) / (1 - cell_fill)

@@ -68,10 +68,11 @@ def predict(
         the model's maps differ in size from the tiles or are not finite.
     """
     stride = window - 2 * overlap if stride is None else stride
-    _check(image, model, window=window, overlap=overlap, stride=stride, batch_size=batch_size)
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}")
-    device = _device_of(model) if device is None else torch.device(device)
+    _check(image, model, window=window, overlap=overlap, stride=stride, batch_size=batch_size, precision=precision)
+    if device is None:
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        device = "cpu" if parameter is None else parameter.device
+    device = torch.device(device)
     use_bfloat16 = uses_bfloat16(precision, device)
 
     rows, columns = (_cover(length, window, stride, overlap, device) for length in image.shape[1:])
@@ -137,12 +138,7 @@ def _tiles(
         # First the rows, then their columns: only these rows of a memory map are read.
         with np.errstate(over="ignore"):  # becomes infinite, an error below
             band = image[:, inside][:, :, mirrored].astype(np.float32, copy=False)
-        if not np.isfinite(band).all():
-            bad = np.count_nonzero(~np.isfinite(band))
-            raise ValueError(
-                f"image: expected finite values, got {bad} that are not (NaN, infinite, or beyond float32) in "
-                f"rows {inside.min()} to {inside.max()}; replace them first"
-            )
+        _check_finite("image", band, int(inside.min()), int(inside.max()))
         for column in columns:
             yield band[:, :, column.start - left : column.start - left + window]
 
@@ -193,11 +189,7 @@ class _Canvas:
         if num_rows == 0:
             return
         done = self._held[:, :num_rows].cpu().numpy()
-        if not np.isfinite(done).all():
-            raise ValueError(
-                f"model: expected finite maps, got {np.count_nonzero(~np.isfinite(done))} values that are not in rows "
-                f"{self._top} to {row - 1}"
-            )
+        _check_finite("model", done, self._top, row - 1)
         self._out[:, self._top : row] = done
         rest = torch.zeros_like(self._held)
         _array(rest)[:, : self._window - num_rows] = _array(self._held)[:, num_rows:]
@@ -212,17 +204,24 @@ def _array(tensor: Tensor) -> Any:
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
-def _check(image: np.ndarray, model: object, *, window: int, overlap: int, stride: int, batch_size: int) -> None:
+def _check(
+    image: np.ndarray, model: object, *, window: int, overlap: int, stride: int, batch_size: int, precision: str
+) -> None:
     hint = "; add a channel axis: image[None]" if image.ndim == 2 else ""
     checks = (
-        (image.ndim == 3, f"image: expected (c h w), got an array of shape {image.shape}{hint}"),
-        (image.size > 0, f"image: expected at least one pixel, got an array of shape {image.shape}"),
-        (image.dtype.kind in "biuf", f"image: expected real numbers, got values of type {image.dtype}"),
+        (
+            image.ndim == 3 and image.size > 0 and image.dtype.kind in "biuf",
+            f"image: expected real numbers (c h w), at least one pixel, got {image.dtype}, {image.shape}{hint}",
+        ),
         (window > 0 < batch_size, f"window and batch_size: expected at least 1, got {window} and {batch_size}"),
         (0 <= 2 * overlap <= window, f"overlap: expected 0 to {window // 2} for tiles of {window} px, got {overlap}"),
         (
             1 <= stride <= window - overlap,
             f"stride: expected 1 to {window - overlap} (tile {window} px, overlap {overlap} px), got {stride}",
+        ),
+        (
+            precision in get_args(Precision),
+            f"precision: expected one of {', '.join(get_args(Precision))}, got {precision!r}",
         ),
         (
             not (isinstance(model, nn.Module) and model.training),
@@ -239,6 +238,10 @@ def _check_maps(maps: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"model: expected maps (b k h w) of {expected}, got {tuple(maps.shape)}")
 
 
-def _device_of(model: object) -> torch.device:
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
+def _check_finite(name: str, values: np.ndarray, first_row: int, last_row: int) -> None:
+    is_finite = np.isfinite(values)
+    if not is_finite.all():
+        raise ValueError(
+            f"{name}: expected finite values, got {values.size - np.count_nonzero(is_finite)} that are not (NaN, "
+            f"infinite, or beyond float32) in rows {first_row} to {last_row}"
+        )

@@ -27,29 +27,26 @@ _EIGHT_CONNECTED = np.ones((3, 3), bool)
 # overshoot a little: only the order of values and the thresholds matter.
 _TOLERANCE = 0.5
 
+_Ints = Integer[np.ndarray, " _"]
+_Table = Integer[np.ndarray, "_ 2"]
+
+# A heap entry has its key, smallest first, in the upper 32 bits, and the pixel in the lower. This key is above all.
+_PLACE_HOLDER = np.int64(0x7FFFFFFF) << 32
+_HIGHEST = 0x7F000000  # bits of 1.7e38
+_DIGIT = 11
+_DIGIT_MASK = (1 << _DIGIT) - 1
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flooded:
-    """A flood that can be cut at any fill threshold from ``lowest_fill``; see `flood` and `cut`.
+    """A flood that can be cut at any fill threshold from ``lowest_fill``; see `flood` and `cut`."""
 
-    Attributes
-    ----------
-    labels
-        Per pixel the peak whose flood reached it, or 0; peaks are numbered from 1 in raster order, without gaps.
-    taken_at
-        The flood's level when it reached the pixel: the pixel's own height, or less behind a lower saddle.
-    distance
-        The map.
-    exact_below
-        Cuts below this equal a flood from scratch; infinity on nearly all maps.
-    """
-
-    labels: Int32[np.ndarray, "h w"]
-    taken_at: Float32[np.ndarray, "h w"]
-    distance: Float32[np.ndarray, "h w"]
+    labels: Int32[np.ndarray, "h w"]  # the peak whose flood reached the pixel, or 0; numbered from 1 in raster order
+    taken_at: Float32[np.ndarray, "h w"]  # the flood's level then: the pixel's height, or less behind a lower saddle
+    distance: Float32[np.ndarray, "h w"]  # the map
     cells_max: float
     lowest_fill: float
-    exact_below: float
+    exact_below: float  # cuts below this equal a flood from scratch; infinity on nearly all maps
 
 
 def distance_to_labels(
@@ -96,7 +93,6 @@ def distance_to_labels(
         If the map is not a two-dimensional array of floating point numbers, has no pixels, has NaN or values far
         outside [0, 1], or an option is out of range.
     """
-    cells_max, cell_fill = checked_thresholds(cells_max, cell_fill)
     refinement = Refinement(
         min_area_px=min_area_px,
         merge_px=merge_px,
@@ -104,21 +100,14 @@ def distance_to_labels(
         restore_border=restore_border,
         blur_px=blur_px,
     )
-    distance = _checked_map(distance)
+    distance = _checked(distance, cells_max, cell_fill)
     labels = _flood(distance, cells_max, cell_fill).labels
     return refine_labels(labels, distance, cell_fill=cell_fill, refinement=refinement)
 
 
 def flood(distance: Float[np.ndarray, "h w"], *, cells_max: int | float, lowest_fill: int | float) -> Flooded:
-    """Flood once for all fill thresholds from ``lowest_fill``.
-
-    Raises
-    ------
-    DinocellError
-        As `distance_to_labels`.
-    """
-    cells_max, lowest_fill = checked_thresholds(cells_max, lowest_fill)
-    distance = _checked_map(distance)
+    """Flood once for all fill thresholds from ``lowest_fill``, for `cut`; errors as in `distance_to_labels`."""
+    distance = _checked(distance, cells_max, lowest_fill)
     course = _flood(distance, cells_max, lowest_fill)
     is_peak = distance > np.float32(cells_max)
     levels = course.levels if course.levels.size else np.zeros(1, np.float32)
@@ -126,8 +115,8 @@ def flood(distance: Float[np.ndarray, "h w"], *, cells_max: int | float, lowest_
         labels=course.labels,
         taken_at=np.where(is_peak, distance, levels[course.rank]),
         distance=distance,
-        cells_max=cells_max,
-        lowest_fill=lowest_fill,
+        cells_max=float(cells_max),
+        lowest_fill=float(lowest_fill),
         exact_below=_exact_below(course),
     )
 
@@ -156,61 +145,46 @@ def cut(flooded: Flooded, cell_fill: int | float) -> Int32[np.ndarray, "h w"]:
     return np.where(flooded.taken_at > np.float32(cell_fill), flooded.labels, 0)
 
 
-def checked_thresholds(cells_max: int | float, cell_fill: int | float) -> tuple[float, float]:
-    """Return the two thresholds as floats.
-
-    Raises
-    ------
-    DinocellError
-        If one is not in [0, 1), or ``cell_fill`` is above ``cells_max``.
-    """
-    for name, value in (("cells_max", cells_max), ("cell_fill", cell_fill)):
-        if not 0 <= value < 1:
-            raise DinocellError(f"{name}: expected at least 0 and less than 1, got {value}")
-    if cell_fill > cells_max:
-        raise DinocellError(f"cell_fill: expected at most cells_max, which is {cells_max}, got {cell_fill}")
-    return float(cells_max), float(cell_fill)
-
-
-def _checked_map(distance: np.ndarray) -> Float32[np.ndarray, "h w"]:
+def _checked(distance: np.ndarray, cells_max: int | float, cell_fill: int | float) -> Float32[np.ndarray, "h w"]:
     """Return the map as float32 in C order."""
-    shape, size, problem = distance.shape, distance.size, ""
-    if distance.ndim != 2:
-        problem = f"one map (h w), got an array of shape {shape}"
-    elif distance.dtype.kind != "f":
-        problem = f"floating point numbers from 0 to 1, got values of type {distance.dtype}"
-    elif not 0 < size <= np.iinfo(np.int32).max // 2:
-        problem = f"1 to 2^30 pixels at a time, got a map of shape {shape}"
-    elif np.isnan(lowest := distance.min()):
-        problem = f"a number in every pixel, got NaN in {np.count_nonzero(np.isnan(distance))} of {size}"
-    elif lowest < -_TOLERANCE or distance.max() > 1 + _TOLERANCE:
-        problem = (
-            f"values from 0 to 1, got {lowest:.4g} to {distance.max():.4g}; divide each cell's distance by its maximum "
-            "(labels_to_distance does)"
-        )
-    if problem:
-        raise DinocellError(f"distance: expected {problem}")
+    low, high = (distance.min(), distance.max()) if distance.size and distance.dtype.kind == "f" else (0, 0)
+    checks = (
+        ("cells_max", 0 <= cells_max < 1, f"at least 0 and less than 1, got {cells_max}"),
+        ("cell_fill", 0 <= cell_fill < 1, f"at least 0 and less than 1, got {cell_fill}"),
+        ("cell_fill", cell_fill <= cells_max, f"at most cells_max, which is {cells_max}, got {cell_fill}"),
+        (
+            "distance",
+            distance.ndim == 2 and distance.dtype.kind == "f" and 0 < distance.size <= np.iinfo(np.int32).max // 2,
+            f"one map (h w) of floating point numbers and at most 2^30 pixels, got {distance.dtype}, {distance.shape}",
+        ),
+        ("distance", not np.isnan(low), "a number in every pixel, got NaN"),
+        (
+            "distance",
+            low >= -_TOLERANCE and high <= 1 + _TOLERANCE,
+            f"values from 0 to 1, got {low:.4g} to {high:.4g}; divide each cell's distance by its maximum "
+            "(labels_to_distance does)",
+        ),
+    )
+    for name, is_valid, expected in checks:
+        if not is_valid:
+            raise DinocellError(f"{name}: expected {expected}")
     return np.ascontiguousarray(distance, np.float32)
 
 
 class _Flood(NamedTuple):
-    """A flood and its course: ``levels`` are the heights that it fell through, ``rank`` the level of each pixel.
-
-    Flat arrays of the framed map: ``bits``, ``owner``, ``ring``, the first pixels next to the peaks, and ``claimers``,
-    the peak pixels that claimed these.
-    """
+    """A flood and its course; the last five are of the framed map, flat."""
 
     labels: Int32[np.ndarray, "h w"]
-    rank: Int32[np.ndarray, "h w"]
-    levels: Float32[np.ndarray, " levels"]
+    rank: Int32[np.ndarray, "h w"]  # the level of each pixel
+    levels: Float32[np.ndarray, " levels"]  # the heights that the flood fell through
     bits: Int32[np.ndarray, " framed"]
     owner: Int32[np.ndarray, " framed"]
-    ring: Int32[np.ndarray, " ring"]
-    claimers: Int32[np.ndarray, " ring"]
+    ring: Int32[np.ndarray, " ring"]  # the first pixels next to the peaks
+    claimers: Int32[np.ndarray, " ring"]  # the peak pixels that claimed these
     width: int
 
 
-def _flood(distance: Float32[np.ndarray, "h w"], cells_max: float, cell_fill: float) -> _Flood:
+def _flood(distance: Float32[np.ndarray, "h w"], cells_max: int | float, cell_fill: int | float) -> _Flood:
     peak, fill = np.float32(cells_max), np.float32(cell_fill)
     # Markers: every 8-connected component above cells_max. Ground: all pixels that may be flooded.
     peaks, is_ground = np.empty(distance.shape, np.int32), distance > fill
@@ -265,10 +239,6 @@ def _exact_below(course: _Flood) -> float:
     return float(bits[ring].min().view(np.float32)) if tied else math.inf
 
 
-# --- flooding -------------------------------------------------------------------------------------------------------
-#
-# The kernels of the seeded watershed: which peak claims which pixel, in the order of scikit-image's heap.
-#
 # scikit-image's watershed keeps pixels in one binary heap, ordered by height and then by age, which is the number of
 # pixels queued before. These kernels give the same labels faster, by three facts:
 #
@@ -283,17 +253,6 @@ def _exact_below(course: _Flood) -> float:
 # Images are flat here, with a frame of one pixel. ``owner`` is -1 in the frame and where nothing is to be flooded, 0
 # where no label has arrived yet, and else the label. ``bits`` are float32 heights read as int32, in the same order, as
 # no height that counts is negative.
-
-__all__ = ["claim_ring", "flood_ring", "rank_heights"]
-
-_Ints = Integer[np.ndarray, " _"]
-_Table = Integer[np.ndarray, "_ 2"]
-
-# A heap entry has its key, smallest first, in the upper 32 bits, and the pixel in the lower. This key is above all.
-_PLACE_HOLDER = np.int64(0x7FFFFFFF) << 32
-_HIGHEST = 0x7F000000  # bits of 1.7e38
-_DIGIT = 11
-_DIGIT_MASK = (1 << _DIGIT) - 1
 
 
 @compiled
