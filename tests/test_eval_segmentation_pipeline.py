@@ -11,10 +11,10 @@ from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError, ImageError
 from dinocell.eval import scoring
 from dinocell.eval.metrics.ctc import ctc_score
-from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.eval.segmentation.targets import DECODERS
 from dinocell.eval.segmentation.watershed import distance_to_labels
+from dinocell.eval.threshold_search import score_segmenter
 from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.labelled.dataset import LabelledImage

@@ -39,8 +39,8 @@ def finetune(config: FinetuneConfig, *, score: Scorer | None = None) -> Path:
     Parameters
     ----------
     score
-        `dinocell.eval.scoring.score_segmenter`: called on the main rank every ``score_every`` epochs, and at the end to
-        choose the thresholds that are stored in the file. None: no scores, default thresholds.
+        `dinocell.eval.threshold_search.score_segmenter`: called on the main rank every ``score_every`` epochs, and at
+        the end to choose the thresholds that are stored in the file. None: no scores, default thresholds.
 
     Raises
     ------

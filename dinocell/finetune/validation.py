@@ -21,8 +21,10 @@ class Scored(NamedTuple):
 
 
 Scorer = Callable[[DINOCell, Sequence[LabelledImage], bool], Scored]
-"""Segments images and scores them; with True it also searches thresholds. `dinocell.eval.scoring.score_segmenter` is
-one; it is passed in because evaluation is a layer above training."""
+"""Segments images and scores them; with True it also searches thresholds.
+
+`dinocell.eval.threshold_search.score_segmenter` is one; it is passed in because evaluation is a layer above training.
+"""
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from dinocell.errors import DinocellError, ImageError, StackError
 from dinocell.eval.export import writers
 from dinocell.eval.export.coco import CocoImage, coco_image, read_coco_file, write_coco_file
 from dinocell.eval.export.outlines import trace_cells
-from dinocell.eval.metrics.ctc_files import check_ids, write_mask
+from dinocell.eval.metrics.ctc import check_ids, write_mask
 from dinocell.eval.segmentation.jobs import COCO, SUMMARY, ImageTask, SegmentOptions
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
 from dinocell.images.image import Image
