@@ -100,5 +100,5 @@ def _by_pair(features: Float[Tensor, "b c d"], *, centre: bool) -> Float[Tensor,
             itself = cosine.diagonal().clone()
             others = (cosine.sum(1) - itself) / (fields - 1)
             best_other = cosine.fill_diagonal_(-torch.inf).amax(1)
-            by_pair[:, query, reference] = torch.stack((itself, others, itself > best_other))
+            by_pair[:, query, reference] = torch.stack((itself, others, (itself > best_other).float()))
     return by_pair
