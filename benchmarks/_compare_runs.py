@@ -20,8 +20,8 @@ from _harness import write_result
 from dinocell.configs.load import load_config
 from dinocell.demo.otsu import otsu_baseline
 from dinocell.eval.export.writers import overlay
-from dinocell.eval.metrics.bootstrap import ctc_intervals, matching_intervals
 from dinocell.eval.metrics.overlaps import contingency_table
+from dinocell.eval.metrics.summary import ctc_intervals, matching_intervals
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.data import open_sets, split

@@ -21,7 +21,7 @@ import numpy as np
 from _harness import write_result
 
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
-from dinocell.eval.scoring import score_segmenter
+from dinocell.eval.threshold_search import score_segmenter
 from dinocell.finetune.config import (
     AugmentConfig,
     ComputeConfig,

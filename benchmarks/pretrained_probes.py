@@ -27,7 +27,7 @@ from dinocell.data_shards.build.tiles import TileSettings
 from dinocell.data_shards.build.write import build
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.demo.synthetic.field import CELL_TYPES
-from dinocell.eval.metrics.classification import multiclass_f1
+from dinocell.eval.probes.classification import multiclass_f1
 from dinocell.eval.probes.consistency import channel_consistency
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import ShardImages

@@ -27,6 +27,7 @@ RENAMED = {
     "dinocell.eval.matching": "dinocell.eval.metrics.matching",
     "dinocell.eval.outputs": "dinocell.eval.export.writers",
     "dinocell.eval.pipeline": "dinocell.eval.segmentation.pipeline",
+    "dinocell.eval.scoring": "dinocell.eval.threshold_search",
     "dinocell.eval.thresholds": "dinocell.eval.threshold_search",
     "dinocell.eval.watershed": "dinocell.eval.segmentation.watershed",
     "dinocell.eval.windows": "dinocell.eval.segmentation.tiling",

@@ -18,10 +18,9 @@ from dinocell.commands import (
     evaluate,
     features,
     finetune,
-    knn,
     launch,
-    linear,
     pretrain,
+    probes,
     profiles,
     segment,
     shards,
@@ -78,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (demo, shards, dataset, pretrain, finetune, segment, evaluate):
         command.register(commands)
-    for command in (features, knn, linear, consistency, profiles):
+    for command in (features, probes, consistency, profiles):
         command.register(commands)
     launch.register(commands, main=main, check=_check)
     weights.register(commands)

@@ -14,7 +14,7 @@ from dinocell import DINOCell, DINOCellPipeline
 from dinocell.configs.load import find_recipe, load_config
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.eval.metrics.ctc import ctc_score
-from dinocell.eval.scoring import score_segmenter
+from dinocell.eval.threshold_search import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.train import finetune
 from dinocell.images.write import write_labels, write_tiff

@@ -16,11 +16,14 @@ import torch
 from dinocell.cli import main
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
-from dinocell.eval.error_images import CORRECT, FALSE, MISSED, draw_errors
 from dinocell.eval.evaluate import (
+    CORRECT,
+    FALSE,
     FOUND,
+    MISSED,
     OURS,
     PLAIN,
+    draw_errors,
     score,
     search_methods,
     segmenter_methods,
@@ -298,7 +301,7 @@ def test_command_scores_other_tools_without_a_model(tmp_path: Path) -> None:
     [
         ([], "nothing to score"),
         (["--predictions", "Tool"], "expected NAME=FOLDER"),
-        (["--predictions", "Tool=nowhere"], "expected a folder of label images"),
+        (["--predictions", "Tool=nowhere"], "nowhere: no label image of 1 of the 1 images of one"),
         (["--predictions", "T=a", "T=b"], "different names, such as Cellpose=results/, got 'T=b'"),
         (["--predictions", "T=a", "--cells-max", "0.4"], "--cells-max: needs --model"),
         (["--predictions", "T=a", "--cells-max", "0"], "--cells-max: needs --model"),

@@ -16,7 +16,7 @@ from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
 from dinocell.eval.evaluate import OURS, score, score_with_programs, segmenter_methods, tool_method
 from dinocell.eval.evaluation_sets import PairSet, open_evaluation_set
-from dinocell.eval.metrics.ctc_files import write_reference, write_results
+from dinocell.eval.metrics.ctc import write_reference, write_results
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.finetune.model import DINOCell
 from dinocell.images.read import read_image

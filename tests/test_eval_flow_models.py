@@ -12,10 +12,9 @@ from dinocell.cli import main
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError
 from dinocell.eval.metrics.ctc import ctc_score
-from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.segmentation.flows import flows_to_labels
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
-from dinocell.eval.threshold_search import search_parameters
+from dinocell.eval.threshold_search import score_segmenter, search_parameters
 from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.targets import FlowPostprocessing, labels_to_flows
 from dinocell.images.write import write_labels, write_tiff

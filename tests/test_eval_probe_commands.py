@@ -12,10 +12,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinocell.cli import main
-from dinocell.eval.probes.feature_files import extract_to
-from dinocell.eval.probes.features import FeatureSettings
+from dinocell.eval.probes.classification import make_task
+from dinocell.eval.probes.features import FeatureSettings, extract_to
 from dinocell.eval.probes.image_sets import ProbeImage, to_unit
-from dinocell.eval.probes.tasks import make_task
 from dinocell.images.write import write_png
 from dinocell.models.weights import load_backbone
 
@@ -400,7 +399,7 @@ def test_mistakes_are_one_line(
         ("knn", ("--device", "gpu"), "expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         ("linear", ("--learning-rates", "nan"), "--learning-rates: expected numbers above 0, got nan"),
         ("linear", ("--weight-decays", "0", "-1"), "--weight-decays: expected numbers of at least 0, got 0, -1"),
-        ("linear", ("--train-batch-size", "0"), "--train-batch-size: expected at least 1"),
+        ("linear", ("--train-batch-size", "0"), "--train-batch-size, --epoch-steps: expected at least 1"),
     ],
 )
 def test_options_out_of_range_are_one_line_before_features_are_made(

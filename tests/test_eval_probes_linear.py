@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.eval.metrics.classification import accuracy, multilabel_f1
+from dinocell.eval.probes.classification import accuracy, multilabel_f1
 from dinocell.eval.probes.linear import Classifier, LinearSettings, choose, split_off, train_grid
 
 

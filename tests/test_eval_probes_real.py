@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinocell.cli import main
-from dinocell.eval.probes.feature_files import read_features
+from dinocell.eval.probes.features import read_features
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "nf1_schwann_cell_painting"
 pytestmark = [

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from dinocell.cli import main
-from dinocell.eval.probes.feature_files import extract_to, read_features
-from dinocell.eval.probes.features import FeatureSettings
+from dinocell.eval.probes.features import FeatureSettings, extract_to, read_features
 from dinocell.eval.probes.image_sets import ShardImages
 from dinocell.eval.probes.knn import knn_scores
 from dinocell.images.write import write_png

@@ -13,7 +13,7 @@ from roifile import roiread
 from shapely.geometry import shape as geometry_of
 
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
-from dinocell.eval.metrics.ctc_files import write_reference
+from dinocell.eval.metrics.ctc import write_reference
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.images.write import write_tiff
 from helpers.commands import segment

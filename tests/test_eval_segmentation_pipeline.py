@@ -9,11 +9,11 @@ import torch
 
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval import scoring
+from dinocell.eval import threshold_search
 from dinocell.eval.metrics.ctc import ctc_score
-from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.segmentation.pipeline import DECODERS, DINOCellPipeline
 from dinocell.eval.segmentation.watershed import distance_to_labels
+from dinocell.eval.threshold_search import score_segmenter
 from dinocell.finetune.model import DINOCell, replace_settings
 from dinocell.finetune.preprocess import SegmenterSettings, prepare
 from dinocell.labelled.dataset import LabelledImage
@@ -203,13 +203,13 @@ def test_scoring_scales_images_and_drops_small_cells_as_the_pipeline_does(
     assert own != ctc_score(FIELD.labels, DINOCellPipeline(mirror.model, "cpu").run(picture)).op_csb
     assert score_segmenter(mirror.model, [image], False).metrics["score/op_csb"] == pytest.approx(own)
     tried: list[int] = []
-    whole_search = scoring.search_parameters
+    whole_search = threshold_search.search_parameters
 
     def coarse(maps: Any, references: Any, parameters: Any, _axes: Any) -> Any:
         tried.append(parameters.min_area_px)
         return whole_search(maps, references, parameters, {"cells_max": (0.5,), "cell_fill": (0.1,)})
 
-    monkeypatch.setattr(scoring, "search_parameters", coarse)
+    monkeypatch.setattr(threshold_search, "search_parameters", coarse)
     score_segmenter(mirror.model, [image], True)
     assert tried == [400]
 

@@ -14,7 +14,7 @@ import torch
 from dinocell.configs.load import load_config
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import ConfigError, WeightsError
-from dinocell.eval.scoring import score_segmenter
+from dinocell.eval.threshold_search import score_segmenter
 from dinocell.finetune import train
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell

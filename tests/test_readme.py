@@ -24,7 +24,7 @@ from dinocell.configs.load import find_recipe, load_config
 from dinocell.demo.data import DemoConfig
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.errors import ConfigError
-from dinocell.eval.metrics.ctc_files import write_reference
+from dinocell.eval.metrics.ctc import write_reference
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.images.write import write_labels, write_png, write_tiff

@@ -1,18 +1,17 @@
-"""Options of the probe commands: image sets, features and tasks."""
+"""Options of the probe commands: image sets, backbones and features."""
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinocell.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dinocell.data_shards.sources.field import Source
     from dinocell.eval.probes.features import Features, FeatureSettings
     from dinocell.eval.probes.image_sets import ImageSet
-    from dinocell.eval.probes.tasks import Task
     from dinocell.models.vit import VisionTransformer
     from dinocell.runtime.distributed import World
 
@@ -49,37 +48,16 @@ def open_pair(options: argparse.Namespace) -> tuple["ImageSet", "ImageSet"]:
     DinocellError
         If the options select none or several.
     """
-    from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
-    from dinocell.eval.probes.image_sets import FieldImages
-
-    named = [name for name in _NAMED if getattr(options, name)]
-    if bool(options.train) != bool(options.test) or len(named) + bool(options.train) != 1:
-        raise ConfigError("expected --train and --test, or one of --hpaone, --hpafov, --chammi")
-    if options.train:
+    published = _published(options, "train", "test")
+    if not published:
         return open_set(options.train), open_set(options.test)
-    folder = getattr(options, named[0])
-    if named[0] == "chammi":
-        if not options.subset:
-            raise ConfigError("--subset: expected Allen, HPA or CP with --chammi: they have different channels")
-        sources = [
-            ChammiSource(input=folder, subset=(options.subset,), split=split)
-            for split in ("Train", options.chammi_task)
-        ]
-        names = [f"{folder} ({options.subset}, {split})" for split in ("Train", options.chammi_task)]
-        return FieldImages(sources[0], names[0]), FieldImages(sources[1], names[1])
-    kind = HpaOneSource if named[0] == "hpaone" else HpaFovSource
-    train, test = (FieldImages(kind(input=folder, split=split), f"{folder} ({split})") for split in ("train", "val"))
-    return train, test
+    if published == "chammi":
+        return _open_part(options, published, "Train"), _open_part(options, published, options.chammi_task)
+    return _open_part(options, published, "train"), _open_part(options, published, "val")
 
 
 def open_queries(options: argparse.Namespace) -> "ImageSet":
-    """Open only the test set: ``--test``, or that part of a published set.
-
-    Raises
-    ------
-    DinocellError
-        As `open_pair`.
-    """
+    """Open only the test set: ``--test``, or that part of a published set; errors as `open_pair`."""
     if options.test and not options.train and not any(getattr(options, name) for name in _NAMED):
         return open_set(options.test)
     return open_pair(options)[1]
@@ -93,21 +71,44 @@ def open_one(options: argparse.Namespace) -> "ImageSet":
     DinocellError
         If the options select none or several.
     """
+    published = _published(options, "data")
+    return _open_part(options, published, options.split, is_alone=True) if published else open_set(options.data)
+
+
+def _published(options: argparse.Namespace, *own: str) -> str:
+    """Return the option of the published set, or "" if the options ``own`` are set instead."""
+    named = [name for name in _NAMED if getattr(options, name)]
+    given = [bool(getattr(options, name)) for name in own]
+    for is_wrong, problem in (
+        (
+            len(set(given)) > 1 or len(named) + given[0] != 1,
+            f"expected --{' and --'.join(own)}, or one of --hpaone, --hpafov, --chammi",
+        ),
+        (
+            len(own) > 1 and options.chammi and not options.subset,
+            "--subset: expected Allen, HPA or CP with --chammi: they have different channels",
+        ),
+    ):
+        if is_wrong:
+            raise ConfigError(problem)
+    return "".join(named)
+
+
+def _open_part(options: argparse.Namespace, published: str, split: str | None, *, is_alone: bool = False) -> "ImageSet":
+    """Open a split of a published set; ``is_alone``: the set is named after its folder only."""
     from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
     from dinocell.eval.probes.image_sets import FieldImages
 
-    named = [name for name in _NAMED if getattr(options, name)]
-    if len(named) + bool(options.data) != 1:
-        raise ConfigError("expected --data, or one of --hpaone, --hpafov, --chammi")
-    if options.data:
-        return open_set(options.data)
-    folder = getattr(options, named[0])
-    if named[0] == "chammi":
+    folder = getattr(options, published)
+    if published == "chammi":
+        name = f"{folder} ({options.subset}, {split})"
         subset = (options.subset,) if options.subset else ()
-        return FieldImages(ChammiSource(input=folder, subset=subset, split=options.split), folder)
-    if named[0] == "hpaone":
-        return FieldImages(HpaOneSource(input=folder, split=options.split or "val"), folder)
-    return FieldImages(HpaFovSource(input=folder, split=options.split or "val"), folder)
+        source: Source = ChammiSource(input=folder, subset=subset, split=split)
+    else:
+        name = f"{folder} ({split})"
+        kind = HpaOneSource if published == "hpaone" else HpaFovSource
+        source = kind(input=folder, split=split or "val")
+    return FieldImages(source, folder if is_alone else name)
 
 
 def open_set(location: str) -> "ImageSet":
@@ -151,13 +152,8 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
 
 
-def load_probed(options: argparse.Namespace, device: object) -> "VisionTransformer":
-    """Load the backbone of ``--weights``; ``random:VARIANT`` is an untrained one with one channel and patch 8."""
-    return load_weights(options.weights, device, patch_size=options.patch_size)
-
-
 def load_weights(source: str, device: object, *, patch_size: int | None = None) -> "VisionTransformer":
-    """Load a backbone, or create an untrained one for ``random:VARIANT``."""
+    """Load a backbone; ``random:VARIANT`` is an untrained one with one channel and, by default, patch size 8."""
     import torch
 
     from dinocell.models.config import VARIANTS
@@ -184,84 +180,6 @@ def load_weights(source: str, device: object, *, patch_size: int | None = None) 
     ).to(device)
 
 
-# --- probe data -----------------------------------------------------------------------------------------------------
-
-
-def add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the prediction task and its metric."""
-    group = parser.add_argument_group("task")
-    group.add_argument(
-        "--task",
-        default="class",
-        metavar="COLUMN",
-        help="a label column, or PROTEIN_LOCALIZATION or CELL_TYPE of the Human Protein Atlas (class: of folders)",
-    )
-    group.add_argument(
-        "--columns", nargs="+", default=[], metavar="COLUMN", help="several labels per image: their columns"
-    )
-    group.add_argument(
-        "--metric",
-        metavar="NAME",
-        help="mean_per_class_multilabel_f1, mean_per_class_multiclass_f1, accuracy, top-5 (an F1, by the task)",
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="features, scores and figures")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ProbeData:
-    """Features of two sets and the task."""
-
-    train: "Features"
-    test: "Features"
-    task: "Task"
-    settings: "FeatureSettings"
-    names: tuple[str, str]
-    world: "World"
-
-
-def open_probe_data(options: argparse.Namespace, *, learn: bool = True) -> ProbeData:
-    """Open both sets and extract missing features; the result is the same on every rank.
-
-    Without ``learn`` only the test set is opened and used for both.
-    """
-    from dinocell.eval.probes.tasks import make_task
-
-    train_set, test_set = open_pair(options) if learn else [open_queries(options)] * 2
-    with extractor(options) as (extract, settings, world):
-        test = extract(options.output / "features" / "test", test_set)
-        train = extract(options.output / "features" / "train", train_set) if learn else test
-    task = make_task(
-        options.task,
-        train.labels,
-        test.labels,
-        train_name=train_set.name,
-        test_name=test_set.name,
-        columns=options.columns,
-    )
-    names = (train_set.name, test_set.name)
-    return ProbeData(train=train, test=test, task=task, settings=settings, names=names, world=world)
-
-
-def metric_name(options: argparse.Namespace, task: "Task") -> str:
-    """Return the selected metric, or the F1 that fits the task."""
-    from dinocell.eval.metrics.classification import MULTICLASS, MULTILABEL
-
-    return options.metric or (MULTILABEL if task.multilabel else MULTICLASS)
-
-
-def describe(options: argparse.Namespace, data: ProbeData) -> dict[str, Any]:
-    """Return a description of the measurement."""
-    settings = data.settings
-    return {
-        "weights": options.weights,
-        "trained on": f"{data.names[0]} ({len(data.task.train)} images)",
-        "tested on": f"{data.names[1]} ({len(data.task.test)} images)",
-        "task": f"{options.task}, {len(data.task.classes)} classes",
-        "features": f"channels {settings.channels}, resize {settings.resize_size}, crop {settings.crop_size}, "
-        f"{settings.n_last_blocks} last blocks" + (", mean patch token" if settings.avgpool else ""),
-    }
-
-
 @contextmanager
 def extractor(
     options: argparse.Namespace,
@@ -269,20 +187,25 @@ def extractor(
     """Load the backbone on every rank and yield a function that extracts a set to a folder."""
     from rich.console import Console
 
-    from dinocell.eval.probes.feature_files import extract_to
+    from dinocell.eval.probes.features import FeatureSettings, default_channels, extract_to
     from dinocell.runtime.distributed import together
     from dinocell.runtime.progress import start_progress
 
     with together(options.device) as world:
-        backbone = load_probed(options, world.device)
-        settings = _settings(options, backbone)
+        backbone = load_weights(options.weights, world.device, patch_size=options.patch_size)
+        settings = FeatureSettings(
+            channels=options.channels or default_channels(backbone),
+            resize_size=options.resize_size,
+            crop_size=options.crop_size,
+            n_last_blocks=options.n_last_blocks,
+            avgpool=options.avgpool,
+            batch_size=options.batch_size,
+        )
 
         def extract(folder: Path, images: "ImageSet") -> "Features":
             share = len(images) // world.size
             bar = start_progress(Console(quiet=not world.is_main), total_steps=share, batch_size=1)
-            shown = max(1, share // 20)
-
-            last_shown = 0
+            shown, last_shown = max(1, share // 20), 0
 
             def progress(done: int) -> None:
                 nonlocal last_shown
@@ -308,16 +231,3 @@ def extractor(
                 bar.close()
 
         yield extract, settings, world
-
-
-def _settings(options: argparse.Namespace, backbone: Any) -> "FeatureSettings":
-    from dinocell.eval.probes.features import FeatureSettings, default_channels
-
-    return FeatureSettings(
-        channels=options.channels or default_channels(backbone),
-        resize_size=options.resize_size,
-        crop_size=options.crop_size,
-        n_last_blocks=options.n_last_blocks,
-        avgpool=options.avgpool,
-        batch_size=options.batch_size,
-    )

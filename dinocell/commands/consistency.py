@@ -1,40 +1,38 @@
 """``dinocell consistency``: measure whether features depend on the channel."""
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dinocell.errors import ConfigError, DinocellError
+from dinocell.commands._parser import add_command
+from dinocell.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dinocell.eval.metrics.summary import Interval
 
 
 def register(subparsers: Any) -> None:
     """Add ``consistency`` to the commands."""
-    summary = "measure and compare the channel consistency of backbones"
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "consistency",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. For backbones of one channel.",
-        epilog="example:\n  dinocell consistency --weights runs/consistency/teacher.pth runs/average/teacher.pth "
-        "random:small --data shards/unseen --output probes/consistency",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "measure and compare the channel consistency of backbones of one channel",
+        "dinocell consistency --weights runs/consistency/teacher.pth runs/average/teacher.pth random:small "
+        "--data shards/unseen --output probes/consistency",
     )
-    parser.add_argument(
-        "--weights", nargs="+", required=True, metavar="CHECKPOINT", help="backbones; random:VARIANT is untrained"
-    )
-    parser.add_argument("--data", required=True, metavar="SET", help="a shard set of several channels")
-    parser.add_argument(
-        "--crop-size", type=int, default=224, metavar="PX", help="size of the central crop; 0: all (224)"
-    )
-    parser.add_argument(
-        "--resize-size", type=int, default=0, metavar="PX", help="resize the shorter side; 0: unchanged (0)"
-    )
-    parser.add_argument("--avgpool", action="store_true", help="append the mean patch token")
-    parser.add_argument("--limit", type=int, metavar="N", help="maximum number of samples (all)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per batch (16)")
-    parser.add_argument("--patch-size", type=int, metavar="PX", help="resample the patch embedding")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    add = parser.add_argument
+    add("--weights", nargs="+", required=True, metavar="CHECKPOINT", help="backbones; random:VARIANT is untrained")
+    add("--data", required=True, metavar="SET", help="a shard set of several channels")
+    add("--crop-size", type=int, default=224, metavar="PX", help="size of the central crop; 0: all (224)")
+    add("--resize-size", type=int, default=0, metavar="PX", help="resize the shorter side; 0: unchanged (0)")
+    add("--avgpool", action="store_true", help="append the mean patch token")
+    add("--limit", type=int, metavar="N", help="maximum number of samples (all)")
+    add("--batch-size", type=int, default=16, metavar="N", help="images per batch (16)")
+    add("--patch-size", type=int, metavar="PX", help="resample the patch embedding")
+    add("--device", default="auto", help="auto, cpu, cuda (auto)")
+    add("--output", required=True, type=Path, metavar="FOLDER")
     parser.set_defaults(run=_run_consistency)
 
 
@@ -59,21 +57,15 @@ def _run_consistency(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     options.output.mkdir(parents=True, exist_ok=True)
     for index, source in enumerate(options.weights, start=1):
-        extracted = extract(
-            load_weights(source, device, patch_size=options.patch_size), images, settings, limit=options.limit
-        )
+        backbone = load_weights(source, device, patch_size=options.patch_size)
+        extracted = extract(backbone, images, settings, limit=options.limit)
         features = extracted.tensor()
-        if features.shape[0] < 2 or features.shape[1] < 2:
-            raise DinocellError(
-                f"{images.name}: expected two or more fields of two or more channels, got {features.shape[0]} of "
-                f"{features.shape[1]}"
-            )
         consistency = channel_consistency(features)
         intervals = _intervals(consistency_by_field(features))
         row: dict[str, Any] = {"weights": source, "fields": features.shape[0], "channels": features.shape[1]}
-        for name in ("same_field", "different_field", "margin", "retrieval"):
+        for name, interval in intervals.items():
             row[name] = getattr(consistency, name)
-            row[f"{name} 95 %"] = "{:.4f} to {:.4f}".format(*intervals[name])
+            row[f"{name} 95 %"] = f"{interval.low:.4f} to {interval.high:.4f}"
         rows.append(row)
         figures = {}
         for name, pairs in (("same_field", consistency.same_field_pairs), ("retrieval", consistency.retrieval_pairs)):
@@ -90,10 +82,11 @@ def _run_consistency(options: argparse.Namespace) -> None:
     print(f"scores and figures: {paths[2]}")
 
 
-def _intervals(by_field: Any) -> Mapping[str, tuple[float, float]]:
+def _intervals(by_field: "Tensor") -> "dict[str, Interval]":
+    """Return bootstrap intervals of the columns of `consistency_by_field` over fields."""
     import numpy as np
 
-    from dinocell.eval.metrics.bootstrap import bootstrap
+    from dinocell.eval.metrics.summary import bootstrap
 
     names = ("same_field", "different_field", "margin", "retrieval")
     units = np.concatenate([by_field.double().numpy(), np.ones((len(by_field), 1))], axis=1)
@@ -101,4 +94,4 @@ def _intervals(by_field: Any) -> Mapping[str, tuple[float, float]]:
     def formula(sums: np.ndarray) -> dict[str, np.ndarray]:
         return {name: sums[:, index] / sums[:, -1] for index, name in enumerate(names)}
 
-    return {name: (interval.low, interval.high) for name, interval in bootstrap(units, formula).items()}
+    return bootstrap(units, formula)

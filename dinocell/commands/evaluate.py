@@ -3,7 +3,7 @@
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> None:
     _check(options)
     predictions = _named_folders(options.predictions)
     from dinocell.eval.evaluation_sets import PairSet, open_evaluation_set
-    from dinocell.eval.metrics.ctc_files import check_programs
+    from dinocell.eval.metrics.ctc import check_programs
     from dinocell.eval.report import write_report
 
     about = {"model": str(options.model)} if options.model is not None else {}
@@ -126,6 +126,8 @@ def _evaluate(
         segmenter_methods,
         tool_method,
     )
+    from dinocell.eval.segmentation.pipeline import STEPS, DINOCellPipeline, threshold_values
+    from dinocell.finetune.model import DINOCell
 
     tools = [tool_method(name, folder, sets) for name, folder in predictions.items()]
     methods: list[Any] = []
@@ -135,45 +137,49 @@ def _evaluate(
             if tool.name in (OURS, PLAIN, FOUND):
                 raise DinocellError(f"--predictions: {tool.name!r} is the name of the model's scores; use another one")
             tool.check(sets)
-        pipeline = _pipeline(options)
+        settings = {name: getattr(options, name) for name in (*_OF_MODEL[:4], "device")}
+        pipeline = DINOCellPipeline(DINOCell.from_pretrained(options.model), **settings)
         if options.threshold_search:
-            axes = _axes(options)
+            ranges = {"cells_max": options.cells_max_range, "cell_fill": options.cell_fill_range}
+            axes = {
+                name: threshold_values(name, ends[0], ends[1], STEPS)
+                for name, ends in ranges.items()
+                if ends is not None
+            }
             methods, search = search_methods(sets, pipeline, scratch / "maps", axes=axes, progress=progress)
         else:
             methods = segmenter_methods(sets, pipeline)
     methods += tools
-    if options.binary_path is None:
+    binaries = options.binary_path
+    if binaries is None:
         evaluation = score(sets, methods, progress=progress)
     else:
-        binaries = options.binary_path
         evaluation = score_with_programs(sets, methods, scratch / "labels", binary_path=binaries, progress=progress)
     return replace(evaluation, threshold_search=search)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise if an option would be ignored."""
-    if options.model is None and not options.predictions:
-        raise DinocellError("nothing to score: set --model, or --predictions NAME=FOLDER")
+    """Raise if there is nothing to score, a set is repeated, or an option would be ignored."""
     given = {name for name, value in vars(options).items() if value is not None and value is not False}
+    is_local = options.model is not None and Path(options.model).exists()
     conflicts = (
         (options.model is None, _OF_MODEL, "needs --model"),
         (not options.threshold_search, _OF_SEARCH, "needs --threshold-search"),
         (options.save_to_model, _OF_MODEL[:4], "cannot be used with --save-to-model, which compares with the model's"),
+        (not is_local, ("save_to_model",), f"expected a local model, got {options.model}"),
     )
-    for is_wrong, names, reason in conflicts:
-        for name in names:
-            if is_wrong and name in given:
-                raise DinocellError(f"--{name.replace('_', '-')}: {reason}")
-    if options.save_to_model and not Path(options.model).exists():
-        raise DinocellError(f"--save-to-model: expected a local model, got {options.model}")
-
-
-def _axes(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """Return the values of the thresholds whose range is set."""
-    from dinocell.eval.segmentation.pipeline import STEPS, threshold_values
-
-    ranges = {"cells_max": options.cells_max_range, "cell_fill": options.cell_fill_range}
-    return {name: threshold_values(name, ends[0], ends[1], STEPS) for name, ends in ranges.items() if ends is not None}
+    problems = [
+        f"--{name.replace('_', '-')}: {reason}"
+        for is_wrong, names, reason in conflicts
+        for name in names
+        if is_wrong and name in given
+    ]
+    if len({folder.resolve() for folder in options.dataset}) < len(options.dataset):
+        problems.append(f"--dataset: expected each set once, got {', '.join(map(str, options.dataset))}")
+    if options.model is None and not options.predictions:
+        problems.insert(0, "nothing to score: set --model, or --predictions NAME=FOLDER")
+    if problems:
+        raise DinocellError(problems[0])
 
 
 def _named_folders(texts: Sequence[str]) -> dict[str, Path]:
@@ -191,27 +197,11 @@ def _named_folders(texts: Sequence[str]) -> dict[str, Path]:
 def _set_names(folders: Sequence[Path]) -> dict[str, Path]:
     """Return the sets by folder name, with as many parent folders as make them unique: ``plate/test``."""
     resolved = [folder.resolve() for folder in folders]
-    if len(set(resolved)) < len(folders):
-        raise DinocellError(f"--dataset: expected each set once, got {', '.join(map(str, folders))}")
     length, names = 1, [folder.name for folder in resolved]
     while len(set(names)) < len(names):
         length += 1
         names = ["/".join(folder.parts[1:][-length:]) for folder in resolved]
     return dict(zip(names, folders, strict=True))
-
-
-def _pipeline(options: argparse.Namespace) -> Any:
-    from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-    from dinocell.finetune.model import DINOCell
-
-    return DINOCellPipeline(
-        DINOCell.from_pretrained(options.model),
-        device=options.device,
-        cells_max=options.cells_max,
-        cell_fill=options.cell_fill,
-        probability=options.probability,
-        flow_error=options.flow_error,
-    )
 
 
 def _save_thresholds(source: Path, evaluation: Any) -> str:
@@ -254,10 +244,7 @@ def _progress() -> Iterator[Any]:
             tasks[what] = bars.add_task(what, total=total)
         bars.update(tasks[what], completed=done)
 
-    if not is_live:
-        yield report
-        return
-    with bars:
+    with bars if is_live else nullcontext():
         yield report
 
 

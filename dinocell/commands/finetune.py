@@ -35,7 +35,7 @@ def _config(options: argparse.Namespace) -> "FinetuneConfig":
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dinocell.eval.scoring import score_segmenter
+    from dinocell.eval.threshold_search import score_segmenter
     from dinocell.finetune.train import dry_run, finetune
 
     config = _config(options)

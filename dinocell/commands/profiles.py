@@ -1,42 +1,38 @@
 """``dinocell profiles``: retrieval of replicates across plates."""
 
 import argparse
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from dinocell.errors import ConfigError, DinocellError
+from dinocell.commands._parser import add_command
+from dinocell.errors import DinocellError
 
 
 def register(subparsers: Any) -> None:
     """Add ``profiles`` to the commands."""
-    summary = "measure the retrieval of replicates across plates (mean average precision)"
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "profiles",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}, on features that 'dinocell features' has written.",
-        epilog="example:\n  dinocell profiles features/screen --treatment compound --control DMSO --whiten tvn "
-        "--output probes/profiles",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "measure the retrieval of replicates across plates, on features written by 'dinocell features'",
+        "dinocell profiles features/screen --treatment compound --control DMSO --whiten tvn --output probes/profiles",
     )
-    parser.add_argument("features", type=Path, metavar="FOLDER", help="output of 'dinocell features'")
-    parser.add_argument("--treatment", required=True, metavar="COLUMN", help="label column of the treatment")
-    parser.add_argument("--plate", default="plate", metavar="COLUMN", help="label column of the plate (plate)")
-    parser.add_argument(
-        "--well", default="well", metavar="COLUMN", help="label column of the well, whose images are averaged (well)"
-    )
-    parser.add_argument(
-        "--control", metavar="VALUE", help="the treatment of untreated wells: no queries, and the reference of tvn"
-    )
-    parser.add_argument("--whiten", choices=("none", "pca", "tvn"), default="none", help="(none)")
-    parser.add_argument("--same-plate", action="store_true", help="also count replicates on the same plate")
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    add = parser.add_argument
+    add("features", type=Path, metavar="FOLDER", help="output of 'dinocell features'")
+    add("--treatment", required=True, metavar="COLUMN", help="label column of the treatment")
+    add("--plate", default="plate", metavar="COLUMN", help="label column of the plate (plate)")
+    add("--well", default="well", metavar="COLUMN", help="label column of the well, whose images are averaged (well)")
+    add("--control", metavar="VALUE", help="the treatment of untreated wells: no queries, and the reference of tvn")
+    add("--whiten", choices=("none", "pca", "tvn"), default="none", help="(none)")
+    add("--same-plate", action="store_true", help="also count replicates on the same plate")
+    add("--output", required=True, type=Path, metavar="FOLDER")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from dinocell.eval.probes.feature_files import read_features, weights_of
+    from dinocell.eval.probes.features import read_features, weights_of
     from dinocell.eval.probes.image_sets import labels_of
     from dinocell.eval.probes.profiles import check_wells, replicate_retrieval, to_wells, whiten
     from dinocell.eval.probes.report import log_to_run, write_scores
@@ -45,24 +41,21 @@ def _run(options: argparse.Namespace) -> None:
     name = str(options.features)
     columns = [labels_of(features.labels, column, name) for column in (options.treatment, options.plate, options.well)]
     complete = np.array([all(row) for row in zip(*columns, strict=True)])  # images without a well are skipped
-    if not complete.any():
-        raise DinocellError(f"{name}: no image has {options.treatment}, {options.plate} and {options.well}")
-    treatment, plate, well = (
-        [label for label, keep in zip(column, complete, strict=True) if keep] for column in columns
-    )
-    if options.control is not None and options.control not in treatment:
-        raise ConfigError(f"--control: no image has {options.treatment} {options.control!r}")
+    treatment, plate, well = (list(compress(column, complete)) for column in columns)
+    control = options.control
+    for is_wrong, problem in (
+        (not complete.any(), f"{name}: no image has {options.treatment}, {options.plate} and {options.well}"),
+        (control not in (None, *treatment), f"--control: no image has {options.treatment} {control!r}"),
+    ):
+        if is_wrong:
+            raise DinocellError(problem)
     values = np.asarray(features.values, np.float64).reshape(len(features.values), -1)[complete]
     check_wells(treatment, plate, well)
     profiles, first = to_wells(values, plate, well)
     treatments, plates = ([column[row] for row in first] for column in (treatment, plate))
-    controls = np.array([treatment == options.control for treatment in treatments])
-    profiles = whiten(
-        profiles, method=options.whiten, plates=plates, controls=controls if options.control is not None else None
-    )
-    result = replicate_retrieval(
-        profiles, treatments, plates, control=options.control, across_plates=not options.same_plate
-    )
+    controls = None if control is None else np.asarray(treatments) == control
+    profiles = whiten(profiles, method=options.whiten, plates=plates, controls=controls)
+    result = replicate_retrieval(profiles, treatments, plates, control=control, across_plates=not options.same_plate)
     mean, retrieved = result.mean_average_precision, result.retrieved
     shown: list[dict[str, Any]] = [
         {"treatment": treatment_name, "mean_average_precision": float(score), "p": float(p), "corrected_p": float(q)}
@@ -84,9 +77,9 @@ def _run(options: argparse.Namespace) -> None:
     paths = write_scores(
         options.output, "profiles", about, sorted(shown, key=lambda row: -row["mean_average_precision"])
     )
-    numbers = {"mean_average_precision": mean, "retrieved": retrieved}
-    named = {f"profiles/{options.treatment}_{each}": value for each, value in numbers.items()}
-    log_to_run(weights_of(options.features), named, {})
+    prefix = f"profiles/{options.treatment}_"
+    numbers = {f"{prefix}mean_average_precision": mean, f"{prefix}retrieved": retrieved}
+    log_to_run(weights_of(options.features), numbers, {})
     print(
         f"mean average precision {mean:.4f}, {100 * retrieved:.1f} % of {len(shown)} treatments retrieved; {paths[2]}"
     )

@@ -23,8 +23,8 @@ from dinocell.eval.probes.consistency import channel_consistency
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import ShardImages
 from dinocell.eval.probes.knn import knn_scores
-from dinocell.eval.scoring import score_segmenter
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
+from dinocell.eval.threshold_search import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
 from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune

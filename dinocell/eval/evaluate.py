@@ -3,9 +3,11 @@
 A `Method` returns the labels of an image. `segmenter_methods` makes methods of a segmenter, which predicts every image
 once: with its own postprocessing, and with the plain rule, so that the effect of the refinement can be told apart.
 `search_methods` adds the thresholds that score best on these images, and `tool_method` reads another tool's label
-images. `score` scores methods; `score_with_programs` also runs the Cell Tracking Challenge's own programs.
+images. `score` scores methods and draws error images of the worst segmentations (false cells red, missed cells blue,
+outlines of correct cells green); `score_with_programs` also runs the Cell Tracking Challenge's own programs.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,22 +15,28 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Integer
+from jaxtyping import Float32, Integer, Real, UInt8
+from skimage.segmentation import find_boundaries
 
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.error_images import ErrorImage, WorstImages
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet, find_predictions
-from dinocell.eval.metrics.ctc_files import MAX_ID, check_programs, official_scores_of
+from dinocell.eval.metrics.ctc import MAX_ID, check_programs, official_scores_of
+from dinocell.eval.metrics.matching import find_matches
 from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
-from dinocell.eval.metrics.summary import ImageScores, PooledScores, pool, score_tables
+from dinocell.eval.metrics.summary import ImageScores, PooledScores, Scores, pool, score_tables
 from dinocell.eval.segmentation.pipeline import Axes, DINOCellPipeline, decode
 from dinocell.eval.threshold_search import GridSearch, search_parameters, store_maps
 from dinocell.finetune.targets import Postprocessing
+from dinocell.images.image import as_image, percentile_range, to_uint8
 from dinocell.labelled.dataset import LabelledImage
 from dinocell.labelled.masks import read_labels
 
 ALL_SETS = "all"
 OURS, PLAIN, FOUND = "DINOCell", "DINOCell, plain rule", "DINOCell, thresholds found here"
+
+# Colours, percentiles and opacity of error images; a report with six of this size stays below a few MB.
+FALSE, MISSED, CORRECT = (235, 40, 40), (50, 110, 255), (90, 210, 90)
+_PERCENTILES, _OPACITY, _MAX_SIDE_PX = (0.5, 99.8), 0.4, 1000
 
 Progress = Callable[[str, int, int], None]
 """Called with what is counted, how many are done, and their total."""
@@ -41,7 +49,7 @@ def _no_progress(_what: str, _done: int, _total: int) -> None: ...
 
 @dataclass(frozen=True)
 class Item:
-    """An image of one of several sets, and its place among the images of all sets and of its own."""
+    """An image of one of several sets, its place among the images of all sets, and its index in its own."""
 
     place: int
     dataset: str
@@ -74,15 +82,11 @@ class Method(Protocol):
         """Return the labels of an image; images come in order."""
 
 
-# --- methods --------------------------------------------------------------------------------------------------------
-
-
 class _Predictor:
     """Maps of a segmenter; those of the last image are kept for the next method."""
 
     def __init__(self, pipeline: DINOCellPipeline) -> None:
-        self._pipeline = pipeline
-        self._place, self._maps = -1, np.empty(0, np.float32)
+        self._pipeline, self._place = pipeline, -1
 
     def __call__(self, item: Item) -> Float32[np.ndarray, "..."]:
         if item.place != self._place:
@@ -177,10 +181,8 @@ def search_methods(
         progress=lambda done, number: progress("searched", done, number),
     )
     read: Callable[[Item], Float32[np.ndarray, ...]] = lambda item: np.asarray(maps[item.place])  # noqa: E731
-    return [
-        *_methods(read, sets, pipeline),
-        _SegmenterMethod(name=FOUND, maps=read, parameters=search.best),
-    ], search
+    found = _SegmenterMethod(name=FOUND, maps=read, parameters=search.best)
+    return [*_methods(read, sets, pipeline), found], search
 
 
 def _methods(
@@ -216,7 +218,78 @@ def tool_method(name: str, folder: Path, sets: Sets) -> ToolMethod:
     return ToolMethod(name=name, description=f"label images in {folder}", files=files)
 
 
-# --- scores ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ErrorImage:
+    """An image that a method segmented badly, with its errors drawn by `draw_errors`."""
+
+    dataset: str
+    image: str
+    method: str
+    scores: Scores
+    image_rgb: UInt8[np.ndarray, "3 h w"]
+
+
+class WorstImages:
+    """The ``max_images`` images of the lowest F1 so far, the lowest first, without perfect and empty ones."""
+
+    def __init__(self, max_images: int) -> None:
+        self.errors: list[ErrorImage] = []
+        self._max_images = max_images
+
+    def add(
+        self, row: ImageScores, image: LabelledImage, labels: Integer[np.ndarray, "h w"], table: ContingencyTable
+    ) -> None:
+        """Add an image if it is among the worst; only then it is drawn."""
+        score = row.scores.f1
+        is_full = len(self.errors) >= self._max_images
+        if math.isnan(score) or score == 1 or (is_full and not (self.errors and score < self.errors[-1].scores.f1)):
+            return
+        plane = as_image(np.asarray(image.pixels)).plane()
+        drawn = draw_errors(plane, np.asarray(image.labels), labels, table)
+        error = ErrorImage(dataset=row.dataset, image=row.image, method=row.method, scores=row.scores, image_rgb=drawn)
+        self.errors = sorted([*self.errors, error], key=lambda error: error.scores.f1)[: self._max_images]
+
+
+def draw_errors(
+    image: Real[np.ndarray, "h w"],
+    reference: Integer[np.ndarray, "h w"],
+    predicted: Integer[np.ndarray, "h w"],
+    table: ContingencyTable,
+) -> UInt8[np.ndarray, "3 rows columns"]:
+    """Draw the cells that are not matched at an IoU of 0.5 over the image; false and missed cells may overlap.
+
+    Parameters
+    ----------
+    table
+        Contingency table of the two label images.
+
+    Returns
+    -------
+    RGB. Images with a side of more than 1,000 px are subsampled.
+    """
+    pairs = find_matches(table, 0.5)
+    correct_ids = table.predicted_ids[table.predicted_index[pairs]]
+    matched_ids = table.reference_ids[table.reference_index[pairs]]
+    step = -(-max(image.shape) // _MAX_SIDE_PX)
+    image, reference, predicted = (
+        np.ascontiguousarray(plane[::step, ::step]) for plane in (image, reference, predicted)
+    )
+    low, high = percentile_range(image, *_PERCENTILES)
+    rgb = np.repeat(to_uint8(image, low, high)[None], 3, axis=0)
+    is_correct = np.isin(predicted, correct_ids)
+    is_false = (predicted != 0) & ~is_correct
+    is_missed = (reference != 0) & ~np.isin(reference, matched_ids)
+    for mask, colour in ((is_false, FALSE), (is_missed, MISSED)):
+        tinted = (1 - _OPACITY) * rgb[:, mask] + _OPACITY * np.array(colour, np.float32)[:, None]
+        rgb[:, mask] = tinted.round().astype(np.uint8)
+    for labels, mask, colour in (
+        (predicted, is_correct, CORRECT),
+        (predicted, is_false, FALSE),
+        (reference, is_missed, MISSED),
+    ):
+        edges = find_boundaries(np.where(mask, labels, 0), mode="inner")  # type: ignore[no-untyped-call]
+        rgb[:, edges] = np.array(colour, np.uint8)[:, None]
+    return rgb
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -258,10 +331,15 @@ def score(
         If the sets have no images, or a file is missing or does not fit.
     """
     total = sum(map(len, sets.values()))
-    if not total or not methods:
-        raise DinocellError("nothing to score: expected a labelled set with images, and a model or predictions")
-    if ALL_SETS in sets and len(sets) > 1:
-        raise DinocellError(f"a set cannot be called {ALL_SETS!r}, the name of the pooled scores; rename the folder")
+    for is_wrong, problem in (
+        (not total or not methods, "nothing to score: expected a labelled set with images, and a model or predictions"),
+        (
+            ALL_SETS in sets and len(sets) > 1,
+            f"a set cannot be called {ALL_SETS!r}, as pooled scores; rename the folder",
+        ),
+    ):
+        if is_wrong:
+            raise DinocellError(problem)
     tables: dict[tuple[str, str], list[ContingencyTable]] = {
         (dataset, method.name): [] for dataset in sets for method in methods
     }
@@ -294,9 +372,6 @@ def score(
         pooled=tuple(pooled),
         worst=tuple(worst.errors),
     )
-
-
-# --- official programs ----------------------------------------------------------------------------------------------
 
 
 def score_with_programs(

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 
 from dinocell.errors import DinocellError, ImageError
-from dinocell.eval.metrics.ctc_files import frame_files
+from dinocell.eval.metrics.ctc import frame_files
 from dinocell.images.image import Image
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, image_stem
 from dinocell.labelled.dataset import LabelledImage, open_labelled
@@ -91,15 +91,19 @@ def open_evaluation_set(folder: Path, *, encoding: Literal["labels", "regions"] 
     DinocellError
         If the layout is not supported, or a pair is incomplete or cannot be read.
     """
-    if not folder.is_dir():
-        raise DinocellError(f"{folder}: no such folder")
-    if encoding != "labels" and (_sequences(folder) or not _FOLDERS(folder)):
-        raise DinocellError(f"{folder}: encoding {encoding!r} needs images/ and masks/")
+    for is_wrong, problem in (
+        (not folder.is_dir(), "no such folder"),
+        (
+            encoding != "labels" and (_sequences(folder) or not _FOLDERS(folder)),
+            f"encoding {encoding!r} needs images/ and masks/",
+        ),
+    ):
+        if is_wrong:
+            raise DinocellError(f"{folder}: {problem}")
     if (folder / "imgs.npy").exists() or next(folder.glob("*/imgs.npy"), None) is not None:
         return open_labelled(folder)
     for matches, open_layout in _LAYOUTS:
-        if matches(folder):
-            pairs = open_layout(folder) if open_layout is not _open_folders else _open_folders(folder, encoding)
+        if matches(folder) and len(pairs := open_layout(folder, encoding)):
             for index in range(len(pairs)):
                 try:
                     _ = pairs[index]
@@ -107,9 +111,9 @@ def open_evaluation_set(folder: Path, *, encoding: Literal["labels", "regions"] 
                     raise DinocellError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
             return pairs
     raise DinocellError(
-        f"{folder}: not a labelled set; expected imgs.npy and anns.npy (from 'dinocell dataset'), 01_GT/SEG (Cell "
-        "Tracking Challenge), images/ and masks/ with the same names, 000_img.png and 000_masks.png (Cellpose), or "
-        "ID/images and ID/masks (Data Science Bowl)"
+        f"{folder}: not a labelled set; expected imgs.npy and anns.npy (from 'dinocell dataset'), "
+        "01_GT/SEG/man_seg000.tif (Cell Tracking Challenge), images/ and masks/ with the same names, 000_img.png and "
+        "000_masks.png (Cellpose), or ID/images and ID/masks (Data Science Bowl)"
     )
 
 
@@ -124,7 +128,7 @@ def _sequences(folder: Path) -> list[tuple[Path, str, Path]]:
     return [(parent, name, masks) for (parent, name), masks in sequences.items()]
 
 
-def _open_ctc(folder: Path) -> PairSet:
+def _open_ctc(folder: Path, _encoding: str) -> PairSet:
     pairs: list[Pair] = []
     notes = []
     has_images = True
@@ -139,16 +143,16 @@ def _open_ctc(folder: Path) -> PairSet:
             read = partial(read_pair, name, raw[number], [mask], "labels") if raw else partial(_read_mask_only, mask)
             pairs.append(Pair(name=name, read=read))
         notes += _partly_annotated(parent, sequence, frames)
-    if not pairs:
-        raise DinocellError(f"{folder}: no man_seg*.tif in its SEG folders")
     return PairSet(pairs=tuple(pairs), note="; ".join(notes), has_images=has_images)
 
 
 def _partly_annotated(parent: Path, sequence: str, masks: dict[int, Path]) -> list[str]:
     """Return a note if there are fewer masks than markers, as in many gold sets."""
     markers = frame_files(parent / f"{sequence}_GT" / "TRA", "man_track")
-    both = [(masks[number], markers[number]) for number in masks if number in markers]
-    num_masks, num_markers = (sum(_num_cells(pair[k]) for pair in both) for k in (0, 1))
+    num_masks, num_markers = (
+        sum(np.count_nonzero(np.unique(read_labels(files[number]))) for number in masks.keys() & markers.keys())
+        for files in (masks, markers)
+    )
     if num_masks >= num_markers:
         return []
     return [
@@ -157,16 +161,12 @@ def _partly_annotated(parent: Path, sequence: str, masks: dict[int, Path]) -> li
     ]
 
 
-def _num_cells(path: Path) -> int:
-    return int(np.count_nonzero(np.unique(read_labels(path))))
-
-
 def _read_mask_only(mask: Path) -> PairContent:
     labels = read_labels(mask)
     return PairContent(image=Image(pixels=np.zeros((1, *labels.shape), np.uint8)), labels=labels)
 
 
-def _open_folders(folder: Path, encoding: str = "labels") -> PairSet:
+def _open_folders(folder: Path, encoding: str) -> PairSet:
     images = [path for path in sorted((folder / "images").iterdir()) if has_image_name(path.name)]
     names = [image_stem(path.name) for path in images]
     repeated = [name for name, count in Counter(names).items() if count > 1]
@@ -182,25 +182,17 @@ def _open_folders(folder: Path, encoding: str = "labels") -> PairSet:
     )
 
 
-def _open_cellpose(folder: Path) -> PairSet:
-    return PairSet(pairs=tuple(cellpose_pairs(folder)))
-
-
-def _open_dsb2018(folder: Path) -> PairSet:
-    return PairSet(pairs=tuple(dsb2018_pairs(folder)))
-
-
 def _has(*patterns: str) -> Callable[[Path], bool]:
     return lambda folder: all(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
 _FOLDERS = _has("images/*", "masks/*")
 # How a layout is recognised and opened; the first match counts.
-_LAYOUTS: Sequence[tuple[Callable[[Path], bool], Callable[[Path], PairSet]]] = (
+_LAYOUTS: Sequence[tuple[Callable[[Path], bool], Callable[[Path, str], PairSet]]] = (
     (lambda folder: bool(_sequences(folder)), _open_ctc),
     (_FOLDERS, _open_folders),
-    (_has("*_img.*", "*_masks.*"), _open_cellpose),
-    (_has("*/images/*", "*/masks/*"), _open_dsb2018),
+    (_has("*_img.*", "*_masks.*"), lambda folder, _: PairSet(pairs=tuple(cellpose_pairs(folder)))),
+    (_has("*/images/*", "*/masks/*"), lambda folder, _: PairSet(pairs=tuple(dsb2018_pairs(folder)))),
 )
 
 
@@ -223,8 +215,6 @@ def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[P
     DinocellError
         If the folder or files are missing, or a name has several files.
     """
-    if not folder.is_dir():
-        raise DinocellError(f"{folder}: expected a folder of label images")
     inside = folder / dataset if (folder / dataset).is_dir() else folder
     files: list[Path] = []
     missing: list[str] = []

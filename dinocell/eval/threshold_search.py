@@ -1,5 +1,7 @@
 """Find the postprocessing parameters that score best: a grid search on maps that are predicted once.
 
+`search` and `search_parameters` search given maps; `score_segmenter` predicts and scores images, as fine-tuning does.
+
 Every grid point is scored exactly as if the maps were postprocessed with its parameters and scored by
 `dinocell.eval.metrics.ctc`; `dinocell.eval.segmentation.pipeline` shares the work between points.
 """
@@ -18,8 +20,8 @@ import numpy as np
 from jaxtyping import Float, Float64, Integer
 
 from dinocell.errors import DinocellError
-from dinocell.eval.metrics.ctc import Counts, count, seg_and_det
-from dinocell.eval.metrics.matching import find_matches
+from dinocell.eval.metrics.ctc import Counts, count, ctc_score, seg_and_det
+from dinocell.eval.metrics.matching import find_matches, matching_score
 from dinocell.eval.metrics.overlaps import contingency_table
 from dinocell.eval.segmentation.pipeline import (
     CELL_FILL_RANGE,
@@ -28,11 +30,16 @@ from dinocell.eval.segmentation.pipeline import (
     STEPS,
     Axes,
     Decoded,
+    DINOCellPipeline,
+    decode,
     decode_distance_grid,
     threshold_values,
 )
 from dinocell.eval.segmentation.refine import Refinement
+from dinocell.finetune.model import DINOCell
 from dinocell.finetune.targets import DistancePostprocessing, Postprocessing
+from dinocell.finetune.train import Scored
+from dinocell.labelled.dataset import LabelledImage
 from dinocell.runtime.files import replacing
 
 Metric = Literal["op_csb", "seg", "det", "ap50", "f1_50"]
@@ -218,6 +225,8 @@ def search_parameters(
         Parameters that the grid does not vary.
     axes
         Values of the parameters to vary, replacing those of the target's default grid.
+    metric, workers, progress
+        As in `search`.
 
     Raises
     ------
@@ -245,10 +254,13 @@ def _search(
     progress: Callable[[int, int], None],
 ) -> GridSearch:
     """Sum the counts of every grid point over all images, one task per image and value of the first axis."""
-    if len(maps) != len(references) or not len(maps):
-        raise DinocellError(f"expected as many maps as references, got {len(maps)} and {len(references)}")
-    if metric not in METRICS:
-        raise DinocellError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    sizes = (len(maps), len(references))
+    for is_wrong, problem in (
+        (sizes[0] != sizes[1] or not sizes[0], "expected as many maps as references, got {} and {}".format(*sizes)),
+        (metric not in METRICS, f"metric: expected one of {', '.join(METRICS)}, got {metric!r}"),
+    ):
+        if is_wrong:
+            raise DinocellError(problem)
     first, *rest = (tuple(values) for values in axes.values())
     sums = np.zeros((len(first), *map(len, rest), len(Counts._fields) + 1))
 
@@ -294,3 +306,36 @@ def _pooled_scores(sums: Float64[np.ndarray, "... counts"]) -> dict[Metric, Floa
     with np.errstate(invalid="ignore"):
         ap50, f1_50 = matched / (num_cells - matched), 2 * matched / num_cells
     return {"op_csb": (seg + det) / 2, "seg": seg, "det": det, "ap50": ap50, "f1_50": f1_50}
+
+
+def score_segmenter(
+    model: DINOCell,
+    images: Sequence[LabelledImage],
+    find_thresholds: bool,
+    *,
+    crop_size: int | None = None,
+    stride: int | None = None,
+) -> Scored:
+    """Return SEG, DET, OP_CSB and F1 over all images pooled.
+
+    With ``find_thresholds`` the best point of a grid (distance maps: 20 x 20 thresholds, four merge distances, with and
+    without boundary refinement; flows: 9 x 9 thresholds) is scored and returned as settings, unless the model's own
+    settings score at least as well. The model is not changed, and predicts every image once.
+
+    ``crop_size`` and ``stride`` are those of the tiles, see `DINOCellPipeline`.
+    """
+    pipeline = DINOCellPipeline(model, next(model.parameters()).device, crop_size, stride=stride)
+    maps = [pipeline.maps(np.asarray(image.pixels), pixel_size_um=image.pixel_size_um) for image in images]
+    references = [np.ascontiguousarray(image.labels, dtype=np.int32) for image in images]
+    labels = [pipeline.cells(image_maps) for image_maps in maps]
+    settings: dict[str, float | bool | None] = {}
+    if find_thresholds and any(reference.any() for reference in references):
+        parameters = model.settings.postprocessing
+        search = search_parameters(maps, references, parameters, DECODERS[model.target].training_axes)
+        if not ctc_score(references, labels).op_csb >= search.best_score:
+            settings = search.best_point
+            labels = [decode(image_maps, search.best) for image_maps in maps]
+    ctc, matching = ctc_score(references, labels), matching_score(references, labels)
+    metrics = {"score/seg": ctc.seg, "score/det": ctc.det, "score/op_csb": ctc.op_csb}
+    metrics["score/f1_at_0.5"] = matching.at[0].f1
+    return Scored({name: float(value) for name, value in metrics.items()}, settings)

@@ -44,8 +44,10 @@ class Scored(NamedTuple):
 
 
 Scorer = Callable[[DINOCell, Sequence[LabelledImage], bool], Scored]
-"""Segments images and scores them; with True it also searches thresholds. `dinocell.eval.scoring.score_segmenter` is
-one; it is passed in because evaluation is a layer above training."""
+"""Segments images and scores them; with True it also searches thresholds.
+
+`dinocell.eval.threshold_search.score_segmenter` is one; it is passed in because evaluation is a layer above training.
+"""
 
 
 def finetune(config: FinetuneConfig, *, score: Scorer | None = None) -> Path:
@@ -56,8 +58,8 @@ def finetune(config: FinetuneConfig, *, score: Scorer | None = None) -> Path:
     Parameters
     ----------
     score
-        `dinocell.eval.scoring.score_segmenter`: called on the main rank every ``score_every`` epochs, and at the end to
-        choose the thresholds that are stored in the file. None: no scores, default thresholds.
+        `dinocell.eval.threshold_search.score_segmenter`: called on the main rank every ``score_every`` epochs, and at
+        the end to choose the thresholds that are stored in the file. None: no scores, default thresholds.
 
     Raises
     ------

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinocell.errors import ImageError
-from dinocell.eval.metrics.ctc import CTCScore, ctc_score_from
-from dinocell.eval.metrics.ctc_files import frame_files
+from dinocell.eval.metrics.ctc import CTCScore, ctc_score_from, frame_files
 from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
 from dinocell.labelled.masks import read_labels
 

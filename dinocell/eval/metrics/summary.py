@@ -1,20 +1,48 @@
-"""The rows of an evaluation's tables: one method on one image, or on several images pooled, with intervals."""
+"""Scores of a method on one image or on several pooled, with bootstrap confidence intervals.
+
+The bootstrap (Efron 1979, percentile method): every score is a formula of sums over units, images or cells. The units
+are resampled with replacement, and the formula of the resampled sums shows how the score varies from sample to sample.
+
+- Over images: the interval generalises to other images of the same kind. Needs a dozen or more; undefined for one.
+- Over cells: all reference cells and spurious predicted cells of all images are resampled. Cells of one image are
+  alike, so the interval is too narrow for other images, but it is all that a single image allows.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 
-from dinocell.eval.metrics.bootstrap import Interval, ctc_intervals, matching_intervals
-from dinocell.eval.metrics.ctc import ctc_score_from
-from dinocell.eval.metrics.ctc_files import OfficialScores
-from dinocell.eval.metrics.matching import matching_score_from
+from dinocell.eval.metrics.ctc import (
+    MISSED_COST,
+    SPLIT_COST,
+    SPURIOUS_COST,
+    OfficialScores,
+    ctc_score_from,
+    is_matched,
+    seg_and_det,
+)
+from dinocell.eval.metrics.matching import find_matches, matching_score_from
 from dinocell.eval.metrics.overlaps import ContingencyTable
 
 # With fewer images, an interval over images is unreliable; cells are resampled instead.
 _ENOUGH_IMAGES = 12
+_DRAWN_TOGETHER = 1 << 22  # indices, 32 MB
+
+Sums = Float64[np.ndarray, "draws quantities"]
+
+
+class Interval(NamedTuple):
+    """A score and its confidence interval; ``low`` and ``high`` are NaN for fewer than two units."""
+
+    value: float
+    low: float
+    high: float
+    num_undefined: int
+    """Resamples without a score (no reference cell); they are excluded from the interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,3 +158,138 @@ def pool(method: str, dataset: str, tables: Sequence[ContingencyTable]) -> Poole
 def _mean(values: Sequence[float]) -> float:
     defined = [value for value in values if not math.isnan(value)]
     return float(np.mean(defined)) if defined else math.nan
+
+
+def ctc_intervals(
+    tables: Iterable[ContingencyTable],
+    *,
+    over: Literal["images", "cells"] = "images",
+    confidence: float = 0.95,
+    num_draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return intervals of ``seg``, ``det`` and ``op_csb`` of `ctc_score`; see `bootstrap` for the options."""
+    units = _units((_ctc_cells(table) for table in tables), over=over, num_quantities=3)
+    return bootstrap(units, _ctc_formula, confidence=confidence, num_draws=num_draws, seed=seed)
+
+
+def matching_intervals(
+    tables: Iterable[ContingencyTable],
+    *,
+    threshold: int | float = 0.5,
+    over: Literal["images", "cells"] = "images",
+    confidence: float = 0.95,
+    num_draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return intervals of ``average_precision``, ``precision``, ``recall``, ``f1`` and ``panoptic_quality``.
+
+    They are the scores of `matching_score` at the IoU ``threshold``; see `bootstrap` for the options.
+    """
+    units = _units((_matching_cells(table, threshold) for table in tables), over=over, num_quantities=4)
+    return bootstrap(units, _matching_formula, confidence=confidence, num_draws=num_draws, seed=seed)
+
+
+def bootstrap(
+    units: Float64[np.ndarray, "units quantities"],
+    formula: Callable[[Sums], Mapping[str, np.ndarray]],
+    *,
+    confidence: float = 0.95,
+    num_draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Resample units with replacement and return an interval for each score.
+
+    Parameters
+    ----------
+    units
+        Contribution of each image or cell to the sums.
+    formula
+        Computes scores from sums, one row per resample; NaN where a score is undefined.
+    confidence
+        Confidence level, in (0, 1).
+    num_draws
+        Number of resamples. 2,000 determine the ends of a 95 % interval to about a twentieth of its width.
+    seed
+        The same seed gives the same resamples for the same number of units, so two models on the same images are
+        compared on the same resamples.
+    """
+    if not (0 < confidence < 1 and num_draws >= 1):
+        raise ValueError(f"expected 0 < confidence < 1 and num_draws >= 1, got {confidence} and {num_draws}")
+    values = {name: float(scores[0]) for name, scores in formula(np.ones((1, len(units))) @ units).items()}
+    if len(units) < 2:
+        return {name: Interval(value, np.nan, np.nan, 0) for name, value in values.items()}
+    drawn = formula(_drawn_sums(units, num_draws, np.random.default_rng(seed)))
+    return {name: _interval(value, drawn[name], confidence) for name, value in values.items()}
+
+
+def _drawn_sums(units: np.ndarray, num_draws: int, generator: np.random.Generator) -> np.ndarray:
+    num_units = len(units)
+    sums = np.empty((num_draws, units.shape[1]))
+    together = max(1, _DRAWN_TOGETHER // num_units)
+    for first in range(0, num_draws, together):
+        drawn = generator.integers(num_units, size=(min(together, num_draws - first), num_units))
+        for row, indices in enumerate(drawn, start=first):
+            sums[row] = np.bincount(indices, minlength=num_units) @ units
+    return sums
+
+
+def _interval(value: float, drawn: np.ndarray, confidence: float) -> Interval:
+    defined = drawn[~np.isnan(drawn)]
+    num_undefined = len(drawn) - len(defined)
+    if defined.size == 0:
+        return Interval(value, np.nan, np.nan, num_undefined)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(defined, (tail, 1 - tail)).tolist()
+    return Interval(value, low, high, num_undefined)
+
+
+def _units(cells: Iterable[np.ndarray], *, over: str, num_quantities: int) -> np.ndarray:
+    units = [rows if over == "cells" else rows.sum(axis=0, keepdims=True) for rows in cells]
+    return np.concatenate([np.empty((0, num_quantities)), *units])
+
+
+def _ctc_cells(table: ContingencyTable) -> np.ndarray:
+    """Return for each cell: Jaccard index, cost, 1 for a reference cell."""
+    matched = is_matched(table)
+    cells, matches = table.reference_index[matched], table.predicted_index[matched]
+    num_sharing = np.bincount(matches, minlength=table.num_predicted)
+    num_spurious = int((num_sharing == 0).sum())
+    rows = np.zeros((table.num_reference + num_spurious, 3))
+    rows[: table.num_reference, 1] = MISSED_COST
+    # k reference cells with the same match are k - 1 splits, shared equally among them.
+    rows[cells, 1] = SPLIT_COST * (1 - 1 / num_sharing[matches])
+    rows[cells, 0] = table.ious[matched]
+    rows[: table.num_reference, 2] = 1
+    rows[table.num_reference :, 1] = SPURIOUS_COST
+    return rows
+
+
+def _ctc_formula(sums: np.ndarray) -> dict[str, np.ndarray]:
+    seg, det = seg_and_det(sums[:, 0], sums[:, 1], sums[:, 2])
+    return {"seg": seg, "det": det, "op_csb": (seg + det) / 2}
+
+
+def _matching_cells(table: ContingencyTable, threshold: int | float) -> np.ndarray:
+    """Return for each cell: matched (0 or 1), IoU, missed, spurious."""
+    pairs = find_matches(table, threshold)
+    num_spurious = table.num_predicted - len(pairs)
+    rows = np.zeros((table.num_reference + num_spurious, 4))
+    rows[: table.num_reference, 2] = 1
+    rows[table.reference_index[pairs], 0] = 1
+    rows[table.reference_index[pairs], 1] = table.ious[pairs]
+    rows[table.reference_index[pairs], 2] = 0
+    rows[table.num_reference :, 3] = 1
+    return rows
+
+
+def _matching_formula(sums: np.ndarray) -> dict[str, np.ndarray]:
+    matched, iou, missed, spurious = sums.T
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, an undefined score
+        return {
+            "average_precision": matched / (matched + missed + spurious),
+            "precision": matched / (matched + spurious),
+            "recall": matched / (matched + missed),
+            "f1": 2 * matched / (2 * matched + missed + spurious),
+            "panoptic_quality": 2 * iou / (2 * matched + missed + spurious),
+        }

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dinocell.errors import DinocellError
+
 
 class ChannelConsistency(NamedTuple):
     """Similarity of fields to themselves and to others, across channels.
@@ -48,27 +50,17 @@ def channel_consistency(features: Float[Tensor, "b c d"], *, centre: bool = True
 
     Raises
     ------
-    ValueError
+    DinocellError
         If there are fewer than two fields or channels, or a feature is not finite.
     """
     fields, channels, _ = features.shape
-    if fields < 2 or channels < 2:
-        raise ValueError(f"expected two or more fields and channels to compare, got {fields} and {channels}")
-    if not features.isfinite().all():
-        raise ValueError("expected finite features, got NaN or infinity: the backbone or its input is broken")
-    features = features.float()
-    if centre:
-        features = features - features.mean((0, 1))
-    by_channel = normalize(features, dim=-1).transpose(0, 1)
-    same, different, retrieved = (features.new_zeros(channels, channels) for _ in range(3))
-    for query in range(channels):
-        for reference in range(channels):
-            cosine = by_channel[query] @ by_channel[reference].T
-            itself = cosine.diagonal().clone()
-            same[query, reference] = itself.mean()
-            different[query, reference] = (cosine.sum() - itself.sum()) / (fields * (fields - 1))
-            best_other = cosine.fill_diagonal_(-torch.inf).amax(1)
-            retrieved[query, reference] = (itself > best_other).float().mean()
+    for is_wrong, problem in (
+        (min(fields, channels) < 2, f"two or more fields and channels to compare, got {fields} and {channels}"),
+        (not features.isfinite().all(), "finite features, got NaN or infinity: the backbone or its input is broken"),
+    ):
+        if is_wrong:
+            raise DinocellError(f"expected {problem}")
+    same, different, retrieved = _by_pair(features, centre=centre).mean(-1)
     pairs = ~torch.eye(channels, dtype=torch.bool, device=features.device)
     same_field, different_field = float(same[pairs].mean()), float(different.mean())
     return ChannelConsistency(
@@ -90,19 +82,23 @@ def consistency_by_field(features: Float[Tensor, "b c d"], *, centre: bool = Tru
     difference, and the share of ordered channel pairs in which the field is retrieved. Their means over fields are
     ``same_field``, ``different_field``, ``margin`` and ``retrieval``.
     """
+    by_pair = _by_pair(features, centre=centre)
+    pairs = ~torch.eye(features.shape[1], dtype=torch.bool, device=features.device)
+    same, different, retrieved = by_pair[0, pairs].mean(0), by_pair[1].mean((0, 1)), by_pair[2, pairs].mean(0)
+    return torch.stack((same, different, same - different, retrieved), dim=1)
+
+
+def _by_pair(features: Float[Tensor, "b c d"], *, centre: bool) -> Float[Tensor, "3 c c b"]:
+    """Return for each query channel, reference channel and field: its cosine to itself and to others, and retrieval."""
     fields, channels, _ = features.shape
     features = features.float()
-    if centre:
-        features = features - features.mean((0, 1))
-    by_channel = normalize(features, dim=-1).transpose(0, 1)
-    same, different, retrieved = (features.new_zeros(fields) for _ in range(3))
+    by_channel = normalize(features - features.mean((0, 1)) if centre else features, dim=-1).transpose(0, 1)
+    by_pair = features.new_zeros(3, channels, channels, fields)
     for query in range(channels):
         for reference in range(channels):
             cosine = by_channel[query] @ by_channel[reference].T
             itself = cosine.diagonal().clone()
-            different += (cosine.sum(1) - itself) / (fields - 1) / channels**2
-            if query != reference:
-                best_other = cosine.fill_diagonal_(-torch.inf).amax(1)
-                same += itself / (channels * (channels - 1))
-                retrieved += (itself > best_other).float() / (channels * (channels - 1))
-    return torch.stack((same, different, same - different, retrieved), dim=1)
+            others = (cosine.sum(1) - itself) / (fields - 1)
+            best_other = cosine.fill_diagonal_(-torch.inf).amax(1)
+            by_pair[:, query, reference] = torch.stack((itself, others, (itself > best_other).float()))
+    return by_pair

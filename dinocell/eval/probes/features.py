@@ -1,7 +1,13 @@
-"""Features of images from a frozen backbone."""
+"""Features of images from a frozen backbone, in memory (`extract`) or in files that all probes share (`extract_to`)."""
 
+import csv
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +20,11 @@ from dinocell.data_shards.sources.field import LabelValue
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.eval.probes.image_sets import ImageSet, ProbeImage
 from dinocell.models.vit import VisionTransformer
+from dinocell.runtime.distributed import World, barrier
+from dinocell.runtime.files import folder_lock, replacing, write_atomically
+
+_log = logging.getLogger(__name__)
+_PLACE = "weights_from"
 
 Channels = Literal["stack", "bag", "mean", "each"]
 
@@ -81,45 +92,44 @@ def to_input(image: ProbeImage, backbone: VisionTransformer, settings: FeatureSe
     Raises
     ------
     DinocellError
-        If the channels do not fit the model.
+        If the channels, the image's size or the model's input convention do not fit.
     """
     assert image.pixels is not None
     pixels = torch.from_numpy(np.ascontiguousarray(image.pixels))
-    if settings.channels == "mean":
+    in_channels, convention = backbone.config.in_channels, backbone.card.input.convention
+    mode, names, expected = settings.channels, list(image.channel_names), backbone.card.input.channel_names
+    is_named = bool(expected) and set(expected) <= set(names)
+    takes = f"{in_channels} ({', '.join(expected)})" if expected else str(in_channels)
+    for is_wrong, problem in (
+        (mode != "stack" and in_channels != 1, f"channels {mode}: needs a model of one channel, this one has {takes}"),
+        (
+            mode == "stack" and not is_named and len(names) != in_channels,
+            f"has the channels {', '.join(names)}, the model takes {takes}",
+        ),
+        (
+            convention not in ("standardised", "unit"),
+            f"the model expects {convention} input; load it with input='standardised' or 'unit'",
+        ),
+    ):
+        if is_wrong:
+            raise DinocellError(f"{image.id}: {problem}")
+    if mode == "mean":
         pixels = pixels.mean(0, keepdim=True)
-    pixels = _stacked(image, pixels, backbone) if settings.channels == "stack" else pixels[:, None]
-    if settings.channels == "stack":
-        pixels = pixels[None]
-    elif backbone.config.in_channels != 1:
-        raise DinocellError(
-            f"channels {settings.channels}: needs a model of one channel, this one has {backbone.config.in_channels}"
-        )
+    if mode == "stack":
+        pixels = pixels[[names.index(name) for name in expected] if is_named else slice(None)][None]
+    else:
+        pixels = pixels[:, None]
     if settings.resize_size:
         height, width = pixels.shape[-2:]
         scale = settings.resize_size / min(height, width)
         size = (round(height * scale), round(width * scale))
         pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
     pixels = _cropped(pixels, settings.crop_size, backbone.config.patch_size)
-    convention = backbone.card.input.convention
-    if convention == "standardised":
-        # Population standard deviation and epsilon 1e-7 as in Cell-DINO: a blank channel becomes 0.
-        std, mean = torch.std_mean(pixels, dim=(-2, -1), keepdim=True, correction=0)
-        return (pixels - mean) / (std + 1e-7)
     if convention == "unit":
         return pixels
-    raise DinocellError(f"the model expects {convention} input; load it with input='standardised' or 'unit'")
-
-
-def _stacked(image: ProbeImage, pixels: Tensor, backbone: VisionTransformer) -> Float[Tensor, "c h w"]:
-    expected, names = backbone.card.input.channel_names, image.channel_names
-    if expected and set(expected) <= set(names):
-        return pixels[[names.index(name) for name in expected]]
-    if len(names) != backbone.config.in_channels:
-        raise DinocellError(
-            f"{image.id}: has the channels {', '.join(names)}, the model takes {backbone.config.in_channels}"
-            + (f" ({', '.join(expected)})" if expected else "")
-        )
-    return pixels
+    # Population standard deviation and epsilon 1e-7 as in Cell-DINO: a blank channel becomes 0.
+    std, mean = torch.std_mean(pixels, dim=(-2, -1), keepdim=True, correction=0)
+    return (pixels - mean) / (std + 1e-7)
 
 
 def _cropped(pixels: Tensor, crop: int, patch: int) -> Tensor:
@@ -195,44 +205,231 @@ def extract(
         If no image can be read, or the numbers of channels differ.
     """
     stop = len(images) if limit is None else min(limit, len(images))
-    rows: list[np.ndarray] = []
-    extracted: list[ProbeImage] = []
+    good: list[tuple[ProbeImage, np.ndarray]] = []
     problems: list[str] = []
-    names: tuple[str, ...] = ()
     for done, (image, row) in enumerate(feature_rows(backbone, images.images(0, stop), settings), start=1):
         progress(done)
         if row is None:
             problems.append(f"{image.id}: {image.problem}")
-            continue
-        if rows and row.shape != rows[0].shape:
-            raise DinocellError(other_channels(images, image.id, image.channel_names, names))
-        rows.append(row)
-        extracted.append(image)
-        names = names or image.channel_names
-    return _features(images, np.stack(rows) if rows else None, extracted, names, problems)
-
-
-def _features(
-    images: ImageSet,
-    values: np.ndarray | None,
-    extracted: Sequence[ProbeImage],
-    names: tuple[str, ...],
-    problems: Sequence[str],
-) -> Features:
-    if values is None:
-        raise DinocellError(f"{images.name}: no image could be read" + (f"; {problems[0]}" if problems else ""))
+        else:
+            good.append((image, row))
+    _check_rows(images, [(image.id, row.shape, image.channel_names) for image, row in good], problems)
     return Features(
-        values=values,
-        ids=tuple(image.id for image in extracted),
-        labels=tuple(image.labels for image in extracted),
-        channel_names=names,
+        values=np.stack([row for _, row in good]),
+        ids=tuple(image.id for image, _ in good),
+        labels=tuple(image.labels for image, _ in good),
+        channel_names=good[0][0].channel_names,
         problems=tuple(problems),
     )
 
 
-def other_channels(images: ImageSet, image_id: str, channels: Sequence[str], first: Sequence[str]) -> str:
-    """Return the error message for an image with other channels than the first one of its set."""
-    return (
-        f"{images.name}: {image_id} has the channels {', '.join(channels)}, the first image has {', '.join(first)}; "
-        "all features of a set must have the same shape"
+def _check_rows(
+    images: ImageSet, rows: Sequence[tuple[str, Sequence[int], Sequence[str]]], problems: Sequence[str]
+) -> None:
+    """Raise a DinocellError if there are no rows (image id, shape, channel names), or they differ in shape."""
+    first = rows[0] if rows else ("", (), ())
+    other = next((row for row in rows if tuple(row[1]) != tuple(first[1])), None)
+    if not rows:
+        problem = "no image could be read" + (f"; the first: {problems[0]}" if problems else "")
+    elif other is not None:
+        problem = (
+            f"{other[0]} has the channels {', '.join(other[2])}, the first image has {', '.join(first[2])}; "
+            "all features of a set must have the same shape"
+        )
+    else:
+        return
+    raise DinocellError(f"{images.name}: {problem}")
+
+
+def extract_to(
+    folder: Path,
+    backbone: VisionTransformer,
+    images: ImageSet,
+    settings: FeatureSettings,
+    *,
+    weights: str,
+    half: bool = False,
+    world: World | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Features:
+    """Extract the features of a set to a folder, resume an interrupted extraction, or read existing features.
+
+    ::
+
+        features.npy       (n d) or (n c d), float32 or float16, memory-mapped when read
+        rows.csv           one row per image: id and labels
+        extraction.json    weights (content and path), set and settings; a folder of another is rejected
+
+    Parameters
+    ----------
+    weights
+        Source of the backbone; files are compared by content, not by name.
+    half
+        Store float16.
+    world
+        Ranks over which the images are distributed; each calls this, and all return the same.
+    progress
+        Called with the number of images that this rank has processed.
+
+    Raises
+    ------
+    DinocellError
+        If the folder contains other features, another process is extracting them, or the folder cannot be created;
+        and as ``extract``.
+    """
+    world = world or World()
+    facts = {
+        "weights": fingerprint(weights),
+        "images": images.name,
+        "num_images": len(images),
+        "settings": {key: value for key, value in asdict(settings).items() if key != "batch_size"},
+        "dtype": "float16" if half else "float32",
+    }
+    part = folder / f".features-{world.rank}-of-{world.size}.jsonl"
+    with _claimed(folder, facts, weights) if world.is_main else nullcontext():
+        barrier()
+        if not (folder / "rows.csv").exists():
+            _extract_part(part, backbone, images, settings, world.part(len(images)), half=half, progress=progress)
+            barrier()
+            if world.is_main:
+                _join(folder, images, world.size, half=half)
+            barrier()
+    return read_features(folder)
+
+
+@contextmanager
+def _claimed(folder: Path, facts: Mapping[str, object], weights: str) -> Iterator[None]:
+    """Create the folder, lock it, so that two runs do not mix their rows, and record what it contains."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DinocellError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    record = folder / "extraction.json"
+    with folder_lock(folder, wait=False) as is_ours:
+        before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else facts
+        differing = [key for key, value in facts.items() if before.get(key) != json.loads(json.dumps(value))]
+        for is_wrong, problem in (
+            (
+                not is_ours and not (folder / "rows.csv").exists(),
+                ": another process is extracting these features; start again when it has finished",
+            ),
+            (
+                differing,
+                f" contains features with other {', '.join(differing)}; remove it, or choose another folder",
+            ),
+        ):
+            if is_wrong:
+                raise DinocellError(f"{folder}{problem}")
+        place = str(Path(weights).absolute()) if Path(weights).exists() else weights
+        write_atomically(record, json.dumps({**facts, _PLACE: place}, indent=1) + "\n")
+        yield
+
+
+def _extract_part(
+    part: Path,
+    backbone: VisionTransformer,
+    images: ImageSet,
+    settings: FeatureSettings,
+    span: slice,
+    *,
+    half: bool,
+    progress: Callable[[int], None],
+) -> None:
+    """Append a line and a row per image to this rank's part, after the complete lines of an earlier start."""
+    rows_path = part.with_suffix(".rows")
+    complete, size = _complete_lines(part, rows_path.stat().st_size if rows_path.exists() else 0)
+    done = len(complete)
+    dtype = np.float16 if half else np.float32
+    with part.open("w", encoding="utf-8") as lines, rows_path.open("ab") as rows:
+        lines.writelines(complete)
+        rows.truncate(size)
+        start = span.start + done
+        for count, (image, row) in enumerate(
+            feature_rows(backbone, images.images(start, span.stop), settings), start=done + 1
+        ):
+            content = b"" if row is None else np.ascontiguousarray(row, dtype).tobytes()
+            rows.write(content)
+            rows.flush()
+            line = {"id": image.id, "labels": dict(image.labels), "problem": image.problem, "bytes": len(content)}
+            line |= {"shape": [] if row is None else list(row.shape), "channels": list(image.channel_names)}
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+            progress(count)
+
+
+def _complete_lines(part: Path, num_bytes: int) -> tuple[list[str], int]:
+    """Return the complete lines whose rows are within the first ``num_bytes``, and the number of bytes of these rows.
+
+    After a crash either file may be shorter than the other.
+    """
+    complete: list[str] = []
+    size = 0
+    for line in part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []:
+        if not line.endswith("\n") or (after := size + int(json.loads(line)["bytes"])) > num_bytes:
+            break
+        complete.append(line)
+        size = after
+    return complete, size
+
+
+def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
+    parts = [folder / f".features-{rank}-of-{size}.jsonl" for rank in range(size)]
+    lines = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+    good = [line for line in lines if line["bytes"]]
+    problems = [f"{line['id']}: {line['problem']}" for line in lines if not line["bytes"]]
+    _check_rows(images, [(line["id"], line["shape"], line["channels"]) for line in good], problems)
+    for problem in problems:
+        _log.warning("skipped: %s", problem)
+    dtype = np.float16 if half else np.float32
+    values = np.concatenate([np.fromfile(part.with_suffix(".rows"), dtype) for part in parts])
+    with replacing(folder / "features.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, values.reshape(-1, *good[0]["shape"]))
+    write_atomically(folder / "channels.json", json.dumps(good[0]["channels"]))
+    write_atomically(folder / "problems.txt", "".join(f"{problem}\n" for problem in problems))
+    columns = sorted({key for line in good for key in line["labels"]})
+    # The table is the last file: its existence shows that the features are complete.
+    with replacing(folder / "rows.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as table:
+        writer = csv.writer(table)
+        writer.writerow(["id", *columns])
+        writer.writerows([line["id"], *(line["labels"].get(column, "") for column in columns)] for line in good)
+    for part in folder.glob(".features-*"):  # also those of a start with another number of ranks
+        part.unlink()
+
+
+def read_features(folder: Path) -> Features:
+    """Read features written by `extract_to`; values are memory-mapped.
+
+    Raises
+    ------
+    DinocellError
+        If the folder contains no complete features.
+    """
+    if not (folder / "rows.csv").exists():
+        raise DinocellError(
+            f"{folder}: contains no features (rows.csv is missing); extract them with 'dinocell features'"
+        )
+    with (folder / "rows.csv").open(encoding="utf-8", newline="") as file:
+        (_, *columns), *rows = csv.reader(file)  # by position: a label may also be called id
+    return Features(
+        # c: copy on write; torch warns about memory that is not writable.
+        values=np.load(folder / "features.npy", mmap_mode="c", allow_pickle=False),
+        ids=tuple(row[0] for row in rows),
+        labels=tuple(dict(zip(columns, row[1:], strict=True)) for row in rows),
+        channel_names=tuple(json.loads((folder / "channels.json").read_text(encoding="utf-8"))),
+        problems=tuple((folder / "problems.txt").read_text(encoding="utf-8").splitlines()),
     )
+
+
+def weights_of(folder: Path) -> str:
+    """Return the path of the weights at the time of extraction; "" if it was not recorded."""
+    record: dict[str, str] = json.loads((folder / "extraction.json").read_text(encoding="utf-8"))
+    return record.get(_PLACE, "")
+
+
+def fingerprint(weights: str) -> str:
+    """Return an identifier of weights: the hash of the content of a file, else the name."""
+    path = Path(weights)
+    if not path.is_file():
+        return weights
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from dinocell.data_shards.read import stream
+from dinocell.data_shards.sample import SampleInfo
 from dinocell.data_shards.sources.field import Field, FieldFile, LabelValue, Rejected, Source, read_field
 from dinocell.errors import DinocellError, ImageError
 from dinocell.images.read import has_image_name
@@ -77,11 +78,7 @@ class ShardImages:
         """Return samples in the order of the set; a damaged one is reported, not replaced."""
         for batch in self._open(position=start, stop=stop):
             info = batch.infos[0]
-            labels = dict(info.labels)
-            for key in ("plate", "well", "site"):
-                value = getattr(info, key)
-                if value is not None:
-                    labels.setdefault(key, value)
+            labels = _labels(info)
             name = f"{info.field}@{info.row},{info.column}"
             if batch.damaged:
                 yield ProbeImage(id=name, pixels=None, channel_names=(), labels=labels, problem=batch.damaged[0])
@@ -102,7 +99,9 @@ class FieldImages:
         if rejected:
             _log.warning("%s: %d inputs skipped; the first: %s", name, len(rejected), rejected[0].reason)
         if not self._fields:
-            raise DinocellError(f"{name}: no image found")
+            raise DinocellError(
+                f"{name}: no image found; expected a folder with one folder of images per class, or a set as published"
+            )
 
     def __len__(self) -> int:
         return len(self._fields)
@@ -128,17 +127,8 @@ class ClassFolders:
     input: Path
 
     def fields(self) -> Iterator[Field | Rejected]:
-        """List the images, class by class.
-
-        Raises
-        ------
-        DinocellError
-            If the folder has no folders, or one cannot be searched.
-        """
-        inside = sorted(self.input.iterdir()) if self.input.is_dir() else []
-        folders = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
-        if not folders:
-            raise DinocellError(f"{self.input}: expected a folder with one folder of images per class")
+        """List the images, class by class."""
+        folders = [path for path in sorted(self.input.glob("*")) if path.is_dir() and not path.name.startswith(".")]
         for folder in folders:
             label = base_name(folder)  # in one Unicode normalisation, as file systems differ
             for file in list_files(folder, folders_as_files=(".zarr",)):
@@ -146,12 +136,14 @@ class ClassFolders:
                     yield Field(id=f"{label}/{file.name}", files=(FieldFile(path=file.path),), labels={"class": label})
 
 
+def _labels(entry: Field | SampleInfo) -> dict[str, LabelValue]:
+    """Return the labels of a field or sample, with its plate, well and site."""
+    places = {key: value for key in ("plate", "well", "site") if (value := getattr(entry, key)) is not None}
+    return {**entry.labels, **{key: value for key, value in places.items() if key not in entry.labels}}
+
+
 def _read(field: Field) -> ProbeImage:
-    labels = dict(field.labels)
-    for key in ("plate", "well", "site"):
-        value = getattr(field, key)
-        if value is not None:
-            labels.setdefault(key, value)
+    labels = _labels(field)
     try:
         image = read_field(field)
         pixels = to_unit(image.pixels)

@@ -128,19 +128,26 @@ def _check(
     positive: tuple[float | int, ...],
     world: World,
 ) -> None:
-    part = world.part(len(labels))
-    if len(train) != part.stop - part.start:
-        raise ValueError(
-            f"expected {part.stop - part.start} training features for {len(labels)} labels and {world.size} ranks, got "
-            f"{len(train)}"
-        )
-    if not ks or min(ks) < 1 or max(ks) > len(labels):
-        raise ValueError(f"expected every k from 1 to {len(labels)} (the training images), got {list(ks)}")
-    if min(positive) <= 0:
-        raise ValueError(f"expected temperature and chunks above 0, got {positive}")
-    if labels.ndim == 1 and (labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)):
-        raise ValueError(f"expected class indices from 0 to below {num_classes}, got {labels.min()} to {labels.max()}")
+    part, number = world.part(len(labels)), len(labels)
+    classes = (labels.min(), labels.max()) if labels.ndim == 1 and number else (0, 0)
     broken = ~(train.isfinite().all() & queries.isfinite().all())
-    # All ranks raise, not only the one with the broken part.
-    if max_over_ranks(broken.int()) if world.size > 1 else broken:
-        raise ValueError("expected finite features, got NaN or infinity: the backbone or its input is broken")
+    if world.size > 1:  # all ranks raise, not only the one with the broken part
+        broken = max_over_ranks(broken.int()).bool()
+    for is_wrong, problem in (
+        (
+            len(train) != part.stop - part.start,
+            f"{part.stop - part.start} training features for {number} labels and {world.size} ranks, got {len(train)}",
+        ),
+        (
+            not ks or min(ks) < 1 or max(ks) > number,
+            f"every k from 1 to {number} (the training images), got {list(ks)}",
+        ),
+        (min(positive) <= 0, f"temperature and chunks above 0, got {positive}"),
+        (
+            classes[0] < 0 or (num_classes is not None and classes[1] >= num_classes),
+            f"class indices from 0 to below {num_classes}, got {classes[0]} to {classes[1]}",
+        ),
+        (broken, "finite features, got NaN or infinity: the backbone or its input is broken"),
+    ):
+        if is_wrong:
+            raise ValueError(f"expected {problem}")

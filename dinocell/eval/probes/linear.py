@@ -6,18 +6,20 @@ decay to 0. All classifiers use the same batches, so one matrix product serves a
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.eval.metrics.classification import ClassScores, Metric
+from dinocell.eval.probes.classification import Metric
+from dinocell.runtime.files import replacing
 
 # Cell-DINO's grid.
 LEARNING_RATES = (
@@ -50,23 +52,23 @@ class LinearSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
-            raise ConfigError(f"--learning-rates: expected numbers above 0, got {_listed(self.learning_rates)}")
-        if not self.weight_decays or not all(0 <= decay < math.inf for decay in self.weight_decays):
-            raise ConfigError(f"--weight-decays: expected numbers of at least 0, got {_listed(self.weight_decays)}")
-        if min(self.epochs, self.batch_size) < 1 or (self.epoch_steps is not None and self.epoch_steps < 1):
-            raise ConfigError("--epochs, --epoch-steps, --train-batch-size: expected at least 1")
-        if not 0 < self.validation_share < 1:
-            raise ConfigError(f"--validation-share: expected a share between 0 and 1, got {self.validation_share}")
+        rates, decays = self.learning_rates, self.weight_decays
+        counts = (self.epochs, self.batch_size, 1 if self.epoch_steps is None else self.epoch_steps)
+        share = self.validation_share
+        for is_valid, option, expected, values in (
+            (rates and all(0 < rate < math.inf for rate in rates), "--learning-rates", "numbers above 0", rates),
+            (decays and all(0 <= x < math.inf for x in decays), "--weight-decays", "numbers of at least 0", decays),
+            (min(counts) >= 1, "--epochs, --train-batch-size, --epoch-steps", "at least 1", counts),
+            (0 < share < 1, "--validation-share", "a share between 0 and 1", (share,)),
+        ):
+            if not is_valid:
+                got = ", ".join(f"{value:g}" for value in values) or "none"
+                raise ConfigError(f"{option}: expected {expected}, got {got}")
 
     @property
     def grid(self) -> list[tuple[float, float]]:
         """Learning rate and weight decay of each classifier."""
         return [(rate, decay) for rate in self.learning_rates for decay in self.weight_decays]
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values) or "none"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +86,7 @@ class Classifiers:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Classifier:
-    """One linear classifier, with what it says and needs."""
+    """One linear classifier, its classes, and the properties of the features that it requires."""
 
     weight: Float[Tensor, "c d"]
     bias: Float[Tensor, " c"]
@@ -112,20 +114,13 @@ class Classifier:
         from safetensors.torch import save
 
         said = {"classes": json.dumps(self.classes), "task": self.task, "features": json.dumps(self.features)}
-        content = save({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, metadata=said)
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors, metadata=said))
 
     @classmethod
     def load(cls, path: Path) -> "Classifier":
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        DinocellError
-            If the file is not one.
-        """
+        """Read what `save` wrote; raise a DinocellError if the file is something else."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -144,7 +139,7 @@ class Classifier:
 
 
 def split_off(count: int, share: float, *, seed: int) -> tuple[Int[Tensor, " t"], Int[Tensor, " v"]]:
-    """Return the numbers of the images to train on and to choose on; at least one of each."""
+    """Return the indices of the images for training and for selection; at least one of each."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held = min(max(1, round(share * count)), count - 1)
     if count < 2:
@@ -167,18 +162,18 @@ def train_grid(
     Parameters
     ----------
     features
-        Of any type, in memory or mapped from a file: a batch at a time is read.
+        Of any type, in memory or mapped from a file, of which one batch is read at a time.
     labels
-        Class numbers, for cross entropy; rows of zeros and ones, for binary cross entropy.
+        Class indices for cross entropy; rows of zeros and ones for binary cross entropy.
     rows
-        Which features the labels belong to; None: all of them.
+        Indices of the features that the labels belong to; None: all of them.
     progress
-        Called with the steps done and their number.
+        Called with the number of completed steps and their total.
 
     Raises
     ------
     ConfigError
-        If the loss is not for such labels.
+        If the loss does not fit the labels.
     """
     if (settings.loss == "cross_entropy") != (labels.ndim == 1):
         kind = "class labels" if labels.ndim == 1 else "multi-label rows"
@@ -260,10 +255,7 @@ def choose(
     metric: Metric,
 ) -> Choice:
     """Select the classifier with the best score on some images; ties are broken by index."""
-    values = []
-    for which in range(len(settings.grid)):
-        scores: ClassScores = metric(classifiers.scores(features, which=which), labels)
-        values.append(scores.value)
-    best = max(range(len(values)), key=lambda index: -math.inf if math.isnan(values[index]) else values[index])
+    values = [metric(classifiers.scores(features, which=which), labels).value for which in range(len(settings.grid))]
+    best = int(np.nan_to_num(values, nan=-np.inf).argmax())
     rate, decay = settings.grid[best]
     return Choice(which=best, learning_rate=rate, weight_decay=decay, chosen_by=values[best], all_scores=tuple(values))

@@ -45,13 +45,7 @@ class Retrieval:
 
 
 def check_wells(treatments: Sequence[str], plates: Sequence[str], wells: Sequence[str]) -> None:
-    """Raise if the images of a well have different treatments.
-
-    Raises
-    ------
-    DinocellError
-        If there is such a well; the message names the first.
-    """
+    """Raise a DinocellError that names the first well whose images have different treatments."""
     treatment_of: dict[tuple[str, str], str] = {}
     for treatment, plate, well in zip(treatments, plates, wells, strict=True):
         other = treatment_of.setdefault((plate, well), treatment)
@@ -97,15 +91,20 @@ def whiten(
     Raises
     ------
     DinocellError
-        If ``tvn`` has fewer than two controls on a plate.
+        If there are fewer than two wells, or ``tvn`` has fewer than two controls on a plate.
     """
     if method == "none":
         return profiles
     chosen = np.ones(len(profiles), bool) if method == "pca" or controls is None else controls
-    if method == "tvn" and controls is None:
-        raise DinocellError("--whiten tvn: needs wells of untreated cells: give --control")
-    if chosen.sum() < 2:
-        raise DinocellError("whitening needs at least two wells")
+    plate_of = np.asarray(plates)
+    few = [f"{p} has {n}" for p in np.unique(plate_of) if (n := (chosen & (plate_of == p)).sum()) < 2]
+    for is_wrong, problem in (
+        (method == "tvn" and controls is None, "tvn: needs wells of untreated cells: give --control"),
+        (method == "tvn" and few, f"tvn: expected at least 2 control wells on each plate, but plate {', '.join(few)}"),
+        (chosen.sum() < 2, f"{method}: needs at least 2 wells"),
+    ):
+        if is_wrong:
+            raise DinocellError(f"--whiten {problem}")
     centred = profiles - profiles[chosen].mean(0)
     values, vectors = np.linalg.eigh(np.cov(centred[chosen], rowvar=False).reshape(profiles.shape[1], -1))
     values = np.maximum(values, 0)
@@ -114,12 +113,9 @@ def whiten(
         return scaled
     whole = np.cov(scaled[chosen], rowvar=False) + regularisation * np.eye(scaled.shape[1])
     target = _root(whole, 0.5)
-    plate_of = np.asarray(plates)
     for plate in np.unique(plate_of):
         here = plate_of == plate
         own = here & chosen
-        if own.sum() < 2:
-            raise DinocellError(f"--whiten tvn: plate {plate} has {int(own.sum())} control wells, expected at least 2")
         shifted = scaled[here] - scaled[own].mean(0)
         covariance = np.cov(scaled[own], rowvar=False) + regularisation * np.eye(scaled.shape[1])
         scaled[here] = shifted @ _root(covariance, -0.5) @ target

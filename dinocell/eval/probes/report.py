@@ -1,7 +1,6 @@
 """Output of probes: scores (JSON, CSV, Markdown), figures, and an entry in the TensorBoard of the run."""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 
-from dinocell.eval.metrics.classification import ClassScores
+from dinocell.eval.probes.classification import ClassScores
+from dinocell.eval.report import to_json
 from dinocell.images.read import read_image
 from dinocell.runtime.files import replacing, write_atomically
 
@@ -38,7 +39,7 @@ def write_scores(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv", "md")]
     content = {"about": dict(about), "rows": [dict(row) for row in rows], "note": note}
-    write_atomically(paths[0], json.dumps(_plain(content), indent=1, allow_nan=False, default=str) + "\n")
+    write_atomically(paths[0], to_json(content))
     columns = list(rows[0]) if rows else []
     with replacing(paths[1]) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -65,69 +66,56 @@ def write_classes(
     -------
     Paths of the figures, by content.
     """
-    _write_table(folder / f"{name}_classes.csv", classes, scores)
-    figures = {"classes": folder / f"{name}_classes.png"}
-    _draw_bars(figures["classes"], classes, scores)
-    if table is not None:
-        figures["confusion"] = folder / f"{name}_confusion.png"
-        _draw_confusion(figures["confusion"], classes, table)
-    return figures
-
-
-def _write_table(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    f1, support = scores.f1, scores.support.tolist()
+    with (
+        replacing(folder / f"{name}_classes.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(("class", "f1", "images"))
-        for label, value, count in zip(classes, scores.f1.tolist(), scores.support.tolist(), strict=True):
+        for label, value, count in zip(classes, f1.tolist(), support, strict=True):
             writer.writerow((label, "" if math.isnan(value) else f"{value:.6f}", count))
-
-
-def _draw_bars(path: Path, classes: Sequence[str], scores: ClassScores) -> None:
-    plot = _matplotlib()
-    figure, axes = plot.subplots(figsize=(7, 1 + 0.24 * len(classes)), layout="constrained")
-    order = np.argsort(np.nan_to_num(scores.f1, nan=-1.0))
-    axes.barh(range(len(order)), np.nan_to_num(scores.f1[order]), color="#3b6ea5")
-    axes.set_yticks(range(len(order)), [f"{classes[k]} ({scores.support[k]})" for k in order], fontsize=8)
+    figures = {"classes": folder / f"{name}_classes.png"}
+    figure = Figure(figsize=(7, 1 + 0.24 * len(classes)), layout="constrained")
+    axes = figure.subplots()
+    order = np.argsort(np.nan_to_num(f1, nan=-1.0))
+    axes.barh(range(len(order)), np.nan_to_num(f1[order]), color="#3b6ea5")
+    axes.set_yticks(range(len(order)), [f"{classes[k]} ({support[k]})" for k in order], fontsize=8)
     axes.set_xlim(0, 1)
     axes.set_xlabel("F1 (in brackets: images of the class)")
     axes.margins(y=0.01)
-    _save(figure, path)
-
-
-def _draw_confusion(path: Path, classes: Sequence[str], table: Int[np.ndarray, "c c"]) -> None:
-    """Draw true classes (rows) against predicted ones, each row as shares, with counts for up to 20 classes."""
-    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    _draw_matrix(path, shares, classes, classes, "predicted", "true", numbers=table if len(classes) <= 20 else None)
+    _save(figure, figures["classes"])
+    if table is not None:
+        figures["confusion"] = folder / f"{name}_confusion.png"
+        shares = table / np.maximum(table.sum(1, keepdims=True), 1)  # of each true class
+        numbers = table if len(classes) <= 20 else None
+        _draw_matrix(figures["confusion"], shares, classes, ("true", "predicted"), numbers)
+    return figures
 
 
 def draw_pairs(path: Path, names: Sequence[str], values: Float[np.ndarray, "c c"], title: str) -> None:
     """Draw a matrix with one number per pair of channels."""
-    _draw_matrix(
-        path, values, names, names, "reference channel", "query channel", numbers=np.round(values, 2), title=title
-    )
+    _draw_matrix(path, values, names, ("query channel", "reference channel"), np.round(values, 2), title)
 
 
 def _draw_matrix(
     path: Path,
     values: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    across: str,
-    down: str,
-    *,
+    names: Sequence[str],
+    labels: tuple[str, str],
     numbers: np.ndarray | None,
     title: str = "",
 ) -> None:
-    plot = _matplotlib()
-    side = max(3.0, 1.6 + 0.42 * len(rows))
-    figure, axes = plot.subplots(figsize=(side + 0.6, side), layout="constrained")
+    """Draw a square matrix whose rows and columns have the same names, labelled (rows, columns)."""
+    side = max(3.0, 1.6 + 0.42 * len(names))
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(values, cmap="Blues", vmin=min(0.0, float(np.nanmin(values))), vmax=1)
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.set_xlabel(across)
-    axes.set_ylabel(down)
-    if title:
-        axes.set_title(title, fontsize=10)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylabel(labels[0])
+    axes.set_xlabel(labels[1])
+    axes.set_title(title, fontsize=10)
     if numbers is not None:
         for row, column in np.ndindex(numbers.shape):
             colour = "white" if values[row, column] > 0.6 else "black"
@@ -135,21 +123,9 @@ def _draw_matrix(
     _save(figure, path)
 
 
-def _matplotlib() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plot
-
-    return plot
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plot
-
+def _save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-    plot.close(figure)
 
 
 def log_to_run(weights: str, numbers: Mapping[str, float], figures: Mapping[str, Path]) -> Path | None:
@@ -169,17 +145,6 @@ def log_to_run(weights: str, numbers: Mapping[str, float], figures: Mapping[str,
         for name, path in figures.items():
             writer.add_image(name, read_image(path).pixels, int(match[2]), dataformats="CHW")
     return folder
-
-
-def _plain(value: Any) -> Any:
-    """Return a value for JSON, with null for NaN."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _shown(value: Any) -> str:

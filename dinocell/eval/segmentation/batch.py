@@ -27,7 +27,7 @@ from typing import Any
 from dinocell.errors import DinocellError, ImageError, StackError, one_line
 from dinocell.eval.export import writers
 from dinocell.eval.export.outlines import trace_cells
-from dinocell.eval.metrics.ctc_files import check_ids, write_mask
+from dinocell.eval.metrics.ctc import check_ids, write_mask
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
 from dinocell.images.image import Image
 from dinocell.images.read import IMAGE_SUFFIXES, count_frames, image_stem, read_image, read_stack

@@ -7,7 +7,7 @@ from sklearn.metrics import f1_score
 from torchmetrics.functional.classification import multiclass_f1_score, multilabel_f1_score
 
 from dinocell.errors import ConfigError
-from dinocell.eval.metrics.classification import (
+from dinocell.eval.probes.classification import (
     MULTILABEL,
     accuracy,
     confusion,

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from dinocell.eval.metrics import bootstrap as bootstrap_module
-from dinocell.eval.metrics.bootstrap import bootstrap, ctc_intervals, matching_intervals
+from dinocell.eval.metrics import summary as bootstrap_module
 from dinocell.eval.metrics.ctc import ctc_score_from
 from dinocell.eval.metrics.matching import matching_score_from
 from dinocell.eval.metrics.overlaps import ContingencyTable, contingency_table
+from dinocell.eval.metrics.summary import bootstrap, ctc_intervals, matching_intervals
 
 
 def mean_of(sums: np.ndarray) -> dict[str, np.ndarray]:
