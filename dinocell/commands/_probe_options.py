@@ -49,7 +49,7 @@ def open_pair(options: argparse.Namespace) -> tuple["ImageSet", "ImageSet"]:
     DinocellError
         If the options select none or several.
     """
-    from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
+    from dinocell.data_shards.sources.hpa_chammi import ChammiSource, HpaFovSource, HpaOneSource
     from dinocell.eval.probes.image_sets import FieldImages
 
     named = [name for name in _NAMED if getattr(options, name)]
@@ -93,7 +93,7 @@ def open_one(options: argparse.Namespace) -> "ImageSet":
     DinocellError
         If the options select none or several.
     """
-    from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
+    from dinocell.data_shards.sources.hpa_chammi import ChammiSource, HpaFovSource, HpaOneSource
     from dinocell.eval.probes.image_sets import FieldImages
 
     named = [name for name in _NAMED if getattr(options, name)]

@@ -30,10 +30,12 @@ def write_tiff(
     The same image always gives the same bytes. If it cannot be written (ImageError), an existing file is unchanged.
     """
     planes = pixels if pixels.ndim == 3 else pixels[None]
-    if pixels.dtype.name not in _TIFF_TYPES or pixels.size == 0:
-        raise ValueError(f"pixels: expected one of {', '.join(_TIFF_TYPES)}, got {pixels.dtype} of {pixels.shape}")
-    if channel_names and len(channel_names) != len(planes):
-        raise ValueError(f"channel_names: expected {len(planes)} or none, got {len(channel_names)}")
+    num_names = len(channel_names) or len(planes)
+    if pixels.dtype.name not in _TIFF_TYPES or pixels.size == 0 or num_names != len(planes):
+        raise ValueError(
+            f"expected pixels of {', '.join(_TIFF_TYPES)}, and no name or one per channel; got {pixels.dtype} of "
+            f"{pixels.shape} and {num_names} names"
+        )
     import tifffile
 
     # OME requires a UUID; derived from the content, it is the same in every run.

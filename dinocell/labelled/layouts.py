@@ -18,9 +18,8 @@ from jaxtyping import Integer
 
 from dinocell.errors import DinocellError
 from dinocell.images.image import Image
-from dinocell.images.name_pattern import NamePattern
+from dinocell.images.listing import Listed, NamePattern, list_files, nfc
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, read_image
-from dinocell.images.storage import Listed, list_files, nfc
 from dinocell.labelled.masks import (
     ENCODINGS,
     PairError,
