@@ -39,16 +39,16 @@ from dinocell.data_shards.manifest import (
 )
 from dinocell.data_shards.plan import BUILD_FOLDER, Plan, make_plan, open_plan
 from dinocell.data_shards.shard import (
+    UNREADABLE,
     IntensityRanges,
     ShardSettings,
-    UnusableFieldError,
     build_shard,
     check_num_unreadable,
     check_values,
-    prepare_image,
+    read_usable,
 )
-from dinocell.data_shards.sources.field import Field, Source, merged_channel_order, read_field
-from dinocell.errors import ImageError, ShardError
+from dinocell.data_shards.sources.field import Field, Rejected, Source, merged_channel_order
+from dinocell.errors import ShardError
 from dinocell.images.image import percentile_range
 from dinocell.runtime.files import replacing, write_atomically
 
@@ -393,12 +393,9 @@ def _ranges_of_plate(task: tuple[str, Sequence[Field], ShardSettings]) -> tuple[
     values: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     unreadable: list[str] = []
     for field in selected:
-        try:
-            image = prepare_image(read_field(field), settings)
-        except UnusableFieldError:
-            continue
-        except ImageError as error:
-            unreadable.append(str(error))
+        image = read_usable(field, settings)
+        if isinstance(image, Rejected):
+            unreadable += [image.reason] if image.kind == UNREADABLE else []
             continue
         for name, plane in zip(image.channel_names, image.pixels, strict=True):
             rows, columns = (max(1, side // _GRID) for side in plane.shape)

@@ -155,6 +155,8 @@ IntensityRanges = Mapping[str, Mapping[str, tuple[float, float]]]
 
 # So many unreadable fields never stop a build; a larger fraction than max_unreadable suggests a failing storage.
 _FEW = 3
+# The kind of reason for rejecting them.
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,40 +204,38 @@ def build_shard(
     writer = _ShardWriter(file, settings, ranges)
     unreadable: list[str] = []
     for field_ in fields:
-        try:
-            image = prepare_image(read_field(field_), settings)
-        except UnusableFieldError as error:
-            writer.rejected.append(Rejected(input=field_.id, kind=error.kind, reason=str(error)))
-        except ImageError as error:
+        result = read_usable(field_, settings)
+        if isinstance(result, Image):
+            writer.add(field_, result)
+            continue
+        writer.rejected.append(result)
+        if result.kind == UNREADABLE:
+            unreadable.append(result.reason)
             if strict:
-                raise ShardError(f"{error} (field {field_.id}; without --strict it would be skipped)") from error
-            unreadable.append(str(error))
-            writer.rejected.append(Rejected(input=field_.id, kind="unreadable", reason=str(error)))
-        else:
-            writer.add(field_, image)
-    check_num_unreadable(unreadable, len(fields), settings, of="a shard")
+                break
+    check_num_unreadable(unreadable, len(fields), settings, of="a shard", strict=strict)
     return writer.finish()
 
 
-def check_num_unreadable(reasons: Sequence[str], num_fields: int, settings: ShardSettings, *, of: str) -> None:
+def check_num_unreadable(
+    reasons: Sequence[str], num_fields: int, settings: ShardSettings, *, of: str, strict: bool = False
+) -> None:
     """Raise ShardError if so many fields cannot be read, for these reasons, that the storage must be at fault."""
-    if len(reasons) > max(_FEW, settings.max_unreadable * num_fields):
+    if len(reasons) > (0 if strict else max(_FEW, settings.max_unreadable * num_fields)):
         raise ShardError(
-            f"{len(reasons)} of {num_fields} fields of {of} cannot be read; check the storage. "
+            f"{reasons[0]} (without --strict, this field would be skipped)"
+            if strict
+            else f"{len(reasons)} of {num_fields} fields of {of} cannot be read; check the storage. "
             f"The first: {reasons[0]} (--max-unreadable 1 builds without them)"
         )
 
 
-class UnusableFieldError(ImageError):
-    """A field that can be read but gives no sample."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-def prepare_image(image: Image, settings: ShardSettings) -> Image:
-    """Return a field's image, bool as uint8; raise UnusableFieldError if it is too small, not finite or of no type."""
+def read_usable(field: Field, settings: ShardSettings) -> Image | Rejected:
+    """Read a field, bool as uint8; rejected if it is unreadable, too small, not finite or of an unsupported type."""
+    try:
+        image = read_field(field)
+    except ImageError as error:
+        return Rejected(input=field.id, kind=UNREADABLE, reason=str(error))
     pixels = image.pixels.view(np.uint8) if image.pixels.dtype == np.bool_ else image.pixels
     _, height, width = pixels.shape
     dtypes = CODECS[settings.codec].dtypes
@@ -247,9 +247,7 @@ def prepare_image(image: Image, settings: ShardSettings) -> Image:
         problem = "not finite", f"{num_bad} of {pixels.size} values are NaN or infinite"
     elif settings.bit_depth is None and pixels.dtype.name not in dtypes:
         problem = "type", f"codec {settings.codec}: expected {', '.join(dtypes)}, got {pixels.dtype}"
-    if problem:
-        raise UnusableFieldError(*problem)
-    return replace(image, pixels=pixels)
+    return Rejected(input=field.id, kind=problem[0], reason=problem[1]) if problem else replace(image, pixels=pixels)
 
 
 class _HashingFile:

@@ -40,10 +40,7 @@ class Image:
     pixel_size_um: float | None = None
 
     def __post_init__(self) -> None:
-        if self.channel_names and len(self.channel_names) != len(self.pixels):
-            raise ValueError(
-                f"channel_names: expected {len(self.pixels)} names or none, got {', '.join(self.channel_names)}"
-            )
+        assert len(self.channel_names) in (0, len(self.pixels)), "expected a name for every channel, or none"
 
     @property
     def is_colour(self) -> bool:
@@ -197,8 +194,7 @@ def to_uint8(pixels: Shaped[np.ndarray, "*shape"], low: int | float, high: int |
     ImageError
         If a value is not finite.
     """
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise ValueError(f"range: expected low <= high, got {low} and {high}")
+    assert -math.inf < low <= high < math.inf, f"expected low <= high, got {low} and {high}"
     pixels = _checked(pixels)
     if pixels.dtype in (np.uint8, np.uint16):
         # A lookup table of all levels, instead of arithmetic on every pixel.

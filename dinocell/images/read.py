@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import imagecodecs
 import numpy as np
 from jaxtyping import Shaped
 
@@ -196,8 +197,6 @@ def _decode_png(content: bytes, palette_as_colour: bool) -> Image:
 
         with _opened(PngImageFile, content) as image:
             return Image(pixels=np.asarray(image)[None].copy())
-    import imagecodecs
-
     # Not Pillow, which reduces 16-bit colour to 8 bit.
     pixels = imagecodecs.png_decode(content)
     return _coloured(pixels > 0 if bit_depth == 1 and pixels.ndim == 2 and colour_type == 0 else pixels)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from jaxtyping import Integer, Shaped
 
@@ -80,12 +81,6 @@ def write_png(path: str | Path, pixels: Shaped[np.ndarray, "h w"] | Shaped[np.nd
     planes = pixels if pixels.ndim == 3 else pixels[None]
     if planes.dtype == np.bool_:
         planes = planes.astype(np.uint8) * 255
-    if planes.dtype not in (np.uint8, np.uint16) or len(planes) not in (1, 3, 4) or planes.size == 0:
-        raise ValueError(
-            f"pixels: expected uint8, uint16 or bool with 1, 3 or 4 channels, got {pixels.dtype} of {pixels.shape}"
-        )
-    import imagecodecs
-
     samples = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
     # Always a copy: one pixel is contiguous in every order, and the encoder depends on the strides.
     content = imagecodecs.png_encode(samples.copy(order="C"))
