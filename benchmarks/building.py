@@ -20,9 +20,9 @@ import tifffile
 from _harness import ratio, write_result
 from reading import CHANNELS, Fields, synthetic_fields
 
-from dinocell.data_shards.build.tiles import TileSettings, tiles
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
 from dinocell.data_shards.sample import CODECS
+from dinocell.data_shards.shard import TileSettings, tiles
 
 
 def main() -> None:

@@ -27,9 +27,8 @@ from _harness import write_result
 
 from dinocell.commands._probe_options import open_set
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.demo.synthetic.field import CELL_SHAPES, CELL_TYPES, SyntheticConfig, make_field
 from dinocell.eval.probes.consistency import channel_consistency

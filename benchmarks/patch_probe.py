@@ -33,9 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.images.write import write_tiff
 from dinocell.models.export import Weights, save_weights

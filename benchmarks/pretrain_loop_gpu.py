@@ -18,8 +18,8 @@ import torch
 from _harness import synchronise, write_result
 from reading import CHANNELS, TILE, Fields, synthetic_fields
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings
 from dinocell.runtime.distributed import World
 from dinocell.ssl.config import (
     ComputeConfig,

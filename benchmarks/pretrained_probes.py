@@ -22,9 +22,8 @@ from _harness import write_result
 from channel_consistency import STAINS, field
 
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.demo.synthetic.field import CELL_TYPES
 from dinocell.eval.probes.classification import multiclass_f1

@@ -28,11 +28,10 @@ import torch
 from _harness import alternate, ratio, write_result
 from PIL import Image
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
 from dinocell.data_shards.read import loader, stream
 from dinocell.data_shards.sample import CODECS
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 

@@ -38,9 +38,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.files import ImagesSource
 from dinocell.demo.synthetic.textures import SHEET_PX, blurred, sheets, smooth_noise
 from dinocell.eval.probes.knn import knn_scores

@@ -23,11 +23,10 @@ import torch
 from _harness import write_result
 from scipy.ndimage import gaussian_filter
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import stream
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.eval.probes.knn import knn_scores
 from dinocell.images.write import write_tiff

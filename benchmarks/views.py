@@ -23,8 +23,8 @@ from _harness import alternate, ratio, write_result
 from pretrain_step import our_step
 from reading import CHANNELS, TILE, Fields, synthetic_fields
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings
 from dinocell.runtime.distributed import World
 from dinocell.ssl.config import DataConfig, Policy, PretrainConfig, ViewsConfig
 from dinocell.ssl.data import PlannedBatch, open_shards

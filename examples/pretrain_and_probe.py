@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dinocell.configs.load import find_recipe, load_config
-from dinocell.data_shards.build.write import build
-from dinocell.data_shards.sources.pattern import PatternSource
+from dinocell.data_shards.build import build
+from dinocell.data_shards.sources.files import PatternSource
 from dinocell.demo.synthetic.field import CELL_TYPES, SyntheticConfig, make_field
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import ShardImages

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Field, FieldFile, Rejected
 from dinocell.demo.synthetic.field import SyntheticConfig, make_field
 from dinocell.images.write import write_labels, write_tiff

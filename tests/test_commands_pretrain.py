@@ -13,9 +13,8 @@ import torch
 
 from dinocell.cli import main
 from dinocell.configs.load import find_recipe, load_config, text_override
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.images.write import write_tiff
 from dinocell.models.weights import read_weights

@@ -16,12 +16,11 @@ import pytest
 import torch
 import webdataset
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
 from dinocell.data_shards.manifest import read_index, read_manifest
 from dinocell.data_shards.read import Batch, Origin, SampleStream, loader, stream
 from dinocell.data_shards.sample import SampleInfo, decode_sample, raw_sample
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.errors import ShardError
 
 

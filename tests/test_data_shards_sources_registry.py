@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 
 from dinocell.data_shards.sources import registry as sources
-from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
 from dinocell.data_shards.sources.field import Field, Rejected, Source
-from dinocell.data_shards.sources.files import ImagesSource, MultichannelSource
-from dinocell.data_shards.sources.hpa import HpaSource
+from dinocell.data_shards.sources.files import ImagesSource, MultichannelSource, PatternSource
+from dinocell.data_shards.sources.hpa_chammi import ChammiSource, HpaFovSource, HpaOneSource, HpaSource
 from dinocell.data_shards.sources.load_data import LoadDataSource
-from dinocell.data_shards.sources.pattern import PatternSource
 from dinocell.data_shards.sources.phenix import PhenixSource
 from dinocell.data_shards.sources.registry import add_source_arguments, source_from
 from dinocell.data_shards.sources.table import LabelledSource

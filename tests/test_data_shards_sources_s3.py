@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinocell.data_shards.sources.chammi_hpa_tables import HpaFovSource, HpaOneSource
 from dinocell.data_shards.sources.field import read_field
 from dinocell.data_shards.sources.files import MultichannelSource
+from dinocell.data_shards.sources.hpa_chammi import HpaFovSource, HpaOneSource
 from dinocell.data_shards.sources.load_data import LoadDataSource
 from dinocell.data_shards.sources.phenix import PhenixSource
 from dinocell.errors import ImageError
-from dinocell.images.storage import list_files, open_bytes
+from dinocell.images.listing import list_files
+from dinocell.images.storage import open_bytes
 from dinocell.images.write import write_tiff
 from helpers.servers import serving_folder
 from helpers.sources import fields

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.errors import ConfigError, DinocellError
 from dinocell.eval.probes.features import (

@@ -18,8 +18,8 @@ from PIL import Image
 
 from dinocell.commands import dataset as dataset_command
 from dinocell.errors import DinocellError, ImageError
+from dinocell.images.listing import Listed, list_files
 from dinocell.images.read import read_image
-from dinocell.images.storage import Listed, list_files
 from dinocell.images.write import write_labels, write_png, write_tiff
 from dinocell.labelled import layouts as labelled_sources
 from dinocell.labelled.build import build_labelled

@@ -22,9 +22,8 @@ import pytest
 from dinocell import cli
 from dinocell.cli import main
 from dinocell.configs.load import to_yaml
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.images.write import write_tiff
 from dinocell.ssl.config import ComputeConfig, PretrainConfig

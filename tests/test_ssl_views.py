@@ -13,11 +13,10 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.data_shards.read import Batch, SampleStream, stream
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.images.write import write_tiff
 from dinocell.ssl.config import TargetChannels, ViewsConfig
 from dinocell.ssl.view_plan import ViewPlan, intensity_ranges, plan_views

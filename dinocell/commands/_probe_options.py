@@ -96,7 +96,7 @@ def _published(options: argparse.Namespace, *own: str) -> str:
 
 def _open_part(options: argparse.Namespace, published: str, split: str | None, *, is_alone: bool = False) -> "ImageSet":
     """Open a split of a published set; ``is_alone``: the set is named after its folder only."""
-    from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
+    from dinocell.data_shards.sources.hpa_chammi import ChammiSource, HpaFovSource, HpaOneSource
     from dinocell.eval.probes.image_sets import FieldImages
 
     folder = getattr(options, published)

@@ -140,8 +140,8 @@ def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
 
 def _images_in(path: Path, without: Path) -> list[Path]:
     """Return a file itself, or the images in a folder and its subfolders."""
+    from dinocell.images.listing import list_files
     from dinocell.images.read import has_image_name
-    from dinocell.images.storage import list_files
 
     if not path.is_dir() or path.suffix.lower() == ".zarr":
         return [path]

@@ -107,9 +107,8 @@ def _run_build(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dinocell.data_shards.build.shard import ShardSettings
-    from dinocell.data_shards.build.tiles import TileSettings
-    from dinocell.data_shards.build.write import BuildProgress, build
+    from dinocell.data_shards.build import BuildProgress, build
+    from dinocell.data_shards.shard import ShardSettings, TileSettings
     from dinocell.data_shards.sources.registry import source_from
 
     settings = ShardSettings(
@@ -166,7 +165,7 @@ def _add_merge(actions: Any) -> None:
 
 
 def _run_merge(options: argparse.Namespace) -> None:
-    from dinocell.data_shards.build.write import merge
+    from dinocell.data_shards.build import merge
 
     _print_summary(options.output, merge(options.output))
 

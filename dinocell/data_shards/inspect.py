@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped, UInt8, UInt64
 
-from dinocell.data_shards.build.workers import run_tasks
+from dinocell.data_shards.build import run_tasks
 from dinocell.data_shards.manifest import INDEX, Manifest, Shard, file_address, read_index, read_manifest
 from dinocell.data_shards.read import stream
 from dinocell.data_shards.sample import SampleInfo, decode_sample, parse_sample, raw_sample

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped, UInt64
 
-from dinocell.errors import ImageError, ShardError
+from dinocell.errors import ImageError, ShardError, one_line
 from dinocell.images.storage import local_path, open_bytes
 
 FORMAT_NAME = "dinocell shards"
@@ -117,7 +117,10 @@ def read_manifest(location: str | Path) -> Manifest:
         found = content.pop("format"), content.pop("version")
         problem = f"{found[0]!r} version {found[1]}, this DINOCell reads {FORMAT_NAME!r} version {FORMAT_VERSION}"
         if found == (FORMAT_NAME, FORMAT_VERSION):
-            return _parse_manifest(content)
+            manifest = _parse_manifest(content)
+            problem = _problem_of(manifest)
+            if not problem:
+                return manifest
     except (ImageError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"cannot be read, or damaged ({type(error).__name__}: {error})"
     raise ShardError(f"{path}: {problem}; build the set again")
@@ -129,20 +132,18 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
         name: ChannelStatistics(**{"std" if key == _OLD_STD else key: value for key, value in statistics.items()})
         for name, statistics in content["channels"].items()
     }
-    manifest = Manifest(**content)
-    num_samples = sum(shard.num_samples for shard in manifest.shards)
-    problem = ""
+    return Manifest(**content)
+
+
+def _problem_of(manifest: Manifest) -> str:
     for shard in manifest.shards:
         # Copies of remote shards are written under these names: a manifest must not choose another folder.
         if not re.fullmatch(r"\w[\w.-]*\.tar", shard.file) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-            problem = f"expected the name of a .tar file and a sha256, got {shard.file!r} and {shard.sha256!r}"
-    if not manifest.shards:
-        problem = f"the set is empty, {REJECTED} lists the reasons"
-    elif manifest.num_samples != num_samples or num_samples < 1:
-        problem = f"num_samples is {manifest.num_samples}, the shards have {num_samples}"
-    if problem:
-        raise ValueError(problem)
-    return manifest
+            return f"expected the name of a .tar file and a sha256, got {shard.file!r} and {shard.sha256!r}"
+    num_samples = sum(shard.num_samples for shard in manifest.shards)
+    if manifest.num_samples != num_samples or num_samples < 1:
+        return f"num_samples is {manifest.num_samples}, the shards have {num_samples}"
+    return ""
 
 
 def check_files(location: str | Path, manifest: Manifest) -> None:
@@ -180,7 +181,7 @@ def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "
         if index.shape == (manifest.num_samples, 2) and index.dtype == np.uint64:
             return index
     except (ImageError, OSError, ValueError, EOFError) as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
     raise ShardError(f"{path}: cannot be read, or not of this manifest ({problem}); build the set again")
 
 
@@ -191,8 +192,6 @@ def file_address(location: str | Path, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
-#
 # Intensity statistics of a channel over a whole data set, from histograms that are summed over shards.
 #
 # A value's bin is the upper half of its float32 bits: sign, exponent and 7 bits of the mantissa. So a bin is at most

@@ -23,11 +23,7 @@ from dinocell.data_shards.shard_set import ShardCache, ShardSet
 from dinocell.errors import ShardError
 from dinocell.images.storage import local_path
 
-# --- batch ----------------------------------------------------------------------------------------------------------
-#
-# A batch of tiles of any sizes and types, in one block of memory.
-
-# Tiles start at multiples of a cache line.
+# In a batch, tiles start at multiples of a cache line.
 _ALIGNMENT = 64
 
 
@@ -51,7 +47,7 @@ class SamplePlan(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """Decoded tiles of a rank's next samples.
+    """Decoded tiles of a rank's next samples, of any sizes and types, in one block of memory.
 
     Attributes
     ----------
@@ -109,9 +105,6 @@ def layout(infos: Sequence[SampleInfo], channels: Sequence[tuple[int, ...]]) -> 
 
 
 _TORCH_TYPES = {name: getattr(torch, name) for name in NUMBER_TYPES}
-
-
-__all__ = ["Batch", "Origin", "PlanSample", "SamplePlan", "SampleStream", "ShardSet", "loader", "stream"]
 
 _log = logging.getLogger(__name__)
 
@@ -281,10 +274,10 @@ def stream(
         If a set is missing or damaged, or the cache is too small.
     """
     locations = [sets] if isinstance(sets, str | Path) else list(sets)
-    if not 0 <= rank < world_size or batch_size < 1 or position < 0:
-        raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, position {position}: out of range")
+    numbers = f"rank {rank} of {world_size}, batch_size {batch_size}, position {position}"
     remote = [location for location in locations if local_path(location) is None]
     for is_wrong, problem in (
+        (not 0 <= rank < world_size or batch_size < 1 or position < 0, f"{numbers}: out of range"),
         (not locations, "no shard set given"),
         (remote and cache is None, f"{', '.join(map(str, remote))}: a remote set needs a cache, a local folder"),
         (weights and len(weights) != len(locations), f"expected {len(locations)} weights, one per set, got {weights}"),

@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
+import imagecodecs
 import numpy as np
 from jaxtyping import Shaped
 
 from dinocell.data_shards.sources.field import LabelValue
-from dinocell.errors import ShardError
+from dinocell.errors import ShardError, one_line
 
 
 class SampleError(ShardError):
@@ -157,25 +158,20 @@ def _parse_header(header: bytes) -> tuple[str, int]:
 
 def raw_sample(key: str, members: Mapping[str, bytes | memoryview]) -> RawSample:
     """Return a sample from its members by suffix, such as those of WebDataset; raise SampleError if it is damaged."""
-    try:
-        info = _parse_info(members["json"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise SampleError(
-            f"{key}: JSON member missing or damaged ({type(error).__name__}: {error}); got {', '.join(sorted(members))}"
-        ) from error
     by_channel: dict[int, tuple[str, memoryview]] = {}
     for suffix, content in members.items():
         match = re.fullmatch(r"c(\d+)\.(\w+)", suffix)
         if match and match[2] in CODECS:
             by_channel[int(match[1])] = (match[2], memoryview(content))
-    num_channels = len(info.channels)
-    has_channels = sorted(by_channel) == list(range(num_channels)) and len(info.crc32) == num_channels
-    if not has_channels or min(info.height, info.width) < 1:
-        raise SampleError(
-            f"{key}: expected {num_channels} channels of {info.height} x {info.width} with checksums, got members "
-            f"{', '.join(sorted(members))}"
-        )
-    return RawSample(key=key, info=info, members=tuple(by_channel[channel] for channel in range(num_channels)))
+    try:
+        info = _parse_info(members["json"])
+        indices = range(len(info.channels))
+        if sorted(by_channel) == list(indices) and len(info.crc32) == len(indices) and min(info.height, info.width) > 0:
+            return RawSample(key=key, info=info, members=tuple(by_channel[index] for index in indices))
+        problem = f"expected {len(indices)} channels of {info.height} x {info.width} with checksums"
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"JSON member missing or damaged ({type(error).__name__}: {error})"
+    raise SampleError(f"{key}: {problem}; got members {', '.join(sorted(members))}")
 
 
 def _parse_info(member: bytes | memoryview) -> SampleInfo:
@@ -214,15 +210,19 @@ def decode_sample(
         problem = "" if zlib.crc32(content) == info.crc32[channel] else "its checksum differs"
         try:
             if not problem:
-                get_codec(codec_name, plane.dtype).decode(content, plane)
+                decoded = get_codec(codec_name, plane.dtype).decode(content, plane)
+                if decoded.shape != plane.shape or decoded.dtype != plane.dtype:
+                    problem = f"expected {plane.dtype} of {plane.shape}, got {decoded.dtype} of {decoded.shape}"
+                elif decoded is not plane:
+                    plane[...] = decoded
         except (ValueError, RuntimeError, OSError, EOFError) as error:
-            problem = f"it cannot be decoded: {' '.join(str(error).split())}"
+            problem = f"it cannot be decoded: {one_line(error)}"
         if problem:
             raise SampleError(f"{sample.key}: channel {info.channels[channel]} is damaged ({problem})")
     return out
 
 
-# --- codecs: lossless encodings of one channel of a tile ------------------------------------------------------------
+# Codecs: lossless encodings of one channel of a tile.
 #
 # ========  ==============================  =========================================================================
 # suffix    encoding                        use
@@ -237,10 +237,10 @@ _PCODEC_LEVEL = 8
 
 
 class Codec(NamedTuple):
-    """Encoder of a plane (h w), decoder into an array of the same shape and type, and the supported types."""
+    """Encoder of a plane (h w), decoder, which may use an array of the plane's shape and type, and supported types."""
 
     encode: Callable[[np.ndarray], bytes]
-    decode: Callable[[memoryview, np.ndarray], None]
+    decode: Callable[[memoryview, np.ndarray], np.ndarray]
     dtypes: tuple[str, ...]
 
 
@@ -251,40 +251,11 @@ def get_codec(name: str, dtype: np.dtype) -> Codec:
         problem = f"expected one of {', '.join(CODECS)}"
     elif dtype.name not in CODECS[name].dtypes:
         problem = f"expected {', '.join(CODECS[name].dtypes)}, got {dtype}"
-    elif name == "pco":
-        import imagecodecs
-
-        if not imagecodecs.PCODEC.available:
-            problem = "this installation of imagecodecs lacks pcodec; install its wheel, or build with --codec png"
+    elif name == "pco" and not imagecodecs.PCODEC.available:
+        problem = "this installation of imagecodecs lacks pcodec; install its wheel, or build with --codec png"
     if problem:
         raise ShardError(f"codec {name}: {problem}")
     return CODECS[name]
-
-
-def _encode_pco(plane: Shaped[np.ndarray, "h w"]) -> bytes:
-    import imagecodecs
-
-    return bytes(imagecodecs.pcodec_encode(plane, level=_PCODEC_LEVEL))
-
-
-def _decode_pco(content: memoryview, out: Shaped[np.ndarray, "h w"]) -> None:
-    import imagecodecs
-
-    decoded = imagecodecs.pcodec_decode(content, out=out)  # type: ignore[arg-type]  # takes any buffer
-    if decoded.size != out.size:
-        raise ValueError(f"expected {out.size} values, got {decoded.size}")
-
-
-def _encode_png(plane: Shaped[np.ndarray, "h w"]) -> bytes:
-    import imagecodecs
-
-    return bytes(imagecodecs.png_encode(plane))
-
-
-def _decode_png(content: memoryview, out: Shaped[np.ndarray, "h w"]) -> None:
-    import imagecodecs
-
-    _copy(imagecodecs.png_decode(content), out)  # type: ignore[arg-type]  # takes any buffer
 
 
 def _encode_npy(plane: Shaped[np.ndarray, "h w"]) -> bytes:
@@ -293,32 +264,19 @@ def _encode_npy(plane: Shaped[np.ndarray, "h w"]) -> bytes:
     return buffer.getvalue()
 
 
-def _decode_npy(content: memoryview, out: Shaped[np.ndarray, "h w"]) -> None:
-    _copy(np.load(io.BytesIO(content), allow_pickle=False), out)
-
-
-def _copy(plane: Shaped[np.ndarray, "..."], out: Shaped[np.ndarray, "h w"]) -> None:
-    if plane.shape != out.shape or plane.dtype != out.dtype:
-        raise ValueError(f"expected {out.dtype} of {out.shape}, got {plane.dtype} of {plane.shape}")
-    out[...] = plane
-
-
-NUMBER_TYPES = (
-    "uint8",
-    "int8",
-    "uint16",
-    "int16",
-    "uint32",
-    "int32",
-    "uint64",
-    "int64",
-    "float16",
-    "float32",
-    "float64",
-)
+_INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+NUMBER_TYPES = (*_INTEGERS, "float16", "float32", "float64")
 
 CODECS = {
-    "pco": Codec(_encode_pco, _decode_pco, NUMBER_TYPES),
-    "png": Codec(_encode_png, _decode_png, ("uint8", "uint16")),
-    "npy": Codec(_encode_npy, _decode_npy, NUMBER_TYPES),
+    "pco": Codec(
+        lambda plane: bytes(imagecodecs.pcodec_encode(plane, level=_PCODEC_LEVEL)),
+        lambda content, out: imagecodecs.pcodec_decode(content, out=out),  # type: ignore[arg-type]  # takes any buffer
+        NUMBER_TYPES,
+    ),
+    "png": Codec(
+        lambda plane: bytes(imagecodecs.png_encode(plane)),
+        lambda content, _: imagecodecs.png_decode(content),  # type: ignore[arg-type]
+        ("uint8", "uint16"),
+    ),
+    "npy": Codec(_encode_npy, lambda content, _: np.asarray(np.load(io.BytesIO(content))), NUMBER_TYPES),
 }

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build
+from dinocell.data_shards.build import build
 from dinocell.data_shards.manifest import Manifest
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Source
 from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.data_shards.sources.table import LabelledSource

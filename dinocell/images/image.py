@@ -6,7 +6,7 @@ import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Integer, Shaped, UInt8
@@ -40,10 +40,7 @@ class Image:
     pixel_size_um: float | None = None
 
     def __post_init__(self) -> None:
-        if self.channel_names and len(self.channel_names) != len(self.pixels):
-            raise ValueError(
-                f"channel_names: expected {len(self.pixels)} names or none, got {', '.join(self.channel_names)}"
-            )
+        assert len(self.channel_names) in (0, len(self.pixels)), "expected a name for every channel, or none"
 
     @property
     def is_colour(self) -> bool:
@@ -163,18 +160,6 @@ def as_image(image: Shaped[np.ndarray, "..."]) -> Image:
     return Image(pixels=image, channel_names=names)
 
 
-@runtime_checkable
-class Frames(Protocol):
-    """An open image file whose frames are read one at a time."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Image: ...
-
-    def close(self) -> None:
-        """Close the file."""
-
-
 class Range(NamedTuple):
     """The grey levels that are mapped to black and white."""
 
@@ -190,16 +175,10 @@ def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: 
     ImageError
         If a value is not finite, or there are no pixels.
     """
-    if not 0 <= low <= high <= 100:
-        raise ValueError(f"percentiles: expected 0 <= low <= high <= 100, got {low} and {high}")
-    if pixels.size == 0:
-        raise ImageError("the image has no pixels")
-    if pixels.dtype == np.bool_:
-        pixels = pixels.view(np.uint8)
+    pixels = _checked(pixels)
     if pixels.dtype in (np.uint8, np.uint16):
         counts = np.bincount(pixels.ravel()).cumsum()  # 20 times faster than sorting 4 megapixels
         return Range(*(_level_of(counts, pixels.size, percent) for percent in (low, high)))
-    _check_finite(pixels)
     if pixels.dtype.kind in "iu" or pixels.dtype == np.float16:
         pixels = pixels.astype(np.float64)  # differences of levels may overflow these types
     return Range(*(float(level) for level in np.percentile(pixels, (low, high))))
@@ -215,15 +194,12 @@ def to_uint8(pixels: Shaped[np.ndarray, "*shape"], low: int | float, high: int |
     ImageError
         If a value is not finite.
     """
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise ValueError(f"range: expected low <= high, got {low} and {high}")
-    if pixels.dtype == np.bool_:
-        pixels = pixels.view(np.uint8)
+    assert -math.inf < low <= high < math.inf, f"expected low <= high, got {low} and {high}"
+    pixels = _checked(pixels)
     if pixels.dtype in (np.uint8, np.uint16):
         # A lookup table of all levels, instead of arithmetic on every pixel.
         table = _mapped(np.arange(np.iinfo(pixels.dtype).max + 1, dtype=np.float64), low, high)
         return np.asarray(table[pixels])
-    _check_finite(pixels)
     return _mapped(pixels.astype(np.float64), low, high)
 
 
@@ -241,7 +217,13 @@ def _level_of(counts: Integer[np.ndarray, " levels"], total: int, percent: float
     return below + (above - below) * (rank - math.floor(rank))
 
 
-def _check_finite(pixels: Shaped[np.ndarray, "..."]) -> None:
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        bad = int(pixels.size - np.isfinite(pixels).sum())
-        raise ImageError(f"{bad} of {pixels.size} values are not finite (NaN or infinite); replace them first")
+def _checked(pixels: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+    """Return pixels, bool as uint8; raise ImageError if there are none, or values that are not finite."""
+    bad = int(pixels.size - np.isfinite(pixels).sum()) if pixels.dtype.kind == "f" else 0
+    if bad or pixels.size == 0:
+        raise ImageError(
+            f"{bad} of {pixels.size} values are not finite (NaN or infinite); replace them first"
+            if bad
+            else "the image has no pixels"
+        )
+    return pixels.view(np.uint8) if pixels.dtype == np.bool_ else pixels

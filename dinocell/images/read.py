@@ -13,21 +13,25 @@ black part.
 """
 
 import io
+import itertools
+import math
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import imagecodecs
 import numpy as np
 from jaxtyping import Shaped
 
 from dinocell.errors import ImageError, StackError, one_line
-from dinocell.images.image import COLOURS, MAX_CHANNELS, Frames, Image, header_errors, is_constant, native
-from dinocell.images.storage import local_path, open_bytes
+from dinocell.images.image import COLOURS, MAX_CHANNELS, Image, header_errors, is_constant, native, square_pixel
+from dinocell.images.storage import bucket_options, local_path, open_bytes
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
+
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy", ".zarr", ".nd2", ".czi")
 
@@ -71,7 +75,7 @@ def read_image(
     ImageError
         If the file cannot be read completely, or has several frames and none is chosen; one line that names the file.
     """
-    with _errors_named(path), closing(_open(path, palette_as_colour=palette_as_colour)) as frames:
+    with _errors_named(path), _open(path, palette_as_colour=palette_as_colour) as frames:
         if frames_as_channels:
             return _as_channels([frames[index] for index in range(len(frames))])
         if frame is None and len(frames) > 1:
@@ -86,18 +90,14 @@ def read_image(
 
 def read_stack(path: str | Path) -> Iterator[Image]:
     """Yield the frames of a file one by one, in the file's order; errors as in `read_image`."""
-    with _errors_named(path):
-        frames = _open(path)
-    with closing(frames):
+    with _errors_named(path), _open(path) as frames:
         for index in range(len(frames)):
-            with _errors_named(path):
-                image = frames[index]
-            yield image
+            yield frames[index]
 
 
 def count_frames(path: str | Path) -> int:
     """Return the number of frames; reads only the headers of a TIFF. Errors as in `read_image`."""
-    with _errors_named(path), closing(_open(path)) as frames:
+    with _errors_named(path), _open(path) as frames:
         return len(frames)
 
 
@@ -116,34 +116,39 @@ def _errors_named(path: str | Path) -> Iterator[None]:
         raise kind(reason if str(path) in reason else f"{path}: {reason}") from error
 
 
-class _OneFrame(list[Image]):
-    """The single frame of a file, decoded already."""
+@runtime_checkable
+class _Frames(Protocol):
+    """An open image file whose frames are read one at a time."""
 
-    def close(self) -> None:
-        """Do nothing: no file is open."""
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Image: ...
 
 
-def _open(path: str | Path, *, palette_as_colour: bool = True) -> Frames:
+@contextmanager
+def _open(path: str | Path, *, palette_as_colour: bool = True) -> Iterator[_Frames]:
     if str(path).rstrip("/").endswith(".zarr"):
-        from dinocell.images.microscope import ZarrFrames
-
-        return ZarrFrames(str(path))
+        yield _ZarrFrames(str(path))
+        return
     local = local_path(path)
     content = open_bytes(path) if local is None else None
     head = content[:512] if content is not None else open_bytes(path, first=512)
+    is_nd2_or_czi = head.startswith((_ND2, _CZI)) or (head.startswith(_OLD_ND2) and str(path).lower().endswith(".nd2"))
     if head.startswith(_TIFF):
         from dinocell.images.tiff import TiffFrames
 
-        return TiffFrames(str(local) if content is None else io.BytesIO(content))
-    if head.startswith((_ND2, _CZI)) or (head.startswith(_OLD_ND2) and str(path).lower().endswith(".nd2")):
-        from dinocell.images.microscope import MicroscopeFrames
-
-        if local is None:
-            raise ImageError("ND2 and CZI files must be local; download it first")
-        return MicroscopeFrames(str(local))
-    if not head.startswith((_PNG, _JPEG, _BMP, _NPY)):
-        raise ImageError(_not_an_image(head, Path(str(path)).suffix.lower()))
-    return _OneFrame([_decode(content if content is not None else open_bytes(path), palette_as_colour)])
+        with closing(TiffFrames(str(local) if content is None else io.BytesIO(content))) as frames:
+            yield frames
+    elif head.startswith((_PNG, _JPEG, _BMP, _NPY)):
+        yield [_decode(content if content is not None else open_bytes(path), palette_as_colour)]
+    elif is_nd2_or_czi and local is not None:
+        yield _BioioFrames(str(local))
+    else:
+        raise ImageError(
+            "ND2 and CZI files must be local; download it first"
+            if is_nd2_or_czi
+            else _not_an_image(head, Path(str(path)).suffix.lower())
+        )
 
 
 def _not_an_image(head: bytes, suffix: str) -> str:
@@ -192,8 +197,6 @@ def _decode_png(content: bytes, palette_as_colour: bool) -> Image:
 
         with _opened(PngImageFile, content) as image:
             return Image(pixels=np.asarray(image)[None].copy())
-    import imagecodecs
-
     # Not Pillow, which reduces 16-bit colour to 8 bit.
     pixels = imagecodecs.png_decode(content)
     return _coloured(pixels > 0 if bit_depth == 1 and pixels.ndim == 2 and colour_type == 0 else pixels)
@@ -230,3 +233,103 @@ def _as_channels(frames: list[Image]) -> Image:
         raise ImageError(f"{len(frames)} frames of {len(kinds)} sizes or types cannot be the channels of one image")
     names = frames[0].channel_names if len(frames) == 1 else ()
     return replace(frames[0], pixels=np.concatenate([frame.pixels for frame in frames]), channel_names=names)
+
+
+class _ZarrFrames:
+    """An OME-Zarr group at its highest resolution, as a list of frames that are read one at a time.
+
+    Missing chunks have the array's fill value, as the format defines it: an incomplete copy is indistinguishable from
+    an empty region. Read with the package zarr alone: bioio needs two more packages and gives no access by bucket.
+    """
+
+    @header_errors()
+    def __init__(self, address: str) -> None:
+        try:
+            import zarr
+        except ImportError:
+            raise ImageError("reading OME-Zarr needs the package zarr: pip install 'zarr>=3'") from None
+        group: Any = zarr.open_group(address, mode="r", storage_options=bucket_options(address) or None)
+        attributes: dict[str, Any] = dict(group.attrs)
+        attributes = attributes.get("ome", attributes)  # version 0.5 has one key for everything
+        if not attributes.get("multiscales"):
+            raise ImageError("not an OME-Zarr image: no 'multiscales'; images of a plate are in its subfolders")
+        scales = attributes["multiscales"][0]
+        self._array = group[scales["datasets"][0]["path"]]
+        axes = [axis if isinstance(axis, dict) else {"name": axis} for axis in scales["axes"]]
+        names = [str(axis["name"]).lower() for axis in axes]
+        if names[-2:] != ["y", "x"] or len(names) != len(self._array.shape):
+            raise ImageError(f"its axes are {names}, of sizes {self._array.shape}; expected y and x as the last two")
+        self._frame_axes = [k for k, name in enumerate(names) if name not in ("c", "y", "x")]
+        self._frame_shape = [int(self._array.shape[k]) for k in self._frame_axes]
+        self._pixel_size_um = _zarr_pixel_size_um(axes, scales)
+        channels = attributes.get("omero", {}).get("channels", [])
+        self._channel_names = tuple(str(channel.get("label", "")) for channel in channels)
+
+    def __len__(self) -> int:
+        return math.prod(self._frame_shape)
+
+    @header_errors()
+    def __getitem__(self, index: int) -> Image:
+        selection: list[Any] = [slice(None)] * len(self._array.shape)
+        for axis, position in zip(self._frame_axes, np.unravel_index(index, self._frame_shape), strict=True):
+            selection[axis] = int(position)
+        return _image(self._array[tuple(selection)], self._channel_names, self._pixel_size_um)
+
+
+def _zarr_pixel_size_um(axes: list[dict[str, Any]], scales: dict[str, Any]) -> float | None:
+    sizes = np.ones(len(axes))
+    for level in (scales["datasets"][0], scales):
+        for transform in level.get("coordinateTransformations", []):
+            if transform["type"] == "scale":
+                sizes = sizes * transform["scale"]
+    um_per_unit = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}
+    units = [um_per_unit.get(str(axis.get("unit"))) for axis in axes[-2:]]
+    if units[0] is None or units[0] != units[1]:
+        return None
+    return square_pixel(float(sizes[-1] * units[0]), float(sizes[-2] * units[0]))
+
+
+class _BioioFrames:
+    """A local ND2 or CZI file through bioio, as a list of frames: scenes, their time points, and slices of these."""
+
+    @header_errors()
+    def __init__(self, path: str) -> None:
+        self._file: Any = None
+        with suppress(ImportError):
+            from bioio import BioImage
+            from bioio_base.exceptions import UnsupportedFileFormatError
+
+            with suppress(UnsupportedFileFormatError):  # bioio is installed without its plug-in for this format
+                self._file = BioImage(path)
+        if self._file is None:
+            raise ImageError(
+                "reading ND2 and CZI needs an extra: pip install 'dinocell-toolkit[microscopes]', or export as OME-TIFF"
+            )
+        self._frames: list[tuple[int, int, int]] = []
+        for scene in range(len(self._file.scenes)):
+            self._file.set_scene(scene)
+            sizes = self._file.dims
+            self._frames += itertools.product([scene], range(sizes.T), range(sizes.Z))
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @header_errors()
+    def __getitem__(self, index: int) -> Image:
+        scene, time, z = self._frames[index]
+        self._file.set_scene(scene)
+        is_colour = "S" in self._file.dims.order
+        pixels = self._file.get_image_dask_data("CSYX" if is_colour else "CYX", T=time, Z=z).compute()
+        size = self._file.physical_pixel_sizes
+        names = tuple(self._file.channel_names or ())
+        if is_colour and math.prod(pixels.shape[:-2]) == len(COLOURS):
+            names = COLOURS
+        return _image(pixels, names, square_pixel(size.X, size.Y))
+
+
+def _image(pixels: Any, names: tuple[str, ...], pixel_size_um: float | None) -> Image:
+    """Return (... h w) as an image; names are dropped unless every channel has one."""
+    pixels = np.asarray(pixels)
+    pixels = native(pixels.reshape(-1, *pixels.shape[-2:]))
+    names = names if len(names) == len(pixels) and all(names) else ()
+    return Image(pixels=pixels, channel_names=names, pixel_size_um=pixel_size_um)

@@ -13,6 +13,7 @@ import math
 import os
 import struct
 import xml.etree.ElementTree as ElementTree
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -71,16 +72,16 @@ class _Series:
     def __init__(self, tiff: tifffile.TiffFile, series: Any, index: int, content: io.BytesIO | None) -> None:
         self._tiff, self._series, self._content = tiff, series, content
         self._axes, self._shape = str(series.axes), tuple(int(size) for size in series.shape)
-        if not {"Y", "X"} <= set(self._axes):
-            raise ImageError(f"no image in it: its axes are {self._axes}, of sizes {self._shape}")
         self._frame_axes = [k for k, axis in enumerate(self._axes) if axis not in "CSYX"]
         self._frame_shape = [self._shape[k] for k in self._frame_axes]
         self.num_frames = math.prod(self._frame_shape)
         page = series.keyframe
-        self._compression, self._photometric = page.compression.name, page.photometric.name
-        undecoded = self._photometric == "YCBCR" and "JPEG" not in self._compression
-        if undecoded or self._photometric in _NOT_GREY_OR_RGB:
-            raise ImageError(f"its colours are {self._photometric}; convert it to RGB or grey")
+        self._photometric = page.photometric.name
+        undecoded = self._photometric == "YCBCR" and "JPEG" not in page.compression.name
+        is_image = {"Y", "X"} <= set(self._axes)
+        if not is_image or undecoded or self._photometric in _NOT_GREY_OR_RGB:
+            colours = f"its colours are {self._photometric}; convert it to RGB or grey"
+            raise ImageError(colours if is_image else f"its axes are {self._axes}, of sizes {self._shape}: no image")
         self._alpha = bool(page.extrasamples) and int(page.extrasamples[-1]) in (1, 2)
         self._pixel_size_um, self._channel_names = _described(tiff, page, index)
 
@@ -122,15 +123,16 @@ class _Series:
     def _check_complete(self, pages: range | list[int]) -> None:
         """Raise if strips or tiles are missing, which tifffile would fill with zeros."""
         for index in pages:
-            page = self._series.pages[index]
-            if page is None:
-                raise ImageError(f"plane {index} is missing, or in another file that is not next to this one")
-            ends = [start + size for start, size in zip(page.dataoffsets, page.databytecounts, strict=False)]
-            written = sum(size > 0 for size in page.databytecounts[: len(ends)])
+            page, problem = self._series.pages[index], None
             expected = math.prod(self._series.keyframe.chunked)
-            if written < expected or max(ends) > page.parent.filehandle.size:  # an OME-TIFF may be several files
-                missing = f"only {written} of {expected} strips or tiles of its pixels were written"
-                raise ImageError(missing if written < expected else _TRUNCATED)
+            if page is None:
+                problem = f"plane {index} is missing, or in another file that is not next to this one"
+            elif (written := sum(size > 0 for size in page.databytecounts[: len(page.dataoffsets)])) < expected:
+                problem = f"only {written} of {expected} strips or tiles of its pixels were written"
+            elif max(map(add, page.dataoffsets, page.databytecounts)) > page.parent.filehandle.size:
+                problem = _TRUNCATED
+            if problem:
+                raise ImageError(problem)
 
     def _image(self, pixels: Shaped[np.ndarray, "c h w"]) -> Image:
         pixels = native(pixels)
@@ -161,17 +163,17 @@ def _read_page(page: Any) -> Shaped[np.ndarray, "..."]:
 
 def _check_page_chain(tiff: tifffile.TiffFile) -> None:
     """Raise if the last page that could be read has a successor: the file was truncated between its pages."""
-    if len(tiff.pages) == 0:
-        raise ImageError("there is no image in it")
-    if tiff.is_ndpi:  # 32-bit offsets in files beyond 4 GB
-        return
-    # A page is the number of its tags, the tags, and the offset of the next page, 0 in the last one.
-    layout, last, handle = tiff.tiff, tiff.pages[-1], tiff.filehandle
-    handle.seek(last.offset)
-    (num_tags,) = struct.unpack(layout.tagnoformat, handle.read(layout.tagnosize))
-    handle.seek(num_tags * layout.tagsize, os.SEEK_CUR)
-    if any(handle.read(layout.offsetsize)):
-        raise ImageError(f"the file is truncated: the page after page {len(tiff.pages)} is missing; copy it again")
+    problem = None if tiff.pages else "there is no image in it"
+    if tiff.pages and not tiff.is_ndpi:  # NDPI has 32-bit offsets in files beyond 4 GB
+        # A page is the number of its tags, the tags, and the offset of the next page, 0 in the last one.
+        layout, last, handle = tiff.tiff, tiff.pages[-1], tiff.filehandle
+        handle.seek(last.offset)
+        (num_tags,) = struct.unpack(layout.tagnoformat, handle.read(layout.tagnosize))
+        handle.seek(num_tags * layout.tagsize, os.SEEK_CUR)
+        if any(handle.read(layout.offsetsize)):
+            problem = f"the file is truncated: the page after page {len(tiff.pages)} is missing; copy it again"
+    if problem:
+        raise ImageError(problem)
 
 
 def _described(tiff: tifffile.TiffFile, page: Any, index: int) -> tuple[float | None, tuple[str, ...]]:

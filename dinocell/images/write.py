@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from jaxtyping import Integer, Shaped
 
@@ -30,10 +31,12 @@ def write_tiff(
     The same image always gives the same bytes. If it cannot be written (ImageError), an existing file is unchanged.
     """
     planes = pixels if pixels.ndim == 3 else pixels[None]
-    if pixels.dtype.name not in _TIFF_TYPES or pixels.size == 0:
-        raise ValueError(f"pixels: expected one of {', '.join(_TIFF_TYPES)}, got {pixels.dtype} of {pixels.shape}")
-    if channel_names and len(channel_names) != len(planes):
-        raise ValueError(f"channel_names: expected {len(planes)} or none, got {len(channel_names)}")
+    num_names = len(channel_names) or len(planes)
+    if pixels.dtype.name not in _TIFF_TYPES or pixels.size == 0 or num_names != len(planes):
+        raise ValueError(
+            f"expected pixels of {', '.join(_TIFF_TYPES)}, and no name or one per channel; got {pixels.dtype} of "
+            f"{pixels.shape} and {num_names} names"
+        )
     import tifffile
 
     # OME requires a UUID; derived from the content, it is the same in every run.
@@ -78,12 +81,6 @@ def write_png(path: str | Path, pixels: Shaped[np.ndarray, "h w"] | Shaped[np.nd
     planes = pixels if pixels.ndim == 3 else pixels[None]
     if planes.dtype == np.bool_:
         planes = planes.astype(np.uint8) * 255
-    if planes.dtype not in (np.uint8, np.uint16) or len(planes) not in (1, 3, 4) or planes.size == 0:
-        raise ValueError(
-            f"pixels: expected uint8, uint16 or bool with 1, 3 or 4 channels, got {pixels.dtype} of {pixels.shape}"
-        )
-    import imagecodecs
-
     samples = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
     # Always a copy: one pixel is contiguous in every order, and the encoder depends on the strides.
     content = imagecodecs.png_encode(samples.copy(order="C"))

@@ -17,9 +17,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from dinocell.images.image import Image
-from dinocell.images.name_pattern import NamePattern
+from dinocell.images.listing import Listed, NamePattern, list_files, nfc
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, read_image
-from dinocell.images.storage import Listed, list_files, nfc
 from dinocell.labelled.masks import PairError, draw, read_coco, read_instances, read_labels, read_regions, reject
 
 _ENCODINGS = ("labels", "regions", "instances")

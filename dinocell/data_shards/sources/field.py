@@ -15,8 +15,8 @@ from jaxtyping import Shaped
 
 from dinocell.errors import ImageError
 from dinocell.images.image import COLOURS, Image
+from dinocell.images.listing import Listed
 from dinocell.images.read import read_image
-from dinocell.images.storage import Listed
 
 LabelValue = str | int | float | bool
 Layout = Literal["planes", "grey", "red", "green", "blue", "colour", "side_by_side"]
@@ -131,14 +131,16 @@ def _read_file(file: FieldFile) -> Image:
     is_split = file.layout == "side_by_side" and len(image.pixels) == len(file.channels) > 1
     if file.layout != "planes" and not is_split:
         image = image.grey()
-    pixels = image.pixels if is_split else _select_pixels(file, image)
+    pixels = image.pixels if is_split else _select_pixels(file.layout, image)
+    if pixels is None or len(file.channels) not in (0, len(pixels)):
+        expected = f"{len(file.channels)} channel(s) ({', '.join(file.channels)})"
+        if pixels is None:
+            expected, pixels = _EXPECTED.get(file.layout, "a grey or an RGB image"), image.pixels
+        num_planes, height, width = pixels.shape
+        raise ImageError(f"{file.path}: expected {expected}, got {num_planes} channel(s) of {height} x {width}")
     names = image.channel_names if file.layout in ("planes", "colour") else ()
     if file.layout == "colour" and len(pixels) == 1:
         names = names or ("grey",)
-    if file.channels and len(file.channels) != len(pixels):
-        raise ImageError(
-            f"{file.path}: expected {len(file.channels)} channel(s) ({', '.join(file.channels)}), got {len(pixels)}"
-        )
     return Image(
         pixels=pixels,
         channel_names=file.channels or names or tuple(f"c{index}" for index in range(len(pixels))),
@@ -146,35 +148,34 @@ def _read_file(file: FieldFile) -> Image:
     )
 
 
-def _select_pixels(file: FieldFile, image: Image) -> Shaped[np.ndarray, "c h w"]:
-    """Return the channels that the file's layout describes, of an image whose equal colour planes are one."""
+_EXPECTED = {
+    "side_by_side": "square channels side by side in one grey image",
+    "grey": "one channel, or equal colour planes",
+}
+
+
+def _select_pixels(layout: Layout, image: Image) -> Shaped[np.ndarray, "c h w"] | None:
+    """Return the channels that the layout describes, of an image whose equal colour planes are one; None: not so."""
     pixels = image.pixels
     num_planes, height, width = pixels.shape
-    expected = "a grey or an RGB image"
-    if file.layout == "side_by_side":
-        expected = "square channels side by side in one grey image"
+    if layout == "side_by_side":
         if num_planes == 1 and width % height == 0:
             return np.ascontiguousarray(pixels[0].reshape(height, width // height, height).transpose(1, 0, 2))
-    elif num_planes == 1 or file.layout in ("planes", "colour"):
+    elif num_planes == 1 or layout in ("planes", "colour"):
         return pixels
-    elif file.layout == "grey":
-        expected = "one channel, or equal colour planes"
+    elif layout == "grey":
         used = [index for index, plane in enumerate(pixels) if plane.any()] or [0]
         if len(used) == 1:
             return image.select(used[0]).pixels
     elif image.is_colour and num_planes <= len(COLOURS):
-        return image.select(file.layout).pixels
-    raise ImageError(f"{file.path}: expected {expected}, got {num_planes} channel(s) of {height} x {width}")
+        return image.select(layout).pixels
+    return None
 
 
 def _size_of(image: Image) -> str:
     _, height, width = image.pixels.shape
     return f"{height} x {width} {image.pixels.dtype}"
 
-
-# --- files with one channel each ------------------------------------------------------------------------------------
-#
-# Group them into fields, choose and name channels, and find missing ones.
 
 Missing = Literal["keep", "reject"]
 Match = TypeVar("Match")
@@ -207,28 +208,23 @@ class ChannelFile(NamedTuple):
 
 
 def match_files(
-    files: Iterable[Listed], match: Callable[[str], Match | None], *, address: str, expected: str
-) -> tuple[list[tuple[Listed, Match]], list[str]]:
-    """Return the files whose names match, with what ``match`` returned, and the names of the others.
+    files: Iterable[Listed], match: Callable[[str], Match | None], *, address: str, expected: str, reason: str
+) -> tuple[list[tuple[Listed, Match]], list[Rejected]]:
+    """Return the files whose names match, with what ``match`` returned, and the others, rejected for ``reason``.
 
     Raise ImageError if no file matches; ``expected`` describes such files.
     """
     matched: list[tuple[Listed, Match]] = []
-    others: list[str] = []
+    others: list[Rejected] = []
     for file in files:
         if (result := match(file.name)) is None:
-            others.append(file.name)
+            others.append(Rejected(input=file.name, kind="unmatched", reason=reason))
         else:
             matched.append((file, result))
     if not matched:
-        example = f" (such as {others[0]})" if others else ""
+        example = f" (such as {others[0].input})" if others else ""
         raise ImageError(f"{address}: no {expected}, among {len(others)} file(s){example} in it and its subfolders")
     return matched, others
-
-
-def reject_unmatched(names: Sequence[str], reason: str) -> Iterator[Rejected]:
-    """Yield inputs that belong to no field."""
-    return (Rejected(input=name, kind="unmatched", reason=reason) for name in names)
 
 
 def group_fields(

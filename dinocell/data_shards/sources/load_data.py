@@ -4,13 +4,13 @@ import re
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dinocell.data_shards.sources.field import ChannelFile, Field, Missing, Rejected, group_fields
 from dinocell.data_shards.sources.table import Row, Table, open_tables, row_labels
 from dinocell.errors import ImageError
-from dinocell.images.storage import base_name, file_exists, folder_exists, join
-
-_DEFAULT_NAMES = ("load_data.csv",)
+from dinocell.images.listing import base_name, join
+from dinocell.images.storage import file_exists, folder_exists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class LoadDataSource:
 
     def fields(self) -> Iterator[Field | Rejected]:
         """List the rows without files, then the fields, sorted by id."""
-        root, tables = open_tables(self.input, self.table, _DEFAULT_NAMES)
+        root, tables = open_tables(self.input, self.table, ["load_data.csv"])
         folders: dict[str, str | None] = {}
         files: list[ChannelFile] = []
         channels: dict[str, None] = {}
@@ -160,7 +160,7 @@ class _RowReader:
             self._id_columns = list(self._plate_columns.values())
 
     def __call__(self, row: Row) -> list[ChannelFile] | _Problem:
-        location = {key: row[column] for key, column in self._plate_columns.items() if row[column]}
+        location: dict[str, Any] = {key: row[column] for key, column in self._plate_columns.items() if row[column]}
         labels = row_labels(row, without=self._plate_columns.values(), prefix="Metadata_")
         id_parts = [row[column] for column in self._id_columns]
         field_id = "/".join(id_parts) if any(id_parts) else ""
@@ -184,10 +184,8 @@ class _RowReader:
                     channel=channel,
                     path=columns.path(folder, name),
                     frame=frame,
-                    plate=location.get("plate"),
-                    well=location.get("well"),
-                    site=location.get("site"),
                     labels=labels,
+                    **location,
                 )
             )
         return files or _Problem("missing channel", "no file name in any channel's column")

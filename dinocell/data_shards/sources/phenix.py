@@ -15,11 +15,11 @@ from dinocell.data_shards.sources.field import (
     Rejected,
     group_fields,
     match_files,
-    reject_unmatched,
 )
 from dinocell.errors import ImageError
 from dinocell.images.image import square_pixel
-from dinocell.images.storage import base_name, list_files, open_bytes, parent
+from dinocell.images.listing import base_name, list_files, parent
+from dinocell.images.storage import open_bytes
 
 _NAME = re.compile(
     r"r(?P<row>\d+)c(?P<column>\d+)f(?P<field>\d+)p(?P<plane>\d+)-ch(?P<channel>\d+)"
@@ -59,13 +59,14 @@ class PhenixSource:
             lambda name: _NAME.fullmatch(name.rpartition("/")[2]),
             address=self.input,
             expected=f"files named like {_EXAMPLE}",
+            reason=f"not named like {_EXAMPLE}",
         )
+        is_index = {file.input for file in others if posixpath.basename(file.input) in _INDEX_NAMES}
+        yield from (file for file in others if file.input not in is_index)
         files = [
             _PhenixFile(file.path, posixpath.dirname(file.name), *(int(text or 1) for text in match.groups()))
             for file, match in matched
         ]
-        is_index = {name for name in others if posixpath.basename(name) in INDEX_NAMES}
-        yield from reject_unmatched([name for name in others if name not in is_index], f"not named like {_EXAMPLE}")
         metadata: dict[tuple[str, int], HarmonyChannel] = {}
         if not self.channels or self.pixel_size_um is None:
             indexes: dict[str, str] = {}
@@ -160,7 +161,7 @@ def _number_channels(channels: tuple[str, ...], numbers: set[int]) -> tuple[str,
 # It has one ``Image`` element per file. In older versions of the format each of them repeats the channel's name and
 # pixel size; newer ones keep these in one ``Entry`` per channel, before the images.
 
-INDEX_NAMES = ("Index.idx.xml", "Index.xml")
+_INDEX_NAMES = ("Index.idx.xml", "Index.xml")
 
 _UM_PER_METRE = 1e6
 # The index of a 384-well plate has 100 MB; its first megabytes name all channels.

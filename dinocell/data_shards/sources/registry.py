@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _SOURCES = {
     "phenix": ("phenix", "PhenixSource"),
-    "hpa": ("hpa", "HpaSource"),
-    "hpaone": ("chammi_hpa_tables", "HpaOneSource"),
-    "hpafov": ("chammi_hpa_tables", "HpaFovSource"),
-    "chammi": ("chammi_hpa_tables", "ChammiSource"),
+    "hpa": ("hpa_chammi", "HpaSource"),
+    "hpaone": ("hpa_chammi", "HpaOneSource"),
+    "hpafov": ("hpa_chammi", "HpaFovSource"),
+    "chammi": ("hpa_chammi", "ChammiSource"),
     "load-data": ("load_data", "LoadDataSource"),
-    "pattern": ("pattern", "PatternSource"),
+    "pattern": ("files", "PatternSource"),
     "multichannel": ("files", "MultichannelSource"),
     "images": ("files", "ImagesSource"),
 }

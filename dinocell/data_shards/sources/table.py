@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from dinocell.data_shards.sources.field import Field, LabelValue, Rejected, Source
 from dinocell.errors import ImageError
-from dinocell.images.storage import base_name, join, open_bytes, parent
+from dinocell.images.listing import base_name, join, parent
+from dinocell.images.storage import open_bytes
 
 Row = Mapping[str, str]
 
@@ -102,18 +103,29 @@ def is_table(address: str) -> bool:
     return address.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".txt"))
 
 
-def open_tables(address: str, tables: Sequence[str], default_names: Sequence[str]) -> tuple[str, list[Table]]:
-    """Return the folder of the images, and the tables: ``tables``, the input itself, or those of the default names."""
+def open_tables(address: str, tables: Sequence[str], *default_names: Sequence[str]) -> tuple[str, list[Table]]:
+    """Return the folder of the images, and the tables: ``tables``, the input itself, or the first defaults that exist.
+
+    Parameters
+    ----------
+    default_names
+        Names of tables in the input, in the order in which they are tried.
+    """
+    problem = ""
     if is_table(address):
-        if tables:
-            raise ImageError(f"--input {address} is a table; give the folder of the images instead, or omit --table")
-        return parent(address), [read_table(address)]
-    try:
-        return address, [read_table(table) for table in tables or [join(address, name) for name in default_names]]
-    except ImageError as error:
-        if tables or "no such file" not in str(error):
-            raise
-        raise ImageError(f"{error}; use --table if it is elsewhere") from error
+        if not tables:
+            return parent(address), [read_table(address)]
+        problem = f"--input {address} is a table; give the folder of the images instead, or omit --table"
+    elif tables:
+        return address, [read_table(table) for table in tables]
+    for names in () if problem else default_names:
+        try:
+            return address, [read_table(join(address, name)) for name in names]
+        except ImageError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            problem = f"{error}; use --table if it is elsewhere"
+    raise ImageError(problem)
 
 
 def row_labels(row: Row, *, without: Collection[str] = (), prefix: str = "") -> dict[str, LabelValue]:
@@ -154,16 +166,12 @@ def _reader(text: str, address: str) -> _csv.Reader:
     return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
 
-# --- labels from a table --------------------------------------------------------------------------------------------
-#
-# Such as a plate map, for the fields of any source.
-
 _KEYS = ("id", "plate", "well", "site")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSource:
-    """A source whose fields get the other columns of a table's rows as labels.
+    """A source whose fields get the other columns of a table's rows, such as a plate map, as labels.
 
     Fields without a row stay unlabelled; labels of the source are replaced by those of the table. Rows without a key
     are skipped, as spreadsheets put them below a table.

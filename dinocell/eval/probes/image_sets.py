@@ -20,8 +20,8 @@ from dinocell.data_shards.read import stream
 from dinocell.data_shards.sample import SampleInfo
 from dinocell.data_shards.sources.field import Field, FieldFile, LabelValue, Rejected, Source, read_field
 from dinocell.errors import DinocellError, ImageError
+from dinocell.images.listing import base_name, list_files
 from dinocell.images.read import has_image_name
-from dinocell.images.storage import base_name, list_files
 
 _log = logging.getLogger(__name__)
 _READ_AHEAD, _READERS = 16, 4

@@ -7,30 +7,25 @@ record are skipped when the build is run again. The last step, ``merge``, turns 
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
+from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dinocell._version import __version__
-from dinocell.data_shards.build.plan import BUILD_FOLDER, Plan, make_plan, open_plan
-from dinocell.data_shards.build.shard import (
-    IntensityRanges,
-    ShardSettings,
-    UnusableFieldError,
-    build_shard,
-    check_num_unreadable,
-    prepare_image,
-)
-from dinocell.data_shards.build.tiles import check_values
-from dinocell.data_shards.build.workers import run_tasks
 from dinocell.data_shards.manifest import (
     INDEX,
     MANIFEST,
@@ -42,8 +37,18 @@ from dinocell.data_shards.manifest import (
     read_index,
     read_manifest,
 )
-from dinocell.data_shards.sources.field import Field, Source, merged_channel_order, read_field
-from dinocell.errors import ImageError, ShardError
+from dinocell.data_shards.plan import BUILD_FOLDER, Plan, make_plan, open_plan
+from dinocell.data_shards.shard import (
+    UNREADABLE,
+    IntensityRanges,
+    ShardSettings,
+    build_shard,
+    check_num_unreadable,
+    check_values,
+    read_usable,
+)
+from dinocell.data_shards.sources.field import Field, Rejected, Source, merged_channel_order
+from dinocell.errors import ShardError
 from dinocell.images.image import percentile_range
 from dinocell.runtime.files import replacing, write_atomically
 
@@ -140,8 +145,9 @@ def build(
         (plan.folder / "records").mkdir(exist_ok=True)
         build_one = partial(_build_one, plan, output, settings, ranges, strict)
         rejected: Counter[str] = Counter()
-        num_samples, done = 0, len(shards) - len(waiting)
-        for done, (num_built, kinds) in enumerate(run_tasks(build_one, waiting, workers=workers), start=done + 1):
+        num_samples = 0
+        results = run_tasks(build_one, waiting, workers=workers)
+        for done, (num_built, kinds) in enumerate(results, start=len(shards) - len(waiting) + 1):
             num_samples += num_built
             rejected += kinds
             progress(BuildProgress(done=done, total=len(shards), num_samples=num_samples, rejected=rejected))
@@ -387,12 +393,9 @@ def _ranges_of_plate(task: tuple[str, Sequence[Field], ShardSettings]) -> tuple[
     values: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     unreadable: list[str] = []
     for field in selected:
-        try:
-            image = prepare_image(read_field(field), settings)
-        except UnusableFieldError:
-            continue
-        except ImageError as error:
-            unreadable.append(str(error))
+        image = read_usable(field, settings)
+        if isinstance(image, Rejected):
+            unreadable += [image.reason] if image.kind == UNREADABLE else []
             continue
         for name, plane in zip(image.channel_names, image.pixels, strict=True):
             rows, columns = (max(1, side // _GRID) for side in plane.shape)
@@ -407,3 +410,60 @@ def _ranges_of_plate(task: tuple[str, Sequence[Field], ShardSettings]) -> tuple[
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int) -> Iterator[Result]:
+    """Call ``function`` on each task and yield the results as they are ready, in no particular order.
+
+    With one worker or task, everything runs in this process. An exception of a task, or leaving the loop early, ends
+    all workers.
+
+    Raises
+    ------
+    ShardError
+        If a worker is killed (out of memory, most often).
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
+    receiver, sender = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(receiver,))
+    try:
+        waiting = iter(tasks)
+        running: set[Future[Result]] = {executor.submit(function, task) for task in islice(waiting, 2 * workers)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+                running |= {executor.submit(function, task) for task in islice(waiting, 1)}
+    except BrokenProcessPool:
+        raise ShardError(
+            "a worker process was killed, most often because memory ran out; run again with fewer --workers "
+            "to continue (a script that builds shards must do so under 'if __name__ == \"__main__\":')"
+        ) from None
+    finally:
+        sender.close()  # workers that are still busy exit at once
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(parent: Connection) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    import cv2
+
+    cv2.setNumThreads(1)  # there is one process per core
+
+
+def _exit_with(parent: Connection) -> None:
+    try:
+        parent.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)

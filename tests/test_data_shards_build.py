@@ -21,12 +21,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from dinocell.data_shards.build import write as merge_module
-from dinocell.data_shards.build.shard import ShardSettings
-from dinocell.data_shards.build.tiles import TileSettings
-from dinocell.data_shards.build.write import build, merge
+from dinocell.data_shards import build as merge_module
+from dinocell.data_shards.build import build, merge
 from dinocell.data_shards.manifest import read_index, read_manifest
 from dinocell.data_shards.sample import decode_sample, parse_sample
+from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Field, FieldFile
 from dinocell.data_shards.sources.files import ImagesSource
 from dinocell.errors import ShardError
@@ -177,7 +176,7 @@ def test_workers_end_when_their_parent_is_killed(fields: Callable[..., Any], tmp
     script = textwrap.dedent(f"""
         import multiprocessing, sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from dinocell.data_shards.build.workers import run_tasks
+        from dinocell.data_shards.build import run_tasks
         from pathlib import Path
         import os
 

@@ -1,4 +1,4 @@
-"""HPAone, HPA-FoV and CHAMMI, in folders with the real file and column names."""
+"""HPAone, HPA-FoV and CHAMMI, in folders with the real file and column names; fields of the atlas by file name."""
 
 import csv
 import gzip
@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from dinocell.data_shards.sources.chammi_hpa_tables import ChammiSource, HpaFovSource, HpaOneSource
-from dinocell.data_shards.sources.field import read_field
+from dinocell.data_shards.sources.field import Field, read_field
+from dinocell.data_shards.sources.hpa_chammi import ChammiSource, HpaFovSource, HpaOneSource, HpaSource
 from dinocell.data_shards.sources.table import read_table, row_labels
 from dinocell.errors import ImageError
 from dinocell.images.write import write_png, write_tiff
+from helpers.real_data import DATA, needs_data
 from helpers.sources import error_of, fields, listed
 
 RNG = np.random.default_rng(0)
@@ -290,3 +292,62 @@ def test_every_label_reads_back_as_its_cell(value: int | float | bool | str) -> 
         assert label == float(cell)
     else:
         assert str(label) == cell.strip()
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def channels_of(field: Field) -> list[str]:
+    return [name for file in field.files for name in file.channels]
+
+
+@needs_data
+def test_hpa_gives_the_real_field_pixel_by_pixel() -> None:
+    folder = DATA / "hpa_4channel"
+    (field,) = fields(HpaSource(input=str(folder)))
+    assert (field.id, field.plate, field.well, field.site) == ("800_A6_1", "800", "A6", "1")
+    picture = read_field(field)
+    assert picture.channel_names == ("microtubules", "protein", "nucleus", "er")
+    planes = {"red": 0, "green": 1, "blue": 2, "yellow": 0}
+    for pixels, (colour, plane) in zip(picture.pixels, planes.items(), strict=True):
+        with Image.open(folder / f"800_A6_1_{colour}.jpg") as image:
+            np.testing.assert_array_equal(pixels, np.asarray(image)[..., plane])
+
+
+def test_hpa_files_may_be_grey_png_or_tiff_in_any_folder(tmp_path: Path) -> None:
+    pixels = RNG.integers(0, 60000, (4, 6, 8)).astype(np.uint16)
+    folder = tmp_path / "größe" / "a b"
+    folder.mkdir(parents=True)
+    for colour, plane in zip(("red", "green", "blue"), pixels, strict=False):
+        write_png(folder / f"00070df0-bbc3-11e8_{colour}.png", plane)
+    write_tiff(folder / "00070df0-bbc3-11e8_yellow.tif", pixels[3])
+    (field,) = fields(HpaSource(input=str(tmp_path)))
+    assert (field.id, field.plate) == ("größe/a b/00070df0-bbc3-11e8", None)
+    np.testing.assert_array_equal(read_field(field).pixels, pixels)
+
+
+def test_hpa_fields_with_fewer_channels_and_other_files(tmp_path: Path) -> None:
+    touch(tmp_path, "1_A1_2_red.jpg", "1_A1_2_green.jpg", "1_A1_3_green.jpg", "x/1_A1_4_blue_red_green.jpg", "a.csv")
+    found, rejected = listed(HpaSource(input=str(tmp_path), channels=("protein=target", "microtubules")))
+    assert [(field.id, channels_of(field), field.missing, field.site) for field in found] == [
+        ("1_A1_2", ["target", "microtubules"], (), "2"),
+        ("1_A1_3", ["target"], ("microtubules",), "3"),
+        ("x/1_A1_4_blue_red", ["target"], ("microtubules",), None),
+    ]
+    assert [(item.input, item.kind) for item in rejected] == [("a.csv", "unmatched")]
+    message = error_of(HpaSource(input=str(tmp_path), channels=("DNA",)))
+    assert "DNA" in message
+    assert "microtubules, protein" in message
+    touch(tmp_path, "1_A1_2_red.png")
+    assert "1_A1_2_red.jpg and" in error_of(HpaSource(input=str(tmp_path)))
+
+
+def test_hpa_folder_without_such_files_is_an_error(tmp_path: Path) -> None:
+    touch(tmp_path, "a_purple.png", "_red.png")
+    message = error_of(HpaSource(input=str(tmp_path)))
+    assert str(tmp_path) in message
+    assert "<id>_red.jpg" in message

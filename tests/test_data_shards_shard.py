@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinocell.data_shards.build.tiles import TileSettings, contrast_score, rejection_reason, tiles
+from dinocell.data_shards.shard import TileSettings, contrast_score, rejection_reason, tiles
 
 RNG = np.random.default_rng(0)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dinocell.data_shards.build.tiles import TileSettings, tiles
+from dinocell.data_shards.shard import TileSettings, tiles
 from dinocell.data_shards.sources.field import Field, FieldFile, Rejected, Source, read_field
 from dinocell.errors import ImageError, ShardError
 
@@ -112,23 +112,25 @@ def make_plan(
 def _list_fields(source: Source, folder: Path, on_listed: Callable[[int], None]) -> int:
     """Write fields and rejected inputs to one file each, one per line; return the number of fields."""
     hashes: list[int] = []
+    problem = None
     with (
         (folder / "spool.jsonl").open("w", encoding="utf-8") as fields,
         (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
     ):
         for item in source.fields():
             line = json.dumps(asdict(item), ensure_ascii=False) + "\n"
-            if not line.isascii():
-                _check_unicode(line)
+            try:
+                (rejected if isinstance(item, Rejected) else fields).write(line)
+            except UnicodeEncodeError:  # file names are checked when they are listed; this is the user's folder
+                shown = os.fsencode(line).decode("utf-8", "backslashreplace").strip()
+                problem = f"the path of the input is not Unicode (UTF-8), rename its folder; in {shown}"
+                break
             if isinstance(item, Rejected):
-                rejected.write(line)
                 continue
-            fields.write(line)
             hashes.append(int.from_bytes(hashlib.blake2b(item.id.encode(), digest_size=8).digest(), "little"))
             on_listed(len(hashes))
     values, counts = np.unique(np.array(hashes, np.uint64), return_counts=True)
-    problem = None
-    if not hashes:
+    if not hashes and not problem:
         reasons = list(_read_rejected(folder))
         first = f"; {len(reasons)} input(s) rejected, the first: {reasons[0].input}: {reasons[0].reason}"
         problem = "no field found" + (first if reasons else "")
@@ -139,14 +141,6 @@ def _list_fields(source: Source, folder: Path, on_listed: Callable[[int], None])
     if problem:
         raise ShardError(problem)
     return len(hashes)
-
-
-def _check_unicode(line: str) -> None:
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # file names are checked when they are listed; this is the folder given by the user
-        shown = os.fsencode(line).decode("utf-8", "backslashreplace").strip()
-        raise ShardError(f"the path of the input is not Unicode (UTF-8), rename its folder; in {shown}") from None
 
 
 def _assign_fields(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:

@@ -1,21 +1,89 @@
-"""Data sets published with tables: HPA single cells, HPA fields of view, CHAMMI.
+"""The public data sets of the Human Protein Atlas (HPA), HPAone, HPA-FoV and CHAMMI.
 
-All three store the channels of an image side by side in one grey image. File and column names are those that the
-loaders of Cell-DINO (github.com/facebookresearch/dinov2, December 2025) and CHAMMI (doi 10.5281/zenodo.7988357) read.
+The last three have tables, and store the channels of an image side by side in one grey image. Their file and column
+names are those that the loaders of Cell-DINO (github.com/facebookresearch/dinov2, December 2025) and CHAMMI (doi
+10.5281/zenodo.7988357) read.
 """
 
 import posixpath
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from dinocell.data_shards.sources.field import Field, FieldFile, LabelValue, Rejected, check_plain_names
-from dinocell.data_shards.sources.hpa import parse_hpa_id
-from dinocell.data_shards.sources.table import Row, Table, is_table, open_tables, row_labels
+from dinocell.data_shards.sources.field import (
+    ChannelFile,
+    Field,
+    FieldFile,
+    LabelValue,
+    Layout,
+    Missing,
+    Rejected,
+    check_plain_names,
+    group_fields,
+    match_files,
+)
+from dinocell.data_shards.sources.table import Row, Table, open_tables, row_labels
 from dinocell.errors import ImageError
-from dinocell.images.storage import base_name, join, list_files
+from dinocell.images.listing import Listed, base_name, join, list_files
 
-_HPA_CHANNELS = ("microtubules", "protein", "nucleus", "er")
+# Colours of the atlas and their channels, in the order of Cell-DINO's models (protein second).
+_CHANNELS = {"red": "microtubules", "green": "protein", "blue": "nucleus", "yellow": "er"}
+_LAYOUTS: dict[str, Layout] = {"red": "red", "green": "green", "blue": "blue", "yellow": "red"}
+
+_NAME = re.compile(r"(?P<id>.+)_(?P<colour>red|green|blue|yellow)\.(?:jpe?g|png|tiff?)", re.IGNORECASE | re.DOTALL)
+_ID = re.compile(r"(?:.*[/_])?(?P<plate>\d+)_(?P<well>[A-P]\d{1,2})_(?P<site>[^_/]+)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HpaSource:
+    """Human Protein Atlas fields: ``<id>_red``, ``_green``, ``_blue`` and ``_yellow`` as JPEG, PNG or TIFF.
+
+    Channels: microtubules (red), protein (green), nucleus (blue), er (yellow). Plate, well and site are read from ids
+    that end as in the atlas: ``800_A6_1``. JPEGs are tinted in the channel's colour; the channel is that plane (red for
+    yellow).
+    """
+
+    input: str
+    channels: tuple[str, ...] = ()
+    pixel_size_um: float | None = None
+    missing: Missing = "keep"
+
+    def fields(self) -> Iterator[Field | Rejected]:
+        """List the files with other names, then the fields, sorted by id."""
+        matched, others = match_files(
+            list_files(self.input),
+            _NAME.fullmatch,
+            address=self.input,
+            expected="files named <id>_red.jpg, _green, _blue, _yellow (also PNG, TIFF)",
+            reason="not named <id>_red, _green, _blue or _yellow",
+        )
+        yield from others
+        files = [_channel_file(file, match) for file, match in matched]
+        available = {file.channel for file in files}
+        yield from group_fields(
+            files,
+            channels=self.channels or tuple(name for name in _CHANNELS.values() if name in available),
+            missing=self.missing,
+            pixel_size_um=self.pixel_size_um,
+        )
+
+
+def _channel_file(file: Listed, match: re.Match[str]) -> ChannelFile:
+    colour = match["colour"].lower()
+    return ChannelFile(
+        field_id=match["id"],
+        channel=_CHANNELS[colour],
+        path=file.path,
+        layout=_LAYOUTS[colour],
+        **_parse_id(match["id"]),
+    )
+
+
+def _parse_id(field_id: str) -> dict[str, Any]:
+    """Return plate, well and site of an id that ends as in the atlas (``800_A6_1``), otherwise nothing."""
+    match = _ID.fullmatch(field_id)
+    return match.groupdict() if match else {}
 
 
 class _Split(NamedTuple):
@@ -36,7 +104,7 @@ class _HpaTableSource:
     split: str
     table: tuple[str, ...] = ()
     path_column: str | None = None
-    channels: tuple[str, ...] = _HPA_CHANNELS
+    channels: tuple[str, ...] = tuple(_CHANNELS.values())
     pixel_size_um: float | None = None
 
     splits: ClassVar[Mapping[str, _Split]]
@@ -137,7 +205,7 @@ def _find_file(name: str, existing: Collection[str] | None) -> str | None:
 _CHAMMI_TABLE, _CHAMMI_SUBSET_TABLE = "morphem70k_v2.csv", "enriched_meta.csv"
 _CHAMMI_CHANNELS = {
     "Allen": ("nucleus", "membrane", "protein"),
-    "HPA": _HPA_CHANNELS,
+    "HPA": tuple(_CHANNELS.values()),
     "CP": ("nucleus", "er", "rna", "agp", "mito"),
 }
 
@@ -171,12 +239,12 @@ class ChammiSource:
         if unknown := [name for name in self.subset if name.lower() not in by_name]:
             raise ImageError(f"--subset {', '.join(unknown)}: expected some of {', '.join(_CHAMMI_CHANNELS)}")
         subsets = [by_name[name.lower()] for name in self.subset] or list(_CHAMMI_CHANNELS)
-        root, tables = self._open_tables(subsets)
+        of_subsets = [f"{subset}/{_CHAMMI_SUBSET_TABLE}" for subset in subsets]
+        root, tables = open_tables(self.input, self.table, [_CHAMMI_TABLE], of_subsets)
         seen: set[str] = set()
         splits: set[str] = set()
-        num_fields = 0
+        num_fields, column = 0, self.path_column or "file_path"
         for table in tables:
-            column = self.path_column or "file_path"
             table.require(*(("train_test_split",) if self.split else ()))
             rows = _RowReader(table, column, root, self.pixel_size_um, seen)
             for line, row in table.rows():
@@ -195,15 +263,6 @@ class ChammiSource:
             raise ImageError(
                 f"{self.input}: no image {of_split}in {', '.join(subsets)}; splits found: {', '.join(sorted(splits))}"
             )
-
-    def _open_tables(self, subsets: Sequence[str]) -> tuple[str, list[Table]]:
-        try:
-            return open_tables(self.input, self.table, (_CHAMMI_TABLE,))
-        except ImageError as error:
-            if self.table or is_table(self.input) or "no such file" not in str(error):
-                raise
-        names = tuple(f"{subset}/{_CHAMMI_SUBSET_TABLE}" for subset in subsets)
-        return open_tables(self.input, (), names)
 
 
 class _RowReader:
@@ -227,14 +286,12 @@ class _RowReader:
         if name in self._seen:
             return Rejected(input=address, kind="listed twice", reason=f"{name} is in an earlier row")
         self._seen.add(name)
-        location = parse_hpa_id(posixpath.splitext(name)[0])
+        location = _parse_id(posixpath.splitext(name)[0])
         location |= {key: row[column] for key, column in self._plate_columns.items() if row[column]}
         return Field(
             id=name,
             files=(FieldFile(path=join(self._root, *name.split("/")), channels=channels, layout="side_by_side"),),
-            plate=location.get("plate"),
-            well=location.get("well"),
-            site=location.get("site"),
+            **location,
             labels={**row_labels(row, without={self._column, *self._plate_columns.values()}), **(labels or {})},
             pixel_size_um=self._pixel_size_um,
         )
