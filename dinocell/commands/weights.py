@@ -34,8 +34,7 @@ def _add_info(commands: Any) -> None:
 
 def _run_info(options: argparse.Namespace) -> None:
     from dinocell.finetune.segmenter_file import describe_segmenter, is_segmenter, read_segmenter
-    from dinocell.models.describe import describe
-    from dinocell.models.weights import read_weights
+    from dinocell.models.weights import describe, read_weights
 
     if is_segmenter(options.source):
         lines = describe_segmenter(read_segmenter(options.source))

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dinocell.models.positions import LearnedPositionConfig, RopeConfig
-from dinocell.models.resample import Convention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def variant_of(config: ViTConfig) -> str | None:
 # --- FLOPs ----------------------------------------------------------------------------------------------------------
 #
 # By the formula: two operations per multiply-accumulate, matrix products only. Used for a training step, where tracing
-# would take seconds; `dinocell.models.describe.forward_gflop` traces a model with fvcore.
+# would take seconds; `dinocell.models.weights.forward_gflop` traces a model with fvcore.
 
 
 def forward_flop(config: ViTConfig, image_size: int) -> float:
@@ -112,14 +111,19 @@ def head_flop(width: int, hidden: int, bottleneck: int, layers: int, num_prototy
     return 2.0 * (inside + bottleneck * num_prototypes)
 
 
-# --- weights card ---------------------------------------------------------------------------------------------------
+Convention = Literal["unit", "standardised", "imagenet"]
+"""Pixel values that a model expects.
+
+``unit``: values in [0, 1]. ``standardised``: zero mean and unit variance per image and channel.
+``imagenet``: RGB in [0, 1], normalised with the ImageNet mean and standard deviation (the released RGB models).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSettings:
     """How images are converted to the model's input.
 
-    ``convention`` is binding (see `dinocell.models.resample.Convention`). The other fields record the training: the
+    ``convention`` is binding. The other fields record the training: the
     channel policy of the views, the names of the channels if their order matters, the percentiles of intensity that
     were mapped to [0, 1], and the pixel size.
     """
