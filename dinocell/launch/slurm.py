@@ -7,21 +7,25 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.launch.hooks import Main, set_export_hook
 from dinocell.runtime.distributed import RENDEZVOUS
 from dinocell.runtime.files import write_atomically
 from dinocell.runtime.preemption import TIME_LIMIT, on_stop
 from dinocell.runtime.run_folder import environment
 
 RECORD = "launch.json"
+
+Main = Callable[[Sequence[str]], int]
+"""Run the arguments of a command line and return the exit code."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,51 +70,31 @@ class SlurmSettings:
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        counts = {"nodes": self.nodes, "time": self.time_min, "gpus-per-node": self.gpus_per_node}
-        counts |= {"tasks-per-node": self.tasks_per_node, "cpus-per-task": self.cpus_per_task}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name}: expected at least 1, got {value}")
+        minimum = dict.fromkeys(("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time_min"), 1)
+        for name, low in {**minimum, "max_requeues": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                option = name.removesuffix("_min").replace("_", "-")
+                raise ConfigError(f"--{option}: expected at least {low}, got {value}")
         if not 0 < self.signal_s < 60 * self.time_min:
             # Otherwise SLURM would signal the run right after its start, and requeue it again and again.
-            raise ConfigError(
-                f"--signal-before: expected at least 1 and less than the time limit of {60 * self.time_min} s, "
-                f"got {self.signal_s}"
-            )
-        if self.max_requeues < 0:
-            raise ConfigError(f"--max-requeues: expected at least 0, got {self.max_requeues}")
-
-    @property
-    def num_tasks(self) -> int:
-        """Number of processes of the run."""
-        return self.nodes * (self.tasks_per_node or self.gpus_per_node or 1)
+            limit = f"the time limit of {60 * self.time_min} s"
+            raise ConfigError(f"--signal-before: expected at least 1 and less than {limit}, got {self.signal_s}")
 
     def parameters(self, folder: Path) -> dict[str, Any]:
         """Return the settings under submitit's names, for a launch into ``folder``."""
-        named = {
+        container = [f"--container-image={self.container}"] if self.container else []
+        same = ("nodes", "gpus_per_node", "cpus_per_task", "mem", "partition", "account", "qos", "constraint")
+        named = {name: getattr(self, name) for name in (*same, "exclude", "dependency", "comment")} | {
             "job_name": self.name,
-            "nodes": self.nodes,
             "ntasks_per_node": self.tasks_per_node or self.gpus_per_node or 1,
-            "gpus_per_node": self.gpus_per_node,
-            "cpus_per_task": self.cpus_per_task,
-            "mem": self.mem,
             "time": self.time_min,
-            "partition": self.partition,
-            "account": self.account,
-            "qos": self.qos,
-            "constraint": self.constraint,
-            "exclude": self.exclude,
-            "dependency": self.dependency,
-            "comment": self.comment,
             "signal_delay_s": self.signal_s,
             "setup": [*(f"export {key}={shlex.quote(value)}" for key, value in self.env.items()), *self.setup],
             "teardown": _after(self.max_requeues, folder),
             "stderr_to_stdout": True,
             # If one process fails, end the others instead of letting them wait for it.
-            "srun_args": [
-                "--kill-on-bad-exit=1",
-                *([f"--container-image={self.container}"] if self.container else []),
-            ],
+            "srun_args": ["--kill-on-bad-exit=1", *container],
             "additional_parameters": {"requeue": True, **self.extra},
         }
         return {key: value for key, value in named.items() if value is not None}
@@ -189,26 +173,18 @@ def submit(
     folder.mkdir(parents=True, exist_ok=True)
     executor = SlurmExecutor(folder=folder, max_num_timeout=settings.max_requeues)
     executor.update_parameters(**settings.parameters(folder))
-    jobs = [
-        Job(
-            main=main,
-            arguments=tuple(arguments),
-            folder=folder,
-            task=task,
-            tasks=tasks,
-            max_requeues=settings.max_requeues,
-            on_export=tuple(on_export),
-            export_settings=export_settings,
-        )
-        for task in range(1, tasks + 1)
-    ]
+    job = Job(
+        main=main,
+        arguments=tuple(arguments),
+        folder=folder,
+        tasks=tasks,
+        max_requeues=settings.max_requeues,
+        on_export=tuple(on_export),
+        export_settings=export_settings,
+    )
     try:
-        with _outside_of_jobs():
-            if tasks == 1:
-                submitted = [executor.submit(jobs[0])]
-            else:
-                with executor.batch():
-                    submitted = [executor.submit(job) for job in jobs]
+        with _outside_of_jobs(), executor.batch() if tasks > 1 else nullcontext():
+            submitted = [executor.submit(replace(job, task=task)) for task in range(1, tasks + 1)]
     except (FailedJobError, FailedSubmissionError) as error:
         raise DinocellError(f"sbatch rejected the job: {_last_line(error)}") from error
     job_ids = [job.job_id for job in submitted]
@@ -227,7 +203,7 @@ def _outside_of_jobs() -> Iterator[None]:
 
 
 def _belongs_to_job(name: str) -> bool:
-    if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "DINOCELL_RENDEZVOUS"):
+    if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", RENDEZVOUS):
         return True
     return name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")) and name != "SLURM_CONF"
 
@@ -254,20 +230,16 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].removeprefix("sbatch: ").removeprefix("error: ") if lines else type(error).__name__
 
 
-# --- the job --------------------------------------------------------------------------------------------------------
-#
-# submitit pickles a `Job` and calls it in every task. The job is requeued automatically after a time limit, a node
-# failure or a killed process, but not after completion, an error, ``scancel`` or Ctrl-C.
-
-_log = logging.getLogger(__name__)
-
 # After these signals SLURM would end the job for good; after SIGTERM it requeues by itself, or the end is intended.
 _REQUEUE_AFTER = (TIME_LIMIT, "SIGUSR1", "SIGUSR2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A DINOCell command as a job.
+    """A DINOCell command as a job, which submitit pickles and calls in every task.
+
+    The job is requeued automatically after a time limit, a node failure or a killed process, but not after completion,
+    an error, ``scancel`` or Ctrl-C.
 
     Attributes
     ----------
@@ -355,6 +327,21 @@ class Job:
             submit(self.main, arguments, self.export_settings, folder)
         except Exception as error:  # the training does not depend on its probes
             _log.warning("%s: not submitted (%s)", shlex.join(arguments), error)
+
+
+_export_hook: Callable[[Path], None] | None = None
+
+
+def set_export_hook(hook: Callable[[Path], None] | None) -> None:
+    """Call ``hook`` with each teacher that this process exports; None removes the hook."""
+    global _export_hook
+    _export_hook = hook
+
+
+def exported(checkpoint: Path) -> None:
+    """Call the hook, if there is one; pretraining gets this function as its export callback."""
+    if _export_hook is not None:
+        _export_hook(checkpoint)
 
 
 def requeue(reason: str) -> None:

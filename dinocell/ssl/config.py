@@ -9,8 +9,8 @@ from typing import Any, Literal
 from dinocell.models.config import VARIANTS
 from dinocell.models.layers import AttentionKernel
 from dinocell.runtime.device import Precision
+from dinocell.runtime.distributed import Parallel
 from dinocell.runtime.schedules import Freeze, Schedule, check_range
-from dinocell.runtime.sharding import Parallel
 
 Policy = Literal["consistency", "average", "bag", "stack"]
 TargetChannels = Literal["same", "other", "mean"]
@@ -396,7 +396,7 @@ class ComputeConfig:
     workers
         Number of processes per rank that read and decode ahead.
     parallel
-        How the model is distributed over several ranks, see `dinocell.runtime.sharding`.
+        How the model is distributed over several ranks, see `dinocell.runtime.distributed`.
     attention
         How attention is computed, see `dinocell.models.layers`; all but ``sdpa`` and ``dense`` need CUDA.
     compile

@@ -11,8 +11,7 @@ from dinocell.errors import ConfigError
 from dinocell.models.config import ViTConfig
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.runtime.device import available_bytes, uses_bfloat16
-from dinocell.runtime.distributed import World, max_over_ranks
-from dinocell.runtime.sharding import choose_parallel, num_shards
+from dinocell.runtime.distributed import World, choose_parallel, max_over_ranks, num_shards
 from dinocell.ssl.chunks import row_chunks
 from dinocell.ssl.config import HeadsConfig, PretrainConfig
 from dinocell.ssl.heads import ProjectionHead

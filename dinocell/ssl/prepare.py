@@ -17,9 +17,8 @@ from dinocell.models.positions import TrainingNoise
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.runtime.device import uses_bfloat16
-from dinocell.runtime.distributed import World
+from dinocell.runtime.distributed import World, choose_parallel, make_mesh, shard
 from dinocell.runtime.optim import scaled_learning_rate
-from dinocell.runtime.sharding import choose_parallel, make_mesh, shard
 from dinocell.ssl.config import PretrainConfig, Recompute
 from dinocell.ssl.memory import step_bytes
 from dinocell.ssl.student_teacher import StudentTeacher
