@@ -50,6 +50,9 @@ class ViTConfig:
         return 1 + self.registers
 
 
+SIZES = ("width", "depth", "heads", "mlp", "mlp_hidden")
+
+
 def _size(width: int, depth: int, heads: int, mlp: Literal["gelu", "swiglu"], hidden: int, **more: Any) -> ViTConfig:
     return ViTConfig(width=width, depth=depth, heads=heads, mlp=mlp, mlp_hidden=hidden, **more)
 
@@ -82,8 +85,7 @@ def variant_config(name: str, **changes: Any) -> ViTConfig:
 
 def variant_of(config: ViTConfig) -> str | None:
     """Return the name of a configuration's sizes in `VARIANTS`; None for other sizes."""
-    sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
-    matches = (name for name, v in VARIANTS.items() if all(getattr(v, s) == getattr(config, s) for s in sizes))
+    matches = (name for name, v in VARIANTS.items() if all(getattr(v, s) == getattr(config, s) for s in SIZES))
     return next(matches, None)
 
 

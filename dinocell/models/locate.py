@@ -15,13 +15,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import WeightsError, one_line
-
-__all__ = ["RELEASES", "Release", "locate", "require", "sha256_of", "weights_folder"]
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _BACKOFF_S = (0.5, 1.0, 2.0)  # before the second, third and fourth attempt of a download
@@ -35,7 +34,7 @@ class Release:
     family: str
     files: tuple[str, ...]
     page: str = "https://github.com/facebookresearch/dinov2"
-    hub: str | None = None
+    hub: str = ""
 
 
 RELEASES: dict[str, Release] = {
@@ -98,18 +97,27 @@ def locate(source: str | Path, *, sha256: str | None = None) -> Path:
         One line: the source, the problem, and what to do.
     """
     text = str(source)
-    try:
+    # The query of a URL may hold a signature.
+    shown = re.split(r"[?#]", text)[0] if text.lower().startswith("http") else text
+    with naming(repr(shown)):
         return _locate(text, None if sha256 is None else _checked_sha256(sha256))
-    except WeightsError as error:
-        # The query of a URL may hold a signature.
-        shown = re.split(r"[?#]", text)[0] if text.lower().startswith("http") else text
-        raise WeightsError(f"{shown!r}: {error}") from error
 
 
 def require(condition: bool, problem: str) -> None:
     """Raise :class:`WeightsError` with this problem unless the condition holds."""
     if not condition:
         raise WeightsError(problem)
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Begin the errors of the block with the file that they are about, unless an inner block has done so."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(str(error) if str(error).startswith(str(source)) else f"{source}: {error}") from error
+    except OSError as error:
+        raise WeightsError(f"{source}: cannot be read ({one_line(error)})") from error
 
 
 def _locate(text: str, sha256: str | None) -> Path:
@@ -143,8 +151,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _checked_sha256(sha256: str) -> str:
-    is_valid = re.fullmatch(r"[0-9a-fA-F]{64}", sha256) is not None
-    require(is_valid, f"expected a sha256 of 64 hex digits, got {sha256!r}")
+    require(bool(re.fullmatch(r"[0-9a-fA-F]{64}", sha256)), f"expected a sha256 of 64 hex digits, got {sha256!r}")
     return sha256.lower()
 
 
@@ -168,7 +175,6 @@ def _find_named(text: str) -> Path:
         return match
     if is_bare and text in RELEASES:
         return _from_release(RELEASES[text])
-
     nearest = [str(path.parent / n) for n in difflib.get_close_matches(path.name, _names_in(path.parent), n=1)]
     where, advice = "", ""
     if is_bare:
@@ -190,7 +196,7 @@ def _in_weights_folder(name: str) -> Path | None:
     if release := RELEASES.get(name):
         # Exactly: dinov3_vitl16 is not the satellite model, dinov2_vits14 not the one with registers.
         stems = "|".join(map(re.escape, (name, f"{name}_pretrain", *release.files)))
-        repository = release.hub.split("/")[1] if release.hub else name
+        repository = release.hub.rpartition("/")[2] or name
     released = rf"(?:{stems})(?:-[0-9a-f]{{8,64}})?{suffix}|{re.escape(repository)}"
     for pattern in (re.escape(name), re.escape(name) + suffix, released):
         matches = [entry for entry in _names_in(folder) if re.fullmatch(pattern, entry)]
@@ -202,8 +208,7 @@ def _in_weights_folder(name: str) -> Path | None:
 
 def _from_release(release: Release) -> Path:
     by_hand = f"download it from {release.page} into the weights folder {weights_folder()} (DINOCELL_WEIGHTS)"
-    if release.hub is None:
-        raise WeightsError(f"the publisher requires a form to be filled in first; {by_hand}")
+    require(bool(release.hub), f"the publisher requires a form to be filled in first; {by_hand}")
     return _from_hub_cache(release.hub, None) or _from_hub(release.hub, None, None, hint=f"; or {by_hand}")
 
 
@@ -212,10 +217,8 @@ def _weights_in(path: Path) -> Path:
     if not path.is_dir():
         return path
     names = _names_in(path)
-    require(
-        ".metadata" not in names,  # of torch.distributed.checkpoint
-        "a checkpoint for resuming a run; give exported weights, such as eval/training_<step>/teacher_checkpoint.pth",
-    )
+    exported = "exported weights, such as eval/training_<step>/teacher_checkpoint.pth"
+    require(".metadata" not in names, f"a checkpoint for resuming a run; give {exported}")  # torch.distributed's
     chosen = _choose(names)
     if shard := re.search(r"-of-(\d+)\.", chosen[0]):
         is_complete = "config.json" in names and len(chosen) >= int(shard[1])
@@ -240,9 +243,6 @@ def _choose(names: Iterable[str]) -> list[str]:
     return matches
 
 
-# --- URLs -----------------------------------------------------------------------------------------------------------
-
-
 def _from_url(url: str, sha256: str | None) -> Path:
     """Return the file in the weights folder for a URL, downloaded unless it exists."""
     address, _, fragment = url.partition("#")
@@ -254,14 +254,11 @@ def _from_url(url: str, sha256: str | None) -> Path:
     name = Path(urllib.parse.unquote(path.split("://", 1)[1])).name
     is_weights = name.endswith(_SUFFIXES) and name.isprintable()
     require(is_weights, f"expected a file ending in {', '.join(_SUFFIXES)}; else download it and give the path")
-    in_name = re.search(r"-([0-9a-f]{8,64})\.[^.]+$", name)
-    expected = sha256 or (in_name[1] if in_name else "")
-    require(
-        bool(expected),
-        "a download needs its hash, which the publisher states or `sha256sum FILE` prints; give it as"
-        f" {path}#sha256=<64 hex digits>",
-    )
-    if not (in_name and expected.startswith(in_name[1])):
+    in_name = match[1] if (match := re.search(r"-([0-9a-f]{8,64})\.[^.]+$", name)) else ""
+    expected = sha256 or in_name
+    advice = f"which the publisher states or `sha256sum FILE` prints; give it as {path}#sha256=<64 hex digits>"
+    require(bool(expected), f"a download needs its hash, {advice}")
+    if not (in_name and expected.startswith(in_name)):
         name = f"{Path(name).stem}-{expected[:8]}{Path(name).suffix}"
     target = weights_folder() / name
     if not target.is_file() or (sha256 is not None and sha256_of(target) != sha256):
@@ -276,47 +273,49 @@ def _download(address: str, target: Path, sha256: str) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT_S)
     try:
-        urllib.request.Request(address)  # if malformed, an error before a file is opened
-        target.parent.mkdir(parents=True, exist_ok=True)
         for wait_s in (*_BACKOFF_S, None):
             try:
+                urllib.request.Request(address)  # if malformed, an error before a file is opened
+                target.parent.mkdir(parents=True, exist_ok=True)
                 return download_url_to_file(address, str(target), hash_prefix=sha256, progress=sys.stderr.isatty())
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} {error.reason}"
-                error.close()
-                if error.code < 500 and error.code not in (408, 429):
-                    advice = "the link may have expired or need a log-in" if error.code in (401, 403) else "check it"
-                    raise WeightsError(f"the server answered {problem}; {advice}") from error
-            except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.IncompleteRead) as error:
-                problem = one_line(error)
-            if wait_s is not None:
-                time.sleep(wait_s)
-        raise WeightsError(f"the download failed {len(_BACKOFF_S) + 1} times ({problem}); check the network")
-    except RuntimeError as error:  # of the hash, or a missing one
-        raise WeightsError(
-            f"expected sha256 {sha256}; the file is another one or incomplete, and was not kept ({one_line(error)})"
-        ) from error
-    except (http.client.InvalidURL, ValueError) as error:  # may quote the query, so it is not shown
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError("malformed, expected http(s)://host/file") from error
-    except OSError as error:
-        problem = f"cannot write into {target.parent}: {one_line(error)}"
-        raise WeightsError(f"{problem}; set DINOCELL_WEIGHTS to another folder") from error
+            except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
+                if wait_s is None or not _may_pass(error):
+                    raise WeightsError(_download_problem(error, target.parent, sha256)) from error
+            time.sleep(wait_s)
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-# --- Hugging Face ---------------------------------------------------------------------------------------------------
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt may succeed: after errors of the network and of an overloaded server."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 429)
+    return isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError | http.client.IncompleteRead)
+
+
+def _download_problem(error: Exception, folder: Path, sha256: str) -> str:
+    """Return in one line why a download failed and what to do."""
+    status = f"HTTP {error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else ""
+    if _may_pass(error):
+        return f"the download failed {len(_BACKOFF_S) + 1} times ({status or one_line(error)}); check the network"
+    if isinstance(error, urllib.error.HTTPError):
+        advice = "the link may have expired or need a log-in" if error.code in (401, 403) else "check it"
+        return f"the server answered {status}; {advice}"
+    if isinstance(error, OSError):
+        return f"cannot write into {folder}: {one_line(error)}; set DINOCELL_WEIGHTS to another folder"
+    if isinstance(error, RuntimeError):  # of the hash, or a missing one
+        return f"expected sha256 {sha256}; the file is another one or incomplete, and was not kept ({one_line(error)})"
+    return "malformed, expected http(s)://host/file"  # the error may quote the query, so it is not shown
 
 
 def _from_hub_address(text: str) -> Path:
     """Return the local file or folder of ``hf://owner/name[@revision][/file]``."""
     revision_pattern = r"@(refs/(?:pr|convert)/[^/]+|[^/]+)"
     address = re.fullmatch(rf"(?i:hf)://([\w.-]+/[\w.-]+)(?:{revision_pattern})?(?:/(.+?))?/?", text)
-    if address is None:
-        raise WeightsError("expected hf://owner/name, hf://owner/name@revision or hf://owner/name/file")
-    repo, revision, file = address.groups()
+    repo, revision, file = address.groups() if address else ("", None, None)
+    require(bool(repo), "expected hf://owner/name, hf://owner/name@revision or hf://owner/name/file")
     is_weights = file is None or file.endswith(_SUFFIXES)
     require(is_weights, f"expected a file ending in {', '.join(_SUFFIXES)}, got {file!r}")
     return _from_hub(repo, urllib.parse.unquote(revision) if revision else None, file)
@@ -355,9 +354,9 @@ def _from_hub_cache(repo: str, revision: str | None) -> Path | None:
     """Return the folder of a repository in the Hugging Face cache; None if its weights are not complete."""
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["config.json"]  # not the weights: another program may have downloaded other formats
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
+        # Ask for the configuration, not for the weights: another program may have downloaded other formats.
+        folder = snapshot_download(repo, revision=revision, allow_patterns=["config.json"], local_files_only=True)
         return _weights_in(Path(folder))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError, WeightsError):
         return None
@@ -378,19 +377,17 @@ def _hub_problem(error: Exception, repo: str, revision: str | None, file: str | 
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
     status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
     log_in = "log in with `hf auth login` (or set HF_TOKEN)"
-    if isinstance(cause, errors.GatedRepoError):  # a kind of RepositoryNotFoundError
-        return f"access refused (HTTP {status}); accept the licence at {page} and {log_in}"
-    messages = {
+    refused = f"access refused (HTTP {status}); accept the licence at {page} and {log_in}"
+    answered = f"Hugging Face answered HTTP {status} for {page}; try again later"
+    messages = {  # the first kind that fits; all but one are kinds of HfHubHTTPError
+        errors.GatedRepoError: refused,
         errors.RepositoryNotFoundError: f"no such repository, or a private one; check {page}, and {log_in}",
         errors.RevisionNotFoundError: f"the repository has no revision {revision!r}; see {page}",
         errors.RemoteEntryNotFoundError: f"the repository has no file {file!r}; see {page}/tree/{revision or 'main'}",
         errors.HFValidationError: f"{repo!r} is not a repository name; expected hf://owner/name",
+        errors.HfHubHTTPError: refused if status in (401, 403) else answered,
     }
-    for kind, message in messages.items():
-        if isinstance(cause, kind):
-            return message
-    if status in (401, 403):
-        return f"access refused (HTTP {status}); accept the licence at {page} and {log_in}"
-    if status is not None:
-        return f"Hugging Face answered HTTP {status} for {page}; try again later"
-    return f"cannot download {page}, and it is not in the cache: {one_line(cause)}; check the network and the disk"
+    unreachable = (
+        f"cannot download {page}, and it is not in the cache: {one_line(cause)}; check the network and the disk"
+    )
+    return next((message for kind, message in messages.items() if isinstance(cause, kind)), unreachable)

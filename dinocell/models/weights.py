@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from dinocell.configs.schema import MisfitError, fit
 from dinocell.errors import WeightsError
 from dinocell.models.checkpoint_files import RawWeights, read_raw
-from dinocell.models.config import LICENCES, UNKNOWN_LICENCE, Convention, InputSettings, WeightsCard, variant_of
+from dinocell.models.config import LICENCES, SIZES, UNKNOWN_LICENCE, Convention, InputSettings, WeightsCard, variant_of
 from dinocell.models.export import SCHEMA_VERSION, Layout, Weights, save_weights
 from dinocell.models.formats import MAX_PATCH, Recognised, recognise
 from dinocell.models.layers import AttentionKernel
-from dinocell.models.locate import locate, require
+from dinocell.models.locate import locate, naming, require
 from dinocell.models.positions import TrainingNoise
 from dinocell.models.vit import VARIANTS, VisionTransformer, ViTConfig
 
@@ -80,7 +80,7 @@ def load_backbone(
     """
     weights = read_weights(source, sha256=sha256, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
     if variant is not None:
-        _check_variant(weights.config, variant, str(source))
+        _check_variant(weights.config, variant, source)
     # Convert to the model's precision first: new filters rounded to half precision are off by 1 in 500.
     filters = {
         name: tensor.to(torch.promote_types(tensor.dtype, dtype))
@@ -88,11 +88,10 @@ def load_backbone(
         if name.startswith("patch_embed.")
     }
     weights = dataclasses.replace(weights, tensors={**weights.tensors, **filters})
-    try:
+    with naming(source):
         weights = fit_weights(weights, patch_size=patch_size, in_channels=in_channels, input=input)
-    except WeightsError as error:
-        raise WeightsError(f"{source}: {error}") from error
-    _check_finite(weights.tensors, str(source))
+        infinite = [name for name, tensor in weights.tensors.items() if not bool(tensor.isfinite().all())]
+        require(not infinite, f"NaN or infinite values in {_some(infinite)}; the file is damaged or its run diverged")
     with torch.device("meta"):
         vit = VisionTransformer(weights.config, noise=noise, kernel=kernel)
     # Copies, because the file may be memory-mapped.
@@ -111,13 +110,10 @@ def read_weights(
     """Find, open and recognise a checkpoint, and check every name and shape; errors as in `load_backbone`."""
     path = locate(source, sha256=sha256)
     raw = read_raw(path)
-    try:
+    with naming(f"{path} (described by its .card.json)" if raw.sidecar and not raw.metadata else path):
         metadata = _fit_metadata(raw.metadata or raw.sidecar)
         recognised = recognise(raw.tensors, raw.hub_config, metadata[0] if metadata else None)
         tensors, notes = _check_tensors(recognised, allow_missing, allow_unexpected)
-    except WeightsError as error:
-        described = " (described by its .card.json)" if raw.sidecar and not raw.metadata else ""
-        raise WeightsError(f"{path}{described}: {' '.join(str(error).split())}") from error
     card, source_format = (metadata[1], "DINOCell") if metadata else _foreign_card(raw, recognised, path)
     card = dataclasses.replace(card, derived_from=(*card.derived_from, *notes))
     return Weights(
@@ -136,7 +132,7 @@ def _fit_metadata(metadata: Mapping[str, Any] | None) -> tuple[ViTConfig, Weight
         config: ViTConfig = fit(ViTConfig, metadata.get("vit"), "vit")
         card: WeightsCard = fit(WeightsCard, metadata.get("card"), "card")
     except (MisfitError, ValueError) as error:
-        raise WeightsError(f"its configuration is damaged: {error}") from error
+        raise WeightsError(f"its configuration is damaged: {' '.join(str(error).split())}") from error
     return config, card
 
 
@@ -190,19 +186,12 @@ def _outline(config: ViTConfig) -> str:
     )
 
 
-def _check_variant(config: ViTConfig, variant: str, source: str) -> None:
+def _check_variant(config: ViTConfig, variant: str, source: str | Path) -> None:
     require(variant in VARIANTS, f"unknown variant {variant!r}: expected one of {', '.join(VARIANTS)}")
-    sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
-    expected, got = ({name: getattr(c, name) for name in sizes} for c in (VARIANTS[variant], config))
-    if expected != got:
-        differing = [name for name in sizes if expected[name] != got[name]]
-        first, second = (", ".join(f"{n} {values[n]}" for n in differing) for values in (expected, got))
-        raise WeightsError(f"{source}: expected a {variant} model ({first}), got {second}")
-
-
-def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    names = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    require(not names, f"{source}: NaN or infinite values in {_some(names)}; the file is damaged or its run diverged")
+    sizes = {name: (getattr(VARIANTS[variant], name), getattr(config, name)) for name in SIZES}
+    differing = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+    expected, got = (", ".join(f"{name} {pair[i]}" for name, pair in differing.items()) for i in (0, 1))
+    require(not differing, f"{source}: expected a {variant} model ({expected}), got {got}")
 
 
 def fit_weights(
@@ -233,10 +222,7 @@ def fit_weights(
         weight = resize_patch_weight(weight, patch_size)
         notes.append(f"patch {config.patch_size} -> {patch_size}")
     if (in_channels, target) != (config.in_channels, source):
-        try:
-            weight, bias = convert_channels(weight, bias, in_channels=in_channels, source=source, target=target)
-        except ValueError as error:
-            raise WeightsError(str(error)) from error
+        weight, bias = convert_channels(weight, bias, in_channels=in_channels, source=source, target=target)
         notes.append(f"input {config.in_channels} x {source} -> {in_channels} x {target}")
     card = dataclasses.replace(
         weights.card,
@@ -293,15 +279,15 @@ def convert_channels(
 
     Raises
     ------
-    ValueError
+    WeightsError
         Between ``unit`` and ``standardised``, because fixed weights cannot undo a normalisation per image. For
         ``imagenet`` with other than 3 channels.
     """
-    if {source, target} == {"unit", "standardised"}:
-        raise ValueError(f"a model for {source!r} input cannot be converted to {target!r} input")
+    is_possible = {source, target} != {"unit", "standardised"}
+    require(is_possible, f"a model for {source!r} input cannot be converted to {target!r} input")
     for convention, channels in ((target, in_channels), (source, weight.shape[1] if target == "unit" else 3)):
-        if convention == "imagenet" and channels != 3:
-            raise ValueError(f"ImageNet normalisation is defined for 3 channels, got {channels}")
+        fits = convention != "imagenet" or channels == 3
+        require(fits, f"ImageNet normalisation is defined for 3 channels, got {channels}")
     dtype = weight.dtype
     if (source, target) == ("imagenet", "unit"):
         wide, shift = weight.double(), bias.double()
@@ -337,6 +323,8 @@ def describe(weights: Weights, *, image_size: int = 224) -> dict[str, str]:
     """
     config, card = weights.config, weights.card
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.tensors.values()})
+    heads = [f"{name} ({sum(t.numel() for t in own.values()):,} parameters)" for name, own in weights.heads.items()]
+    size = max(config.patch_size, image_size // config.patch_size * config.patch_size)
     names = f" ({', '.join(card.input.channel_names)})" if card.input.channel_names else ""
     return {
         "format": weights.source_format,
@@ -347,8 +335,8 @@ def describe(weights: Weights, *, image_size: int = 224) -> dict[str, str]:
         "positions": _positions(config),
         "registers": str(config.registers),
         "parameters": f"{weights.num_parameters:,} ({', '.join(dtypes)})",
-        "cost": _cost(config, image_size),
-        "heads": _heads(weights),
+        "cost": f"{forward_gflop(config, image_size=size):.1f} GFLOP per image of {size} x {size}",
+        "heads": ", ".join(heads) or "none",
         "input": _input(weights),
         "derived from": " | ".join(card.derived_from) or "trained from random weights",
         "licence": card.licence or "not stated",
@@ -391,11 +379,6 @@ def _attention_macs(inputs: list[Any], _outputs: list[Any]) -> int:
     return int(2 * batch * heads * queries * keys * width)
 
 
-def _cost(config: ViTConfig, image_size: int) -> str:
-    size = max(config.patch_size, image_size // config.patch_size * config.patch_size)
-    return f"{forward_gflop(config, image_size=size):.1f} GFLOP per image of {size} x {size}"
-
-
 def _positions(config: ViTConfig) -> str:
     if config.positions == "rope":
         rope = config.rope
@@ -405,11 +388,6 @@ def _positions(config: ViTConfig) -> str:
     learned = config.learned
     how = f"offset {learned.offset:g}" + (", antialiased" if learned.antialias else "")
     return f"learned for {learned.grid_rows} x {learned.grid_columns} patches, resized with {how}"
-
-
-def _heads(weights: Weights) -> str:
-    heads = [f"{name} ({sum(t.numel() for t in own.values()):,} parameters)" for name, own in weights.heads.items()]
-    return ", ".join(heads) or "none"
 
 
 def _input(weights: Weights) -> str:
