@@ -34,15 +34,16 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         minimum = dict.fromkeys(("width", "depth", "heads", "mlp_hidden", "patch_size", "in_channels"), 1)
-        for name, low in {**minimum, "registers": 0}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        low = {name: least for name, least in {**minimum, "registers": 0}.items() if getattr(self, name) < least}
+        problems = [f"{name}: expected at least {least}, got {getattr(self, name)}" for name, least in low.items()]
         if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps: expected a small positive number, got {self.norm_eps}")
+            problems.append(f"norm_eps: expected a small positive number, got {self.norm_eps}")
         multiple = self.heads * (4 if self.positions == "rope" else 1)
-        if self.width % multiple:
+        if not problems and self.width % multiple:
             kind = "4 * heads (rotary positions)" if self.positions == "rope" else "heads"
-            raise ValueError(f"width: expected a multiple of {kind} = {multiple}, got {self.width}")
+            problems.append(f"width: expected a multiple of {kind} = {multiple}, got {self.width}")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
     def num_prefix(self) -> int:
@@ -89,14 +90,12 @@ def variant_of(config: ViTConfig) -> str | None:
     return next(matches, None)
 
 
-# --- FLOPs ----------------------------------------------------------------------------------------------------------
-#
-# By the formula: two operations per multiply-accumulate, matrix products only. Used for a training step, where tracing
-# would take seconds; `dinocell.models.weights.forward_gflop` traces a model with fvcore.
-
-
 def forward_flop(config: ViTConfig, image_size: int) -> float:
-    """Return the operations of the forward pass of one image."""
+    """Return the operations of the forward pass of one image by the formula, for steps where tracing takes seconds.
+
+    Two operations per multiply-accumulate, matrix products only; `dinocell.models.weights.forward_gflop` traces a
+    model with fvcore.
+    """
     patches = (image_size // config.patch_size) ** 2
     tokens = patches + config.num_prefix
     width, hidden = config.width, config.mlp_hidden

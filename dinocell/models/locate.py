@@ -115,7 +115,8 @@ def naming(source: object) -> Iterator[None]:
     try:
         yield
     except WeightsError as error:
-        raise WeightsError(str(error) if str(error).startswith(str(source)) else f"{source}: {error}") from error
+        is_named = str(error).startswith((f"{source}: ", f"{source}{os.sep}"))
+        raise WeightsError(str(error) if is_named else f"{source}: {error}") from error
     except OSError as error:
         raise WeightsError(f"{source}: cannot be read ({one_line(error)})") from error
 

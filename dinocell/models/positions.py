@@ -78,12 +78,12 @@ class TrainingNoise:
         return any(value is not None for value in (self.rope_shift, self.rope_jitter, self.rope_rescale))
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path: expected a share in [0, 1), got {self.drop_path}")
-        for name, low in (("rope_shift", 0), ("rope_jitter", 1), ("rope_rescale", 1)):
+        ranges = {"drop_path": (0, 1), "rope_shift": (0, math.inf)}
+        ranges |= {"rope_jitter": (1, math.inf), "rope_rescale": (1, math.inf)}
+        for name, (low, end) in ranges.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}: expected at least {low}, got {value}")
+            if value is not None and not low <= value < end:
+                raise ValueError(f"{name}: expected a number in [{low}, {end}), got {value}")
 
 
 class RotaryTable(NamedTuple):
