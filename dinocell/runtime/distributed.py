@@ -113,15 +113,16 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
         chosen = torch.device("cuda", local_rank % torch.cuda.device_count()) if chosen.index is None else chosen
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        if RENDEZVOUS not in os.environ and "MASTER_ADDR" not in os.environ:
+        meeting = os.environ.get(RENDEZVOUS)
+        if meeting is None and "MASTER_ADDR" not in os.environ:
             raise DinocellError(
                 f"{size} processes, but MASTER_ADDR is not set: start them with torchrun or 'dinocell launch'"
             )
         dist.init_process_group(
             # Gloo as well: flags and names are exchanged without waiting for the device.
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            store=_meet(Path(os.environ[RENDEZVOUS]), rank, size, timeout_s) if RENDEZVOUS in os.environ else None,
-            init_method=None if RENDEZVOUS in os.environ else "env://",
+            store=_meet(Path(meeting), rank, size, timeout_s) if meeting else None,
+            init_method=None if meeting else "env://",
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
@@ -172,30 +173,24 @@ def together(device: str = "auto", *, timeout_s: float = 1800.0) -> Iterator[Wor
 
 
 def _from_environment(variables: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """Return rank, size, local rank and local size."""
+    """Return rank, size, local rank and local size, as set by torchrun or SLURM."""
     if "RANK" in variables and "WORLD_SIZE" in variables:
-        named = {name: variables.get(name, default) for name, default in _TORCHRUN.items()}
-        rank, size, local_rank, local_size = _integers(named)
-        return rank, size, local_rank, local_size
+        # Some launchers set only these two.
+        named = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        named = {name: variables.get(name, default) for name, default in named.items()}
     # SLURM_NTASKS exists inside `salloc` and batch scripts too; SLURM_STEP_* only in tasks that srun started.
-    if variables.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+    elif variables.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         named = {name: variables.get(name, "") for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")}
-        rank, size, local_rank = _integers(named)
         per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 8(x4): eight on each of four machines
-        return rank, size, local_rank, int(per_node.split("(")[0].split(",")[0])
-    return 0, 1, 0, 1
-
-
-# Set by torchrun, with defaults for launchers that set only the first two.
-_TORCHRUN = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-
-
-def _integers(named: Mapping[str, str]) -> list[int]:
+        named["SLURM_STEP_TASKS_PER_NODE"] = re.split(r"[(,]", per_node)[0]
+    else:
+        return 0, 1, 0, 1
     try:
-        return [int(value) for value in named.values()]
+        rank, size, local_rank, local_size = map(int, named.values())
     except ValueError:
         shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
         raise DinocellError(f"environment: expected integers, got {shown}") from None
+    return rank, size, local_rank, local_size
 
 
 def rank() -> int:
@@ -215,20 +210,20 @@ def is_alone() -> bool:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the sum over all ranks."""
-    if is_alone():
-        return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
     """Return the maximum over all ranks."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
     if is_alone():
         return values
-    largest = values.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
+    result = values.clone()
+    dist.all_reduce(result, op=operation)
+    return result
 
 
 def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "a d"]:

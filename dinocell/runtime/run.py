@@ -12,8 +12,6 @@ drops later records, because those steps are computed again. Only the main rank 
 does nothing.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -89,7 +87,7 @@ class SupportsArray(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Outputs:
-    tensorboard: SummaryWriter
+    tensorboard: "SummaryWriter"
     metrics: MetricsFile
     log: TextIO
     progress: LiveProgress | PlainProgress
@@ -103,18 +101,14 @@ class Run:
         self,
         folder: Path,
         outputs: _Outputs | None,
-        *,
         total_steps: int | None,
         resume_step: int,
         log_every: int,
         batch_size: int | None,
     ) -> None:
-        self.folder = folder
-        self._outputs = outputs
-        self._total_steps = total_steps
-        self._first_step = resume_step + 1
-        self._log_every = log_every
-        self._batch_size = batch_size
+        self.folder, self._outputs = folder, outputs
+        self._first_step, self._total_steps = resume_step + 1, total_steps
+        self._log_every, self._batch_size = log_every, batch_size
         self._last_logged: tuple[int, float] | None = None
 
     @classmethod
@@ -130,7 +124,7 @@ class Run:
         is_main: bool = True,
         ignore: Collection[str] = ("compute",),
         console: Console | None = None,
-    ) -> Run:
+    ) -> "Run":
         """Open ``folder``, new or of an earlier start with the same configuration.
 
         Parameters
@@ -169,14 +163,7 @@ class Run:
                     console or Console(), total_steps=total_steps, done_steps=resume_step, batch_size=batch_size
                 )
                 outputs = _open(folder, resume_step, log, progress)
-        run = cls(
-            folder,
-            outputs,
-            total_steps=total_steps,
-            resume_step=resume_step,
-            log_every=log_every,
-            batch_size=batch_size,
-        )
+        run = cls(folder, outputs, total_steps, resume_step, log_every, batch_size)
         if outputs is not None and outputs.metrics.num_unreadable:
             run.note(f"metrics.jsonl: dropped {outputs.metrics.num_unreadable} broken line(s) of an earlier start")
         return run
@@ -191,7 +178,7 @@ class Run:
         """Raise :class:`ConfigError` if a folder holds a run with another configuration, as `start` does."""
         check_same(folder, config, ignore)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(
@@ -295,9 +282,9 @@ class Run:
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:  # of the console, not the folder
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError):  # of the console, not the folder
+            raise
         raise DinocellError(f"run folder {folder}: cannot be written: {one_line(error)}") from error
 
 
