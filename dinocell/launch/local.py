@@ -77,6 +77,5 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
                 if process.poll() is None:
                     process.kill()
         time.sleep(_POLL_S)
-    codes = [process.returncode for process in running]
     # As in a shell, the exit code of a process ended by a signal is 128 plus the signal number.
-    return max(128 - code if code < 0 else code for code in codes)
+    return max(128 - process.returncode if process.returncode < 0 else process.returncode for process in running)

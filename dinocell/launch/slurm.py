@@ -149,21 +149,8 @@ def submit(
 ) -> list[str]:
     """Submit a command and return its job IDs, one per task.
 
-    Parameters
-    ----------
-    main
-        Function that runs the arguments of a command line.
-    folder
-        Folder of the record, the script and the logs, on a disk that all nodes can access.
-    tasks
-        Size of the job array.
-    on_export, export_settings
-        See `Job`.
-
-    Raises
-    ------
-    DinocellError
-        If SLURM is not installed here, or rejects the job.
+    Record, script and logs go into ``folder``; ``tasks`` is the size of the job array; for the others see `Job`. It is
+    a :class:`DinocellError` if SLURM is not installed here, or rejects the job.
     """
     if shutil.which("sbatch") is None:
         raise DinocellError("sbatch: not found; submit from a node of the cluster, or use --cluster local")
@@ -243,18 +230,12 @@ class Job:
 
     Attributes
     ----------
-    main
-        Function that runs the arguments of a command line and returns the exit code.
-    arguments
-        Arguments of the command; ``{task}`` and ``{tasks}`` are replaced by the index of this job in its array, from 1,
-        and the size of the array.
+    arguments, task, tasks
+        Arguments of the command, in which ``{task}`` and ``{tasks}`` are replaced by the index of this job in its
+        array, from 1, and the size of the array.
     folder
         Folder of this launch, on a disk that all nodes can access.
-    task, tasks
-        See ``arguments``.
-    max_requeues
-        Maximum number of requeues.
-    on_export
+    on_export, export_settings
         Arguments of a command that is submitted for each exported teacher (``{checkpoint}``), and the settings of
         these jobs.
     """
@@ -269,13 +250,7 @@ class Job:
     export_settings: Any = None
 
     def __call__(self) -> int:
-        """Run the command in this task, and return 0.
-
-        Raises
-        ------
-        SystemExit
-            With the command's exit code, if it is not 0.
-        """
+        """Run the command in this task, and return 0, or exit with the command's code."""
         self._join_tasks()
         on_stop(self._requeue)
         if self.on_export:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -110,8 +110,7 @@ class Checkpointer:
             written = self._writer.submit(_write, state, part, None)
         else:
             later = save_state_later(state, checkpoint_id=part, process_group=self._group)
-            assert isinstance(later, Future)
-            written = later
+            written = cast("Future[Any]", later)
 
         def finish() -> None:
             written.result()
@@ -132,12 +131,7 @@ class Checkpointer:
     def restore(self, tensors: dict[str, Any]) -> Restored | None:
         """Read the newest complete checkpoint into ``tensors``, in place; return None if there is none.
 
-        Damaged checkpoints are skipped with a warning.
-
-        Raises
-        ------
-        DinocellError
-            If every checkpoint is damaged.
+        Damaged checkpoints are skipped with a warning; it is a :class:`DinocellError` if there is no other.
         """
         self.wait()
         paths = self.steps()
@@ -146,19 +140,16 @@ class Checkpointer:
                 description = json.loads((path / "state.json").read_text(encoding="utf-8"))
                 restored = Restored(step=description["step"], values=description["values"])
                 load_state({"tensors": tensors}, checkpoint_id=path, process_group=self._group, no_dist=is_alone())
+                return restored
             except (CheckpointException, OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
                 _log.warning("%s: damaged (%s); using the previous one", path, _cause(error))
-                continue
-            return restored
         if paths:
             raise DinocellError(f"{self._folder}: every checkpoint is damaged; move the folder away to start over")
         return None
 
     def steps(self) -> list[Path]:
         """Return the folders of complete checkpoints, oldest first, as the main rank sees them."""
-        paths = from_main(self._complete() if rank() == 0 else [])
-        assert isinstance(paths, list)
-        return paths
+        return cast("list[Path]", from_main(self._complete() if rank() == 0 else []))
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written."""

@@ -13,7 +13,8 @@ def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | No
     """Return the bytes that this process can still allocate on a device; None if the system does not report it.
 
     On the CPU it is the kernel's estimate, or what the limits of the control groups (containers, SLURM) leave if that
-    is less. File caches count as available, because the kernel frees them on demand. ``root`` is the folder of ``proc`` and ``sys``.
+    is less. File caches count as available, because the kernel frees them on demand.
+    ``root`` is the folder of ``proc`` and ``sys``.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

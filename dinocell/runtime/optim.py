@@ -151,12 +151,7 @@ def _local(parameter: Tensor) -> Tensor:
 class NonfiniteSteps:
     """Skips and counts steps with a loss or gradient that is not finite, without reading from the device until `check`.
 
-    Parameters
-    ----------
-    most
-        This number of such steps in a row is an error.
-    advice
-        What the user should do then, in sentences.
+    ``most`` such steps in a row are an error; ``advice`` tells the user what to do then, in sentences.
     """
 
     def __init__(self, device: torch.device, *, most: int, advice: str) -> None:
@@ -184,10 +179,8 @@ class NonfiniteSteps:
         """Read the counts from the device; raise :class:`DinocellError` if there were too many in a row."""
         in_a_row = int(self._counts[1])
         if in_a_row >= self._most:
-            raise DinocellError(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite; they changed no weight. "
-                f"{self._advice}"
-            )
+            problem = f"{in_a_row} steps in a row had a loss or gradient that is not finite; they changed no weight"
+            raise DinocellError(f"{problem}. {self._advice}")
 
     def state(self) -> Tensor:
         """Return the counts for a checkpoint."""

@@ -21,16 +21,8 @@ def start_progress(
 ) -> "LiveProgress | PlainProgress":
     """Return a live bar if ``console`` is a terminal, else plain lines without control characters.
 
-    Parameters
-    ----------
-    console
-        Where to write.
-    total_steps
-        Index of the last step; None if unknown.
-    done_steps
-        Steps done by an earlier start.
-    batch_size
-        Images per step; the rate is then in images/s instead of steps/s.
+    ``total_steps`` is the index of the last step (None if unknown), ``done_steps`` those of an earlier start; with
+    ``batch_size``, the number of images per step, the rate is in images/s instead of steps/s.
     """
     rate = Rate(total_steps=total_steps, images_per_step=batch_size)
     if _is_live(console):
