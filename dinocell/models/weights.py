@@ -82,11 +82,8 @@ def load_backbone(
     if variant is not None:
         _check_variant(weights.config, variant, source)
     # Convert to the model's precision first: new filters rounded to half precision are off by 1 in 500.
-    filters = {
-        name: tensor.to(torch.promote_types(tensor.dtype, dtype))
-        for name, tensor in weights.tensors.items()
-        if name.startswith("patch_embed.")
-    }
+    filters = {name: tensor for name, tensor in weights.tensors.items() if name.startswith("patch_embed.")}
+    filters = {name: tensor.to(torch.promote_types(tensor.dtype, dtype)) for name, tensor in filters.items()}
     weights = dataclasses.replace(weights, tensors={**weights.tensors, **filters})
     with naming(source):
         weights = fit_weights(weights, patch_size=patch_size, in_channels=in_channels, input=input)
@@ -159,7 +156,10 @@ def _check_tensors(
         "unexpected": [n for n in recognised.tensors if n not in expected and not _matches(n, allow_unexpected)],
     }
     parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in refused.items() if names]
-    require(not parts, f"tensors do not fit a {_outline(recognised.config)}: {', '.join(parts)}")
+    config = recognised.config
+    outline = f"ViT of width {config.width}, {config.depth} blocks, patch {config.patch_size}, "
+    outline += f"{config.in_channels} channel(s), {config.positions} positions"
+    require(not parts, f"tensors do not fit a {outline}: {', '.join(parts)}")
     for name, tensor in tensors.items():
         shape, got = tuple(expected[name].shape), tuple(tensor.shape)
         require(got == shape, f"{name}: expected shape {shape}, got {got}")
@@ -177,13 +177,6 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _some(names: Sequence[str], limit: int = 4) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _outline(config: ViTConfig) -> str:
-    return (
-        f"ViT of width {config.width}, {config.depth} blocks, patch {config.patch_size}, "
-        f"{config.in_channels} channel(s), {config.positions} positions"
-    )
 
 
 def _check_variant(config: ViTConfig, variant: str, source: str | Path) -> None:
@@ -209,10 +202,9 @@ def fit_weights(
     config, source = weights.config, weights.card.input.convention
     patch_size = config.patch_size if patch_size is None else patch_size
     in_channels = config.in_channels if in_channels is None else in_channels
-    require(
-        1 <= patch_size <= MAX_PATCH and in_channels >= 1,
-        f"expected a patch size from 1 to {MAX_PATCH} and at least 1 channel, got {patch_size} and {in_channels}",
-    )
+    is_possible = 1 <= patch_size <= MAX_PATCH and in_channels >= 1
+    expected = f"expected a patch size from 1 to {MAX_PATCH} and at least 1 channel"
+    require(is_possible, f"{expected}, got {patch_size} and {in_channels}")
     target: Convention = source if input is None else input
     if input is None and source == "imagenet" and in_channels != 3:
         target = "standardised"
@@ -288,32 +280,17 @@ def convert_channels(
     for convention, channels in ((target, in_channels), (source, weight.shape[1] if target == "unit" else 3)):
         fits = convention != "imagenet" or channels == 3
         require(fits, f"ImageNet normalisation is defined for 3 channels, got {channels}")
-    dtype = weight.dtype
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float64)[..., None, None]
+    wide, shift = weight.double(), bias.double()
     if (source, target) == ("imagenet", "unit"):
-        wide, shift = weight.double(), bias.double()
-        mean, std = _rgb_statistics(wide)
         wide = wide / std
         shift = shift - (wide.sum((2, 3), keepdim=True) * mean).sum((1, 2, 3))
-        weight, bias = _spread(wide, in_channels), shift
-    elif (source, target) == ("unit", "imagenet"):
-        wide = _spread(weight.double(), in_channels)
-        mean, std = _rgb_statistics(wide)
-        shift = bias.double() + (wide.sum((2, 3), keepdim=True) * mean).sum((1, 2, 3))
-        weight, bias = wide * std, shift
-    elif in_channels != weight.shape[1]:
-        weight = _spread(weight.double(), in_channels)
-    return weight.to(dtype), bias.to(dtype)
-
-
-def _spread(weight: Tensor, in_channels: int) -> Tensor:
-    if weight.shape[1] == in_channels:
-        return weight
-    return (weight.sum(1, keepdim=True) / in_channels).repeat(1, in_channels, 1, 1)
-
-
-def _rgb_statistics(weight: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=weight.dtype)[..., None, None]
-    return mean, std
+    if in_channels != weight.shape[1]:
+        wide = (wide.sum(1, keepdim=True) / in_channels).repeat(1, in_channels, 1, 1)
+    if (source, target) == ("unit", "imagenet"):
+        shift = shift + (wide.sum((2, 3), keepdim=True) * mean).sum((1, 2, 3))
+        wide = wide * std
+    return wide.to(weight.dtype), shift.to(weight.dtype)
 
 
 def describe(weights: Weights, *, image_size: int = 224) -> dict[str, str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, TextIO, runtime_checkable
+from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -77,14 +77,6 @@ def _truncate(path: Path, resume_step: int) -> int:
     return num_unreadable
 
 
-@runtime_checkable
-class SupportsArray(Protocol):
-    """A NumPy array or a tensor on any device."""
-
-    def __array__(self) -> Any:
-        """Return the values as a NumPy array."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Outputs:
     tensorboard: "SummaryWriter"
@@ -129,8 +121,6 @@ class Run:
 
         Parameters
         ----------
-        folder
-            The run folder; created if it does not exist.
         config
             Configuration object (a dataclass), written to ``config.yaml``.
         total_steps
@@ -199,8 +189,6 @@ class Run:
 
         Parameters
         ----------
-        step
-            Index of the step, from 1.
         metrics
             Name (``group/name``) to number or one-element tensor. Names starting with ``loss/``, ``probe/`` or
             ``score/`` appear on the console.
@@ -222,7 +210,7 @@ class Run:
         if reserved := {"step", "time"} & set(metrics):
             raise ValueError(f"a metric cannot be called {' or '.join(reserved)}; use a group, as in 'loss/dino'")
         numbers = _to_floats(metrics)  # this waits for the device, so it comes before the clock is read
-        numbers = {**self._speed(step), **numbers}
+        numbers = self._speed(step) | numbers
         with _writing(self.folder):
             self._outputs.metrics.write(step, numbers)
             for name, value in numbers.items():
@@ -237,8 +225,8 @@ class Run:
             raise ValueError(f"image '{name}': expected values in [0, 1], got {image.min():.4g} to {image.max():.4g}")
         self._outputs.tensorboard.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
 
-    def histogram(self, step: int, name: str, values: SupportsArray) -> None:
-        """Write the distribution of the finite ``values`` (any shape) to TensorBoard, if there are any."""
+    def histogram(self, step: int, name: str, values: Any) -> None:
+        """Write the distribution of the finite ``values`` (any array or tensor) to TensorBoard, if there are any."""
         if self._outputs is None:
             return
         torch = sys.modules.get("torch")
