@@ -30,31 +30,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSettings:
-    """Resources and options of a job; None keeps the default of the cluster.
-
-    Attributes
-    ----------
-    gpus_per_node, tasks_per_node
-        A task is a process of the run: one per GPU by default; 1 without GPUs.
-    time_min
-        Time limit of each start, in minutes; a run that needs more is requeued.
-    signal_s
-        Time before the limit at which the run receives the signal to save, in seconds.
-    setup, env
-        Shell lines and environment variables before the command.
-    container
-        Image for ``srun --container-image`` (pyxis, enroot).
-    extra
-        Further sbatch options by name.
-    """
+    """Resources and options of a job; None keeps the default of the cluster."""
 
     name: str = "dinocell"
     nodes: int = 1
     gpus_per_node: int | None = None
-    tasks_per_node: int | None = None
+    tasks_per_node: int | None = None  # processes of the run: by default one per GPU, 1 without GPUs
     cpus_per_task: int | None = None
     mem: str | None = None
-    time_min: int = 24 * 60
+    time_min: int = 24 * 60  # limit of each start; a run that needs more is requeued
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -62,12 +46,12 @@ class SlurmSettings:
     exclude: str | None = None
     dependency: str | None = None
     comment: str | None = None
-    signal_s: int = 120
+    signal_s: int = 120  # before the limit, when the run receives the signal to save
     max_requeues: int = 100
-    setup: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()  # shell lines before the command
     env: Mapping[str, str] = field(default_factory=dict)
-    container: str | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)
+    container: str | None = None  # image for ``srun --container-image`` (pyxis, enroot)
+    extra: Mapping[str, str] = field(default_factory=dict)  # further sbatch options by name
 
     def __post_init__(self) -> None:
         minimum = dict.fromkeys(("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time_min"), 1)
@@ -228,16 +212,9 @@ class Job:
     The job is requeued automatically after a time limit, a node failure or a killed process, but not after completion,
     an error, ``scancel`` or Ctrl-C.
 
-    Attributes
-    ----------
-    arguments, task, tasks
-        Arguments of the command, in which ``{task}`` and ``{tasks}`` are replaced by the index of this job in its
-        array, from 1, and the size of the array.
-    folder
-        Folder of this launch, on a disk that all nodes can access.
-    on_export, export_settings
-        Arguments of a command that is submitted for each exported teacher (``{checkpoint}``), and the settings of
-        these jobs.
+    In ``arguments``, ``{task}`` and ``{tasks}`` are replaced by the index of this job in its array, from 1, and the
+    size of the array. ``folder`` is that of this launch, on a disk that all nodes can access. The command ``on_export``
+    is submitted for each exported teacher (``{checkpoint}``), with ``export_settings``.
     """
 
     main: Main

@@ -58,13 +58,7 @@ def sidecar_path(path: Path) -> Path:
 
 
 def read_raw(path: Path) -> RawWeights:
-    """Read a file or a Hugging Face folder.
-
-    Raises
-    ------
-    WeightsError
-        If it cannot be read completely and safely; one line that names the file.
-    """
+    """Read a file or a Hugging Face folder; an error, in one line that names it, unless that is complete and safe."""
     if path.is_dir():
         return _read_folder(path)
     tensors, container, metadata = _read_file(path)

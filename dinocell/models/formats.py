@@ -64,21 +64,10 @@ def recognise(
     hub_config: Mapping[str, Any] | None = None,
     config: ViTConfig | None = None,
 ) -> Recognised:
-    """Rename the tensors of a file, and infer the configuration from their shapes unless ``config`` is given.
+    """Rename the tensors of a file, and infer the configuration from their shapes unless a file of ours states it.
 
-    Parameters
-    ----------
-    tensors
-        Under the names in the file.
-    hub_config
-        The ``config.json`` of a Hugging Face folder.
-    config
-        The configuration in a file of ours.
-
-    Raises
-    ------
-    WeightsError
-        If the names match no known format, or two names mean the same tensor.
+    ``hub_config`` is the ``config.json`` of a Hugging Face folder. It is a :class:`WeightsError` if the names match no
+    known format, or two names mean the same tensor.
     """
     hub = hub_config or {}
     # 1. Names: strip wrappers and translate those of Hugging Face.

@@ -104,15 +104,9 @@ def scaled_linear(linear: nn.Linear, rows: Float[Tensor, "n i"], scale: LayerSca
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values.
 
-    Parameters
-    ----------
-    width, heads
-        Width of a token and number of heads; ``width / heads`` must be a multiple of 4 for rotary positions.
-    qkv_bias, key_bias
-        Whether the projection has a bias, and whether its key part is used. DINOv3 keeps the key bias at zero: with a
-        plain softmax it has no effect, with rotary positions it would.
-    kernel
-        See the module's table.
+    ``width / heads`` must be a multiple of 4 for rotary positions. With ``qkv_bias`` the projection has a bias, whose
+    key part is used with ``key_bias``. DINOv3 keeps the key bias at zero: with a plain softmax it has no effect, with
+    rotary positions it would.
     """
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool, key_bias: bool, kernel: AttentionKernel) -> None:
@@ -324,14 +318,8 @@ class Block(nn.Module):
     ) -> Float[Tensor, "m d"]:
         """Transform the residual stream.
 
-        Parameters
-        ----------
-        rows
-            Tokens of all sequences, segment after segment.
-        kept
-            Sequences that take the attention branch and the MLP branch (`find_subsets`); ``None``: all.
-        needed
-            Compute and return only these rows, exactly, with keys and values of every row; ``None``: all.
+        Sequences in ``kept`` take the attention branch and the MLP branch (`find_subsets`; ``None``: all). Only the
+        ``needed`` rows are computed and returned, exactly, with keys and values of every row (``None``: all).
         """
         if kept is None:
             if needed is None:

@@ -29,33 +29,30 @@ _TIMEOUT_S = 30.0  # without an answer of the server
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """A published backbone: names of its files without hash and suffix, its page, its Hugging Face repository."""
+    """A published backbone: name of its file without hash and suffix, its page, its Hugging Face repository."""
 
-    family: str
-    files: tuple[str, ...]
+    file: str
     page: str = "https://github.com/facebookresearch/dinov2"
     hub: str = ""
 
 
 RELEASES: dict[str, Release] = {
-    name: Release(family="cell_dino", files=files)
-    for name, files in {
-        "cell_dino_cp_vits8": ("cell_dino_vits8_pretrain_cp",),
-        "cell_dino_hpa_vitl16": ("cell_dino_vitl16_pretrain_hpa_sc",),
-        "cell_dino_hpa_vitl14": ("cell_dino_vitl14_pretrain_hpa_fov_highres",),
-        "channel_adaptive_dino_vitl16": ("channel_adaptive_dino_vitl16_pretrain_cells",),
-    }.items()
+    "cell_dino_cp_vits8": Release(file="cell_dino_vits8_pretrain_cp"),
+    "cell_dino_hpa_vitl16": Release(file="cell_dino_vitl16_pretrain_hpa_sc"),
+    "cell_dino_hpa_vitl14": Release(file="cell_dino_vitl14_pretrain_hpa_fov_highres"),
+    "channel_adaptive_dino_vitl16": Release(file="channel_adaptive_dino_vitl16_pretrain_cells"),
 }
 for _arch, _size in {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}.items():
-    for _name, _file, _hub in (("", "", ""), ("_reg", "_reg4", "with-registers-")):
-        RELEASES[f"dinov2_{_arch}{_name}"] = Release(
-            family="dinov2", files=(f"dinov2_{_arch}{_file}_pretrain",), hub=f"facebook/dinov2-{_hub}{_size}"
-        )
+    RELEASES |= {
+        f"dinov2_{_arch}": Release(file=f"dinov2_{_arch}_pretrain", hub=f"facebook/dinov2-{_size}"),
+        f"dinov2_{_arch}_reg": Release(
+            file=f"dinov2_{_arch}_reg4_pretrain", hub=f"facebook/dinov2-with-registers-{_size}"
+        ),
+    }
 for _name in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16", "vitl16_sat", "vit7b16_sat"):
     _arch, _data = _name.removesuffix("_sat"), "sat493m" if _name.endswith("_sat") else "lvd1689m"
     RELEASES[f"dinov3_{_name}"] = Release(
-        family="dinov3",
-        files=(f"dinov3_{_arch}_pretrain_{_data}",),
+        file=f"dinov3_{_arch}_pretrain_{_data}",
         page="https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/",
         hub=f"facebook/dinov3-{_arch}-pretrain-{_data}",
     )
@@ -123,11 +120,9 @@ def naming(source: object) -> Iterator[None]:
 
 def _locate(text: str, sha256: str | None) -> Path:
     scheme, slash = (m[1].lower(), m[2]) if (m := re.match(r"([A-Za-z][\w+.-]+):/(/?)", text)) else ("", "/")
-    require(
-        scheme in ("", "hf", "http", "https") and bool(slash),
-        f"expected a path, hf://, http:// or https://, got {scheme}:/{slash}; give a file by its path, a URL as text"
-        " (a Path loses one slash)",
-    )
+    expected = f"expected a path, hf://, http:// or https://, got {scheme}:/{slash}"
+    is_known = scheme in ("", "hf", "http", "https") and bool(slash)
+    require(is_known, f"{expected}; give a file by its path, a URL as text (a Path loses one slash)")
     if scheme.startswith("http"):
         return _from_url(text, sha256)
     path = _from_hub_address(text) if scheme == "hf" else _weights_in(_find_named(text))
@@ -196,7 +191,7 @@ def _in_weights_folder(name: str) -> Path | None:
     stems, repository = rf"{re.escape(name)}(?:_pretrain(?:_\w+)?)?", name
     if release := RELEASES.get(name):
         # Exactly: dinov3_vitl16 is not the satellite model, dinov2_vits14 not the one with registers.
-        stems = "|".join(map(re.escape, (name, f"{name}_pretrain", *release.files)))
+        stems = "|".join(map(re.escape, (name, f"{name}_pretrain", release.file)))
         repository = release.hub.rpartition("/")[2] or name
     released = rf"(?:{stems})(?:-[0-9a-f]{{8,64}})?{suffix}|{re.escape(repository)}"
     for pattern in (re.escape(name), re.escape(name) + suffix, released):

@@ -42,17 +42,7 @@ if TYPE_CHECKING:  # FSDP takes half a second to import, which most commands nee
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One process of a run.
-
-    Attributes
-    ----------
-    rank, size
-        Index of this process, and number of processes.
-    local_rank, local_size
-        The same within this machine.
-    device
-        Device of this process.
-    """
+    """One process of a run: its index and the number of processes, the same within this machine, its device."""
 
     rank: int = 0
     size: int = 1
@@ -71,14 +61,9 @@ class World:
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """Return a device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``...
+    """Return a device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``...; ``mps`` (Apple) is untested.
 
-    ``mps`` (Apple) is accepted, but untested.
-
-    Raises
-    ------
-    DinocellError
-        If there is no such device.
+    It is a :class:`DinocellError` if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +82,7 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     Parameters
     ----------
     device
-        ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, or one GPU: ``cuda:1``.
+        See `find_device`.
     timeout_s
         How long a collective waits for a missing rank before all ranks stop with an error.
 
@@ -274,13 +259,7 @@ _REPLICATED_BELOW = 200_000_000
 
 
 def choose_parallel(parallel: Parallel, num_parameters: int, world: World) -> Parallel:
-    """Resolve ``auto``.
-
-    Raises
-    ------
-    ConfigError
-        For ``hsdp`` if the machines have different numbers of ranks.
-    """
+    """Resolve ``auto``; raise :class:`ConfigError` for ``hsdp`` on machines with different numbers of ranks."""
     if parallel == "auto":
         if num_parameters < _REPLICATED_BELOW:
             return "ddp"

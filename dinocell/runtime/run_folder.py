@@ -39,14 +39,8 @@ def claim(folder: Path, config: object, ignore: Collection[str], *, patience_s: 
     """Make a run folder, or check that it has the same configuration; write its configuration and environment.
 
     Returns ``log.txt``, open for appending; until it is closed or this process ends, no other process can claim the
-    folder.
-
-    Parameters
-    ----------
-    ignore
-        Dotted keys or sections of the configuration that may differ.
-    patience_s
-        How long to wait for another process that uses the folder.
+    folder. ``ignore`` lists dotted keys or sections of the configuration that may differ; ``patience_s`` is how long to
+    wait for another process that uses the folder.
 
     Raises
     ------
