@@ -265,8 +265,11 @@ class Job:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= self.max_requeues:
             _log.warning("not requeued: the maximum of %d requeues is reached", self.max_requeues)
             return
-        try:
-            requeue(reason)
+        array_job = os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = f"{array_job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array_job else os.environ["SLURM_JOB_ID"]
+        sys.stderr.write(f"job {job} is requeued ({reason})\n")
+        try:  # SLURM ends the job in order to requeue it
+            subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
             # A container may have no scontrol; the batch script runs outside the container.
             requeue_marker(self.folder, os.environ["SLURM_JOB_ID"]).touch()
@@ -294,14 +297,6 @@ def exported(checkpoint: Path) -> None:
     """Call the hook, if there is one; pretraining gets this function as its export callback."""
     if _export_hook is not None:
         _export_hook(checkpoint)
-
-
-def requeue(reason: str) -> None:
-    """Requeue this SLURM job; SLURM ends it in order to do so."""
-    array_job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array_job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array_job else os.environ["SLURM_JOB_ID"]
-    sys.stderr.write(f"job {job} is requeued ({reason})\n")
-    subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
 
 
 def requeue_marker(folder: Path, job: str) -> Path:

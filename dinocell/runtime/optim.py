@@ -78,11 +78,9 @@ def _layer(name: str, depth: int) -> int:
     return 0 if name in _TOKENS or name.startswith("patch_embed.") else depth + 1
 
 
-def adamw(
-    groups: Sequence[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-) -> torch.optim.AdamW:
+def adamw(groups: Sequence[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
     """Return AdamW over the groups with learning rate 0: call `set_rates` before every step."""
-    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, weight_decay=0.0, fused=True)
 
 
 def set_rates(
