@@ -75,18 +75,15 @@ def locate(source: str | Path, *, sha256: str | None = None) -> Path:
 
     The weights folder is ``$DINOCELL_WEIGHTS``, else ``$XDG_CACHE_HOME/dinocell``, else ``~/.cache/dinocell``.
 
+    The result is a file, or a folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin`` (one file
+    or all shards). A folder with one weights file of another name gives that file.
+
     Parameters
     ----------
-    source : str or Path
+    source
         A URL must be a string: a Path loses one slash of ``://``.
-    sha256 : str, optional
+    sha256
         Expected hash of the file; not for folders. Without it, a file that was downloaded before is not hashed again.
-
-    Returns
-    -------
-    Path
-        A file, or a folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin`` (one file or all
-        shards). A folder with one weights file of another name gives that file.
 
     Raises
     ------

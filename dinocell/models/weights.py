@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinocell.configs.schema import MisfitError, fit
 from dinocell.errors import WeightsError
@@ -332,22 +332,12 @@ def forward_gflop(config: ViTConfig, *, image_size: int) -> float:
         warnings.simplefilter("ignore")  # fvcore's import uses TorchScript; the tracer warns about every shape
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(_Traceable(vit), images)
+        analysis = FlopCountAnalysis(vit, images)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False)
         analysis.tracer_warnings("none")
         logging.getLogger("fvcore").setLevel(logging.ERROR)
         return 2 * float(analysis.total()) / 1e9
-
-
-class _Traceable(nn.Module):
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.vit(images)
-        return out.cls, out.patches
 
 
 def _attention_macs(inputs: list[Any], _outputs: list[Any]) -> int:

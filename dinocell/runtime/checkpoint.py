@@ -122,8 +122,7 @@ class Checkpointer:
         """Wait until the checkpoint is complete; raise :class:`DinocellError` if it cannot be written."""
         if self._pending is None:
             return
-        future, final = self._pending
-        self._pending = None
+        (future, final), self._pending = self._pending, None
         with _writing(final):
             future.result()
         barrier()

@@ -30,20 +30,10 @@ def parameter_groups(
     embedding is also multiplied by ``patch_embedding_factor``. Biases, norms and LayerScale have no weight decay; CLS,
     mask and register tokens and positions have it, unless ``decay_tokens`` is off.
 
-    Parameters
-    ----------
-    modules
-        Sub-modules by name; ``backbone`` is a vision transformer, the others are heads. Parameters without gradient
-        are skipped.
-    depth
-        Number of blocks of the backbone.
-
-    Returns
-    -------
-    list of dict
-        Groups for an optimizer: ``params`` and plain values for its state dict: ``module``;
-        ``learning_rate_factor`` and ``weight_decay_factor`` on the scheduled values; ``last_layer`` for prototypes.
-        `set_rates` sets their rates.
+    Of the sub-modules, ``backbone`` is a vision transformer of ``depth`` blocks, the others are heads; parameters
+    without gradient are skipped. A group has ``params`` and plain values for the optimizer's state dict: ``module``;
+    ``learning_rate_factor`` and ``weight_decay_factor`` on the scheduled values, which `set_rates` sets; ``last_layer``
+    for prototypes.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for module_name, module in modules.items():

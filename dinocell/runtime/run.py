@@ -181,7 +181,7 @@ class Run:
         return step % self._log_every == 0 or step in (self._first_step, self._total_steps)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat], *, always: bool = False) -> None:
-        """Write the numbers of a finished step; call it every step.
+        """Write the numbers of a finished step; call it every step, counted from 1.
 
         Between log steps only the progress moves, and no tensor is read. On log steps all tensors of a device are read
         with one synchronisation. From the second log step on, ``speed/steps_per_s`` and, with a batch size,
