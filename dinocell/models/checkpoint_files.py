@@ -58,7 +58,10 @@ def sidecar_path(path: Path) -> Path:
 
 
 def read_raw(path: Path) -> RawWeights:
-    """Read a file or a Hugging Face folder; an error, in one line that names it, unless that is complete and safe."""
+    """Read a file or a Hugging Face folder, completely and without running code from it.
+
+    Errors are a :class:`WeightsError` of one line that names the file.
+    """
     if path.is_dir():
         return _read_folder(path)
     tensors, container, metadata = _read_file(path)

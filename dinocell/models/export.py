@@ -70,10 +70,7 @@ def save_weights(path: str | Path, weights: Weights, *, layout: Layout = "dinoce
         state dict, as Meta's released files, and ``<file>.card.json`` next to it. ``huggingface``: ``config.json``,
         ``model.safetensors`` and ``README.md``.
 
-    Raises
-    ------
-    WeightsError
-        If the layout cannot express the model, or the files cannot be written.
+    It is a :class:`WeightsError` if the layout cannot express the model, or the files cannot be written.
     """
     path = Path(path)
     if layout == "huggingface":

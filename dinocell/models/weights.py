@@ -269,11 +269,8 @@ def convert_channels(
     channels: every new one gets the sum of the old filters divided by the new number of channels, so that an image
     that repeats one grey plane gives the same token before and after.
 
-    Raises
-    ------
-    WeightsError
-        Between ``unit`` and ``standardised``, because fixed weights cannot undo a normalisation per image. For
-        ``imagenet`` with other than 3 channels.
+    Impossible are conversions between ``unit`` and ``standardised``, because fixed weights cannot undo a normalisation
+    per image, and ``imagenet`` with other than 3 channels.
     """
     is_possible = {source, target} != {"unit", "standardised"}
     require(is_possible, f"a model for {source!r} input cannot be converted to {target!r} input")

@@ -50,18 +50,10 @@ class Restored:
 class Checkpointer:
     """Writes and reads the checkpoints of a run; all ranks call every method together.
 
-    Parameters
-    ----------
-    folder
-        ``checkpoints`` of the run folder, on a file system that all ranks share.
-    keep_last
-        Number of newest checkpoints to keep.
-    keep_every
-        Also keep the checkpoints of steps that are multiples of this; 0: none.
-    is_async
-        Write in the background. Each save first waits for the previous one.
-    timeout_s
-        How long ranks wait for one another while they write.
+    ``folder`` is ``checkpoints`` of the run folder, on a file system that all ranks share. The newest ``keep_last``
+    checkpoints are kept, and those of steps that are multiples of ``keep_every`` (0: none). With ``is_async`` they are
+    written in the background, and each save first waits for the previous one. ``timeout_s`` is how long ranks wait for
+    one another while they write.
     """
 
     def __init__(

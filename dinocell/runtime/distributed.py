@@ -79,17 +79,8 @@ def find_device(name: str = "auto") -> torch.device:
 def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     """Join the other processes, if there are any, and choose the device.
 
-    Parameters
-    ----------
-    device
-        See `find_device`.
-    timeout_s
-        How long a collective waits for a missing rank before all ranks stop with an error.
-
-    Raises
-    ------
-    DinocellError
-        If the environment names several processes but no address, or there is no such device.
+    ``timeout_s`` is how long a collective waits for a missing rank before all ranks stop with an error. It is a
+    :class:`DinocellError` if the environment names several processes but no address, or there is no such device.
     """
     chosen = find_device(device)
     rank, size, local_rank, local_size = _from_environment(os.environ)
@@ -139,22 +130,16 @@ def _meet(place: Path, rank: int, size: int, timeout_s: float) -> TCPStore:
     return TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
-def stop() -> None:
-    """Leave the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextmanager
 def together(device: str = "auto", *, timeout_s: float = 1800.0) -> Iterator[World]:
-    """`start`, and `stop` also after an error, so that the other ranks do not wait for this one."""
+    """`start`, and leave the other processes at the end, also after an error, so that they do not wait for this one."""
     joined = dist.is_initialized()
     world = start(device, timeout_s=timeout_s)
     try:
         yield world
     finally:
-        if not joined:
-            stop()
+        if not joined and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _from_environment(variables: Mapping[str, str]) -> tuple[int, int, int, int]:
@@ -293,16 +278,10 @@ def shard(
 ) -> None:
     """Shard a module over the mesh, in place, on the mesh's device.
 
-    Parameters
-    ----------
-    module
-        A backbone or a head, which the forward pass calls itself.
-    blocks
-        Parts of it in the order of the forward pass; each is gathered while the previous one computes.
-    dtype
-        Of the gathered parameters; gradients are averaged in float32. None: unchanged.
-    keep_gathered
-        Keep the gathered parameters after the forward pass: for a module whose parameters are used outside.
+    The module is a backbone or a head, which the forward pass calls itself. ``blocks`` are its parts in the order of
+    the forward pass; each is gathered while the previous one computes. Gathered parameters have ``dtype`` (None:
+    unchanged); gradients are averaged in float32. With ``keep_gathered`` they are kept after the forward pass: for a
+    module whose parameters are used outside.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
