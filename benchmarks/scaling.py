@@ -21,8 +21,7 @@ from _harness import write_result
 
 from dinocell.models.config import forward_flop, head_flop, variant_config
 from dinocell.models.vit import VisionTransformer
-from dinocell.runtime.distributed import World
-from dinocell.runtime.sharding import Parallel, make_mesh, shard
+from dinocell.runtime.distributed import Parallel, World, make_mesh, shard
 
 # 8 A100 80 GB SXM a node: 300 GB/s each way through NVSwitch (NVIDIA's A100 data sheet: 600 GB/s both ways), 8 network
 # cards of 200 Gb/s, so 25 GB/s a GPU between nodes; 312 TFLOP/s dense bf16, of which 40 % are reached.

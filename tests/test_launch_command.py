@@ -16,9 +16,8 @@ import pytest
 from dinocell.cli import main
 from dinocell.commands.launch import _folder_of, _minutes
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.launch.hooks import exported, set_export_hook
 from dinocell.launch.local import run_here
-from dinocell.launch.slurm import Job, SlurmSettings, _belongs_to_job, fill_in, script
+from dinocell.launch.slurm import Job, SlurmSettings, _belongs_to_job, exported, fill_in, script, set_export_hook
 from dinocell.launch.status import JobState, last_step, launches, log_of
 from dinocell.runtime.run import MetricsFile
 
@@ -294,7 +293,7 @@ def test_only_the_clusters_own_address_is_left_to_a_new_job() -> None:
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="--gpus-per-node: expected at least 1, got 0"):
         SlurmSettings(gpus_per_node=0)
-    assert SlurmSettings(nodes=3, gpus_per_node=8).num_tasks == 24
+    assert SlurmSettings(nodes=3, gpus_per_node=8).parameters(Path())["ntasks_per_node"] == 8
 
 
 def test_what_was_said_last(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_the_formula_equals_the_count_of_fvcore_without_norms_and_rotations() ->
     # Its tracer turns sizes into tensors, which the checker of annotations in this process refuses.
     program = (
         "from dinocell.models.config import forward_flop, variant_config;"
-        "from dinocell.models.describe import forward_gflop;"
+        "from dinocell.models.weights import forward_gflop;"
         "config = variant_config('tiny', patch_size=16, in_channels=2);"
         "print(forward_gflop(config, image_size=96) / forward_flop(config, 96) * 1e9)"
     )

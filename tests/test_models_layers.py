@@ -7,9 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinocell.errors import DinocellError
-from dinocell.models.layers import Attention, AttentionKernel, Block, GeluMlp, LayerScale, PatchEmbedding, SwigluMlp
+from dinocell.models.layers import (
+    Attention,
+    AttentionKernel,
+    Block,
+    GeluMlp,
+    LayerScale,
+    PatchEmbedding,
+    Segment,
+    Subset,
+    SwigluMlp,
+    draw_kept_sequences,
+    find_subsets,
+)
 from dinocell.models.positions import RopeConfig, rotary_table
-from dinocell.models.token_rows import Segment, Subset, draw_kept_sequences, find_subsets
 
 
 def make_block(*, kernel: str = "sdpa", layer_scale: bool = True, mlp: str = "gelu") -> Block:

@@ -305,7 +305,7 @@ def test_every_release_has_its_page_and_its_files() -> None:
     assert RELEASES["dinov3_vith16plus"].hub == "facebook/dinov3-vith16plus-pretrain-lvd1689m"
     assert RELEASES["dinov2_vitg14_reg"].hub == "facebook/dinov2-with-registers-giant"
     assert RELEASES["dinov2_vitb14"].hub == "facebook/dinov2-base"
-    assert all(release.page.startswith("https://") and release.files for release in RELEASES.values())
+    assert all(release.page.startswith("https://") and release.file for release in RELEASES.values())
 
 
 # URLs

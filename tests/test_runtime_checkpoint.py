@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from dinocell.errors import DinocellError
 from dinocell.runtime import checkpoint
 from dinocell.runtime.checkpoint import Checkpointer
-from dinocell.runtime.distributed import gather, max_over_ranks, start, stop, sum_over_ranks
+from dinocell.runtime.distributed import gather, max_over_ranks, start, sum_over_ranks
 from helpers.ranks import fork_ranks
 
 
@@ -198,7 +198,7 @@ def _train(rank: int, ranks: int, folder: str, meet: str, resumes: bool) -> None
     assert max_over_ranks(torch.tensor(float(rank))).item() == ranks - 1
     if world.is_main or rank == 0:
         torch.save(weight, Path(folder) / f"weight_{ranks}_{resumes}.pt")
-    stop()
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -4,16 +4,21 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.launch.hooks import Check, Main
 
-_DAY_MIN = 24 * 60
+Main = Callable[[Sequence[str]], int]
+"""Run the arguments of a command line and return the exit code."""
+
+Check = Callable[[Sequence[str], bool], None]
+"""Validate a command line without running it: its arguments and, if the flag is true, its recipe and settings."""
+
 _EXAMPLES = """examples:
   dinocell launch --nodes 4 --gpus-per-node 8 --cpus-per-task 8 --time 24:00:00 -- \\
       pretrain vitl16_hpaone data.shards='[shards/hpa]' output=runs/hpa
@@ -43,7 +48,7 @@ def register(subparsers: Any, *, main: Main, check: Check) -> None:
     cluster.add_argument("--cpus-per-task", type=int, metavar="N", help="CPU cores per process")
     cluster.add_argument("--mem", metavar="SIZE", help="memory per node, such as 480G")
     cluster.add_argument(
-        "--time", type=_minutes, default=_DAY_MIN, metavar="LIMIT", help="[days-]h:mm[:ss] or minutes (a day)"
+        "--time", type=_minutes, default=24 * 60, metavar="LIMIT", help="[days-]h:mm[:ss] or minutes (a day)"
     )
     for name, meaning in (
         ("partition", "partition"),
@@ -82,9 +87,12 @@ def register(subparsers: Any, *, main: Main, check: Check) -> None:
         metavar="N",
         help="submit N jobs; {task} and {tasks} are replaced by index and number",
     )
-    job.add_argument("--then", metavar="COMMAND", help="a dinocell command to run when all jobs have succeeded")
+    job.add_argument(
+        "--then", default="", metavar="COMMAND", help="a dinocell command to run when all jobs have succeeded"
+    )
     job.add_argument(
         "--on-export",
+        default="",
         metavar="COMMAND",
         help="a dinocell command to submit for each exported teacher ({checkpoint}), such as a probe",
     )
@@ -112,16 +120,16 @@ def _run(main: Main, check: Check, options: argparse.Namespace) -> None:
         raise DinocellError("launch: expected a command after --, such as: dinocell launch --nodes 2 -- pretrain debug")
     settings = _settings(options)
     folder = options.folder or _folder_of(arguments)
-    if options.array < 1:
-        raise ConfigError(f"--array: expected at least 1, got {options.array}")
-    probes = shlex.split(options.on_export) if options.on_export else []
+    for name in ("array", "processes"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    probes, then = shlex.split(options.on_export), shlex.split(options.then)
     if probes and "{checkpoint}" not in options.on_export:
         raise ConfigError("--on-export: expected {checkpoint} somewhere in the command")
-    then = shlex.split(options.then) if options.then else []
     for words in filter(None, (arguments, probes, then)):
         _validate(check, words, options)
     if options.cluster == "local":
-        _run_local(options, arguments, folder)
+        _run_local(options, settings, arguments, folder)
         return
     from dinocell.launch.slurm import script, submit
 
@@ -129,16 +137,16 @@ def _run(main: Main, check: Check, options: argparse.Namespace) -> None:
     if options.dry_run:
         print(script(arguments, settings, folder, tasks=options.array))
         if then:
-            print(script(then, _settings(options, **{**one_task, "dependency": "afterok:JOB"}), folder / "then"))
+            print(script(then, replace(settings, **{**one_task, "dependency": "afterok:JOB"}), folder / "then"))
         return
-    alone = _settings(options, **one_task, gpus_per_node=1 if settings.gpus_per_node else None)
+    alone = replace(settings, **one_task, gpus_per_node=1 if settings.gpus_per_node else None)
     jobs = submit(main, arguments, settings, folder, tasks=options.array, on_export=probes, export_settings=alone)
     print(f"submitted {', '.join(jobs)}; logs and record in {folder}")
     run = shlex.quote(str(_output_of(arguments) or folder))
     print(f"status: dinocell launch status {run}   log: dinocell launch logs {run} --follow   cancel: scancel JOB")
     if then:
         ids = ":".join(sorted({job.split("_")[0] for job in jobs}))
-        after = _settings(options, **{**one_task, "dependency": f"afterok:{ids}"})
+        after = replace(settings, **{**one_task, "dependency": f"afterok:{ids}"})
         following = submit(main, then, after, folder / "then")
         print(f"submitted {following[0]}, which starts after them")
 
@@ -159,71 +167,42 @@ def _is_recipe_file(argument: str) -> bool:
     return argument.endswith((".yaml", ".yml")) and Path(argument).is_file()
 
 
-# Options that apply to SLURM only, with their defaults.
-_SLURM_ONLY: dict[str, Any] = {
-    "nodes": 1,
-    "time": _DAY_MIN,
-    "signal_before": 120,
-    "max_requeues": 100,
-    "name": "dinocell",
-    "sbatch": [],
-    "setup": [],
-    **dict.fromkeys(("tasks_per_node", "cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude")),
-    **dict.fromkeys(("dependency", "comment", "then", "on_export", "container_image")),
-}
-
-
-def _run_local(options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> None:
+def _run_local(options: argparse.Namespace, settings: Any, arguments: Sequence[str], folder: Path) -> None:
     from dinocell.launch.local import run_here
-    from dinocell.launch.slurm import fill_in
+    from dinocell.launch.slurm import SlurmSettings, fill_in
 
-    for name, default in _SLURM_ONLY.items():
-        if getattr(options, name) != default:
-            raise ConfigError(f"--{name.replace('_', '-')}: applies to SLURM, not to --cluster local")
-    if options.processes is not None and options.processes < 1:
-        raise ConfigError(f"--processes: expected at least 1, got {options.processes}")
+    default = SlurmSettings(gpus_per_node=settings.gpus_per_node, env=settings.env)  # which apply here, too
+    changed = [name for name in ("then", "on_export") if getattr(options, name)]
+    changed += [f.name for f in fields(default) if getattr(settings, f.name) != getattr(default, f.name)]
+    if changed:
+        option = _OPTIONS.get(changed[0], changed[0]).replace("_", "-")
+        raise ConfigError(f"--{option}: applies to SLURM, not to --cluster local")
     processes = options.processes or options.gpus_per_node or 1
     if options.dry_run:
         print(f"{processes} processes: dinocell {shlex.join(arguments)}")
         return
     for task in range(1, options.array + 1):
-        code = run_here(fill_in(arguments, task, options.array), processes, folder, env=_pairs("--env", options.env))
+        code = run_here(fill_in(arguments, task, options.array), processes, folder, env=settings.env)
         if code:
             sys.exit(code)
 
 
-def _settings(options: argparse.Namespace, **changes: Any) -> Any:
+# Options that are not called as their fields of `SlurmSettings`.
+_OPTIONS = {"time_min": "time", "signal_s": "signal_before", "container": "container_image", "extra": "sbatch"}
+
+
+def _settings(options: argparse.Namespace) -> Any:
     from dinocell.launch.slurm import SlurmSettings
 
-    chosen = {
-        "name": options.name,
-        "nodes": options.nodes,
-        "gpus_per_node": options.gpus_per_node,
-        "tasks_per_node": options.tasks_per_node,
-        "cpus_per_task": options.cpus_per_task,
-        "mem": options.mem,
-        "time_min": options.time,
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-        "constraint": options.constraint,
-        "exclude": options.exclude,
-        "dependency": options.dependency,
-        "comment": options.comment,
-        "signal_s": options.signal_before,
-        "max_requeues": options.max_requeues,
-        "setup": tuple(options.setup),
-        "env": _pairs("--env", options.env),
-        "container": options.container_image,
-        "extra": _pairs("--sbatch", options.sbatch),
-    }
-    return SlurmSettings(**{**chosen, **changes})
+    chosen = {field.name: getattr(options, _OPTIONS.get(field.name, field.name)) for field in fields(SlurmSettings)}
+    chosen |= {name: _pairs(name, chosen[name]) for name in ("env", "extra")} | {"setup": tuple(options.setup)}
+    return SlurmSettings(**chosen)
 
 
-def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+def _pairs(name: str, pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
-            raise ConfigError(f"{option}: expected KEY=VALUE, got {pair!r}")
+            raise ConfigError(f"--{_OPTIONS.get(name, name)}: expected KEY=VALUE, got {pair!r}")
     return dict(pair.split("=", 1) for pair in pairs)
 
 

@@ -35,7 +35,7 @@ def _config(options: argparse.Namespace) -> "PretrainConfig":
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dinocell.launch.hooks import exported
+    from dinocell.launch.slurm import exported
     from dinocell.ssl.train import dry_run, pretrain
 
     config = _config(options)

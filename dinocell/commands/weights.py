@@ -10,32 +10,30 @@ from dinocell.errors import DinocellError
 
 def register(commands: Any) -> None:
     """Add ``info`` and ``export`` to the commands."""
-    _add_info(commands)
-    _add_export(commands)
-
-
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="CHECKPOINT",
-        help="a path, a folder, hf://owner/name, a URL with #sha256=..., or a bare name such as dinov3_vits16",
+    info = add_command(commands, "info", "describe a checkpoint or a segmenter", "dinocell info dinov3_vits16.pth")
+    export = add_command(
+        commands,
+        "export",
+        "convert a checkpoint to another layout, patch size or number of channels",
+        "dinocell export teacher_checkpoint.pth --layout meta --in-channels 3 --output for_meta.pth",
     )
-
-
-def _add_info(commands: Any) -> None:
-    parser = add_command(commands, "info", "describe a checkpoint or a segmenter", "dinocell info dinov3_vits16.pth")
-    _add_source(parser)
-    parser.add_argument(
+    for parser in (info, export):
+        parser.add_argument(
+            "source",
+            metavar="CHECKPOINT",
+            help="a path, a folder, hf://owner/name, a URL with #sha256=..., or a bare name such as dinov3_vits16",
+        )
+    info.add_argument(
         "--image-size", type=whole_number(1), default=224, metavar="PX", help="image size for the cost (default 224)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.set_defaults(run=_run_info)
+    info.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    info.set_defaults(run=_run_info)
+    _add_export_options(export)
 
 
 def _run_info(options: argparse.Namespace) -> None:
     from dinocell.finetune.segmenter_file import describe_segmenter, is_segmenter, read_segmenter
-    from dinocell.models.describe import describe
-    from dinocell.models.weights import read_weights
+    from dinocell.models.weights import describe, read_weights
 
     if is_segmenter(options.source):
         lines = describe_segmenter(read_segmenter(options.source))
@@ -57,14 +55,7 @@ def _run_info(options: argparse.Namespace) -> None:
     Console().print(table, highlight=False, markup=False)
 
 
-def _add_export(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "export",
-        "convert a checkpoint to another layout, patch size or number of channels",
-        "dinocell export teacher_checkpoint.pth --layout meta --in-channels 3 --output for_meta.pth",
-    )
-    _add_source(parser)
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a .pth, .pt or .safetensors file")
     parser.add_argument(
         "--layout",

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from io import BufferedWriter
 from pathlib import Path
 
 from dinocell.runtime.distributed import RENDEZVOUS
@@ -31,37 +30,30 @@ def run_here(arguments: Sequence[str], processes: int, folder: Path, *, env: Map
     shared = {**os.environ, **(env or {}), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     shared |= {"MASTER_ADDR": "127.0.0.1", RENDEZVOUS: str(rendezvous)}
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    logs: list[BufferedWriter] = []
     running: list[subprocess.Popen[bytes]] = []
-    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if not ignores_interrupt(number)]
-    previous = {number: signal.getsignal(number) for number in handled}
 
     def forward(signal_number: int, _frame: object) -> None:
         for process in running:
             if process.poll() is None:
                 process.send_signal(signal_number)
 
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if not ignores_interrupt(number)]
+    previous = {number: signal.signal(number, forward) for number in handled}
     try:
-        for number in previous:
-            signal.signal(number, forward)
         for rank in range(processes):
-            log = (folder / f"rank_{rank}.log").open("ab")
-            logs.append(log)
-            running.append(
-                subprocess.Popen(
+            with (folder / f"rank_{rank}.log").open("ab") as log:  # the process has its own copy
+                process = subprocess.Popen(
                     [sys.executable, "-m", "dinocell", *arguments],
                     env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=None if rank == 0 else log,
                     stderr=None if rank == 0 else subprocess.STDOUT,
                     start_new_session=True,  # the terminal's Ctrl-C is forwarded by this process, once
                 )
-            )
+            running.append(process)
         return _wait(running)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for log in logs:
-            log.close()
         rendezvous.unlink(missing_ok=True)
 
 
@@ -77,6 +69,5 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
                 if process.poll() is None:
                     process.kill()
         time.sleep(_POLL_S)
-    codes = [process.returncode for process in running]
     # As in a shell, the exit code of a process ended by a signal is 128 plus the signal number.
-    return max(128 - code if code < 0 else code for code in codes)
+    return max(128 - process.returncode if process.returncode < 0 else process.returncode for process in running)

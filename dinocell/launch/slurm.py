@@ -7,15 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dinocell.errors import ConfigError, DinocellError
-from dinocell.launch.hooks import Main, set_export_hook
 from dinocell.runtime.distributed import RENDEZVOUS
 from dinocell.runtime.files import write_atomically
 from dinocell.runtime.preemption import TIME_LIMIT, on_stop
@@ -23,34 +22,23 @@ from dinocell.runtime.run_folder import environment
 
 RECORD = "launch.json"
 
+Main = Callable[[Sequence[str]], int]
+"""Run the arguments of a command line and return the exit code."""
+
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmSettings:
-    """Resources and options of a job; None keeps the default of the cluster.
-
-    Attributes
-    ----------
-    gpus_per_node, tasks_per_node
-        A task is a process of the run: one per GPU by default; 1 without GPUs.
-    time_min
-        Time limit of each start, in minutes; a run that needs more is requeued.
-    signal_s
-        Time before the limit at which the run receives the signal to save, in seconds.
-    setup, env
-        Shell lines and environment variables before the command.
-    container
-        Image for ``srun --container-image`` (pyxis, enroot).
-    extra
-        Further sbatch options by name.
-    """
+    """Resources and options of a job; None keeps the default of the cluster."""
 
     name: str = "dinocell"
     nodes: int = 1
     gpus_per_node: int | None = None
-    tasks_per_node: int | None = None
+    tasks_per_node: int | None = None  # processes of the run: by default one per GPU, 1 without GPUs
     cpus_per_task: int | None = None
     mem: str | None = None
-    time_min: int = 24 * 60
+    time_min: int = 24 * 60  # limit of each start; a run that needs more is requeued
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -58,59 +46,39 @@ class SlurmSettings:
     exclude: str | None = None
     dependency: str | None = None
     comment: str | None = None
-    signal_s: int = 120
+    signal_s: int = 120  # before the limit, when the run receives the signal to save
     max_requeues: int = 100
-    setup: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()  # shell lines before the command
     env: Mapping[str, str] = field(default_factory=dict)
-    container: str | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)
+    container: str | None = None  # image for ``srun --container-image`` (pyxis, enroot)
+    extra: Mapping[str, str] = field(default_factory=dict)  # further sbatch options by name
 
     def __post_init__(self) -> None:
-        counts = {"nodes": self.nodes, "time": self.time_min, "gpus-per-node": self.gpus_per_node}
-        counts |= {"tasks-per-node": self.tasks_per_node, "cpus-per-task": self.cpus_per_task}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name}: expected at least 1, got {value}")
+        minimum = dict.fromkeys(("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time_min"), 1)
+        for name, low in {**minimum, "max_requeues": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                option = name.removesuffix("_min").replace("_", "-")
+                raise ConfigError(f"--{option}: expected at least {low}, got {value}")
         if not 0 < self.signal_s < 60 * self.time_min:
             # Otherwise SLURM would signal the run right after its start, and requeue it again and again.
-            raise ConfigError(
-                f"--signal-before: expected at least 1 and less than the time limit of {60 * self.time_min} s, "
-                f"got {self.signal_s}"
-            )
-        if self.max_requeues < 0:
-            raise ConfigError(f"--max-requeues: expected at least 0, got {self.max_requeues}")
-
-    @property
-    def num_tasks(self) -> int:
-        """Number of processes of the run."""
-        return self.nodes * (self.tasks_per_node or self.gpus_per_node or 1)
+            limit = f"the time limit of {60 * self.time_min} s"
+            raise ConfigError(f"--signal-before: expected at least 1 and less than {limit}, got {self.signal_s}")
 
     def parameters(self, folder: Path) -> dict[str, Any]:
         """Return the settings under submitit's names, for a launch into ``folder``."""
-        named = {
+        container = [f"--container-image={self.container}"] if self.container else []
+        same = ("nodes", "gpus_per_node", "cpus_per_task", "mem", "partition", "account", "qos", "constraint")
+        named = {name: getattr(self, name) for name in (*same, "exclude", "dependency", "comment")} | {
             "job_name": self.name,
-            "nodes": self.nodes,
             "ntasks_per_node": self.tasks_per_node or self.gpus_per_node or 1,
-            "gpus_per_node": self.gpus_per_node,
-            "cpus_per_task": self.cpus_per_task,
-            "mem": self.mem,
             "time": self.time_min,
-            "partition": self.partition,
-            "account": self.account,
-            "qos": self.qos,
-            "constraint": self.constraint,
-            "exclude": self.exclude,
-            "dependency": self.dependency,
-            "comment": self.comment,
             "signal_delay_s": self.signal_s,
             "setup": [*(f"export {key}={shlex.quote(value)}" for key, value in self.env.items()), *self.setup],
             "teardown": _after(self.max_requeues, folder),
             "stderr_to_stdout": True,
             # If one process fails, end the others instead of letting them wait for it.
-            "srun_args": [
-                "--kill-on-bad-exit=1",
-                *([f"--container-image={self.container}"] if self.container else []),
-            ],
+            "srun_args": ["--kill-on-bad-exit=1", *container],
             "additional_parameters": {"requeue": True, **self.extra},
         }
         return {key: value for key, value in named.items() if value is not None}
@@ -165,21 +133,8 @@ def submit(
 ) -> list[str]:
     """Submit a command and return its job IDs, one per task.
 
-    Parameters
-    ----------
-    main
-        Function that runs the arguments of a command line.
-    folder
-        Folder of the record, the script and the logs, on a disk that all nodes can access.
-    tasks
-        Size of the job array.
-    on_export, export_settings
-        See `Job`.
-
-    Raises
-    ------
-    DinocellError
-        If SLURM is not installed here, or rejects the job.
+    Record, script and logs go into ``folder``; ``tasks`` is the size of the job array; for the others see `Job`. It is
+    a :class:`DinocellError` if SLURM is not installed here, or rejects the job.
     """
     if shutil.which("sbatch") is None:
         raise DinocellError("sbatch: not found; submit from a node of the cluster, or use --cluster local")
@@ -189,26 +144,18 @@ def submit(
     folder.mkdir(parents=True, exist_ok=True)
     executor = SlurmExecutor(folder=folder, max_num_timeout=settings.max_requeues)
     executor.update_parameters(**settings.parameters(folder))
-    jobs = [
-        Job(
-            main=main,
-            arguments=tuple(arguments),
-            folder=folder,
-            task=task,
-            tasks=tasks,
-            max_requeues=settings.max_requeues,
-            on_export=tuple(on_export),
-            export_settings=export_settings,
-        )
-        for task in range(1, tasks + 1)
-    ]
+    job = Job(
+        main=main,
+        arguments=tuple(arguments),
+        folder=folder,
+        tasks=tasks,
+        max_requeues=settings.max_requeues,
+        on_export=tuple(on_export),
+        export_settings=export_settings,
+    )
     try:
-        with _outside_of_jobs():
-            if tasks == 1:
-                submitted = [executor.submit(jobs[0])]
-            else:
-                with executor.batch():
-                    submitted = [executor.submit(job) for job in jobs]
+        with _outside_of_jobs(), executor.batch() if tasks > 1 else nullcontext():
+            submitted = [executor.submit(replace(job, task=task)) for task in range(1, tasks + 1)]
     except (FailedJobError, FailedSubmissionError) as error:
         raise DinocellError(f"sbatch rejected the job: {_last_line(error)}") from error
     job_ids = [job.job_id for job in submitted]
@@ -227,7 +174,7 @@ def _outside_of_jobs() -> Iterator[None]:
 
 
 def _belongs_to_job(name: str) -> bool:
-    if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "DINOCELL_RENDEZVOUS"):
+    if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", RENDEZVOUS):
         return True
     return name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")) and name != "SLURM_CONF"
 
@@ -254,37 +201,20 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].removeprefix("sbatch: ").removeprefix("error: ") if lines else type(error).__name__
 
 
-# --- the job --------------------------------------------------------------------------------------------------------
-#
-# submitit pickles a `Job` and calls it in every task. The job is requeued automatically after a time limit, a node
-# failure or a killed process, but not after completion, an error, ``scancel`` or Ctrl-C.
-
-_log = logging.getLogger(__name__)
-
 # After these signals SLURM would end the job for good; after SIGTERM it requeues by itself, or the end is intended.
 _REQUEUE_AFTER = (TIME_LIMIT, "SIGUSR1", "SIGUSR2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A DINOCell command as a job.
+    """A DINOCell command as a job, which submitit pickles and calls in every task.
 
-    Attributes
-    ----------
-    main
-        Function that runs the arguments of a command line and returns the exit code.
-    arguments
-        Arguments of the command; ``{task}`` and ``{tasks}`` are replaced by the index of this job in its array, from 1,
-        and the size of the array.
-    folder
-        Folder of this launch, on a disk that all nodes can access.
-    task, tasks
-        See ``arguments``.
-    max_requeues
-        Maximum number of requeues.
-    on_export
-        Arguments of a command that is submitted for each exported teacher (``{checkpoint}``), and the settings of
-        these jobs.
+    The job is requeued automatically after a time limit, a node failure or a killed process, but not after completion,
+    an error, ``scancel`` or Ctrl-C.
+
+    In ``arguments``, ``{task}`` and ``{tasks}`` are replaced by the index of this job in its array, from 1, and the
+    size of the array. ``folder`` is that of this launch, on a disk that all nodes can access. The command ``on_export``
+    is submitted for each exported teacher (``{checkpoint}``), with ``export_settings``.
     """
 
     main: Main
@@ -297,13 +227,7 @@ class Job:
     export_settings: Any = None
 
     def __call__(self) -> int:
-        """Run the command in this task, and return 0.
-
-        Raises
-        ------
-        SystemExit
-            With the command's exit code, if it is not 0.
-        """
+        """Run the command in this task, and return 0, or exit with the command's code."""
         self._join_tasks()
         on_stop(self._requeue)
         if self.on_export:
@@ -341,8 +265,11 @@ class Job:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= self.max_requeues:
             _log.warning("not requeued: the maximum of %d requeues is reached", self.max_requeues)
             return
-        try:
-            requeue(reason)
+        array_job = os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = f"{array_job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array_job else os.environ["SLURM_JOB_ID"]
+        sys.stderr.write(f"job {job} is requeued ({reason})\n")
+        try:  # SLURM ends the job in order to requeue it
+            subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
             # A container may have no scontrol; the batch script runs outside the container.
             requeue_marker(self.folder, os.environ["SLURM_JOB_ID"]).touch()
@@ -357,12 +284,19 @@ class Job:
             _log.warning("%s: not submitted (%s)", shlex.join(arguments), error)
 
 
-def requeue(reason: str) -> None:
-    """Requeue this SLURM job; SLURM ends it in order to do so."""
-    array_job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array_job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array_job else os.environ["SLURM_JOB_ID"]
-    sys.stderr.write(f"job {job} is requeued ({reason})\n")
-    subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+_export_hook: Callable[[Path], None] | None = None
+
+
+def set_export_hook(hook: Callable[[Path], None] | None) -> None:
+    """Call ``hook`` with each teacher that this process exports; None removes the hook."""
+    global _export_hook
+    _export_hook = hook
+
+
+def exported(checkpoint: Path) -> None:
+    """Call the hook, if there is one; pretraining gets this function as its export callback."""
+    if _export_hook is not None:
+        _export_hook(checkpoint)
 
 
 def requeue_marker(folder: Path, job: str) -> Path:

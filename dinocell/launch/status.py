@@ -43,10 +43,9 @@ class JobState:
         """The last error line in the logs of a failed job; empty if there is none."""
         if not self.state.startswith("FAILED"):
             return ""
-        logs = [
-            path.read_text(encoding="utf-8", errors="replace") for path in self.folder.glob(f"{self.job}_*_log.out")
-        ]
-        lines = [line for log in sorted(logs) for line in log.splitlines() if _ERROR_LINE.match(line)]
+        logs = self.folder.glob(f"{self.job}_*_log.out")
+        texts = sorted(path.read_text(encoding="utf-8", errors="replace") for path in logs)
+        lines = [line for text in texts for line in text.splitlines() if _ERROR_LINE.match(line)]
         return lines[-1] if lines else ""
 
     def __str__(self) -> str:
@@ -57,13 +56,7 @@ class JobState:
 
 
 def launches(run: Path) -> list[Path]:
-    """Return the records of a run's launches, oldest first.
-
-    Raises
-    ------
-    DinocellError
-        If there is none.
-    """
+    """Return the records of a run's launches, oldest first; raise :class:`DinocellError` if there is none."""
     records = sorted({*run.glob(RECORD), *run.rglob(f"launch/**/{RECORD}")}, key=lambda path: path.stat().st_mtime)
     if not records:
         raise DinocellError(f"{run}: nothing was launched into this folder (it contains no {RECORD})")
@@ -110,9 +103,7 @@ def _query(*command: str) -> str:
 def last_step(run: Path) -> str:
     """Return the latest step and losses of the run as text; empty if there are none."""
     path = run / "metrics.jsonl"
-    if not path.exists():
-        return ""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in reversed(lines):
         try:
             metrics = json.loads(line)
@@ -126,13 +117,7 @@ def last_step(run: Path) -> str:
 
 
 def log_of(run: Path, rank: int = 0) -> Path:
-    """Return the latest log of a rank.
-
-    Raises
-    ------
-    DinocellError
-        If there is no log of this rank yet.
-    """
+    """Return the latest log of a rank; raise :class:`DinocellError` if there is none yet."""
     # Exclude the probes that the run itself has submitted.
     own = [record.parent for record in launches(run) if "probes" not in record.relative_to(run).parts]
     logs = [path for folder in own for path in folder.glob(f"*_{rank}_log.out")]
@@ -146,8 +131,7 @@ def follow(run: Path, rank: int = 0) -> Iterator[str]:
     path = log_of(run, rank)
     with path.open(encoding="utf-8", errors="replace") as file:
         while True:
-            text = file.read()
-            if text:
+            if text := file.read():
                 yield text
                 continue
             if all(state.has_ended or state.state == "UNKNOWN" for state in states(run)):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dinocell.errors import WeightsError, one_line
-from dinocell.models.locate import require
+from dinocell.models.locate import naming, require
 
 METADATA_KEY = "dinocell"
 """Entry of our own files with their card and configuration."""
@@ -25,8 +25,10 @@ _MAX_DEPTH = 16  # of nested dictionaries and lists; released files have 3
 _MAX_ENTRIES = 1_000_000  # of one tree; shared branches count once per reference
 _MAX_JSON_BYTES = 64 << 20
 _MAX_NAME = 300
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 _CONTAINERS = ("teacher", "model_ema", "ema", "student", "model", "state_dict", "module")
 _BESIDE_A_MODEL = (
@@ -56,12 +58,9 @@ def sidecar_path(path: Path) -> Path:
 
 
 def read_raw(path: Path) -> RawWeights:
-    """Read a file or a Hugging Face folder.
+    """Read a file or a Hugging Face folder, completely and without running code from it.
 
-    Raises
-    ------
-    WeightsError
-        If it cannot be read completely and safely; one line that names the file.
+    Errors are a :class:`WeightsError` of one line that names the file.
     """
     if path.is_dir():
         return _read_folder(path)
@@ -70,31 +69,20 @@ def read_raw(path: Path) -> RawWeights:
     if metadata is not None or not card.exists():
         return RawWeights(tensors, container, metadata)
     sidecar = _read_json(card)
-    with _reading(card):
+    with naming(card):
         return RawWeights(tensors, container, sidecar=_checked_metadata(sidecar))
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Name the file in the errors of the block."""
-    try:
-        yield
-    except WeightsError as error:
-        raise WeightsError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({one_line(error)})") from error
-
-
 def _read_folder(folder: Path) -> RawWeights:
-    config = _read_json(folder / "config.json")
     tensors: dict[str, Tensor] = {}
     metadata = None
-    with _reading(folder):
+    with naming(folder):
+        config = _read_json(folder / "config.json")
         require("model_type" in config, "config.json: no 'model_type'; expected a Hugging Face model configuration")
         names = _weight_files(folder)
     for name in names:
         shard, _, own = _read_file(folder / name)
-        with _reading(folder / name):
+        with naming(folder / name):
             require(not tensors.keys() & shard, "holds a tensor of another shard; download the folder again")
         tensors.update(shard)
         metadata = metadata or own
@@ -103,38 +91,49 @@ def _read_folder(folder: Path) -> RawWeights:
 
 def _weight_files(folder: Path) -> list[str]:
     """Return the names of a folder's weights, in transformers' order: the single file first, which may be newer."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    names = ("model.safetensors", "pytorch_model.bin")
+    for name in names:
         if (folder / name).exists():
             return [name]
         index = folder / f"{name}.index.json"
         if index.exists():
-            shards = _read_json(index).get("weight_map")
-            values: list[Any] = list(shards.values()) if isinstance(shards, dict) else [None]
-            require(all(isinstance(shard, str) for shard in values), f"{index.name}: no 'weight_map' to file names")
-            for shard in values:
+            shards = _as_mapping(_read_json(index).get("weight_map"), f"weight_map in {index.name}").values()
+            require(all(isinstance(shard, str) for shard in shards), f"{index.name}: no 'weight_map' to file names")
+            for shard in shards:
                 is_inside = Path(shard).name == shard != ".." and shard.isprintable() and len(shard) <= _MAX_NAME
                 require(is_inside, f"the index names {shard[:_MAX_NAME]!r}, which is outside the folder")
                 require((folder / shard).exists(), f"{shard}: missing, but in the index; download it again")
-            if values:
-                return sorted(set(values))
-    raise WeightsError("holds a config.json but no model.safetensors or pytorch_model.bin")
+            if shards:
+                return sorted(set(shards))
+    raise WeightsError(f"holds a config.json but no {' or '.join(names)}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    with _reading(path):
+def _read_json(path: Path) -> Mapping[str, Any]:
+    with naming(path):
         require(path.stat().st_size <= _MAX_JSON_BYTES, f"expected at most {_MAX_JSON_BYTES} bytes of JSON")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise WeightsError(f"not valid JSON ({one_line(error)})") from error
-        if not isinstance(content, dict):
-            raise WeightsError(f"expected a JSON object, got {type(content).__name__}")
+        with _parsing("not valid JSON"):
+            content = json.loads(path.read_bytes())
         _leaves(content)
-        return content
+        return _as_mapping(content, "its JSON")
+
+
+@contextmanager
+def _parsing(problem: str) -> Iterator[None]:
+    """Report what a parser of damaged bytes raises, which can be anything."""
+    try:
+        yield
+    except Exception as error:
+        raise WeightsError(f"{problem} ({one_line(error)})") from error
+
+
+def _as_mapping(content: Any, name: str) -> Mapping[Any, Any]:
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{name} should be a dictionary, got {type(content).__name__}")
+    return content
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], str | None, Mapping[str, Any] | None]:
-    with _reading(path):
+    with naming(path):
         with path.open("rb") as file:
             start = file.read(9)
         require(bool(start), "the file is empty")
@@ -150,13 +149,10 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], str | None, Mapping[str, 
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            metadata = None if text is None else json.loads(text)
-    except Exception as error:  # a parser of damaged bytes can raise anything
-        raise WeightsError(f"damaged safetensors file ({one_line(error)})") from error
+    with _parsing("damaged safetensors file"), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        text = (file.metadata() or {}).get(METADATA_KEY)
+        metadata = None if text is None else json.loads(text)
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
     return tensors, None if text is None else _checked_metadata(metadata)
@@ -170,21 +166,19 @@ def _read_torch(path: Path, *, is_zip: bool) -> Any:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             require(unpacked <= path.stat().st_size, f"its entries claim {unpacked} bytes")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # see _read_safetensors
-        if match := re.search(
-            r"(?:Unsupported (?:global|class|operand)[^:]*: |GLOBAL )(?:GLOBAL )?([\w.]+)", str(error)
-        ):
-            raise WeightsError(
-                f"refused, because it holds more than tensors ({match[1]}) and loading that could run code; "
-                "ask its author for a file of tensors only"
-            ) from error
-        raise WeightsError(f"damaged or incomplete PyTorch file ({one_line(error)})") from error
+    except Exception as error:  # see _parsing
+        code = re.search(r"(?:Unsupported (?:global|class|operand)[^:]*: |GLOBAL )(?:GLOBAL )?([\w.]+)", str(error))
+        raise WeightsError(
+            f"refused, because it holds more than tensors ({code[1]}) and loading that could run code; "
+            "ask its author for a file of tensors only"
+            if code
+            else f"damaged or incomplete PyTorch file ({one_line(error)})"
+        ) from error
 
 
 def _unwrap(content: Any) -> tuple[dict[str, Tensor], str | None, Mapping[str, Any] | None]:
     """Extract the model from a training checkpoint: the teacher if there is one."""
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"expected a dictionary of tensors, got {type(content).__name__}")
+    content = _as_mapping(content, "its content")
     _leaves(content)
     metadata = _checked_metadata(content[METADATA_KEY]) if METADATA_KEY in content else None
     container = None
@@ -226,7 +220,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     require(name.isprintable() and len(name) <= _MAX_NAME, f"damaged, a tensor is called {name[:40]!r}")
     is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
     require(is_dense and tensor.device.type == "cpu", f"{name}: expected a dense tensor, got a sparse or quantised one")
-    require(tensor.dtype in (*_FLOATS, *_INTEGERS), f"{name}: expected numbers of 16 to 64 bits, got {tensor.dtype}")
+    require(tensor.dtype in _DTYPES, f"{name}: expected numbers of 16 to 64 bits, got {tensor.dtype}")
     # With strides of 0 a few bytes can claim to be terabytes.
     is_in_file = tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     require(is_in_file, f"{name}: shape {tuple(tensor.shape)} needs more numbers than the file holds")
@@ -234,21 +228,19 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 def _checked_metadata(metadata: Any) -> Mapping[str, Any]:
     """Return our own entry if it is plain data: text, finite numbers of usual size, lists, dictionaries."""
-    if not isinstance(metadata, Mapping):
-        raise WeightsError(f"its {METADATA_KEY!r} entry should be a dictionary, got {type(metadata).__name__}")
+    entry = f"its {METADATA_KEY!r} entry"
     for leaf in _leaves(metadata):
         is_valid = abs(leaf) < 1e9 if type(leaf) in (int, float) else type(leaf) in (str, bool, type(None))
-        require(
-            is_valid, f"its {METADATA_KEY!r} entry is damaged: it holds a {type(leaf).__name__} of unusual size or kind"
-        )
-    return metadata
+        require(is_valid, f"{entry} is damaged: it holds a {type(leaf).__name__} of unusual size or kind")
+    return _as_mapping(metadata, entry)
 
 
 def _leaves(root: Any) -> list[Any]:
     """Return the leaves of nested dictionaries and lists, which must not be too deep (or cyclic) or too large."""
     leaves: list[Any] = []
-    level, num_entries = [root], 0
-    for _ in range(_MAX_DEPTH):
+    level, num_entries, depth = [root], 0, 0
+    while level:
+        require(depth < _MAX_DEPTH, f"damaged, its dictionaries are nested more than {_MAX_DEPTH} deep")
         inner: list[Any] = []
         for node in level:
             children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else None
@@ -258,7 +250,5 @@ def _leaves(root: Any) -> list[Any]:
             num_entries += len(children)
             require(num_entries <= _MAX_ENTRIES, f"damaged, it claims more than {_MAX_ENTRIES} entries")
             inner.extend(children)
-        level = inner
-        if not level:
-            return leaves
-    raise WeightsError(f"damaged, its dictionaries are nested more than {_MAX_DEPTH} deep")
+        level, depth = inner, depth + 1
+    return leaves

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dinocell.models.positions import LearnedPositionConfig, RopeConfig
-from dinocell.models.resample import Convention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +34,24 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         minimum = dict.fromkeys(("width", "depth", "heads", "mlp_hidden", "patch_size", "in_channels"), 1)
-        for name, low in {**minimum, "registers": 0}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+        low = {name: least for name, least in {**minimum, "registers": 0}.items() if getattr(self, name) < least}
+        problems = [f"{name}: expected at least {least}, got {getattr(self, name)}" for name, least in low.items()]
         if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps: expected a small positive number, got {self.norm_eps}")
+            problems.append(f"norm_eps: expected a small positive number, got {self.norm_eps}")
         multiple = self.heads * (4 if self.positions == "rope" else 1)
-        if self.width % multiple:
+        if not problems and self.width % multiple:
             kind = "4 * heads (rotary positions)" if self.positions == "rope" else "heads"
-            raise ValueError(f"width: expected a multiple of {kind} = {multiple}, got {self.width}")
+            problems.append(f"width: expected a multiple of {kind} = {multiple}, got {self.width}")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
     def num_prefix(self) -> int:
         """Number of tokens before the patches: CLS and registers."""
         return 1 + self.registers
+
+
+SIZES = ("width", "depth", "heads", "mlp", "mlp_hidden")
 
 
 def _size(width: int, depth: int, heads: int, mlp: Literal["gelu", "swiglu"], hidden: int, **more: Any) -> ViTConfig:
@@ -83,19 +86,16 @@ def variant_config(name: str, **changes: Any) -> ViTConfig:
 
 def variant_of(config: ViTConfig) -> str | None:
     """Return the name of a configuration's sizes in `VARIANTS`; None for other sizes."""
-    sizes = ("width", "depth", "heads", "mlp", "mlp_hidden")
-    matches = (name for name, v in VARIANTS.items() if all(getattr(v, s) == getattr(config, s) for s in sizes))
+    matches = (name for name, v in VARIANTS.items() if all(getattr(v, s) == getattr(config, s) for s in SIZES))
     return next(matches, None)
 
 
-# --- FLOPs ----------------------------------------------------------------------------------------------------------
-#
-# By the formula: two operations per multiply-accumulate, matrix products only. Used for a training step, where tracing
-# would take seconds; `dinocell.models.describe.forward_gflop` traces a model with fvcore.
-
-
 def forward_flop(config: ViTConfig, image_size: int) -> float:
-    """Return the operations of the forward pass of one image."""
+    """Return the operations of the forward pass of one image by the formula, for steps where tracing takes seconds.
+
+    Two operations per multiply-accumulate, matrix products only; `dinocell.models.weights.forward_gflop` traces a
+    model with fvcore.
+    """
     patches = (image_size // config.patch_size) ** 2
     tokens = patches + config.num_prefix
     width, hidden = config.width, config.mlp_hidden
@@ -112,14 +112,19 @@ def head_flop(width: int, hidden: int, bottleneck: int, layers: int, num_prototy
     return 2.0 * (inside + bottleneck * num_prototypes)
 
 
-# --- weights card ---------------------------------------------------------------------------------------------------
+Convention = Literal["unit", "standardised", "imagenet"]
+"""Pixel values that a model expects.
+
+``unit``: values in [0, 1]. ``standardised``: zero mean and unit variance per image and channel.
+``imagenet``: RGB in [0, 1], normalised with the ImageNet mean and standard deviation (the released RGB models).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSettings:
     """How images are converted to the model's input.
 
-    ``convention`` is binding (see `dinocell.models.resample.Convention`). The other fields record the training: the
+    ``convention`` is binding. The other fields record the training: the
     channel policy of the views, the names of the channels if their order matters, the percentiles of intensity that
     were mapped to [0, 1], and the pixel size.
     """

@@ -70,10 +70,7 @@ def save_weights(path: str | Path, weights: Weights, *, layout: Layout = "dinoce
         state dict, as Meta's released files, and ``<file>.card.json`` next to it. ``huggingface``: ``config.json``,
         ``model.safetensors`` and ``README.md``.
 
-    Raises
-    ------
-    WeightsError
-        If the layout cannot express the model, or the files cannot be written.
+    It is a :class:`WeightsError` if the layout cannot express the model, or the files cannot be written.
     """
     path = Path(path)
     if layout == "huggingface":
@@ -109,9 +106,8 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor], described_by: Weigh
 
 def _save_hugging_face(folder: Path, weights: Weights) -> None:
     tensors, hub_config = to_hugging_face(weights.config, weights.tensors)
-    require(
-        folder.is_dir() or not folder.exists(), f"{folder}: expected a folder for the huggingface layout, got a file"
-    )
+    is_folder = folder.is_dir() or not folder.exists()
+    require(is_folder, f"{folder}: expected a folder for the huggingface layout, got a file")
     # transformers has no local_cls_norm, and always has LayerScale; the metadata describes the exported tensors.
     exported = dataclasses.replace(weights.config, local_cls_norm=False, layer_scale=True)
     _save_tensors(folder / "model.safetensors", _packed(tensors), dataclasses.replace(weights, config=exported))
@@ -167,9 +163,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         raise WeightsError(f"{path}: cannot be written ({one_line(error)})") from error
 
 
-# --- layouts of other projects --------------------------------------------------------------------------------------
-#
-# The names and shapes of other packages: the inverse of `dinocell.models.formats`, bit-exact as a round trip.
+# The names and shapes of other packages follow: the inverse of `dinocell.models.formats`, bit-exact as a round trip.
 
 
 def to_meta(config: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,34 +191,41 @@ def to_meta(config: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 def to_hugging_face(config: ViTConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the ``config.json`` of a DINOv3ViT, Dinov2 or Dinov2WithRegisters folder.
 
-    Raises
-    ------
-    WeightsError
-        For models that transformers' classes cannot express: an untied CLS norm, rotary periods without a base, a table
-        of positions that is not square, an MLP whose width is not a multiple of the model's.
+    Transformers' classes cannot express an untied CLS norm, rotary periods without a base, a table of positions that is
+    not square, or an MLP whose width is not a multiple of the model's: these are errors.
     """
     require(not config.cls_norm, "transformers' models have one final norm; this one has an untied CLS norm")
-    hub = _hub_v3(config) if config.positions == "rope" else _hub_v2(config)
+    is_v3 = config.positions == "rope"
     dtype = tensors["patch_embed.proj.weight"].dtype
-    hub["dtype"] = str(dtype).removeprefix("torch.")
+    hub = (_hub_v3(config) if is_v3 else _hub_v2(config)) | {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "patch_size": config.patch_size,
+        "num_channels": config.in_channels,
+        "layer_norm_eps": config.norm_eps,
+        "layerscale_value": 1.0,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith("local_cls_norm."):
             continue  # only used in training, and not in transformers
         if ".attn.qkv." in name:
             named |= _split_qkv(config, name, tensor)
-        elif config.positions == "rope":
-            named[_renamed(name, _V3_NAMES)] = tensor[None] if name == "mask_token" else tensor
-        else:
-            named[_renamed(name, _V2_NAMES)] = tensor
-    if config.positions == "rope" and not config.registers:
+            continue
+        shaped = tensor[None] if is_v3 and name == "mask_token" else tensor
+        for pattern, replacement in _V3_NAMES if is_v3 else _V2_NAMES:
+            name = re.sub(pattern, replacement, name)
+        named[name] = shaped
+    if is_v3 and not config.registers:
         named["embeddings.register_tokens"] = torch.empty(1, 0, config.width, dtype=dtype)
     if not config.layer_scale:
-        prefix = "layer" if config.positions == "rope" else "encoder.layer"
+        prefix = "layer" if is_v3 else "encoder.layer"
         for block in range(config.depth):
             for branch in (1, 2):
                 named[f"{prefix}.{block}.layer_scale{branch}.lambda1"] = torch.ones(config.width, dtype=dtype)
-    if config.positions == "learned" and config.mlp == "swiglu":
+    if not is_v3 and config.mlp == "swiglu":
         for part in [name for name in named if ".mlp.w1." in name]:
             gate, value = named.pop(part), named.pop(part.replace(".w1.", ".w2."))
             named[part.replace(".w1.", ".weights_in.")] = torch.cat((gate, value))
@@ -234,7 +235,7 @@ def to_hugging_face(config: ViTConfig, tensors: Mapping[str, Tensor]) -> tuple[d
 def _hub_v3(config: ViTConfig) -> dict[str, Any]:
     has_base = config.rope.min_period is None and config.rope.coordinates == "separate"
     require(has_base, "transformers' DINOv3 derives its rotary periods from a base, each axis by its own length")
-    return _hub_sizes(config) | {
+    return {
         "architectures": ["DINOv3ViTModel"],
         "model_type": "dinov3_vit",
         "intermediate_size": config.mlp_hidden,
@@ -256,27 +257,15 @@ def _hub_v2(config: ViTConfig) -> dict[str, Any]:
     gated = (int(int(config.width * ratio) * 2 / 3) + 7) // 8 * 8
     is_ratio = config.mlp_hidden == (gated if config.mlp == "swiglu" else config.width * ratio)
     require(is_ratio, f"transformers' Dinov2 derives its MLP width from a ratio; {config.mlp_hidden} matches none")
-    hub = _hub_sizes(config) | {
-        "architectures": ["Dinov2WithRegistersModel" if config.registers else "Dinov2Model"],
-        "model_type": "dinov2_with_registers" if config.registers else "dinov2",
+    registers = {"num_register_tokens": config.registers} if config.registers else {}
+    return registers | {
+        "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
         "mlp_ratio": ratio,
         "use_swiglu_ffn": config.mlp == "swiglu",
         "hidden_act": "gelu",
         "qkv_bias": config.qkv_bias,
         "image_size": grid[0] * config.patch_size,
-    }
-    return hub | ({"num_register_tokens": config.registers} if config.registers else {})
-
-
-def _hub_sizes(config: ViTConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "patch_size": config.patch_size,
-        "num_channels": config.in_channels,
-        "layer_norm_eps": config.norm_eps,
-        "layerscale_value": 1.0,
     }
 
 
@@ -312,9 +301,3 @@ _V2_NAMES = [
     (r"^pos_embed$", "embeddings.position_embeddings"),
     (r"^(\w+_tokens?)$", r"embeddings.\1"),
 ]
-
-
-def _renamed(name: str, patterns: list[tuple[str, str]]) -> str:
-    for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -64,38 +64,27 @@ def recognise(
     hub_config: Mapping[str, Any] | None = None,
     config: ViTConfig | None = None,
 ) -> Recognised:
-    """Rename the tensors of a file, and infer the configuration from their shapes unless ``config`` is given.
+    """Rename the tensors of a file, and infer the configuration from their shapes unless a file of ours states it.
 
-    Parameters
-    ----------
-    tensors
-        Under the names in the file.
-    hub_config
-        The ``config.json`` of a Hugging Face folder.
-    config
-        The configuration in a file of ours.
-
-    Raises
-    ------
-    WeightsError
-        If the names match no known format, or two names mean the same tensor.
+    ``hub_config`` is the ``config.json`` of a Hugging Face folder. It is a :class:`WeightsError` if the names match no
+    known format, or two names mean the same tensor.
     """
+    hub = hub_config or {}
     # 1. Names: strip wrappers and translate those of Hugging Face.
     named, heads = plain_names(tensors)
     if any(name.startswith("embeddings.") for name in named):
-        named = _from_hugging_face(named, hub_config)
+        named = _from_hugging_face(named, hub)
     periods = named.pop("rope_embed.periods", None)
     if "register_tokens" in named and named["register_tokens"].shape[1:2] == (0,):
         del named["register_tokens"]  # transformers' form of no registers
     for name, ndim in (("storage_tokens", 3), ("register_tokens", 3), ("mask_token", None)):
         if name in named:
-            check_ndim(name, named[name], ndim)
+            _check_ndim(name, named[name], ndim)
     # 2. Positions: DINOv3's files have rotary ones.
-    rotary = "storage_tokens" in named or periods is not None or model_type(hub_config) == "dinov3_vit"
+    rotary = "storage_tokens" in named or periods is not None or hub.get("model_type") == "dinov3_vit"
     if "storage_tokens" in named:
-        require(
-            "register_tokens" not in named, "holds both 'storage_tokens' and 'register_tokens'; expected one of them"
-        )
+        is_one = "register_tokens" not in named
+        require(is_one, "holds both 'storage_tokens' and 'register_tokens'; expected one of them")
         named["register_tokens"] = named.pop("storage_tokens")
     # 3. Tensors: one layout of gated MLPs, of the key bias and of the mask token.
     _split_gated_mlp(named)
@@ -106,14 +95,12 @@ def recognise(
     named["mask_token"] = named["mask_token"].reshape(1, -1)
     # 4. Configuration, from the shapes unless the file states it.
     if config is None:
-        _check_positions(named, rotary)
-        config = infer_config(
-            named, periods, hub_config, rotary=rotary, key_bias=_has_key_bias(named, masked, hub_config)
-        )
+        config = _infer_config(named, periods, hub, rotary=rotary, masked=masked)
     else:
-        check_sizes(config, named)
+        _check_sizes(config, named)
     family: Family = "dinov3" if config.positions == "rope" else "dinov2" if config.in_channels == 3 else "cell_dino"
-    return Recognised(config, named, heads, family, _describe(family, hub_config))
+    meta = {"dinov3": "Meta DINOv3", "dinov2": "Meta DINOv2", "cell_dino": "Meta Cell-DINO"}[family]
+    return Recognised(config, named, heads, family, f"Hugging Face {hub['model_type']}" if hub else meta)
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -127,43 +114,23 @@ def plain_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
             heads.setdefault(head, {})[plain.split(".", 1)[1]] = tensor
             continue
         plain = _CHUNK.sub(r"blocks.\1", plain)
-        require(
-            plain not in backbone, f"two tensors are called {plain!r} without prefixes; expected one model per file"
-        )
+        is_new = plain not in backbone
+        require(is_new, f"two tensors are called {plain!r} without prefixes; expected one model per file")
         backbone[plain] = tensor
     return backbone, heads
 
 
-def _has_key_bias(named: Mapping[str, Tensor], masked: bool, hub_config: Mapping[str, Any] | None) -> bool:
-    if "blocks.0.attn.qkv.bias" not in named:
-        return False
-    if hub_config is None:
-        return not masked
-    return bool(hub_config.get("key_bias", model_type(hub_config) != "dinov3_vit"))
-
-
-def _check_positions(named: Mapping[str, Tensor], rotary: bool) -> None:
-    require(not (rotary and "pos_embed" in named), "holds both rotary and learned positions; expected one of them")
-    require(
-        rotary or "pos_embed" in named,
-        "not a DINO backbone: expected 'rope_embed.periods', 'pos_embed' or a DINOv3 config.json, "
-        f"got names such as {', '.join(sorted(named)[:3])}",
-    )
-
-
-def _from_hugging_face(named: dict[str, Tensor], hub_config: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    require(hub_config is not None, "has Hugging Face names but no config.json: give the folder, not the file")
-    kind, kinds = model_type(hub_config), ("dinov3_vit", "dinov2", "dinov2_with_registers")
-    require(kind in kinds, f"model_type {kind!r} in config.json: expected one of {', '.join(kinds)}")
+def _from_hugging_face(named: dict[str, Tensor], hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    require(bool(hub), "has Hugging Face names but no config.json: give the folder, not the file")
+    kind, kinds = hub.get("model_type"), ("dinov3_vit", "dinov2", "dinov2_with_registers")
+    require(kind in kinds, f"model_type {str(kind)!r} in config.json: expected one of {', '.join(kinds)}")
+    is_gated = any(name.endswith(".mlp.gate_proj.weight") for name in named)
+    up, down = ("w2", "w3") if is_gated else ("fc1", "fc2")
+    mlp_names = [(r"\.mlp\.up_proj\.", f".mlp.{up}."), (r"\.mlp\.down_proj\.", f".mlp.{down}.")]
     ours: dict[str, Tensor] = {}
     for name, tensor in named.items():
-        for pattern, replacement in _HUGGING_FACE_NAMES:
+        for pattern, replacement in [*_HUGGING_FACE_NAMES, *mlp_names]:
             name = re.sub(pattern, replacement, name)
-        if name.endswith((".mlp.up_proj.weight", ".mlp.up_proj.bias", ".mlp.down_proj.weight", ".mlp.down_proj.bias")):
-            gated = name.split(".mlp.")[0] + ".mlp.w1.weight"
-            is_gated = gated in ours or any(n.endswith(".mlp.gate_proj.weight") for n in named)
-            up, down = (".w2.", ".w3.") if is_gated else (".fc1.", ".fc2.")
-            name = name.replace(".up_proj.", up).replace(".down_proj.", down)
         require(name not in ours, f"two tensors mean {name!r}; expected one model per file")
         ours[name] = tensor
     for name in [n for n in ours if n.endswith(".attn.query.weight")]:
@@ -177,7 +144,7 @@ def _fuse_qkv(named: dict[str, Tensor], prefix: str) -> None:
     weights = [named.pop(f"{prefix}{part}.weight") for part in parts if f"{prefix}{part}.weight" in named]
     biases = [named.pop(f"{prefix}{part}.bias", None) for part in parts]
     query = weights[0]
-    check_ndim(f"{prefix}query.weight", query, 2)
+    _check_ndim(f"{prefix}query.weight", query, 2)
     fits = len(weights) == 3 and all(weight.shape == query.shape for weight in weights)
     fits = fits and all(bias is None or bias.shape == query.shape[:1] for bias in biases)
     require(fits, f"{prefix}*: expected query, key and value projections of one shape")
@@ -190,10 +157,8 @@ def _split_gated_mlp(named: dict[str, Tensor]) -> None:
     """Split DINOv2's fused ``w12`` (gate first, then value) into ``w1`` and ``w2``."""
     for name in [n for n in named if ".mlp.w12." in n]:
         shape = tuple(named[name].shape)
-        require(
-            shape != () and 0 not in shape and shape[0] % 2 == 0,
-            f"{name}: expected an even number of rows, got {shape}",
-        )
+        is_even = shape != () and 0 not in shape and shape[0] % 2 == 0
+        require(is_even, f"{name}: expected an even number of rows, got {shape}")
         gate, value = named.pop(name).chunk(2)
         named[name.replace(".w12.", ".w1.")], named[name.replace(".w12.", ".w2.")] = gate.clone(), value.clone()
 
@@ -224,29 +189,18 @@ def _check_patch_embedding(named: Mapping[str, Tensor]) -> None:
     require(shape[2] <= MAX_PATCH, f"{name}: expected a patch of at most {MAX_PATCH}, got {shape[2:]}")
 
 
-def _describe(family: Family, hub_config: Mapping[str, Any] | None) -> str:
-    if hub_config is not None:
-        return f"Hugging Face {model_type(hub_config)}"
-    return {"dinov3": "Meta DINOv3", "dinov2": "Meta DINOv2", "cell_dino": "Meta Cell-DINO"}[family]
-
-
-# --- configuration from shapes --------------------------------------------------------------------------------------
-
-
-def infer_config(
-    named: Mapping[str, Tensor],
-    periods: Tensor | None,
-    hub_config: Mapping[str, Any] | None,
-    *,
-    rotary: bool,
-    key_bias: bool,
+def _infer_config(
+    named: Mapping[str, Tensor], periods: Tensor | None, hub: Mapping[str, Any], *, rotary: bool, masked: bool
 ) -> ViTConfig:
     """Return the configuration implied by the tensors, the stored rotary periods and a hub's ``config.json``.
 
     Values that shapes do not determine come from the hub's file, or else from the family: heads are 64 wide, the norm's
     epsilon is 1e-5 with rotary and 1e-6 with learned positions.
     """
-    hub = hub_config or {}
+    require(not (rotary and "pos_embed" in named), "holds both rotary and learned positions; expected one of them")
+    expected = "expected 'rope_embed.periods', 'pos_embed' or a DINOv3 config.json"
+    got = ", ".join(sorted(named)[:3])
+    require(rotary or "pos_embed" in named, f"not a DINO backbone: {expected}, got names such as {got}")
     width, in_channels, patch_size, _ = named["patch_embed.proj.weight"].shape
     blocks = _blocks(named)
     require(len(blocks) <= _MAX_BLOCKS, f"expected at most {_MAX_BLOCKS} blocks, got {len(blocks)}")
@@ -255,12 +209,14 @@ def infer_config(
     gated = "blocks.0.mlp.w1.weight" in named
     first = "blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight"
     require(first in named, "block 0 has no MLP: expected 'mlp.fc1.weight' or 'mlp.w1.weight'")
-    check_ndim(first, named[first], 2)
+    _check_ndim(first, named[first], 2)
     if periods is not None:
-        check_ndim("rope_embed.periods", periods, 1)
+        _check_ndim("rope_embed.periods", periods, 1)
     head_width = 64 if periods is None else 4 * len(periods)
     heads = int(_number(hub, "num_attention_heads", max(1, width // head_width)))
     registers = named["register_tokens"].shape[1] if "register_tokens" in named else 0
+    qkv_bias = "blocks.0.attn.qkv.bias" in named
+    has_key_bias = bool(hub.get("key_bias", hub["model_type"] != "dinov3_vit")) if hub else not masked
     try:
         return ViTConfig(
             width=width,
@@ -273,9 +229,9 @@ def infer_config(
             registers=registers,
             positions="rope" if rotary else "learned",
             rope=_infer_rope(periods, hub),
-            learned=LearnedPositionConfig() if rotary else _infer_learned(named["pos_embed"], registers, hub_config),
-            qkv_bias="blocks.0.attn.qkv.bias" in named,
-            key_bias=key_bias,
+            learned=LearnedPositionConfig() if rotary else _infer_learned(named["pos_embed"], registers, hub),
+            qkv_bias=qkv_bias,
+            key_bias=qkv_bias and has_key_bias,
             layer_scale="blocks.0.ls1.gamma" in named,
             norm_eps=_number(hub, "layer_norm_eps", 1e-5 if rotary else 1e-6),
             cls_norm="cls_norm.weight" in named,
@@ -289,7 +245,7 @@ def _blocks(named: Mapping[str, Tensor]) -> set[int]:
     return {int(match[1]) for name in named if (match := re.match(r"blocks\.(\d+)\.", name))}
 
 
-def check_sizes(config: ViTConfig, named: Mapping[str, Tensor]) -> None:
+def _check_sizes(config: ViTConfig, named: Mapping[str, Tensor]) -> None:
     """Compare a stated configuration with the tensors, before a model of that size is made."""
     width, in_channels, patch_size, _ = named["patch_embed.proj.weight"].shape
     sizes = {"width": width, "in_channels": in_channels, "patch_size": patch_size, "depth": len(_blocks(named))}
@@ -298,7 +254,7 @@ def check_sizes(config: ViTConfig, named: Mapping[str, Tensor]) -> None:
         require(stated == size, f"its configuration has {name} {stated}, its tensors {size}")
 
 
-def check_ndim(name: str, tensor: Tensor, ndim: int | None) -> None:
+def _check_ndim(name: str, tensor: Tensor, ndim: int | None) -> None:
     """Require a tensor with numbers and, unless None, this number of dimensions."""
     fits = tensor.numel() > 0 and ndim in (None, tensor.ndim)
     require(fits, f"{name}: expected {ndim or 'any'} dimension(s), not empty, got shape {tuple(tensor.shape)}")
@@ -327,15 +283,10 @@ def _infer_rope(periods: Tensor | None, hub: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(min_period=first, max_period=last)
 
 
-def _infer_learned(table: Tensor, registers: int, hub_config: Mapping[str, Any] | None) -> LearnedPositionConfig:
+def _infer_learned(table: Tensor, registers: int, hub: Mapping[str, Any]) -> LearnedPositionConfig:
     side = math.isqrt(max(0, table.shape[1] - 1)) if table.ndim == 3 and table.numel() else 0
     is_square = side > 0 and side * side == table.shape[1] - 1
     require(is_square, f"pos_embed: expected shape (1, 1 + side * side, width), got {tuple(table.shape)}")
-    antialias = registers > 0 if hub_config is None else model_type(hub_config) == "dinov2_with_registers"
-    offset = 0.1 if hub_config is None and not registers else 0.0
+    antialias = hub["model_type"] == "dinov2_with_registers" if hub else registers > 0
+    offset = 0.0 if hub or registers else 0.1
     return LearnedPositionConfig(grid_rows=side, grid_columns=side, offset=offset, antialias=antialias)
-
-
-def model_type(hub_config: Mapping[str, Any] | None) -> str | None:
-    """Return the model type in a ``config.json`` of transformers."""
-    return None if hub_config is None else str(hub_config.get("model_type"))

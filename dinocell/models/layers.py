@@ -1,4 +1,18 @@
-"""Transformer block and its parts: attention kernels, MLPs, LayerScale, drop path on subsets of the batch."""
+"""Transformer block and its parts: attention kernels, MLPs, LayerScale, drop path on subsets of the batch.
+
+Blocks work on rows: the tokens of all sequences, of all resolutions, stacked in one matrix. Linear layers take rows;
+attention needs the sequences, given by one `Segment` per resolution. Four kernels give the same result:
+
+============  ==========================================================================================
+``sdpa``      one ``scaled_dot_product_attention`` call per resolution. Runs everywhere; the default.
+``varlen``    all sequences in one call of torch's variable-length flash attention. CUDA, bf16 or fp16.
+``xformers``  the same through xformers' block-diagonal mask. CUDA; needs a build for the installed torch.
+``dense``     one call with a dense block-diagonal mask: quadratic in all tokens, the oracle of the tests.
+============  ==========================================================================================
+
+A block computes only some of the rows for two reasons: drop path (some sequences skip a branch) and the short cut of
+the last block (only some tokens are needed).
+"""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -6,27 +20,62 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinocell.errors import DinocellError
-from dinocell.models.positions import split_rotated
-from dinocell.models.token_rows import NeededRows, Segment, Subset
-
-# --- attention ------------------------------------------------------------------------------------------------------
-#
-# Self-attention over rows: the tokens of all sequences, of all resolutions, stacked in one matrix. Linear layers work
-# on rows; attention needs the sequences, given by one `Segment` per resolution. Four kernels give the same result:
-#
-# ============  ==========================================================================================
-# ``sdpa``      one ``scaled_dot_product_attention`` call per resolution. Runs everywhere; the default.
-# ``varlen``    all sequences in one call of torch's variable-length flash attention. CUDA, bf16 or fp16.
-# ``xformers``  the same through xformers' block-diagonal mask. CUDA; needs a build for the installed torch.
-# ``dense``     one call with a dense block-diagonal mask: quadratic in all tokens, the oracle of the tests.
-# ============  ==========================================================================================
+from dinocell.models.positions import RotaryTable, split_rotated
 
 AttentionKernel = Literal["sdpa", "varlen", "xformers", "dense"]
+
+# None of the next three classes is a tuple or dataclass, because FSDP2 searches those for gradients at every block.
+
+
+class Segment:
+    """Consecutive rows that hold ``batch`` sequences of ``tokens`` tokens each, and their rotation.
+
+    ``queries`` limits attention to the first tokens of each sequence (the last block of a pass that needs only CLS);
+    ``None`` means all.
+    """
+
+    def __init__(self, batch: int, tokens: int, rotary: RotaryTable | None, queries: int | None = None) -> None:
+        self.batch, self.tokens, self.rotary, self.queries = batch, tokens, rotary, queries
+
+
+class NeededRows:
+    """The rows of a block's output that are needed, and the sequence of each.
+
+    ``among_queries`` indexes the query rows of the block's segments (see `Segment.queries`), ``rows`` all rows.
+    """
+
+    def __init__(self, rows: Int[Tensor, " m"], among_queries: Int[Tensor, " m"], sequence: Int[Tensor, " m"]) -> None:
+        self.rows, self.among_queries, self.sequence = rows, among_queries, sequence
+
+
+class Subset:
+    """The sequences that take a branch; the others skip it (drop path).
+
+    ``segments`` hold the kept sequences only, ``rows`` and ``sequences`` are their indices among all rows and all
+    sequences. ``factors``, one per segment, keep the branch's expectation.
+    """
+
+    def __init__(
+        self, rows: Int[Tensor, " k"], sequences: Int[Tensor, " s"], segments: list[Segment], factors: list[float]
+    ) -> None:
+        self.rows, self.sequences, self.segments, self.factors = rows, sequences, segments, factors
+
+    def add(self, rows: Float[Tensor, "n d"], branch: Float[Tensor, "k d"]) -> Float[Tensor, "n d"]:
+        """Return all rows with the scaled branch added to the kept ones."""
+        sizes = [segment.batch * segment.tokens for segment in self.segments]
+        parts = [part * factor for part, factor in zip(branch.split(sizes), self.factors, strict=True)]
+        return rows.index_add(0, self.rows, torch.cat(parts).to(rows.dtype))
+
+    def factor_of_sequences(self, num_sequences: int, like: Tensor) -> Float[Tensor, " s"]:
+        """Return for every sequence of every segment 0 (skips the branch) or batch / kept."""
+        sizes = [segment.batch for segment in self.segments]
+        factors = [like.new_full((size,), factor) for size, factor in zip(sizes, self.factors, strict=True)]
+        return like.new_zeros(num_sequences).index_copy(0, self.sequences, torch.cat(factors))
 
 
 class LayerScale(nn.Module):
@@ -41,18 +90,23 @@ class LayerScale(nn.Module):
         return rows * self.gamma
 
 
+def scaled_linear(linear: nn.Linear, rows: Float[Tensor, "n i"], scale: LayerScale | None) -> Float[Tensor, "n o"]:
+    """Return ``scale(linear(rows))``, or ``linear(rows)`` without a scale."""
+    # ``(W x + b) * g = (W * g) x + b * g``. Scaling the weights costs a few hundred thousand products per block;
+    # scaling the rows takes one pass over the largest activations forward and three backward, and keeps them for the
+    # gradient of g.
+    if scale is None:
+        return linear(rows)  # type: ignore[no-any-return]
+    bias = None if linear.bias is None else linear.bias * scale.gamma
+    return F.linear(rows, linear.weight * scale.gamma[:, None], bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values.
 
-    Parameters
-    ----------
-    width, heads
-        Width of a token and number of heads; ``width / heads`` must be a multiple of 4 for rotary positions.
-    qkv_bias, key_bias
-        Whether the projection has a bias, and whether its key part is used. DINOv3 keeps the key bias at zero: with a
-        plain softmax it has no effect, with rotary positions it would.
-    kernel
-        See the module's table.
+    ``width / heads`` must be a multiple of 4 for rotary positions. With ``qkv_bias`` the projection has a bias, whose
+    key part is used with ``key_bias``. DINOv3 keeps the key bias at zero: with a plain softmax it has no effect, with
+    rotary positions it would.
     """
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool, key_bias: bool, kernel: AttentionKernel) -> None:
@@ -125,12 +179,8 @@ def _first_queries(rows: Float[Tensor, "n d"], segments: Sequence[Segment]) -> F
     if all(segment.queries is None for segment in segments):
         return rows
     parts = rows.split([segment.batch * segment.tokens for segment in segments])
-    return torch.cat(
-        [
-            p.unflatten(0, (s.batch, s.tokens))[:, : s.queries].flatten(0, 1)
-            for p, s in zip(parts, segments, strict=True)
-        ]
-    )
+    sequences = (p.unflatten(0, (s.batch, s.tokens)) for p, s in zip(parts, segments, strict=True))
+    return torch.cat([rows[:, : s.queries].flatten(0, 1) for rows, s in zip(sequences, segments, strict=True)])
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
@@ -171,24 +221,6 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Ten
 
 
 _PACKED = {"varlen": _varlen, "xformers": _xformers, "dense": _dense}
-
-
-# --- LayerScale folded into the linear layer before it --------------------------------------------------------------
-#
-# ``(W x + b) * g = (W * g) x + b * g``. Scaling the weights costs a few hundred thousand products per block; scaling
-# the rows takes one pass over the largest activations forward and three backward, and keeps them for the gradient of g.
-
-
-def scaled_linear(linear: nn.Linear, rows: Float[Tensor, "n i"], scale: LayerScale | None) -> Float[Tensor, "n o"]:
-    """Return ``scale(linear(rows))``, or ``linear(rows)`` without a scale."""
-    if scale is None:
-        return linear(rows)  # type: ignore[no-any-return]
-    bias = None if linear.bias is None else linear.bias * scale.gamma
-    return F.linear(rows, linear.weight * scale.gamma[:, None], bias)
-
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 
 class PatchEmbedding(nn.Module):
@@ -253,6 +285,10 @@ class SwigluMlp(nn.Module):
         return scaled_linear(self.w3, F.silu(gate) * values, scale)
 
 
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
 class Block(nn.Module):
     """Attention and MLP, each after a norm and added to the residual stream with a LayerScale.
 
@@ -282,14 +318,8 @@ class Block(nn.Module):
     ) -> Float[Tensor, "m d"]:
         """Transform the residual stream.
 
-        Parameters
-        ----------
-        rows
-            Tokens of all sequences, segment after segment.
-        kept
-            Sequences that take the attention branch and the MLP branch (`find_subsets`); ``None``: all.
-        needed
-            Compute and return only these rows, exactly, with keys and values of every row; ``None``: all.
+        Sequences in ``kept`` take the attention branch and the MLP branch (`find_subsets`; ``None``: all). Only the
+        ``needed`` rows are computed and returned, exactly, with keys and values of every row (``None``: all).
         """
         if kept is None:
             if needed is None:
@@ -327,3 +357,78 @@ class Block(nn.Module):
         # Recomputation stops at the input of the last linear layer, before its product.
         again: Made = checkpoint(function, values, use_reentrant=False, preserve_rng_state=False)
         return again
+
+
+def draw_kept_sequences(
+    batches: Sequence[int],
+    depth: int,
+    drop_path: float,
+    *,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> list[Int[Tensor, "depth 2 _"]]:
+    """Draw for each segment the ``max(1, floor(batch * (1 - drop_path)))`` sequences that take each branch of a block.
+
+    The number is fixed, so shapes are static; each sequence is kept with the same probability.
+    """
+    drawn = []
+    for batch in batches:
+        count = max(1, int(batch * (1 - drop_path)))
+        order = torch.rand(depth, 2, batch, generator=generator, device=device).argsort(dim=-1)
+        drawn.append(order[..., :count])
+    return drawn
+
+
+def find_subsets(segments: Sequence[Segment], kept: Sequence[Int[Tensor, "depth 2 _"]]) -> list[tuple[Subset, Subset]]:
+    """Return the subsets of attention branch and MLP branch of every block; ``kept`` has one tensor per segment.
+
+    All blocks are computed at once, because the indices of one branch take a dozen small operations.
+    """
+    rows, numbers, smaller, factors = [], [], [], []
+    first_row = first = 0
+    for segment, sequences in zip(segments, kept, strict=True):
+        # Rows of a kept sequence: its offset in the segment, plus the segment's own rows 0..tokens.
+        tokens = torch.arange(first_row, first_row + segment.tokens, device=sequences.device)
+        rows.append((sequences[..., None] * segment.tokens + tokens).flatten(2))
+        numbers.append(sequences + first)
+        smaller.append(Segment(sequences.shape[-1], segment.tokens, segment.rotary))
+        factors.append(segment.batch / sequences.shape[-1])  # 1 / share of kept sequences
+        first_row += segment.batch * segment.tokens
+        first += segment.batch
+    # (depth, 2 branches, _) -> one subset per block and branch, attention and MLP alternating.
+    pairs = zip(torch.cat(rows, 2).flatten(0, 1), torch.cat(numbers, 2).flatten(0, 1), strict=True)
+    subsets = [Subset(*pair, smaller, factors) for pair in pairs]
+    return list(zip(subsets[::2], subsets[1::2], strict=True))
+
+
+def num_output_rows(segment: Segment, select: Int[Tensor, " m"] | None, num_prefix: int) -> int:
+    """Return the number of rows of a segment after the last block, given its selected patches."""
+    return segment.batch * segment.tokens if select is None else segment.batch * num_prefix + len(select)
+
+
+def find_needed_rows(
+    segments: list[Segment], select: Sequence[Tensor | None], num_prefix: int, device: torch.device
+) -> tuple[list[Segment], NeededRows]:
+    """Return the rows of selected patches; in segments without any, attention computes the prefix only."""
+    rows, among, sequences, shrunk = [], [], [], []
+    start = start_among = start_sequence = 0
+    for segment, chosen in zip(segments, select, strict=True):
+        sequence = torch.arange(segment.batch, device=device)
+        # Without selected patches, attention needs the queries of the prefix tokens only.
+        queries = num_prefix if chosen is not None and len(chosen) == 0 else segment.tokens
+        leading = segment.tokens if chosen is None else num_prefix
+        # (sequence, token) of every needed row: first the prefix (or all tokens), then the selected patches.
+        owner = sequence.repeat_interleave(leading)
+        token = torch.arange(leading, device=device).repeat(segment.batch)
+        if chosen is not None and len(chosen):
+            num_patches = segment.tokens - num_prefix
+            owner = torch.cat((owner, chosen // num_patches))
+            token = torch.cat((token, num_prefix + chosen % num_patches))
+        rows.append(start + owner * segment.tokens + token)
+        among.append(start_among + owner * queries + token)
+        sequences.append(start_sequence + owner)
+        shrunk.append(Segment(segment.batch, segment.tokens, segment.rotary, queries))
+        start += segment.batch * segment.tokens
+        start_among += segment.batch * queries
+        start_sequence += segment.batch
+    return shrunk, NeededRows(torch.cat(rows), torch.cat(among), torch.cat(sequences))

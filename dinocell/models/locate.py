@@ -15,13 +15,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import WeightsError, one_line
-
-__all__ = ["RELEASES", "Release", "locate", "require", "sha256_of", "weights_folder"]
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _BACKOFF_S = (0.5, 1.0, 2.0)  # before the second, third and fourth attempt of a download
@@ -30,33 +29,30 @@ _TIMEOUT_S = 30.0  # without an answer of the server
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """A published backbone: names of its files without hash and suffix, its page, its Hugging Face repository."""
+    """A published backbone: name of its file without hash and suffix, its page, its Hugging Face repository."""
 
-    family: str
-    files: tuple[str, ...]
+    file: str
     page: str = "https://github.com/facebookresearch/dinov2"
-    hub: str | None = None
+    hub: str = ""
 
 
 RELEASES: dict[str, Release] = {
-    name: Release(family="cell_dino", files=files)
-    for name, files in {
-        "cell_dino_cp_vits8": ("cell_dino_vits8_pretrain_cp",),
-        "cell_dino_hpa_vitl16": ("cell_dino_vitl16_pretrain_hpa_sc",),
-        "cell_dino_hpa_vitl14": ("cell_dino_vitl14_pretrain_hpa_fov_highres",),
-        "channel_adaptive_dino_vitl16": ("channel_adaptive_dino_vitl16_pretrain_cells",),
-    }.items()
+    "cell_dino_cp_vits8": Release(file="cell_dino_vits8_pretrain_cp"),
+    "cell_dino_hpa_vitl16": Release(file="cell_dino_vitl16_pretrain_hpa_sc"),
+    "cell_dino_hpa_vitl14": Release(file="cell_dino_vitl14_pretrain_hpa_fov_highres"),
+    "channel_adaptive_dino_vitl16": Release(file="channel_adaptive_dino_vitl16_pretrain_cells"),
 }
 for _arch, _size in {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}.items():
-    for _name, _file, _hub in (("", "", ""), ("_reg", "_reg4", "with-registers-")):
-        RELEASES[f"dinov2_{_arch}{_name}"] = Release(
-            family="dinov2", files=(f"dinov2_{_arch}{_file}_pretrain",), hub=f"facebook/dinov2-{_hub}{_size}"
-        )
+    RELEASES |= {
+        f"dinov2_{_arch}": Release(file=f"dinov2_{_arch}_pretrain", hub=f"facebook/dinov2-{_size}"),
+        f"dinov2_{_arch}_reg": Release(
+            file=f"dinov2_{_arch}_reg4_pretrain", hub=f"facebook/dinov2-with-registers-{_size}"
+        ),
+    }
 for _name in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16", "vitl16_sat", "vit7b16_sat"):
     _arch, _data = _name.removesuffix("_sat"), "sat493m" if _name.endswith("_sat") else "lvd1689m"
     RELEASES[f"dinov3_{_name}"] = Release(
-        family="dinov3",
-        files=(f"dinov3_{_arch}_pretrain_{_data}",),
+        file=f"dinov3_{_arch}_pretrain_{_data}",
         page="https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/",
         hub=f"facebook/dinov3-{_arch}-pretrain-{_data}",
     )
@@ -79,18 +75,15 @@ def locate(source: str | Path, *, sha256: str | None = None) -> Path:
 
     The weights folder is ``$DINOCELL_WEIGHTS``, else ``$XDG_CACHE_HOME/dinocell``, else ``~/.cache/dinocell``.
 
+    The result is a file, or a folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin`` (one file
+    or all shards). A folder with one weights file of another name gives that file.
+
     Parameters
     ----------
-    source : str or Path
+    source
         A URL must be a string: a Path loses one slash of ``://``.
-    sha256 : str, optional
+    sha256
         Expected hash of the file; not for folders. Without it, a file that was downloaded before is not hashed again.
-
-    Returns
-    -------
-    Path
-        A file, or a folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin`` (one file or all
-        shards). A folder with one weights file of another name gives that file.
 
     Raises
     ------
@@ -98,12 +91,10 @@ def locate(source: str | Path, *, sha256: str | None = None) -> Path:
         One line: the source, the problem, and what to do.
     """
     text = str(source)
-    try:
+    # The query of a URL may hold a signature.
+    shown = re.split(r"[?#]", text)[0] if text.lower().startswith("http") else text
+    with naming(repr(shown)):
         return _locate(text, None if sha256 is None else _checked_sha256(sha256))
-    except WeightsError as error:
-        # The query of a URL may hold a signature.
-        shown = re.split(r"[?#]", text)[0] if text.lower().startswith("http") else text
-        raise WeightsError(f"{shown!r}: {error}") from error
 
 
 def require(condition: bool, problem: str) -> None:
@@ -112,13 +103,23 @@ def require(condition: bool, problem: str) -> None:
         raise WeightsError(problem)
 
 
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Begin the errors of the block with the file that they are about, unless an inner block has done so."""
+    try:
+        yield
+    except WeightsError as error:
+        is_named = str(error).startswith((f"{source}: ", f"{source}{os.sep}"))
+        raise WeightsError(str(error) if is_named else f"{source}: {error}") from error
+    except OSError as error:
+        raise WeightsError(f"{source}: cannot be read ({one_line(error)})") from error
+
+
 def _locate(text: str, sha256: str | None) -> Path:
     scheme, slash = (m[1].lower(), m[2]) if (m := re.match(r"([A-Za-z][\w+.-]+):/(/?)", text)) else ("", "/")
-    require(
-        scheme in ("", "hf", "http", "https") and bool(slash),
-        f"expected a path, hf://, http:// or https://, got {scheme}:/{slash}; give a file by its path, a URL as text"
-        " (a Path loses one slash)",
-    )
+    expected = f"expected a path, hf://, http:// or https://, got {scheme}:/{slash}"
+    is_known = scheme in ("", "hf", "http", "https") and bool(slash)
+    require(is_known, f"{expected}; give a file by its path, a URL as text (a Path loses one slash)")
     if scheme.startswith("http"):
         return _from_url(text, sha256)
     path = _from_hub_address(text) if scheme == "hf" else _weights_in(_find_named(text))
@@ -143,8 +144,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _checked_sha256(sha256: str) -> str:
-    is_valid = re.fullmatch(r"[0-9a-fA-F]{64}", sha256) is not None
-    require(is_valid, f"expected a sha256 of 64 hex digits, got {sha256!r}")
+    require(bool(re.fullmatch(r"[0-9a-fA-F]{64}", sha256)), f"expected a sha256 of 64 hex digits, got {sha256!r}")
     return sha256.lower()
 
 
@@ -168,7 +168,6 @@ def _find_named(text: str) -> Path:
         return match
     if is_bare and text in RELEASES:
         return _from_release(RELEASES[text])
-
     nearest = [str(path.parent / n) for n in difflib.get_close_matches(path.name, _names_in(path.parent), n=1)]
     where, advice = "", ""
     if is_bare:
@@ -189,8 +188,8 @@ def _in_weights_folder(name: str) -> Path | None:
     stems, repository = rf"{re.escape(name)}(?:_pretrain(?:_\w+)?)?", name
     if release := RELEASES.get(name):
         # Exactly: dinov3_vitl16 is not the satellite model, dinov2_vits14 not the one with registers.
-        stems = "|".join(map(re.escape, (name, f"{name}_pretrain", *release.files)))
-        repository = release.hub.split("/")[1] if release.hub else name
+        stems = "|".join(map(re.escape, (name, f"{name}_pretrain", release.file)))
+        repository = release.hub.rpartition("/")[2] or name
     released = rf"(?:{stems})(?:-[0-9a-f]{{8,64}})?{suffix}|{re.escape(repository)}"
     for pattern in (re.escape(name), re.escape(name) + suffix, released):
         matches = [entry for entry in _names_in(folder) if re.fullmatch(pattern, entry)]
@@ -202,8 +201,7 @@ def _in_weights_folder(name: str) -> Path | None:
 
 def _from_release(release: Release) -> Path:
     by_hand = f"download it from {release.page} into the weights folder {weights_folder()} (DINOCELL_WEIGHTS)"
-    if release.hub is None:
-        raise WeightsError(f"the publisher requires a form to be filled in first; {by_hand}")
+    require(bool(release.hub), f"the publisher requires a form to be filled in first; {by_hand}")
     return _from_hub_cache(release.hub, None) or _from_hub(release.hub, None, None, hint=f"; or {by_hand}")
 
 
@@ -212,10 +210,8 @@ def _weights_in(path: Path) -> Path:
     if not path.is_dir():
         return path
     names = _names_in(path)
-    require(
-        ".metadata" not in names,  # of torch.distributed.checkpoint
-        "a checkpoint for resuming a run; give exported weights, such as eval/training_<step>/teacher_checkpoint.pth",
-    )
+    exported = "exported weights, such as eval/training_<step>/teacher_checkpoint.pth"
+    require(".metadata" not in names, f"a checkpoint for resuming a run; give {exported}")  # torch.distributed's
     chosen = _choose(names)
     if shard := re.search(r"-of-(\d+)\.", chosen[0]):
         is_complete = "config.json" in names and len(chosen) >= int(shard[1])
@@ -240,9 +236,6 @@ def _choose(names: Iterable[str]) -> list[str]:
     return matches
 
 
-# --- URLs -----------------------------------------------------------------------------------------------------------
-
-
 def _from_url(url: str, sha256: str | None) -> Path:
     """Return the file in the weights folder for a URL, downloaded unless it exists."""
     address, _, fragment = url.partition("#")
@@ -254,14 +247,11 @@ def _from_url(url: str, sha256: str | None) -> Path:
     name = Path(urllib.parse.unquote(path.split("://", 1)[1])).name
     is_weights = name.endswith(_SUFFIXES) and name.isprintable()
     require(is_weights, f"expected a file ending in {', '.join(_SUFFIXES)}; else download it and give the path")
-    in_name = re.search(r"-([0-9a-f]{8,64})\.[^.]+$", name)
-    expected = sha256 or (in_name[1] if in_name else "")
-    require(
-        bool(expected),
-        "a download needs its hash, which the publisher states or `sha256sum FILE` prints; give it as"
-        f" {path}#sha256=<64 hex digits>",
-    )
-    if not (in_name and expected.startswith(in_name[1])):
+    in_name = match[1] if (match := re.search(r"-([0-9a-f]{8,64})\.[^.]+$", name)) else ""
+    expected = sha256 or in_name
+    advice = f"which the publisher states or `sha256sum FILE` prints; give it as {path}#sha256=<64 hex digits>"
+    require(bool(expected), f"a download needs its hash, {advice}")
+    if not (in_name and expected.startswith(in_name)):
         name = f"{Path(name).stem}-{expected[:8]}{Path(name).suffix}"
     target = weights_folder() / name
     if not target.is_file() or (sha256 is not None and sha256_of(target) != sha256):
@@ -276,47 +266,49 @@ def _download(address: str, target: Path, sha256: str) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT_S)
     try:
-        urllib.request.Request(address)  # if malformed, an error before a file is opened
-        target.parent.mkdir(parents=True, exist_ok=True)
         for wait_s in (*_BACKOFF_S, None):
             try:
+                urllib.request.Request(address)  # if malformed, an error before a file is opened
+                target.parent.mkdir(parents=True, exist_ok=True)
                 return download_url_to_file(address, str(target), hash_prefix=sha256, progress=sys.stderr.isatty())
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} {error.reason}"
-                error.close()
-                if error.code < 500 and error.code not in (408, 429):
-                    advice = "the link may have expired or need a log-in" if error.code in (401, 403) else "check it"
-                    raise WeightsError(f"the server answered {problem}; {advice}") from error
-            except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.IncompleteRead) as error:
-                problem = one_line(error)
-            if wait_s is not None:
-                time.sleep(wait_s)
-        raise WeightsError(f"the download failed {len(_BACKOFF_S) + 1} times ({problem}); check the network")
-    except RuntimeError as error:  # of the hash, or a missing one
-        raise WeightsError(
-            f"expected sha256 {sha256}; the file is another one or incomplete, and was not kept ({one_line(error)})"
-        ) from error
-    except (http.client.InvalidURL, ValueError) as error:  # may quote the query, so it is not shown
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError("malformed, expected http(s)://host/file") from error
-    except OSError as error:
-        problem = f"cannot write into {target.parent}: {one_line(error)}"
-        raise WeightsError(f"{problem}; set DINOCELL_WEIGHTS to another folder") from error
+            except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
+                if wait_s is None or not _may_pass(error):
+                    raise WeightsError(_download_problem(error, target.parent, sha256)) from error
+            time.sleep(wait_s)
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-# --- Hugging Face ---------------------------------------------------------------------------------------------------
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt may succeed: after errors of the network and of an overloaded server."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500 or error.code in (408, 429)
+    return isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError | http.client.IncompleteRead)
+
+
+def _download_problem(error: Exception, folder: Path, sha256: str) -> str:
+    """Return in one line why a download failed and what to do."""
+    status = f"HTTP {error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else ""
+    if _may_pass(error):
+        return f"the download failed {len(_BACKOFF_S) + 1} times ({status or one_line(error)}); check the network"
+    if isinstance(error, urllib.error.HTTPError):
+        advice = "the link may have expired or need a log-in" if error.code in (401, 403) else "check it"
+        return f"the server answered {status}; {advice}"
+    if isinstance(error, OSError):
+        return f"cannot write into {folder}: {one_line(error)}; set DINOCELL_WEIGHTS to another folder"
+    if isinstance(error, RuntimeError):  # of the hash, or a missing one
+        return f"expected sha256 {sha256}; the file is another one or incomplete, and was not kept ({one_line(error)})"
+    return "malformed, expected http(s)://host/file"  # the error may quote the query, so it is not shown
 
 
 def _from_hub_address(text: str) -> Path:
     """Return the local file or folder of ``hf://owner/name[@revision][/file]``."""
     revision_pattern = r"@(refs/(?:pr|convert)/[^/]+|[^/]+)"
     address = re.fullmatch(rf"(?i:hf)://([\w.-]+/[\w.-]+)(?:{revision_pattern})?(?:/(.+?))?/?", text)
-    if address is None:
-        raise WeightsError("expected hf://owner/name, hf://owner/name@revision or hf://owner/name/file")
-    repo, revision, file = address.groups()
+    repo, revision, file = address.groups() if address else ("", None, None)
+    require(bool(repo), "expected hf://owner/name, hf://owner/name@revision or hf://owner/name/file")
     is_weights = file is None or file.endswith(_SUFFIXES)
     require(is_weights, f"expected a file ending in {', '.join(_SUFFIXES)}, got {file!r}")
     return _from_hub(repo, urllib.parse.unquote(revision) if revision else None, file)
@@ -355,9 +347,9 @@ def _from_hub_cache(repo: str, revision: str | None) -> Path | None:
     """Return the folder of a repository in the Hugging Face cache; None if its weights are not complete."""
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["config.json"]  # not the weights: another program may have downloaded other formats
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
+        # Ask for the configuration, not for the weights: another program may have downloaded other formats.
+        folder = snapshot_download(repo, revision=revision, allow_patterns=["config.json"], local_files_only=True)
         return _weights_in(Path(folder))
     except (errors.LocalEntryNotFoundError, errors.HFValidationError, WeightsError):
         return None
@@ -378,19 +370,17 @@ def _hub_problem(error: Exception, repo: str, revision: str | None, file: str | 
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
     status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
     log_in = "log in with `hf auth login` (or set HF_TOKEN)"
-    if isinstance(cause, errors.GatedRepoError):  # a kind of RepositoryNotFoundError
-        return f"access refused (HTTP {status}); accept the licence at {page} and {log_in}"
-    messages = {
+    refused = f"access refused (HTTP {status}); accept the licence at {page} and {log_in}"
+    answered = f"Hugging Face answered HTTP {status} for {page}; try again later"
+    messages = {  # the first kind that fits; all but one are kinds of HfHubHTTPError
+        errors.GatedRepoError: refused,
         errors.RepositoryNotFoundError: f"no such repository, or a private one; check {page}, and {log_in}",
         errors.RevisionNotFoundError: f"the repository has no revision {revision!r}; see {page}",
         errors.RemoteEntryNotFoundError: f"the repository has no file {file!r}; see {page}/tree/{revision or 'main'}",
         errors.HFValidationError: f"{repo!r} is not a repository name; expected hf://owner/name",
+        errors.HfHubHTTPError: refused if status in (401, 403) else answered,
     }
-    for kind, message in messages.items():
-        if isinstance(cause, kind):
-            return message
-    if status in (401, 403):
-        return f"access refused (HTTP {status}); accept the licence at {page} and {log_in}"
-    if status is not None:
-        return f"Hugging Face answered HTTP {status} for {page}; try again later"
-    return f"cannot download {page}, and it is not in the cache: {one_line(cause)}; check the network and the disk"
+    unreachable = (
+        f"cannot download {page}, and it is not in the cache: {one_line(cause)}; check the network and the disk"
+    )
+    return next((message for kind, message in messages.items() if isinstance(cause, kind)), unreachable)

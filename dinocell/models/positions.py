@@ -33,9 +33,8 @@ class RopeConfig:
         periods = (self.min_period, self.max_period)
         is_valid = periods == (None, None) or (None not in periods and 0 < periods[0] < periods[1])  # type: ignore[operator]
         if not is_valid or self.base <= 1:
-            raise ValueError(
-                f"rope: expected a base above 1, and both or neither of 0 < min_period < max_period, got {self}"
-            )
+            expected = "a base above 1, and both or neither of 0 < min_period < max_period"
+            raise ValueError(f"rope: expected {expected}, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +77,12 @@ class TrainingNoise:
         return any(value is not None for value in (self.rope_shift, self.rope_jitter, self.rope_rescale))
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path: expected a share in [0, 1), got {self.drop_path}")
-        for name, low in (("rope_shift", 0), ("rope_jitter", 1), ("rope_rescale", 1)):
+        ranges = {"drop_path": (0, 1), "rope_shift": (0, math.inf)}
+        ranges |= {"rope_jitter": (1, math.inf), "rope_rescale": (1, math.inf)}
+        for name, (low, end) in ranges.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}: expected at least {low}, got {value}")
+            if value is not None and not low <= value < end:
+                raise ValueError(f"{name}: expected a number in [{low}, {end}), got {value}")
 
 
 class RotaryTable(NamedTuple):
@@ -113,24 +112,11 @@ def rotary_table(
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
 ) -> RotaryTable:
-    """Return the rotation of every token of one resolution.
+    """Return the rotation of every token of one resolution: float32, (num_prefix + rows * columns, 1, 1, head_dim).
 
-    Parameters
-    ----------
-    grid
-        Rows and columns of patches.
-    num_prefix
-        Tokens before the patches; they are not rotated.
-    head_dim
-        Width of a head; a multiple of 4.
-    noise
-        Perturbs the coordinates when given (training); see `TrainingNoise`.
-
-    Returns
-    -------
-    RotaryTable
-        Float32, shape (num_prefix + rows * columns, 1, 1, head_dim): the first half of a head's width pairs with the
-        second half, and each half holds the row angles, then the column angles.
+    ``grid`` are the rows and columns of patches; the ``num_prefix`` tokens before them are not rotated. ``head_dim`` is
+    a multiple of 4: the first half of a head's width pairs with the second half, and each half holds the row angles,
+    then the column angles. ``noise`` perturbs the coordinates (training).
     """
     rows, columns = grid
     lengths = {"separate": (rows, columns), "min": (min(grid),) * 2, "max": (max(grid),) * 2}[config.coordinates]

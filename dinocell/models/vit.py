@@ -13,7 +13,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dinocell.models.config import VARIANTS, ViTConfig, WeightsCard, variant_config
-from dinocell.models.layers import Attention, AttentionKernel, Block, GeluMlp, LayerScale, PatchEmbedding, SwigluMlp
+from dinocell.models.layers import (
+    Attention,
+    AttentionKernel,
+    Block,
+    GeluMlp,
+    LayerScale,
+    PatchEmbedding,
+    Segment,
+    Subset,
+    SwigluMlp,
+    draw_kept_sequences,
+    find_needed_rows,
+    find_subsets,
+    num_output_rows,
+)
 from dinocell.models.positions import (
     RotaryTable,
     TrainingNoise,
@@ -21,14 +35,6 @@ from dinocell.models.positions import (
     learned_positions,
     position_parameter,
     rotary_table,
-)
-from dinocell.models.token_rows import (
-    Segment,
-    Subset,
-    draw_kept_sequences,
-    find_needed_rows,
-    find_subsets,
-    num_output_rows,
 )
 
 __all__ = ["VARIANTS", "ViTConfig", "ViTOutput", "VisionTransformer", "variant_config"]

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -50,18 +50,10 @@ class Restored:
 class Checkpointer:
     """Writes and reads the checkpoints of a run; all ranks call every method together.
 
-    Parameters
-    ----------
-    folder
-        ``checkpoints`` of the run folder, on a file system that all ranks share.
-    keep_last
-        Number of newest checkpoints to keep.
-    keep_every
-        Also keep the checkpoints of steps that are multiples of this; 0: none.
-    is_async
-        Write in the background. Each save first waits for the previous one.
-    timeout_s
-        How long ranks wait for one another while they write.
+    ``folder`` is ``checkpoints`` of the run folder, on a file system that all ranks share. The newest ``keep_last``
+    checkpoints are kept, and those of steps that are multiples of ``keep_every`` (0: none). With ``is_async`` they are
+    written in the background, and each save first waits for the previous one. ``timeout_s`` is how long ranks wait for
+    one another while they write.
     """
 
     def __init__(
@@ -110,8 +102,7 @@ class Checkpointer:
             written = self._writer.submit(_write, state, part, None)
         else:
             later = save_state_later(state, checkpoint_id=part, process_group=self._group)
-            assert isinstance(later, Future)
-            written = later
+            written = cast("Future[Any]", later)
 
         def finish() -> None:
             written.result()
@@ -123,8 +114,7 @@ class Checkpointer:
         """Wait until the checkpoint is complete; raise :class:`DinocellError` if it cannot be written."""
         if self._pending is None:
             return
-        future, final = self._pending
-        self._pending = None
+        (future, final), self._pending = self._pending, None
         with _writing(final):
             future.result()
         barrier()
@@ -132,12 +122,7 @@ class Checkpointer:
     def restore(self, tensors: dict[str, Any]) -> Restored | None:
         """Read the newest complete checkpoint into ``tensors``, in place; return None if there is none.
 
-        Damaged checkpoints are skipped with a warning.
-
-        Raises
-        ------
-        DinocellError
-            If every checkpoint is damaged.
+        Damaged checkpoints are skipped with a warning; it is a :class:`DinocellError` if there is no other.
         """
         self.wait()
         paths = self.steps()
@@ -146,19 +131,16 @@ class Checkpointer:
                 description = json.loads((path / "state.json").read_text(encoding="utf-8"))
                 restored = Restored(step=description["step"], values=description["values"])
                 load_state({"tensors": tensors}, checkpoint_id=path, process_group=self._group, no_dist=is_alone())
+                return restored
             except (CheckpointException, OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError) as error:
                 _log.warning("%s: damaged (%s); using the previous one", path, _cause(error))
-                continue
-            return restored
         if paths:
             raise DinocellError(f"{self._folder}: every checkpoint is damaged; move the folder away to start over")
         return None
 
     def steps(self) -> list[Path]:
         """Return the folders of complete checkpoints, oldest first, as the main rank sees them."""
-        paths = from_main(self._complete() if rank() == 0 else [])
-        assert isinstance(paths, list)
-        return paths
+        return cast("list[Path]", from_main(self._complete() if rank() == 0 else []))
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written."""

@@ -14,13 +14,7 @@ def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | No
 
     On the CPU it is the kernel's estimate, or what the limits of the control groups (containers, SLURM) leave if that
     is less. File caches count as available, because the kernel frees them on demand.
-
-    Parameters
-    ----------
-    device
-        CUDA or the CPU.
-    root
-        Folder of ``proc`` and ``sys``.
+    ``root`` is the folder of ``proc`` and ``sys``.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -39,9 +33,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def _machine_bytes(root: Path) -> Iterator[int]:
-    for line in _lines(root / "proc" / "meminfo"):
-        if line.startswith("MemAvailable:"):
-            yield 1024 * int(line.split()[1])
+    if (kilobytes := _statistic(root / "proc" / "meminfo", "MemAvailable:")) is not None:
+        yield 1024 * kilobytes
 
 
 def _group_bytes(root: Path) -> Iterator[int]:
@@ -61,19 +54,13 @@ def _group_bytes(root: Path) -> Iterator[int]:
         for folder in (group, *group.parents):
             if not folder.is_relative_to(top):
                 break
-            limit, used = (_integer(folder / name) for name in names)
-            if limit is not None and used is not None:
-                yield limit - used + _statistic(folder / "memory.stat", cached)
+            limit, used = (next(iter(_lines(folder / name)), "") for name in names)
+            if limit.isdigit() and used.isdigit():  # a limit may be ``max``
+                yield int(limit) - int(used) + (_statistic(folder / "memory.stat", cached) or 0)
 
 
-def _statistic(path: Path, name: str) -> int:
-    return next((int(line.split()[1]) for line in _lines(path) if line.split()[0] == name), 0)
-
-
-def _integer(path: Path) -> int | None:
-    """Return the number in a file; None without a file, or if it contains ``max``."""
-    lines = _lines(path)
-    return int(lines[0]) if lines and lines[0].isdigit() else None
+def _statistic(path: Path, name: str) -> int | None:
+    return next((int(line.split()[1]) for line in _lines(path) if line.split()[0] == name), None)
 
 
 def _lines(path: Path) -> list[str]:
@@ -123,12 +110,7 @@ _PEAK_TFLOPS = {
 class Throughput:
     """Measures a training loop; see `metrics`.
 
-    Parameters
-    ----------
-    device
-        Device with the peak performance.
-    flop_per_step
-        Operations of this rank in a step by the formula, without recomputation.
+    ``flop_per_step`` are the operations of this rank in a step by the formula, without recomputation.
     """
 
     def __init__(self, device: torch.device, flop_per_step: float) -> None:
@@ -140,15 +122,11 @@ class Throughput:
 
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield the items, and measure the time spent waiting for them."""
-        iterator = iter(items)
-        while True:
-            start = time.monotonic()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
+        start = time.monotonic()
+        for item in items:
             self._waited += time.monotonic() - start
             yield item
+            start = time.monotonic()
 
     def step(self) -> None:
         """Count a step."""
@@ -165,7 +143,10 @@ class Throughput:
             CUDA: allocated now, and peak since the last call. CPU: peak of the process, from the system.
         """
         now = time.monotonic()
-        metrics = _memory(self._device)
+        metrics = {"memory/peak_gb": peak_bytes(self._device) / 1e9}
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            metrics["memory/gb"] = torch.cuda.memory_allocated(self._device) / 1e9
         if self._since is not None and now > self._since and self._steps:
             seconds = now - self._since
             metrics["speed/data_wait_share"] = min(1.0, self._waited / seconds)
@@ -182,11 +163,3 @@ def peak_flop_per_s(name: str) -> float | None:
     words = set(name.replace("-", " ").split())
     matches = [model for model in _PEAK_TFLOPS if words.issuperset(model.split())]
     return 1e12 * _PEAK_TFLOPS[max(matches, key=len)] if matches else None
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    peak = peak_bytes(device) / 1e9
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return {"memory/gb": torch.cuda.memory_allocated(device) / 1e9, "memory/peak_gb": peak}
-    return {"memory/peak_gb": peak}

@@ -1,43 +1,48 @@
-"""Processes of a distributed run and their collective operations.
+"""Processes of a distributed run, their collective operations, and the distribution of a model over them.
 
 `start` reads the environment set by torchrun, SLURM (``srun``) or the launcher; without it there is one process, and
-the collectives return their input. Gloo on the CPU, NCCL on CUDA.
+the collectives return their input. Gloo on the CPU, NCCL on CUDA. A model is distributed in one of these ways:
+
+========  ==================================================================================================
+``ddp``   every rank holds the model; gradients are averaged. Least communication; for ViT-S and ViT-B.
+``fsdp``  every rank holds a shard of each block and gathers the block when it computes it (ViT-L and larger).
+``hsdp``  sharded over the ranks of a machine, which have fast links; replicated over machines.
+``auto``  ``ddp`` below 200 M parameters of a student, else ``hsdp`` on several machines and ``fsdp`` on one.
+========  ==================================================================================================
+
+All three are FSDP2 (`torch.distributed.fsdp.fully_shard`) on a mesh of replicas times shards, so they share one code
+path and read each other's checkpoints. With one process nothing is wrapped.
 """
 
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dinocell.errors import DinocellError
+from dinocell.errors import ConfigError, DinocellError
 from dinocell.runtime.files import write_atomically
+
+if TYPE_CHECKING:  # FSDP takes half a second to import, which most commands need not pay
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One process of a run.
-
-    Attributes
-    ----------
-    rank, size
-        Index of this process, and number of processes.
-    local_rank, local_size
-        The same within this machine.
-    device
-        Device of this process.
-    """
+    """One process of a run: its index and the number of processes, the same within this machine, its device."""
 
     rank: int = 0
     size: int = 1
@@ -56,14 +61,9 @@ class World:
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """Return a device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``...
+    """Return a device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:1``...; ``mps`` (Apple) is untested.
 
-    ``mps`` (Apple) is accepted, but untested.
-
-    Raises
-    ------
-    DinocellError
-        If there is no such device.
+    It is a :class:`DinocellError` if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,17 +79,8 @@ def find_device(name: str = "auto") -> torch.device:
 def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
     """Join the other processes, if there are any, and choose the device.
 
-    Parameters
-    ----------
-    device
-        ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, or one GPU: ``cuda:1``.
-    timeout_s
-        How long a collective waits for a missing rank before all ranks stop with an error.
-
-    Raises
-    ------
-    DinocellError
-        If the environment names several processes but no address, or there is no such device.
+    ``timeout_s`` is how long a collective waits for a missing rank before all ranks stop with an error. It is a
+    :class:`DinocellError` if the environment names several processes but no address, or there is no such device.
     """
     chosen = find_device(device)
     rank, size, local_rank, local_size = _from_environment(os.environ)
@@ -98,15 +89,16 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
         chosen = torch.device("cuda", local_rank % torch.cuda.device_count()) if chosen.index is None else chosen
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        if RENDEZVOUS not in os.environ and "MASTER_ADDR" not in os.environ:
+        meeting = os.environ.get(RENDEZVOUS)
+        if meeting is None and "MASTER_ADDR" not in os.environ:
             raise DinocellError(
                 f"{size} processes, but MASTER_ADDR is not set: start them with torchrun or 'dinocell launch'"
             )
         dist.init_process_group(
             # Gloo as well: flags and names are exchanged without waiting for the device.
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            store=_meet(Path(os.environ[RENDEZVOUS]), rank, size, timeout_s) if RENDEZVOUS in os.environ else None,
-            init_method=None if RENDEZVOUS in os.environ else "env://",
+            store=_meet(Path(meeting), rank, size, timeout_s) if meeting else None,
+            init_method=None if meeting else "env://",
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout_s),
@@ -138,49 +130,37 @@ def _meet(place: Path, rank: int, size: int, timeout_s: float) -> TCPStore:
     return TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
-def stop() -> None:
-    """Leave the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextmanager
 def together(device: str = "auto", *, timeout_s: float = 1800.0) -> Iterator[World]:
-    """`start`, and `stop` also after an error, so that the other ranks do not wait for this one."""
+    """`start`, and leave the other processes at the end, also after an error, so that they do not wait for this one."""
     joined = dist.is_initialized()
     world = start(device, timeout_s=timeout_s)
     try:
         yield world
     finally:
-        if not joined:
-            stop()
+        if not joined and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _from_environment(variables: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """Return rank, size, local rank and local size."""
+    """Return rank, size, local rank and local size, as set by torchrun or SLURM."""
     if "RANK" in variables and "WORLD_SIZE" in variables:
-        named = {name: variables.get(name, default) for name, default in _TORCHRUN.items()}
-        rank, size, local_rank, local_size = _integers(named)
-        return rank, size, local_rank, local_size
+        # Some launchers set only these two.
+        named = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        named = {name: variables.get(name, default) for name, default in named.items()}
     # SLURM_NTASKS exists inside `salloc` and batch scripts too; SLURM_STEP_* only in tasks that srun started.
-    if variables.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+    elif variables.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         named = {name: variables.get(name, "") for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")}
-        rank, size, local_rank = _integers(named)
         per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 8(x4): eight on each of four machines
-        return rank, size, local_rank, int(per_node.split("(")[0].split(",")[0])
-    return 0, 1, 0, 1
-
-
-# Set by torchrun, with defaults for launchers that set only the first two.
-_TORCHRUN = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-
-
-def _integers(named: Mapping[str, str]) -> list[int]:
+        named["SLURM_STEP_TASKS_PER_NODE"] = re.split(r"[(,]", per_node)[0]
+    else:
+        return 0, 1, 0, 1
     try:
-        return [int(value) for value in named.values()]
+        rank, size, local_rank, local_size = map(int, named.values())
     except ValueError:
         shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
         raise DinocellError(f"environment: expected integers, got {shown}") from None
+    return rank, size, local_rank, local_size
 
 
 def rank() -> int:
@@ -200,20 +180,20 @@ def is_alone() -> bool:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the sum over all ranks."""
-    if is_alone():
-        return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
     """Return the maximum over all ranks."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
     if is_alone():
         return values
-    largest = values.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
+    result = values.clone()
+    dist.all_reduce(result, op=operation)
+    return result
 
 
 def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "a d"]:
@@ -255,3 +235,76 @@ def from_main(value: object) -> object:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
+
+# ViT-B has 86 M, ViT-L 300 M. A student, its teacher and AdamW's moments of 200 M take 4 GB in float32.
+_REPLICATED_BELOW = 200_000_000
+
+
+def choose_parallel(parallel: Parallel, num_parameters: int, world: World) -> Parallel:
+    """Resolve ``auto``; raise :class:`ConfigError` for ``hsdp`` on machines with different numbers of ranks."""
+    if parallel == "auto":
+        if num_parameters < _REPLICATED_BELOW:
+            return "ddp"
+        return "hsdp" if world.local_size < world.size and world.size % world.local_size == 0 else "fsdp"
+    if parallel == "hsdp" and world.size % world.local_size:
+        raise ConfigError(
+            "compute.parallel: hsdp needs the same number of processes on every machine, "
+            f"got {world.local_size} of {world.size} on this one"
+        )
+    return parallel
+
+
+def num_shards(parallel: Parallel, world: World) -> int:
+    """Return the number of ranks that share one copy of the model."""
+    return {"ddp": 1, "fsdp": world.size, "hsdp": world.local_size}[parallel]
+
+
+def make_mesh(parallel: Parallel, world: World) -> DeviceMesh:
+    """Return the mesh (replicas, shards)."""
+    shards = num_shards(parallel, world)
+    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replica", "shard"))
+
+
+def shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    blocks: Iterable[nn.Module] = (),
+    dtype: torch.dtype | None = None,
+    keep_gathered: bool = False,
+) -> None:
+    """Shard a module over the mesh, in place, on the mesh's device.
+
+    The module is a backbone or a head, which the forward pass calls itself. ``blocks`` are its parts in the order of
+    the forward pass; each is gathered while the previous one computes. Gathered parameters have ``dtype`` (None:
+    unchanged); gradients are averaged in float32. With ``keep_gathered`` they are kept after the forward pass: for a
+    module whose parameters are used outside.
+    """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    release = mesh["shard"].size() > 1 and not keep_gathered
+    parts = list(blocks)
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=release)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=release)
+    wrapped = [part for part in parts if isinstance(part, FSDPModule)]
+    for before, after in pairwise(wrapped):
+        before.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([before])
+
+
+def sharded_parts(modules: Iterable[nn.Module]) -> "list[FSDPModule]":
+    """Return the sharded modules inside these modules."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def release(parts: "Iterable[FSDPModule]") -> None:
+    """Free gathered parameters, which a pass without gradient keeps and an update of the shards would not change."""
+    for part in parts:
+        part.reshard()

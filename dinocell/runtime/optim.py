@@ -30,20 +30,10 @@ def parameter_groups(
     embedding is also multiplied by ``patch_embedding_factor``. Biases, norms and LayerScale have no weight decay; CLS,
     mask and register tokens and positions have it, unless ``decay_tokens`` is off.
 
-    Parameters
-    ----------
-    modules
-        Sub-modules by name; ``backbone`` is a vision transformer, the others are heads. Parameters without gradient
-        are skipped.
-    depth
-        Number of blocks of the backbone.
-
-    Returns
-    -------
-    list of dict
-        Groups for an optimizer: ``params`` and plain values for its state dict: ``module``;
-        ``learning_rate_factor`` and ``weight_decay_factor`` on the scheduled values; ``last_layer`` for prototypes.
-        `set_rates` sets their rates.
+    Of the sub-modules, ``backbone`` is a vision transformer of ``depth`` blocks, the others are heads; parameters
+    without gradient are skipped. A group has ``params`` and plain values for the optimizer's state dict: ``module``;
+    ``learning_rate_factor`` and ``weight_decay_factor`` on the scheduled values, which `set_rates` sets; ``last_layer``
+    for prototypes.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for module_name, module in modules.items():
@@ -78,11 +68,9 @@ def _layer(name: str, depth: int) -> int:
     return 0 if name in _TOKENS or name.startswith("patch_embed.") else depth + 1
 
 
-def adamw(
-    groups: Sequence[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-) -> torch.optim.AdamW:
+def adamw(groups: Sequence[dict[str, Any]], *, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
     """Return AdamW over the groups with learning rate 0: call `set_rates` before every step."""
-    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, weight_decay=0.0, fused=True)
 
 
 def set_rates(
@@ -151,12 +139,7 @@ def _local(parameter: Tensor) -> Tensor:
 class NonfiniteSteps:
     """Skips and counts steps with a loss or gradient that is not finite, without reading from the device until `check`.
 
-    Parameters
-    ----------
-    most
-        This number of such steps in a row is an error.
-    advice
-        What the user should do then, in sentences.
+    ``most`` such steps in a row are an error; ``advice`` tells the user what to do then, in sentences.
     """
 
     def __init__(self, device: torch.device, *, most: int, advice: str) -> None:
@@ -184,10 +167,8 @@ class NonfiniteSteps:
         """Read the counts from the device; raise :class:`DinocellError` if there were too many in a row."""
         in_a_row = int(self._counts[1])
         if in_a_row >= self._most:
-            raise DinocellError(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite; they changed no weight. "
-                f"{self._advice}"
-            )
+            problem = f"{in_a_row} steps in a row had a loss or gradient that is not finite; they changed no weight"
+            raise DinocellError(f"{problem}. {self._advice}")
 
     def state(self) -> Tensor:
         """Return the counts for a checkpoint."""

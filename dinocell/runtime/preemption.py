@@ -16,6 +16,7 @@ even if they were inherited as ignored, because a scheduler or a user sends them
 read from the clock and need no signal.
 """
 
+import math
 import os
 import signal
 import threading
@@ -55,23 +56,16 @@ def on_stop(callback: Callable[[str], None] | None) -> None:
 class StopRequest:
     """Whether this run has been requested to stop; use it in a ``with`` block around the loop.
 
-    Parameters
-    ----------
-    time_limit_s
-        Stop this number of seconds after the start; None: no limit. Under SLURM the end of the job
-        (``SLURM_JOB_END_TIME``) minus ``margin_s`` is a limit too.
+    Under SLURM the end of the job (``SLURM_JOB_END_TIME``) minus ``margin_s`` is a time limit.
     """
 
-    def __init__(self, *, time_limit_s: float | None = None, margin_s: float = 120.0) -> None:
+    def __init__(self, *, margin_s: float = 120.0) -> None:
         self._reason: str | None = None
         self._previous: dict[int, Any] = {}
-        self._deadline = None if time_limit_s is None else time.time() + time_limit_s
         end = os.environ.get("SLURM_JOB_END_TIME", "")
-        if end.isdecimal() and int(end) > 0:
-            job_end = int(end) - margin_s
-            # A job shorter than the margin is not stopped before it begins.
-            if job_end > time.time():
-                self._deadline = job_end if self._deadline is None else min(self._deadline, job_end)
+        deadline = int(end) - margin_s if end.isdecimal() else 0.0
+        # A job shorter than the margin is not stopped before it begins.
+        self._deadline = deadline if deadline > time.time() else math.inf
 
     @property
     def reason(self) -> str | None:
@@ -84,7 +78,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Return whether any rank has a stop request; every rank calls it after every step."""
-        if self._deadline is not None and time.time() >= self._deadline:
+        if time.time() >= self._deadline:
             self._request(TIME_LIMIT)
         # On the CPU, through gloo, without waiting for the device.
         reason = int(max_over_ranks(torch.tensor(float(_REASONS.index(self._reason or "")))))

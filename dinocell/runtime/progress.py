@@ -3,11 +3,9 @@
 `start_progress` is for loops over steps that log metrics, `task_progress` for commands that work through a list.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 from rich.console import Console
@@ -20,19 +18,11 @@ _SHOWN = ("loss/", "probe/", "score/")
 
 def start_progress(
     console: Console, *, total_steps: int | None = None, done_steps: int = 0, batch_size: int | None = None
-) -> LiveProgress | PlainProgress:
+) -> "LiveProgress | PlainProgress":
     """Return a live bar if ``console`` is a terminal, else plain lines without control characters.
 
-    Parameters
-    ----------
-    console
-        Where to write.
-    total_steps
-        Index of the last step; None if unknown.
-    done_steps
-        Steps done by an earlier start.
-    batch_size
-        Images per step; the rate is then in images/s instead of steps/s.
+    ``total_steps`` is the index of the last step (None if unknown), ``done_steps`` those of an earlier start; with
+    ``batch_size``, the number of images per step, the rate is in images/s instead of steps/s.
     """
     rate = Rate(total_steps=total_steps, images_per_step=batch_size)
     if _is_live(console):
@@ -64,13 +54,9 @@ def task_progress(*, stderr: bool = False, transient: bool = False) -> Iterator[
                 tasks[task] = bars.add_task(task, total=total, note=note)
             bars.update(tasks[task], completed=done, total=total, note=note)
         elif done == total:
-            line = f"{task} {done} of {total}  {note}".rstrip()
-            console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            _print(console, f"{task} {done} of {total}  {note}".rstrip())
 
-    if not is_live:
-        yield report
-        return
-    with bars:
+    with bars if is_live else nullcontext():
         yield report
 
 
@@ -78,8 +64,7 @@ class Rate:
     """Steps per second since the first step of this process, which is a warm-up and not counted."""
 
     def __init__(self, *, total_steps: int | None, images_per_step: int | None) -> None:
-        self._total_steps = total_steps
-        self._images_per_step = images_per_step
+        self._total_steps, self._images_per_step = total_steps, images_per_step
         self._first: tuple[int, float] | None = None
         self._steps_per_s = 0.0
         self._step = 0
@@ -97,15 +82,18 @@ class Rate:
         """Return ``3.2 img/s`` or ``0.4 steps/s``; empty before the second step."""
         if self._steps_per_s == 0.0:
             return ""
-        if self._images_per_step is None:
-            return f"{_rounded(self._steps_per_s)} steps/s"
-        return f"{_rounded(self._steps_per_s * self._images_per_step)} img/s"
+        rate, unit = self._steps_per_s * (self._images_per_step or 1), "img" if self._images_per_step else "steps"
+        return f"{rate:.3g} {unit}/s" if rate < 1000 else f"{rate:.0f} {unit}/s"
 
     def eta_text(self) -> str:
         """Return ``ETA h:mm:ss``; empty if the end or the rate is unknown."""
         if self._total_steps is None or self._steps_per_s == 0.0:
             return ""
         return f"ETA {timedelta(seconds=round(max(0, self._total_steps - self._step) / self._steps_per_s))}"
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 class LiveProgress:
@@ -137,7 +125,7 @@ class LiveProgress:
 
     def note(self, message: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        _print(self._bar.console, message)
 
     def close(self) -> None:
         """Draw the final bar."""
@@ -164,7 +152,7 @@ class PlainProgress:
 
     def note(self, message: str) -> None:
         """Print a line."""
-        self._console.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        _print(self._console, message)
         self._console.file.flush()
 
     def close(self) -> None:
@@ -173,7 +161,3 @@ class PlainProgress:
 
 def _losses(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:#.4g}" for name, value in metrics.items() if name.startswith(_SHOWN))
-
-
-def _rounded(rate: float) -> str:
-    return f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"

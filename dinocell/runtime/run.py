@@ -12,8 +12,6 @@ drops later records, because those steps are computed again. Only the main rank 
 does nothing.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -24,7 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, TextIO, runtime_checkable
+from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -79,17 +77,9 @@ def _truncate(path: Path, resume_step: int) -> int:
     return num_unreadable
 
 
-@runtime_checkable
-class SupportsArray(Protocol):
-    """A NumPy array or a tensor on any device."""
-
-    def __array__(self) -> Any:
-        """Return the values as a NumPy array."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Outputs:
-    tensorboard: SummaryWriter
+    tensorboard: "SummaryWriter"
     metrics: MetricsFile
     log: TextIO
     progress: LiveProgress | PlainProgress
@@ -103,18 +93,14 @@ class Run:
         self,
         folder: Path,
         outputs: _Outputs | None,
-        *,
         total_steps: int | None,
         resume_step: int,
         log_every: int,
         batch_size: int | None,
     ) -> None:
-        self.folder = folder
-        self._outputs = outputs
-        self._total_steps = total_steps
-        self._first_step = resume_step + 1
-        self._log_every = log_every
-        self._batch_size = batch_size
+        self.folder, self._outputs = folder, outputs
+        self._first_step, self._total_steps = resume_step + 1, total_steps
+        self._log_every, self._batch_size = log_every, batch_size
         self._last_logged: tuple[int, float] | None = None
 
     @classmethod
@@ -130,13 +116,11 @@ class Run:
         is_main: bool = True,
         ignore: Collection[str] = ("compute",),
         console: Console | None = None,
-    ) -> Run:
+    ) -> "Run":
         """Open ``folder``, new or of an earlier start with the same configuration.
 
         Parameters
         ----------
-        folder
-            The run folder; created if it does not exist.
         config
             Configuration object (a dataclass), written to ``config.yaml``.
         total_steps
@@ -169,14 +153,7 @@ class Run:
                     console or Console(), total_steps=total_steps, done_steps=resume_step, batch_size=batch_size
                 )
                 outputs = _open(folder, resume_step, log, progress)
-        run = cls(
-            folder,
-            outputs,
-            total_steps=total_steps,
-            resume_step=resume_step,
-            log_every=log_every,
-            batch_size=batch_size,
-        )
+        run = cls(folder, outputs, total_steps, resume_step, log_every, batch_size)
         if outputs is not None and outputs.metrics.num_unreadable:
             run.note(f"metrics.jsonl: dropped {outputs.metrics.num_unreadable} broken line(s) of an earlier start")
         return run
@@ -191,7 +168,7 @@ class Run:
         """Raise :class:`ConfigError` if a folder holds a run with another configuration, as `start` does."""
         check_same(folder, config, ignore)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(
@@ -204,7 +181,7 @@ class Run:
         return step % self._log_every == 0 or step in (self._first_step, self._total_steps)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat], *, always: bool = False) -> None:
-        """Write the numbers of a finished step; call it every step.
+        """Write the numbers of a finished step; call it every step, counted from 1.
 
         Between log steps only the progress moves, and no tensor is read. On log steps all tensors of a device are read
         with one synchronisation. From the second log step on, ``speed/steps_per_s`` and, with a batch size,
@@ -212,8 +189,6 @@ class Run:
 
         Parameters
         ----------
-        step
-            Index of the step, from 1.
         metrics
             Name (``group/name``) to number or one-element tensor. Names starting with ``loss/``, ``probe/`` or
             ``score/`` appear on the console.
@@ -235,7 +210,7 @@ class Run:
         if reserved := {"step", "time"} & set(metrics):
             raise ValueError(f"a metric cannot be called {' or '.join(reserved)}; use a group, as in 'loss/dino'")
         numbers = _to_floats(metrics)  # this waits for the device, so it comes before the clock is read
-        numbers = {**self._speed(step), **numbers}
+        numbers = self._speed(step) | numbers
         with _writing(self.folder):
             self._outputs.metrics.write(step, numbers)
             for name, value in numbers.items():
@@ -250,8 +225,8 @@ class Run:
             raise ValueError(f"image '{name}': expected values in [0, 1], got {image.min():.4g} to {image.max():.4g}")
         self._outputs.tensorboard.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
 
-    def histogram(self, step: int, name: str, values: SupportsArray) -> None:
-        """Write the distribution of the finite ``values`` (any shape) to TensorBoard, if there are any."""
+    def histogram(self, step: int, name: str, values: Any) -> None:
+        """Write the distribution of the finite ``values`` (any array or tensor) to TensorBoard, if there are any."""
         if self._outputs is None:
             return
         torch = sys.modules.get("torch")
@@ -295,9 +270,9 @@ class Run:
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:  # of the console, not the folder
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError):  # of the console, not the folder
+            raise
         raise DinocellError(f"run folder {folder}: cannot be written: {one_line(error)}") from error
 
 

@@ -13,11 +13,13 @@ import json
 import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Collection
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,35 +39,25 @@ def claim(folder: Path, config: object, ignore: Collection[str], *, patience_s: 
     """Make a run folder, or check that it has the same configuration; write its configuration and environment.
 
     Returns ``log.txt``, open for appending; until it is closed or this process ends, no other process can claim the
-    folder.
-
-    Parameters
-    ----------
-    ignore
-        Dotted keys or sections of the configuration that may differ.
-    patience_s
-        How long to wait for another process that uses the folder.
+    folder. ``ignore`` lists dotted keys or sections of the configuration that may differ; ``patience_s`` is how long to
+    wait for another process that uses the folder.
 
     Raises
     ------
     ConfigError
         If it holds a run with another configuration.
     DinocellError
-        If it is a file, another process uses it, or its ``environment.json`` is damaged.
+        If another process uses it, or its ``environment.json`` is damaged.
     OSError
-        If it cannot be written.
+        If it is a file, or cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise DinocellError(f"run folder {folder}: is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     check_same(folder, config, ignore)
-    log = (folder / "log.txt").open("a", encoding="utf-8")
-    try:
+    with ExitStack() as stack:
+        log = stack.enter_context((folder / "log.txt").open("a", encoding="utf-8"))
         _lock(log, folder, patience_s)
         _describe(folder, config)
-    except BaseException:
-        log.close()
-        raise
+        stack.pop_all()
     return log
 
 
@@ -80,9 +72,8 @@ def _lock(file: TextIO, folder: Path, patience_s: float) -> None:
             return
         except (BlockingIOError, PermissionError):
             if time.monotonic() >= end:
-                raise DinocellError(
-                    f"run folder {folder}: in use by another process; wait for it, or stop it"
-                ) from None
+                problem = "in use by another process; wait for it, or stop it"
+                raise DinocellError(f"run folder {folder}: {problem}") from None
         except OSError as error:
             _log.warning("%s: cannot be locked (%s): start this run only once at a time", file.name, error.strerror)
             return
@@ -106,11 +97,8 @@ def _describe(folder: Path, config: object) -> None:
 
 def check_same(folder: Path, config: object, ignore: Collection[str]) -> None:
     """Raise :class:`ConfigError` if a folder holds a run with another configuration; it names what differs."""
-    config_file = folder / "config.yaml"
-    if not config_file.exists():
-        return
-    differing = diff_configs(read_stored(type(config), config_file), to_dict(config), ignore)
-    if differing:
+    stored = folder / "config.yaml"
+    if stored.exists() and (differing := diff_configs(read_stored(type(config), stored), to_dict(config), ignore)):
         raise ConfigError(
             f"run folder {folder} holds a run with other settings ({'; '.join(differing)}); "
             "use another output folder, or the same settings"
@@ -183,11 +171,9 @@ def _version(package: str) -> str | None:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    model = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def _cuda_devices() -> list[str]:

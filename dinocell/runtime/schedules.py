@@ -5,6 +5,7 @@ parts. A value depends only on the step and the length of the run.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dinocell.errors import ConfigError
@@ -40,18 +41,23 @@ class Schedule:
     cosine: int | float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("peak", self.peak), ("start", self.start), ("end", self.end)):
+        for name, expected in self._problems():
+            raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        """Yield the fields that are invalid, and what is expected of them."""
+        for name in ("peak", "start", "end"):
+            value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ConfigError(f"{name}: expected a finite number, got {value}")
-        for name, span in (("hold", self.hold), ("warmup", self.warmup), ("cosine", self.cosine)):
+                yield name, "a finite number"
+        for name in ("hold", "warmup", "cosine"):
+            span = getattr(self, name)
             if span is not None and not (span >= 0 and math.isfinite(span)):
-                raise ConfigError(f"{name}: expected at least 0, got {span}")
+                yield name, "at least 0"
             if isinstance(span, float) and span > 1 and name != "cosine":
-                raise ConfigError(
-                    f"{name}: expected a fraction of at most 1.0, got {span}; write steps without a point"
-                )
+                yield name, "a fraction of at most 1.0 (or steps, without a decimal point)"
         if self.cosine is not None and (self.end is None or self.cosine == 0):
-            raise ConfigError("cosine: expected more than 0 steps and an end value; remove it for a constant")
+            yield "cosine", "more than 0 steps and an end value (or no cosine, for a constant)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +110,7 @@ def num_steps_of(span: Span, num_steps: int) -> int:
 
 def check_range(name: str, schedule: Schedule, low: float, high: float) -> None:
     """Raise :class:`ConfigError` if a schedule takes values outside a range."""
-    values = [schedule.peak]
-    if schedule.hold or schedule.warmup:
-        values.append(schedule.start)
-    if schedule.end is not None:
-        values.append(schedule.end)
-    for value in values:
-        if not low <= value <= high:
+    start = schedule.start if schedule.hold or schedule.warmup else None
+    for value in (schedule.peak, start, schedule.end):
+        if value is not None and not low <= value <= high:
             raise ConfigError(f"{name}: expected values from {low:g} to {high:g}, got {value}")

@@ -8,9 +8,9 @@ from typing import Literal
 from dinocell.models.config import VARIANTS
 from dinocell.models.layers import AttentionKernel
 from dinocell.runtime import sections
+from dinocell.runtime.distributed import Parallel
 from dinocell.runtime.schedules import Freeze, Schedule, check_range
 from dinocell.runtime.sections import AdamWConfig, check, check_ascending, refuse
-from dinocell.runtime.sharding import Parallel
 
 Policy = Literal["consistency", "average", "bag", "stack"]
 TargetChannels = Literal["same", "other", "mean"]
@@ -352,7 +352,7 @@ class ComputeConfig(sections.ComputeConfig):
     Attributes
     ----------
     parallel
-        How the model is distributed over several ranks, see `dinocell.runtime.sharding`.
+        How the model is distributed over several ranks, see `dinocell.runtime.distributed`.
     attention
         How attention is computed, see `dinocell.models.layers`; all but ``sdpa`` and ``dense`` need CUDA.
     compile

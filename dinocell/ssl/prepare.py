@@ -22,9 +22,8 @@ from dinocell.models.positions import TrainingNoise
 from dinocell.models.vit import VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 from dinocell.runtime.device import available_bytes, uses_bfloat16
-from dinocell.runtime.distributed import World, max_over_ranks
+from dinocell.runtime.distributed import World, choose_parallel, make_mesh, max_over_ranks, num_shards, shard
 from dinocell.runtime.optim import scaled_learning_rate
-from dinocell.runtime.sharding import choose_parallel, make_mesh, num_shards, shard
 from dinocell.ssl.config import HeadsConfig, PretrainConfig, Recompute
 from dinocell.ssl.heads import ProjectionHead, row_chunks
 from dinocell.ssl.student_teacher import StudentTeacher

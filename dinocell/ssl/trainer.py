@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dinocell.runtime.checkpoint import Checkpointer
 from dinocell.runtime.device import uses_bfloat16
-from dinocell.runtime.distributed import World, sum_over_ranks
+from dinocell.runtime.distributed import World, release, sharded_parts, sum_over_ranks
 from dinocell.runtime.optim import (
     NonfiniteSteps,
     adamw,
@@ -29,7 +29,6 @@ from dinocell.runtime.optim import (
     update_ema,
 )
 from dinocell.runtime.schedules import value_at
-from dinocell.runtime.sharding import release, sharded_parts
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.heads import chunks_with_scratch, full_precision
 from dinocell.ssl.masking import PatchMasks

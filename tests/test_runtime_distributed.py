@@ -3,8 +3,7 @@
 import pytest
 
 from dinocell.errors import ConfigError
-from dinocell.runtime.distributed import World
-from dinocell.runtime.sharding import choose_parallel
+from dinocell.runtime.distributed import World, choose_parallel
 
 
 @pytest.mark.parametrize(
