@@ -8,8 +8,8 @@
 Real images of `--data` (``DATA/pairs/bbbc030_cho_dic``, DIC; ``DATA/dsb2018_stage1_train`` and ``DATA/bbbc039``,
 fluorescent nuclei; ``DATA/fields/bbbc013_u2os_2ch``, two stains). A backbone of size `nano` is pretrained without
 labels on images that are no test images; then `dinocell.eval.probes.patch` reads the distance map from its frozen
-patch tokens, fitted on 2 (DIC) or 4 labelled images. Every (set, arm, seed) is one file in RUNS: a second start skips what is
-complete, and the result file holds what exists. CPU time is that of the training process.
+patch tokens, fitted on 2 (DIC) or 4 labelled images. Every (set, arm, seed) is one file in RUNS: a second start skips
+what is complete, and the result file holds what exists. CPU time is that of the training process.
 """
 
 import argparse
