@@ -7,9 +7,9 @@
 
 Real images of `--data` (``DATA/pairs/bbbc030_cho_dic``, DIC; ``DATA/dsb2018_stage1_train`` and ``DATA/bbbc039``,
 fluorescent nuclei; ``DATA/fields/bbbc013_u2os_2ch``, two stains). A backbone of size `nano` is pretrained without
-labels on images that are no test images; then `_patch_probe` reads the distance map from its frozen patch tokens,
-fitted on 2 (DIC) or 4 labelled images. Every (set, arm, seed) is one file in RUNS: a second start skips what is
-complete, and the result file holds what exists. CPU time is that of the training process.
+labels on images that are no test images; then `dinocell.eval.probes.patch` reads the distance map from its frozen
+patch tokens, fitted on 2 (DIC) or 4 labelled images. Every (set, arm, seed) is one file in RUNS: a second start skips
+what is complete, and the result file holds what exists. CPU time is that of the training process.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 from _harness import write_result
-from _patch_probe import cut_crops, patch_features, patch_means, patch_targets, probe_r2
 from _patch_sets import ALL_CHOICES, CHOICES, SETS, ImageSet, generated_images
 from _short_runs import mean_and_range, random_backbone, stored, stored_by_seed, train, use_one_thread
 from short_pretraining import BATCH_16, WINNER, info_nce
@@ -36,6 +35,7 @@ from dinocell.configs.load import find_recipe, load_config
 from dinocell.data_shards.build import build
 from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.files import MultichannelSource
+from dinocell.eval.probes.patch import cut_crops, patch_features, patch_means, patch_targets, probe_r2
 from dinocell.images.write import write_tiff
 from dinocell.models.export import Weights, save_weights
 from dinocell.models.vit import VisionTransformer

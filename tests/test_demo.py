@@ -40,8 +40,8 @@ def test_the_demo_ends_with_scores_and_the_path_of_its_page(demo: tuple[Path, st
     folder, printed = demo
     assert printed.splitlines()[-1] == f"report: {folder / 'report.html'}"
     assert "step 18/18" in printed, "the images are counted while they are generated"
-    for name in ("DINOCell", "Otsu + watershed"):
-        [line] = [line for line in printed.splitlines() if line.startswith(f"{name}: SEG")]
+    for name in ("pretrained", "random weights", "Otsu + watershed"):
+        [line] = [line for line in printed.splitlines() if line.startswith(f"segmentation, {name}: SEG")]
         score = float(line.split("OP_CSB ")[1].split()[0])
         assert 0 <= score <= 1
 
@@ -49,7 +49,7 @@ def test_the_demo_ends_with_scores_and_the_path_of_its_page(demo: tuple[Path, st
 @pytest.mark.slow
 def test_the_page_holds_everything_itself(demo: tuple[Path, str]) -> None:
     page = (demo[0] / "report.html").read_text(encoding="utf-8")
-    assert page.count("<img") >= 2 + 2 + 2 * 4 - 1
+    assert page.count("<img") == 1 + 1 + 2 + 2 * 4
     assert all(source.startswith("data:image/png;base64,") for source in page.split('<img src="')[1:])
     assert "OP_CSB: the mean of both" in page
     assert "http" not in page.replace("http-equiv", "")
@@ -68,6 +68,19 @@ def test_a_second_call_keeps_what_is_done(demo: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
+def test_the_summary_holds_every_number_of_both_backbones(demo: tuple[Path, str]) -> None:
+    summary = json.loads((demo[0] / "summary.json").read_text())
+    assert list(summary["features"]) == ["pretrained", "random"]
+    assert all(set(row) == {"knn", "margin", "retrieval", "patch_r2"} for row in summary["features"].values())
+    assert list(summary["segmentation"]) == ["pretrained", "random", "otsu"]
+    assert all(set(row) == {"seg", "det", "op_csb"} for row in summary["segmentation"].values())
+    assert 0 < summary["minutes"] < 10
+    assert summary["features"]["pretrained"] != summary["features"]["random"]
+    page = (demo[0] / "report.html").read_text(encoding="utf-8")
+    margins = [summary["features"][name]["margin"] for name in ("random", "pretrained")]
+    assert f"the margin of channel consistency from {margins[0]:.2f} to {margins[1]:.2f}" in page
+
+
 @pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(
     demo: tuple[Path, str], capsys: pytest.CaptureFixture[str]
@@ -165,7 +178,7 @@ def test_weights_of_no_known_size_are_one_line(tmp_path: Path, capsys: pytest.Ca
     save_weights(tmp_path / "odd.pth", Weights.of(vit))
     words = [f"weights={tmp_path / 'odd.pth'}", "--output", str(tmp_path / "demo")]
     assert main(["demo", "quick", *words]) == 2
-    assert "odd.pth has width 192 and 2 blocks; expected a size of nano, tiny" in capsys.readouterr().err
+    assert "odd.pth has width 192 and 2 blocks; expected a size of pico, nano, tiny" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
 
 

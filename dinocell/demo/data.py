@@ -17,15 +17,15 @@ from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.field import Source
 from dinocell.data_shards.sources.files import MultichannelSource
 from dinocell.data_shards.sources.table import LabelledSource
-from dinocell.demo.synthetic.field import CELL_TYPES, SyntheticConfig, make_field
+from dinocell.demo.synthetic.field import CELL_LINES, SyntheticConfig, make_field
 from dinocell.errors import DinocellError
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name
 from dinocell.images.write import write_labels, write_tiff
 from dinocell.labelled.build import build_labelled
 from dinocell.labelled.layouts import Pair, folder_pairs, read_pair
 
-# Pixel size of the generated images, whose cells have a diameter of about 36 px, as with a 20x objective.
-PIXEL_SIZE_UM = 0.65
+# Pixel size of the generated images, whose cells have a diameter of about 64 px, as with a 40x objective.
+PIXEL_SIZE_UM = 0.325
 # One in five of the user's labelled images, and at least one, is held out for the scores.
 _UNSEEN_SHARE = 0.2
 _SHOWN_WITHOUT_MASKS = 4
@@ -57,16 +57,16 @@ class FieldCounts:
         Further fields of one class each: the test set of the kNN probe.
     """
 
-    unlabelled: int = 120
-    labelled: int = 40
-    unseen: int = 10
-    classes: int = 40
+    unlabelled: int = 480
+    labelled: int = 6
+    unseen: int = 12
+    classes: int = 160
 
     def __post_init__(self) -> None:
         if self.labelled < 2 or self.unseen < 1:
             raise ValueError(f"expected at least 2 labelled and 1 unseen fields, got {self.labelled} and {self.unseen}")
-        if min(self.unlabelled, self.classes) < len(CELL_TYPES):
-            raise ValueError(f"unlabelled and classes: expected at least {len(CELL_TYPES)}, one per cell class")
+        if min(self.unlabelled, self.classes) < len(CELL_LINES):
+            raise ValueError(f"unlabelled and classes: expected at least {len(CELL_LINES)}, one per cell class")
 
 
 def generate(
@@ -100,7 +100,8 @@ def generate(
         table.writerow(("image", "cell_class"))
         for job in jobs:
             if job.kind in ("unlabelled", "classes"):
-                table.writerow((f"{job.name}.ome.tif", CELL_TYPES[job.number % len(CELL_TYPES)].name))
+                cell_type = field.cell_types[job.number % field.num_classes]
+                table.writerow((f"{job.name}.ome.tif", cell_type.name))
 
 
 class _Job(NamedTuple):
@@ -115,8 +116,11 @@ class _Job(NamedTuple):
 def _write_field(folder: Path, field: SyntheticConfig, seed: int, job: _Job) -> None:
     kinds = ("unlabelled", "labelled", "unseen", "classes")
     if job.kind in ("unlabelled", "classes"):
-        weights = tuple(float(number == job.number % len(CELL_TYPES)) for number in range(len(CELL_TYPES)))
-        field = replace(field, num_classes=len(CELL_TYPES), class_weights=weights)
+        kind = job.number % field.num_classes
+        # Fields of small and of large cells are equally covered: the class is in the cells, not in the background.
+        fewest, most = (max(1, round(number / field.cell_types[kind].radius ** 2)) for number in field.num_cells)
+        weights = tuple(float(number == kind) for number in range(field.num_classes))
+        field = replace(field, num_cells=(fewest, most), class_weights=weights)
     made = make_field(np.random.SeedSequence((seed, kinds.index(job.kind), job.number)), field)
     write_tiff(
         folder / "images" / job.kind / f"{job.name}.ome.tif",
@@ -266,10 +270,14 @@ class DemoConfig:
     data: Path | None = None
     weights: str | None = None
     seed: int = 0
-    pretrain_steps: int = 100
-    finetune_epochs: int = 5
+    pretrain_steps: int = 1200
+    finetune_epochs: int = 20
     counts: FieldCounts = field(default_factory=FieldCounts)
-    field: SyntheticConfig = field(default_factory=SyntheticConfig)
+    field: SyntheticConfig = field(
+        default_factory=lambda: SyntheticConfig(
+            size=(192, 192), num_cells=(5, 8), cell_radius_px=32.0, cell_types=CELL_LINES
+        )
+    )
 
     def __post_init__(self) -> None:
         if self.pretrain_steps < 1 or self.finetune_epochs < 1:

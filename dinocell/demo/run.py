@@ -3,9 +3,8 @@
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +15,14 @@ from dinocell.configs.schema import diff_configs
 from dinocell.data_shards.manifest import read_manifest
 from dinocell.demo.data import DemoConfig, DemoData, generate, prepare_generated, prepare_own
 from dinocell.demo.otsu import otsu_baseline
-from dinocell.demo.report import Result, write_report
+from dinocell.demo.report import FeatureScores, Result, SegmentationScores, Summary, write_report
 from dinocell.errors import ConfigError
 from dinocell.eval.metrics.ctc import ctc_score
 from dinocell.eval.probes.consistency import channel_consistency
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import ShardImages
 from dinocell.eval.probes.knn import knn_scores
+from dinocell.eval.probes.patch import patch_features, patch_targets, probe_r2
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.eval.threshold_search import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
@@ -30,9 +30,10 @@ from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
 from dinocell.images.image import as_image
 from dinocell.labelled.dataset import open_labelled
+from dinocell.labelled.distance import labels_to_distance
 from dinocell.models.config import VARIANTS, variant_of
 from dinocell.models.vit import VisionTransformer
-from dinocell.models.weights import load_backbone
+from dinocell.models.weights import Weights, load_backbone, save_weights
 from dinocell.runtime.files import write_atomically
 from dinocell.runtime.progress import start_progress
 from dinocell.ssl.config import PretrainConfig
@@ -40,8 +41,10 @@ from dinocell.ssl.train import pretrain
 
 # Number of nearest neighbours for the class of a field.
 _NUM_NEIGHBOURS = 5
-# Side of the central crop of a field from which features are extracted.
-_CROP_PX = 128
+# Side to which a field is resized for its features: about the scale of the training's views (0.4 to 1 of it in 64 px).
+_FIELD_PX = 96
+# What is compared, by the names in summary.json; `dinocell.demo.report.NAMES` has those of the page.
+_PRETRAINED, _RANDOM, _OTSU = "pretrained", "random", "otsu"
 
 
 def run_demo(config: DemoConfig) -> str:
@@ -61,29 +64,33 @@ def run_demo(config: DemoConfig) -> str:
     data = _prepare(config, console)
     console.print("[2/5] pretraining", highlight=False)
     teacher = config.weights or str(_pretrain(config, data))
-    console.print("[3/5] evaluating features against random weights (a minute or two)", highlight=False)
+    console.print("[3/5] evaluating features against random weights", highlight=False)
     backbone = load_backbone(teacher, patch_size=8, in_channels=1)
-    probes = {"pretrained": _probe(backbone, data), "random weights": _probe(_random(config, backbone), data)}
-    console.print("[4/5] fine-tuning", highlight=False)
-    model = _finetune(config, data, teacher, size)
-    console.print("[5/5] segmenting held-out images", highlight=False)
-    results = _segment(model, data) if model is not None else []
-    page = write_report(output / "report.html", output, config, data, probes, results)
+    backbones = {_PRETRAINED: backbone, _RANDOM: _random(config, backbone)}
+    features = {name: _probe(network, data) for name, network in backbones.items()}
+    results: list[Result] = []
+    if data.train is None:
+        console.print("[4/5] no masks: no segmenter is trained", highlight=False)
+    else:
+        console.print("[4/5] fine-tuning a segmenter on each backbone", highlight=False)
+        random_weights = output / "random_weights.pth"
+        if not random_weights.exists():
+            save_weights(random_weights, Weights.of(backbones[_RANDOM]))
+        sources = {_PRETRAINED: (teacher, "finetune"), _RANDOM: (str(random_weights), "finetune_random")}
+        models = {
+            name: _finetune(config, data.train, source, output / folder, size)
+            for name, (source, folder) in sources.items()
+        }
+        console.print("[5/5] segmenting held-out images", highlight=False)
+        results = _segment(models, data)
+    summary = Summary(features, _scores(results), (time.monotonic() - start) / 60)
+    write_atomically(output / "summary.json", summary.to_json())
+    page = write_report(output / "report.html", output, config, data, summary, results)
 
-    lines = [f"{_count(data)} fields with {len(data.channels)} channels"]
-    for name, (margin, accuracy) in probes.items():
-        if margin is not None:
-            knn = "" if accuracy is None else f", {_NUM_NEIGHBOURS}-NN accuracy of the cell class {accuracy:.2f}"
-            lines.append(f"features, {name}: channel consistency margin {margin:.3f}{knn}")
-    for name, scores in _scores(results).items():
-        lines.append(
-            f"{name}: SEG {scores[0]:.3f}, DET {scores[1]:.3f}, OP_CSB {scores[2]:.3f} on {len(results)} images"
-        )
-    minutes = (time.monotonic() - start) / 60
-    lines.append(
-        f"segmenter: {output / 'finetune' / 'best.pt'}" if model is not None else "no masks: no segmenter was trained"
-    )
-    return "\n".join([*lines, f"{minutes:.1f} minutes", f"report: {page}"])
+    lines = [f"{_count(data)} fields with {len(data.channels)} channels", *summary.lines(len(results))]
+    if results:
+        lines.append(f"segmenter: {output / 'finetune' / 'best.pt'}")
+    return "\n".join([*lines, f"{summary.minutes:.1f} minutes", f"report: {page}"])
 
 
 def _claim(config: DemoConfig) -> None:
@@ -144,11 +151,9 @@ def _pretrain(config: DemoConfig, data: DemoData) -> Path:
     return pretrain(load_config(PretrainConfig, find_recipe("pretrain", "demo"), overrides))
 
 
-def _finetune(config: DemoConfig, data: DemoData, teacher: str, size: str | None) -> DINOCell | None:
-    if data.train is None:
-        return None
-    overrides = [text_override("output", config.output / "finetune"), text_override("data.sets", [data.train])]
-    overrides += [text_override("model.weights", teacher)]
+def _finetune(config: DemoConfig, train: Path, weights: str, output: Path, size: str | None) -> DINOCell:
+    overrides = [text_override("output", output), text_override("data.sets", [train])]
+    overrides += [text_override("model.weights", weights)]
     overrides += [f"epochs={config.finetune_epochs}", f"seed={config.seed}"]
     if size is not None:
         overrides.append(f"model.size={size}")
@@ -167,70 +172,77 @@ def _size_of(source: str) -> str:
 
 
 def _random(config: DemoConfig, like: VisionTransformer) -> VisionTransformer:
-    torch.manual_seed(config.seed)
-    return VisionTransformer(like.config).eval()
+    """Return a backbone with random weights; LayerScale begins at 1, as in the recipe of the demo."""
+    vit = VisionTransformer(like.config)
+    vit.init_weights(layer_scale=1.0, generator=torch.Generator().manual_seed(config.seed))
+    return vit.eval()
 
 
-class Probe(NamedTuple):
-    """Margin of channel consistency and kNN accuracy; None where they cannot be measured."""
+def _probe(backbone: VisionTransformer, data: DemoData) -> FeatureScores:
+    knn = margin = retrieval = None
+    if data.class_shards is not None or len(data.channels) > 1:
+        features, classes = _features(backbone, (data.class_shards or data.shards)[-1])
+        if len(features) > 1:
+            consistency = channel_consistency(features)
+            margin, retrieval = consistency.margin, consistency.retrieval
+        if data.class_shards is not None:
+            knn = _knn_accuracy(_features(backbone, data.class_shards[0]), (features, classes))
+    return FeatureScores(knn, margin, retrieval, _patch_r2(backbone, data))
 
-    margin: float | None
-    accuracy: float | None
+
+def _knn_accuracy(train: tuple[torch.Tensor, list[str]], test: tuple[torch.Tensor, list[str]]) -> float:
+    """Return the accuracy of the class of a field; queries are single channels, among the means of the channels."""
+    (gallery, gallery_classes), (queries, classes) = train, test
+    index = {name: position for position, name in enumerate(sorted({*gallery_classes, *classes}))}
+    targets, expected = (torch.tensor([index[name] for name in names]) for names in (gallery_classes, classes))
+    correct = []
+    for channel in range(queries.shape[1]):
+        votes = knn_scores(gallery.mean(1), targets, queries[:, channel], ks=[_NUM_NEIGHBOURS], num_classes=len(index))
+        correct.append((votes[_NUM_NEIGHBOURS].argmax(1) == expected).float().mean())
+    return float(torch.stack(correct).mean())
 
 
-def _probe(backbone: VisionTransformer, data: DemoData) -> Probe:
-    margin = accuracy = None
-    if data.class_shards is not None:
-        train, train_classes = _features(backbone, data.class_shards[0])
-        test, test_classes = _features(backbone, data.class_shards[1])
-        names = sorted(set(train_classes) | set(test_classes))
-        index = {name: position for position, name in enumerate(names)}
-        # Each single channel of a test field is a query among the channel means of the training fields.
-        train_targets = torch.tensor([index[name] for name in train_classes])
-        test_targets = torch.tensor([index[name] for name in test_classes])
-        scores = [
-            knn_scores(train.mean(1), train_targets, test[:, channel], ks=[_NUM_NEIGHBOURS], num_classes=len(names))[
-                _NUM_NEIGHBOURS
-            ]
-            for channel in range(test.shape[1])
-        ]
-        accuracy = float(torch.stack([(score.argmax(1) == test_targets).float().mean() for score in scores]).mean())
-        margin = channel_consistency(test).margin
-    elif len(data.channels) > 1:
-        features, _ = _features(backbone, data.shards[0])
-        margin = channel_consistency(features).margin if len(features) > 1 else None
-    return Probe(margin, accuracy)
+def _patch_r2(backbone: VisionTransformer, data: DemoData) -> float | None:
+    """Return how much of the distance map a linear readout of the patch tokens predicts; fitted on the labelled set."""
+    if data.train is None or data.unseen is None:
+        return None
+    sets = [open_labelled(data.train), open_labelled(data.unseen)]
+    tokens, targets = [], []
+    for image in (labelled[index] for labelled in sets for index in range(len(labelled))):
+        plane = torch.from_numpy(as_image(np.asarray(image.pixels)).plane().astype(np.float32))
+        tokens.append(patch_features(backbone, (plane - plane.mean()) / plane.std().clamp_min(1e-6)))
+        distance = torch.from_numpy(labels_to_distance(np.asarray(image.labels)))
+        targets.append(patch_targets(distance, patch_size=backbone.config.patch_size))
+    train = list(range(len(sets[0])))
+    unseen = list(range(len(train), len(tokens)))
+    return probe_r2(tokens.__getitem__, targets.__getitem__, train, unseen, penalty=0.01)
 
 
 def _features(backbone: VisionTransformer, shards: Path) -> tuple[torch.Tensor, list[str]]:
-    """Return CLS and mean patch token of the centre of each field, per channel (b c d), and the classes."""
-    settings = FeatureSettings(channels="each", crop_size=_CROP_PX, avgpool=True)
+    """Return the CLS token of each field and channel (b c d), and the classes."""
+    settings = FeatureSettings(channels="each", resize_size=_FIELD_PX, crop_size=_FIELD_PX)
     features = extract(backbone, ShardImages(shards), settings)
     return features.tensor(), [str(labels.get("cell_class", "")) for labels in features.labels]
 
 
-def _segment(model: DINOCell, data: DemoData) -> list[Result]:
-    pipeline = DINOCellPipeline(model)
+def _segment(models: Mapping[str, DINOCell], data: DemoData) -> list[Result]:
+    pipelines = {name: DINOCellPipeline(model) for name, model in models.items()}
     results = []
     assert data.unseen is not None
     unseen = open_labelled(data.unseen)
     for image in (unseen[index] for index in range(len(unseen))):
         plane = as_image(np.asarray(image.pixels)).plane()
-        distance = pipeline.distance(plane)
-        reference = np.ascontiguousarray(image.labels, dtype=np.int32)
-        results.append(Result(image.name, plane, reference, pipeline.cells(distance), distance, otsu_baseline(plane)))
+        labels = {name: pipeline.cells(pipeline.distance(plane)) for name, pipeline in pipelines.items()}
+        labels[_OTSU] = otsu_baseline(plane, smoothing_px=2.0, min_distance_px=12)
+        results.append(Result(image.name, plane, np.ascontiguousarray(image.labels, dtype=np.int32), labels))
     return results
 
 
-def _scores(results: Sequence[Result]) -> dict[str, tuple[float, float, float]]:
-    if not results:
-        return {}
+def _scores(results: Sequence[Result]) -> dict[str, SegmentationScores]:
     references = [result.reference for result in results]
-    scores = {
-        "DINOCell": ctc_score(references, [result.labels for result in results]),
-        "Otsu + watershed": ctc_score(references, [result.baseline for result in results]),
-    }
-    return {name: (score.seg, score.det, score.op_csb) for name, score in scores.items()}
+    methods = list(results[0].labels) if results else []
+    scores = {name: ctc_score(references, [result.labels[name] for result in results]) for name in methods}
+    return {name: SegmentationScores(score.seg, score.det, score.op_csb) for name, score in scores.items()}
 
 
 def _count(data: DemoData) -> int:

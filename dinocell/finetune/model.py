@@ -28,6 +28,7 @@ from dinocell.models.vit import VARIANTS, VisionTransformer, variant_config
 from dinocell.models.weights import load_backbone
 
 _LETTERS = {
+    "p": "pico",
     "n": "nano",
     "t": "tiny",
     "s": "small",

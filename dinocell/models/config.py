@@ -59,10 +59,11 @@ def _size(width: int, depth: int, heads: int, mlp: Literal["gelu", "swiglu"], hi
 
 
 # Sizes: DINOv3 paper (arXiv 2508.10104) table 2 and the entries of its torch.hub file; giant: DINOv2 (arXiv 2304.07193)
-# table 17; tiny: DeiT (arXiv 2012.12877) table 1; nano: ours, for CPUs. SwiGLU widths are those of the released
+# table 17; tiny: DeiT (arXiv 2012.12877) table 1; nano, pico: ours, for CPUs. SwiGLU widths are those of the released
 # tensors.
 VARIANTS: dict[str, ViTConfig] = {
     #                  width depth heads  mlp      hidden          backbone parameters (patch 16, 3 channels)
+    "pico": _size(64, 4, 2, "gelu", 256),  #                         0.3 M
     "nano": _size(192, 4, 3, "gelu", 768),  #                        1.9 M
     "tiny": _size(192, 12, 3, "gelu", 768),  #                       5.5 M
     "small": _size(384, 12, 6, "gelu", 1536),  #                    21.6 M

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8, UInt16
 
 from dinocell.demo.synthetic.cells import Canvas, grow, settle
-from dinocell.demo.synthetic.config import CELL_SHAPES, CELL_TYPES, SyntheticConfig
+from dinocell.demo.synthetic.config import CELL_LINES, CELL_SHAPES, CELL_TYPES, SyntheticConfig
 from dinocell.demo.synthetic.textures import blurred
 
-__all__ = ["CELL_SHAPES", "CELL_TYPES", "STAINS", "SyntheticConfig", "SyntheticField", "make_field"]
+__all__ = ["CELL_LINES", "CELL_SHAPES", "CELL_TYPES", "STAINS", "SyntheticConfig", "SyntheticField", "make_field"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,26 +34,26 @@ def fit_ridge(features: Float[Tensor, "n d"], targets: Float[Tensor, " n"], *, p
     Raises
     ------
     ValueError
-        If there are no rows, their numbers differ, or the penalty is not positive.
+        If there are no rows, or the penalty is not positive.
     """
-    if len(features) != len(targets) or not len(features):
-        raise ValueError(f"expected as many features as targets, at least one: got {len(features)} and {len(targets)}")
+    if not len(features):
+        raise ValueError("expected features and targets, got no rows")
     if not penalty > 0:
         raise ValueError(f"penalty: expected more than 0, got {penalty}")
-    rows, wanted = features.double(), targets.double()
-    mean, mean_wanted = rows.mean(0), wanted.mean()
+    rows, expected = features.double(), targets.double()
+    mean, mean_target = rows.mean(0), expected.mean()
     std = rows.std(0, correction=0).clamp_min(1e-12)
     scaled = (rows - mean) / std
     gram = scaled.T @ scaled / len(rows)
     gram.diagonal().add_(penalty)
-    weight = torch.linalg.solve(gram, scaled.T @ (wanted - mean_wanted) / len(rows)) / std
-    return Readout(weight, mean_wanted - mean @ weight)
+    weight = torch.linalg.solve(gram, scaled.T @ (expected - mean_target) / len(rows)) / std
+    return Readout(weight, mean_target - mean @ weight)
 
 
 def r2(predicted: Float[Tensor, " n"], targets: Float[Tensor, " n"]) -> float:
     """Return the share of the targets' variance that is predicted: 1 is all of it, 0 no more than their mean."""
-    wanted = targets.double()
-    return float(1 - (predicted.double() - wanted).square().sum() / (wanted - wanted.mean()).square().sum())
+    expected = targets.double()
+    return float(1 - (predicted.double() - expected).square().sum() / (expected - expected.mean()).square().sum())
 
 
 def patch_means(image: Float[Tensor, "h w"], patch_size: int) -> Float[Tensor, "rows columns"]:
