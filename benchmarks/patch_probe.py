@@ -27,7 +27,7 @@ import torch
 from _harness import write_result
 from _patch_sets import ALL_CHOICES, CHOICES, SETS, ImageSet, generated_images
 from _short_runs import mean_and_range, random_backbone, stored, stored_by_seed, train, use_one_thread
-from short_pretraining import BATCH_16, WINNER, info_nce
+from short_pretraining import BATCH_16, FORMER, WINNER, info_nce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -352,7 +352,7 @@ ARMS: dict[str, Arm] = {
     "pixels": Arm("mean, standard deviation and edges of a patch and its neighbours, no network", None),
     "random": Arm("random weights", untrained),
     "winner": Arm("DINO + iBOT, the winner of `short_pretraining`, 800 steps of 16", dino(*WITHOUT_LENGTH)),
-    "shipped": Arm("DINO + iBOT, `tiny_cpu` as shipped, 800 steps of 16", dino()),
+    "shipped": Arm("DINO + iBOT, former `tiny_cpu`, 800 steps of 16", dino(*FORMER)),
     "infonce": Arm("InfoNCE between the patches of two photometric views", patch_info_nce),
     "reconstruction": Arm("masked reconstruction, 60 % of the patches", reconstruction),
     "alone": Arm("`losses.reconstruction` alone, 60 % of the patches, 800 steps of 16", dino(*ALONE)),

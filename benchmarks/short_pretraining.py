@@ -74,6 +74,14 @@ def momentum(first: float, last: float) -> tuple[str, str]:
     return f"schedules.teacher_momentum.peak={first}", f"schedules.teacher_momentum.end={last}"
 
 
+# The settings of `tiny_cpu` until December 2026.
+FORMER = (
+    "losses.centring=softmax",
+    "heads.num_prototypes=1024",
+    *momentum(0.99, 1.0),
+    "optim.layer_decay=0.9",
+    "optim.patch_embedding_factor=0.2",
+)
 EVEN_RATES = ("optim.layer_decay=1.0", "optim.patch_embedding_factor=1.0")
 SHARED = ("losses.centring=sinkhorn", "schedules.teacher_temperature.peak=0.02", *EVEN_RATES)
 WINNER = (*BATCH_16, *SHARED, "heads.num_prototypes=32", *momentum(0.97, 0.997))
@@ -81,8 +89,8 @@ LARGE_BATCH = (*BATCH_64, *SHARED, "heads.num_prototypes=128", *momentum(0.9, 0.
 # Name in file names: words in the table, settings of the recipe (later ones override earlier ones).
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "random": ("random weights", BATCH_16),
-    "shipped_64": ("`tiny_cpu` as shipped, batch 64 x 150 steps", BATCH_64),
-    "shipped_16": ("`tiny_cpu` as shipped, batch 16 x 600 steps", BATCH_16),
+    "shipped_64": ("former `tiny_cpu`, batch 64 x 150 steps", (*BATCH_64, *FORMER)),
+    "shipped_16": ("former `tiny_cpu`, batch 16 x 600 steps", (*BATCH_16, *FORMER)),
     "winner": (
         "**16 x 600, Sinkhorn, 32 prototypes, temperature .02, teacher momentum .97 to .997, `layer_decay` and "
         "`patch_embedding_factor` 1**",
@@ -93,8 +101,8 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
         "the same for the CPU time of the winner, batch 64 x 250 (16,000 images)",
         ("batch_size=64", "steps=250"),
     ),
-    "winner_momentum": ("winner with momentum .99 to 1 (as shipped)", (*WINNER, *momentum(0.99, 1.0))),
-    "winner_centre": ("winner with the running centre (as shipped)", (*WINNER, "losses.centring=softmax")),
+    "winner_momentum": ("winner with momentum .99 to 1 (as formerly)", (*WINNER, *momentum(0.99, 1.0))),
+    "winner_centre": ("winner with the running centre (as formerly)", (*WINNER, "losses.centring=softmax")),
     "winner_decay": ("winner with `layer_decay` .9", (*WINNER, "optim.layer_decay=0.9")),
     "winner_128": ("winner with 128 prototypes", (*WINNER, "heads.num_prototypes=128")),
     "winner_1024": ("winner with 1,024 prototypes", (*WINNER, "heads.num_prototypes=1024")),

@@ -79,4 +79,4 @@ def test_wrong_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="no rows"):
         fit_ridge(torch.zeros(0, 2), torch.zeros(0))
     with pytest.raises(ValueError, match="penalty: expected more than 0, got 0"):
-        fit_ridge(torch.zeros(3, 2), torch.zeros(3), penalty=0)
+        fit_ridge(torch.zeros(3, 2), torch.zeros(3), penalty=0.0)

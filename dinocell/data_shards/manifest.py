@@ -140,6 +140,8 @@ def _problem_of(manifest: Manifest) -> str:
         # Copies of remote shards are written under these names: a manifest must not choose another folder.
         if not re.fullmatch(r"\w[\w.-]*\.tar", shard.file) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
             return f"expected the name of a .tar file and a sha256, got {shard.file!r} and {shard.sha256!r}"
+    if not manifest.shards:
+        return f"the set is empty, {REJECTED} lists the reasons"
     num_samples = sum(shard.num_samples for shard in manifest.shards)
     if manifest.num_samples != num_samples or num_samples < 1:
         return f"num_samples is {manifest.num_samples}, the shards have {num_samples}"

@@ -118,7 +118,7 @@ def _write_field(folder: Path, field: SyntheticConfig, seed: int, job: _Job) -> 
     if job.kind in ("unlabelled", "classes"):
         kind = job.number % field.num_classes
         # Fields of small and of large cells are equally covered: the class is in the cells, not in the background.
-        fewest, most = (max(1, round(number / field.cell_types[kind].radius ** 2)) for number in field.num_cells)
+        fewest, most = (max(1, round(0.8 * number / field.cell_types[kind].radius ** 2)) for number in field.num_cells)
         weights = tuple(float(number == kind) for number in range(field.num_classes))
         field = replace(field, num_cells=(fewest, most), class_weights=weights)
     made = make_field(np.random.SeedSequence((seed, kinds.index(job.kind), job.number)), field)
@@ -271,11 +271,11 @@ class DemoConfig:
     weights: str | None = None
     seed: int = 0
     pretrain_steps: int = 1200
-    finetune_epochs: int = 20
+    finetune_epochs: int = 60
     counts: FieldCounts = field(default_factory=FieldCounts)
     field: SyntheticConfig = field(
         default_factory=lambda: SyntheticConfig(
-            size=(192, 192), num_cells=(5, 8), cell_radius_px=32.0, cell_types=CELL_LINES
+            size=(192, 192), num_cells=(6, 9), cell_radius_px=32.0, cell_types=CELL_LINES
         )
     )
 

@@ -303,7 +303,7 @@ def prepare_labelled(image: LabelledImage, settings: SegmenterSettings) -> Prepa
     grey = to_grey(np.asarray(image.pixels), settings)
     labels = np.asarray(image.labels)
     if labels.max() > labels.size:
-        labels = relabel_sequential(labels)[0]  # type: ignore[no-untyped-call]
+        labels = relabel_sequential(labels.copy())[0]  # type: ignore[no-untyped-call]
     return PreparedImage(grey, np.ascontiguousarray(labels, dtype=np.int32), IntensityRange.of(grey, settings))
 
 

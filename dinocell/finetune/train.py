@@ -147,9 +147,10 @@ class Training:
             raise ConfigError(f"batch_size: {config.crops_per_step} crops cannot be divided among {world.size} ranks")
         self.config, self.world, self._score = config, world, score
         self.checkpointer = Checkpointer(config.output / "checkpoints", timeout_s=config.compute.timeout_s)
+        has_begun = bool(self.checkpointer.steps())  # of all ranks together
         if world.is_main:
             # A run that resumes uses the images that it started with; before its first checkpoint they may be fixed.
-            open_sets(config.data, config.output, rebuild=not self.checkpointer.steps())
+            open_sets(config.data, config.output, rebuild=not has_begun)
         barrier()
         record = config.output / "split.json" if world.is_main and not is_dry else None
         self.split = split(open_sets(config.data, config.output), config.data, seed=config.seed, record=record)
