@@ -266,14 +266,13 @@ def group_fields(
         in_field = by_field[field_id]
         present = [in_field[channel] for channel in names if channel in in_field]
         absent = tuple(common[channel] for channel in names if channel not in in_field)
-        if not present:
-            reason = f"none of the chosen channels; it has {next(iter(in_field.values())).path}"
-        else:
-            reason = f"no {', '.join(absent)} for {present[0].path}"
-        if not present or (absent and missing == "reject"):
-            yield Rejected(input=field_id, kind="missing channel", reason=reason)
-        else:
+        if present and (not absent or missing == "keep"):
             yield _make_field(present, names, absent, pixel_size_um)
+            continue
+        reason = f"none of the chosen channels; it has {next(iter(in_field.values())).path}"
+        if present:
+            reason = f"no {', '.join(absent)} for {present[0].path}"
+        yield Rejected(input=field_id, kind="missing channel", reason=reason)
 
 
 def select_channels(requested: Sequence[str], available: Collection[str]) -> dict[str, str]:
