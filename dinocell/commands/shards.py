@@ -42,31 +42,21 @@ def _add_build(actions: Any) -> None:
     add_source_arguments(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="OUT", help="folder of the set")
     tiles = parser.add_argument_group("tiles")
-    tiles.add_argument("--tile-size", type=int, default=512, metavar="PX", help="side of a tile; 0: whole fields (512)")
-    tiles.add_argument("--overlap", type=int, default=0, metavar="PX", help="pixels that neighbours share (0)")
-    tiles.add_argument("--min-size", type=int, default=64, metavar="PX", help="reject smaller fields (64)")
-    tiles.add_argument(
-        "--min-contrast",
-        type=float,
-        default=5.0,
-        metavar="X",
-        help="reject blank tiles: noise has a contrast of 1, an empty field about 3, cells more than 8 (5; 0 keeps "
-        "all but constant tiles)",
-    )
-    tiles.add_argument(
-        "--max-saturated",
-        type=float,
-        default=0.5,
-        metavar="FRACTION",
-        help="reject overexposed tiles (0.5; 1 keeps them)",
-    )
+    for option, read, default, unit, summary in (
+        ("--tile-size", int, 512, "PX", "side of a tile; 0: whole fields (512)"),
+        ("--overlap", int, 0, "PX", "pixels that neighbours share (0)"),
+        ("--min-size", int, 64, "PX", "reject smaller fields (64)"),
+        (
+            *("--min-contrast", float, 5.0, "X"),
+            "reject blank tiles: noise has a contrast of 1, an empty field about 3, cells more than 8 (5; 0 keeps all "
+            "but constant tiles)",
+        ),
+        ("--max-saturated", float, 0.5, "FRACTION", "reject overexposed tiles (0.5; 1 keeps them)"),
+    ):
+        tiles.add_argument(option, type=read, default=default, metavar=unit, help=summary)
     values = parser.add_argument_group("values")
-    values.add_argument(
-        "--bit-depth",
-        choices=("keep", "8"),
-        default="keep",
-        help="keep the source's type, or convert to 8 bit (keep)",
-    )
+    depth_help = "keep the source's type, or convert to 8 bit (keep)"
+    values.add_argument("--bit-depth", choices=("keep", "8"), default="keep", help=depth_help)
     values.add_argument(
         "--percentiles",
         nargs=2,
@@ -111,14 +101,9 @@ def _run_build(options: argparse.Namespace) -> None:
     from dinocell.data_shards.shard import ShardSettings, TileSettings
     from dinocell.data_shards.sources.registry import source_from
 
+    limits = {name: getattr(options, name) for name in ("overlap", "min_size", "min_contrast", "max_saturated")}
     settings = ShardSettings(
-        tiles=TileSettings(
-            size=options.tile_size,
-            overlap=options.overlap,
-            min_size=options.min_size,
-            min_contrast=options.min_contrast,
-            max_saturated=options.max_saturated,
-        ),
+        tiles=TileSettings(size=options.tile_size, **limits),
         codec=options.codec,
         bit_depth=8 if options.bit_depth == "8" else None,
         percentiles=tuple(options.percentiles),
@@ -157,9 +142,8 @@ def _run_build(options: argparse.Namespace) -> None:
 
 
 def _add_merge(actions: Any) -> None:
-    parser = add_command(
-        actions, "merge", "complete a set whose parts were built with --slice", "dinocell shards merge shards/jump"
-    )
+    summary = "complete a set whose parts were built with --slice"
+    parser = add_command(actions, "merge", summary, "dinocell shards merge shards/jump")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder of the set")
     parser.set_defaults(run=_run_merge)
 
