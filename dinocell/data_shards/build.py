@@ -4,6 +4,7 @@ Each shard is written to a temporary name and renamed; then a record of it is st
 record are skipped when the build is run again. The last step, ``merge``, turns the records into the manifest.
 """
 
+import bisect
 import gzip
 import hashlib
 import json
@@ -18,8 +19,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing.connection import Connection
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,7 +113,10 @@ def build(
     """
     output = Path(output)
     settings = settings or ShardSettings()
-    described = _describe(source, settings, samples_per_shard, shuffle_seed)
+    # Everything that determines the set's bytes, as JSON has it.
+    content = {"source": _to_plain(source), **asdict(settings)}
+    content |= {"samples_per_shard": samples_per_shard, "shuffle_seed": shuffle_seed}
+    described: dict[str, Any] = json.loads(json.dumps(content, default=str))
     workers = (os.cpu_count() or 1) if workers is None else workers
     check_values(
         ("workers", workers, workers >= 1, "at least 1"),
@@ -128,7 +133,10 @@ def build(
     plan = open_plan(output)
     with _write_errors(output):
         if plan is None:
-            _check_unused(output)
+            if output.exists() and not (
+                output.is_dir() and all(path.name.startswith(BUILD_FOLDER) for path in output.iterdir())
+            ):
+                raise ShardError(f"{output}: exists and is not a shard set; use another output")
             plan = make_plan(
                 source,
                 output,
@@ -159,7 +167,7 @@ def _build_one(
 ) -> tuple[int, Counter[str]]:
     """Build a shard, then its record; return the number of samples, and of rejected inputs by kind."""
     path = output / f"shard-{shard:06d}.tar"
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("w+b") as file:
         record = {"file": path.name, **build_shard(plan.fields(shard), file, settings, ranges, strict=strict)}
     if not record["index"]:
         path.unlink()
@@ -179,25 +187,12 @@ def _write_errors(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _describe(source: Source, settings: ShardSettings, samples_per_shard: int, seed: int) -> dict[str, Any]:
-    """Return everything that determines the set's bytes, for plan and manifest."""
-    described = {
-        "source": _to_plain(source),
-        **asdict(settings),
-        "samples_per_shard": samples_per_shard,
-        "shuffle_seed": seed,
-    }
-    content: dict[str, Any] = json.loads(json.dumps(described, default=str))
-    return content
-
-
 def _to_plain(value: Any) -> Any:
     """Return a source as plain data, with the kind of every dataclass in it."""
     if not is_dataclass(value):
         return value
-    return {
-        "kind": type(value).__name__,
-        **{field.name: _to_plain(getattr(value, field.name)) for field in fields(value)},
+    return {"kind": type(value).__name__} | {
+        field.name: _to_plain(getattr(value, field.name)) for field in fields(value)
     }
 
 
@@ -217,19 +212,10 @@ def _check_same_settings(output: Path, existing: Any, requested: dict[str, Any])
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted keys: ``tiles.size``."""
     if not isinstance(content, dict):
-        return {prefix: content}
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _check_unused(output: Path) -> None:
-    if output.exists() and (
-        not output.is_dir() or any(not path.name.startswith(BUILD_FOLDER) for path in output.iterdir())
-    ):
-        raise ShardError(f"{output}: exists and is not a shard set; use another output")
+        return {prefix.removesuffix("."): content}
+    return {name: leaf for key, value in content.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}
 
 
 # --- merge: from the records of all shards to index, list of rejected inputs, and manifest --------------------------
@@ -280,28 +266,16 @@ def _merge_records(plan: Plan, output: Path) -> Manifest:
     first_reason = ""
     num_fields = 0
     with replacing(output / REJECTED) as temporary, temporary.open("w", encoding="utf-8") as rejected:
-
-        def reject(item: dict[str, str]) -> None:
-            nonlocal first_reason
-            kinds[item["kind"]] += 1
-            first_reason = first_reason or f"{item['input']}: {item['reason']}"
-            rejected.write(json.dumps(item, ensure_ascii=False) + "\n")
-
-        for item in plan.rejected():
-            reject(asdict(item))
-        for record in _read_records(plan, output):
-            for item_content in record["rejected"]:
-                reject(item_content)
+        without_field = {"rejected": map(asdict, plan.rejected()), "index": []}
+        for record in chain([without_field], _read_records(plan, output)):
+            for item in record["rejected"]:
+                kinds[item["kind"]] += 1
+                first_reason = first_reason or f"{item['input']}: {item['reason']}"
+                rejected.write(json.dumps(item, ensure_ascii=False) + "\n")
             if not record["index"]:
                 continue
-            shards.append(
-                Shard(
-                    file=record["file"],
-                    num_samples=len(record["index"]),
-                    num_bytes=record["num_bytes"],
-                    sha256=record["sha256"],
-                )
-            )
+            of_file = {name: record[name] for name in ("file", "num_bytes", "sha256")}
+            shards.append(Shard(num_samples=len(record["index"]), **of_file))
             index.append(np.array(record["index"], np.uint64))
             num_fields += record["num_fields"]
             shapes.update(record["shapes"])
@@ -373,19 +347,14 @@ def plate_intensity_ranges(plan: Plan, settings: ShardSettings, workers: int) ->
 
 
 def _select_fields(plan: Plan) -> dict[str, list[Field]]:
-    """Return the fields of each plate with the smallest hashes; memory holds at most four times as many."""
+    """Return the fields of each plate with the smallest hashes."""
     selected: defaultdict[str, list[tuple[str, Field]]] = defaultdict(list)
     for shard in range(plan.num_shards):
         for field in plan.fields(shard):
             candidates = selected[field.plate or ""]
-            candidates.append((_hash(field.id), field))
-            if len(candidates) >= 4 * _FIELDS_PER_PLATE:
-                candidates.sort(key=lambda pair: pair[0])
-                del candidates[_FIELDS_PER_PLATE:]
-    return {
-        plate: [field for _, field in sorted(candidates, key=lambda pair: pair[0])[:_FIELDS_PER_PLATE]]
-        for plate, candidates in sorted(selected.items())
-    }
+            bisect.insort(candidates, (_hash(field.id), field), key=itemgetter(0))
+            del candidates[_FIELDS_PER_PLATE:]
+    return {plate: [field for _, field in candidates] for plate, candidates in sorted(selected.items())}
 
 
 def _ranges_of_plate(task: tuple[str, Sequence[Field], ShardSettings]) -> tuple[str, dict[str, tuple[float, float]]]:
