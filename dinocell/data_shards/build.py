@@ -224,10 +224,7 @@ def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
 def merge(output: str | Path) -> Manifest:
     """Write the manifest of a set whose shards are all built, and return it; an existing one is returned.
 
-    Raises
-    ------
-    ShardError
-        If there is no build, shards are missing, there is not one sample, or the files cannot be written.
+    Raise ShardError if there is no build, shards are missing, there is not one sample, or the files cannot be written.
     """
     output = Path(output)
     plan = open_plan(output)
@@ -391,10 +388,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], *, work
     With one worker or task, everything runs in this process. An exception of a task, or leaving the loop early, ends
     all workers.
 
-    Raises
-    ------
-    ShardError
-        If a worker is killed (out of memory, most often).
+    Raise ShardError if a worker is killed (out of memory, most often).
     """
     workers = min(workers, len(tasks))
     if workers <= 1:

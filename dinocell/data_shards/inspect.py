@@ -157,12 +157,7 @@ def preview(
 ) -> None:
     """Write a PNG with ``num_samples`` random samples, each channel scaled to its 0.1 and 99.9 percentiles in the set.
 
-    Raises
-    ------
-    ShardError
-        If the set cannot be read.
-    ImageError
-        If the image cannot be written.
+    Raise ShardError if the set cannot be read; ImageError if the image cannot be written.
     """
     samples = stream(location, batch_size=1, seed=seed, cache=cache)
     manifest = samples.sets[0].manifest

@@ -99,10 +99,7 @@ class Manifest:
 def read_manifest(location: str | Path) -> Manifest:
     """Read the manifest of the set at a folder or address.
 
-    Raises
-    ------
-    ShardError
-        If there is none, or it is damaged or of another version.
+    Raise ShardError if there is none, or it is damaged or of another version.
     """
     path = file_address(location, MANIFEST)
     folder = local_path(location)
@@ -164,10 +161,7 @@ def check_files(location: str | Path, manifest: Manifest) -> None:
 def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "samples 2"]:
     """Return first byte and size of every sample; memory-mapped if the set is local.
 
-    Raises
-    ------
-    ShardError
-        If it is missing, damaged, or does not fit the manifest.
+    Raise ShardError if it is missing, damaged, or does not fit the manifest.
     """
     path = file_address(location, INDEX)
     local = local_path(path)

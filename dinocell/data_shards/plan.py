@@ -77,10 +77,7 @@ def make_plan(
 
     If another process makes the same plan at the same time, the first to finish wins and both return its plan.
 
-    Raises
-    ------
-    ShardError
-        If there is no field, two have the same id, or none of the first can be read.
+    Raise ShardError if there is no field, two have the same id, or none of the first can be read.
     """
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)

@@ -120,10 +120,7 @@ def encode_sample(
 def parse_sample(span: memoryview) -> RawSample:
     """Return a sample from the bytes of its tar members, including the headers, without decoding or copying.
 
-    Raises
-    ------
-    SampleError
-        If the bytes are not the members of one sample.
+    Raise SampleError if the bytes are not the members of one sample.
     """
     members: dict[str, memoryview] = {}
     keys: set[str] = set()

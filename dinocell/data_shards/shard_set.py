@@ -53,12 +53,7 @@ class ShardSet:
     def read(self, position: int, place: Place) -> RawSample:
         """Read a sample without decoding it; ``position`` is that of the set's own order.
 
-        Raises
-        ------
-        SampleError
-            If its bytes are damaged or cannot be read.
-        ShardError
-            If its shard cannot be downloaded.
+        Raise SampleError if its bytes are damaged or cannot be read; ShardError if its shard cannot be downloaded.
         """
         if self._cache is not None:
             self._prefetch(position)

@@ -140,10 +140,7 @@ def header_errors() -> Iterator[None]:
 def as_image(image: Shaped[np.ndarray, "..."]) -> Image:
     """Return an array as an image: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
 
-    Raises
-    ------
-    ImageError
-        If it is empty, of another shape, or has too many channels.
+    Raise ImageError if it is empty, of another shape, or has too many channels.
     """
     shape = image.shape
     if image.ndim == 2:
@@ -170,10 +167,7 @@ class Range(NamedTuple):
 def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: int | float) -> Range:
     """Return the grey levels at two percentiles (0 to 100) of all pixels, interpolated as by ``numpy.percentile``.
 
-    Raises
-    ------
-    ImageError
-        If a value is not finite, or there are no pixels.
+    Raise ImageError if a value is not finite, or there are no pixels.
     """
     pixels = _checked(pixels)
     if pixels.dtype in (np.uint8, np.uint16):
@@ -189,10 +183,7 @@ def to_uint8(pixels: Shaped[np.ndarray, "*shape"], low: int | float, high: int |
 
     If ``low`` equals ``high``, as in a constant image, values up to it become 0 and all others 255.
 
-    Raises
-    ------
-    ImageError
-        If a value is not finite.
+    Raise ImageError if a value is not finite.
     """
     assert -math.inf < low <= high < math.inf, f"expected low <= high, got {low} and {high}"
     pixels = _checked(pixels)

@@ -33,10 +33,8 @@ def list_files(address: str | Path, *, folders_as_files: tuple[str, ...] = ()) -
     ``address`` may also be one file, for example behind ``https://``. ``folders_as_files`` are suffixes of folders that
     are one input each, such as ``.zarr``: listed, but not searched.
 
-    Raises
-    ------
-    ImageError
-        If the folder cannot be listed, two names differ only in their Unicode form, or a name is not Unicode.
+    Raise ImageError if the folder cannot be listed, two names differ only in their Unicode form, or a name is not
+    Unicode.
     """
     root, local, is_web = str(address), local_path(address), str(address).startswith(WEB)
     if local is not None:
@@ -175,10 +173,8 @@ class NamePattern:
     def parse(cls, text: str) -> "NamePattern":
         """Compile a pattern.
 
-        Raises
-        ------
-        ImageError
-            If it is not a relative path, has no field, an invalid field name, an unpaired brace, or ``**`` elsewhere.
+        Raise ImageError if it is not a relative path, has no field, an invalid field name, an unpaired brace, or ``**``
+        elsewhere.
         """
         rest = unicodedata.normalize("NFC", text).removeprefix("./")  # the form of listed names
         regex, num_literal = "", 0

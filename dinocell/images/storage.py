@@ -40,10 +40,7 @@ def open_bytes(path: str | Path, *, first: int | None = None) -> bytes:
     Buckets are read without signing in, as public archives allow, unless the environment names an AWS key or profile.
     A server that does not answer, or closes the connection early, is tried four times in about ten seconds.
 
-    Raises
-    ------
-    ImageError
-        If it cannot be read; one line that names the file.
+    Raise ImageError if it cannot be read; one line that names the file.
     """
     local = local_path(path)
     if local is None:

@@ -98,11 +98,8 @@ class Source(Protocol):
 def read_field(field: Field) -> Image:
     """Read all channels of a field.
 
-    Raises
-    ------
-    ImageError
-        If a file cannot be read, has another number of channels than the source expects, or differs from the field's
-        first file in size or type; the message names the file.
+    Raise ImageError if a file cannot be read, has another number of channels than the source expects, or differs from
+    the field's first file in size or type; the message names the file.
     """
     images = [_read_file(file) for file in field.files]
     first = images[0]
