@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Integer, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 
 from dinocell.errors import ImageError, one_line
 
@@ -172,7 +172,9 @@ def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: 
     pixels = _checked(pixels)
     if pixels.dtype in (np.uint8, np.uint16):
         counts = np.bincount(pixels.ravel()).cumsum()  # 20 times faster than sorting 4 megapixels
-        return Range(*(_level_of(counts, pixels.size, percent) for percent in (low, high)))
+        ranks = np.array([low, high]) / 100 * (pixels.size - 1)
+        below, above = (np.searchsorted(counts, to_rank(ranks), side="right") for to_rank in (np.floor, np.ceil))
+        return Range(*(below + (above - below) * (ranks - np.floor(ranks))).tolist())
     if pixels.dtype.kind in "iu" or pixels.dtype == np.float16:
         pixels = pixels.astype(np.float64)  # differences of levels may overflow these types
     return Range(*(float(level) for level in np.percentile(pixels, (low, high))))
@@ -198,14 +200,6 @@ def _mapped(levels: Shaped[np.ndarray, "*s"], low: int | float, high: int | floa
     if low == high:
         return np.where(levels > high, 255, 0).astype(np.uint8)
     return np.rint(np.clip((levels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-
-
-def _level_of(counts: Integer[np.ndarray, " levels"], total: int, percent: float) -> float:
-    """Return a percentile from a cumulative histogram, interpolated between the two nearest ranks."""
-    rank = percent / 100 * (total - 1)
-    below = int(np.searchsorted(counts, math.floor(rank), side="right"))
-    above = int(np.searchsorted(counts, math.ceil(rank), side="right"))
-    return below + (above - below) * (rank - math.floor(rank))
 
 
 def _checked(pixels: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:

@@ -158,8 +158,6 @@ class NamePattern:
 
     Attributes
     ----------
-    names
-        Field names, in the order of the pattern.
     num_literal
         Number of literal characters: if two patterns match a path, the one with more of them is the more specific.
     """
@@ -196,14 +194,8 @@ class NamePattern:
         literal = re.sub(r"\{[^\W\d]\w*\}", "", rest)
         for is_wrong, problem in (
             ("**" in rest, "'**/' is only allowed at the start"),
-            (
-                rest.startswith("/") or "://" in rest,
-                "expected a path relative to the input, such as {well}_{channel}.tif",
-            ),
-            (
-                "{" in literal or "}" in literal,
-                "expected fields such as {well}: letters, digits and _ in a pair of braces",
-            ),
+            (rest.startswith("/") or "://" in rest, "expected a path relative to the input, as {well}_{channel}.tif"),
+            (set("{}") & set(literal), "expected fields such as {well}: letters, digits and _ in a pair of braces"),
             (not names, "no field; expected at least one, such as {well} or {name}"),
         ):
             if is_wrong:

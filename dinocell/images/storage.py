@@ -102,13 +102,12 @@ def download(
     OSError
         If ``target`` cannot be written.
     """
-
-    def attempt(part: Path) -> str:
-        with part.open("wb") as file:
-            return copy_remote(url, file, num_bytes=max_bytes, shown=shown, progress=progress)
-
+    digest = ""
     with replacing(target) as part:
-        return _retrying(attempts)(attempt, part)
+        for attempt in _retrying(attempts):
+            with attempt, part.open("wb") as file:
+                digest = copy_remote(url, file, num_bytes=max_bytes, shown=shown, progress=progress)
+    return digest
 
 
 def copy_remote(

@@ -79,8 +79,6 @@ def build_labelled(
     channel
         Keep this channel of each image, by index or name; ``mean``: see `Image.mean`. None keeps grey and RGB images
         and skips all others.
-    keep_empty
-        Keep images without a cell.
     strict
         Stop at the first pair that cannot be used, instead of skipping it.
     overwrite
