@@ -42,19 +42,23 @@ def _add_build(actions: Any) -> None:
     add_source_arguments(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="OUT", help="folder of the set")
     tiles = parser.add_argument_group("tiles")
-    for option, read, default, unit, summary in (
-        ("--tile-size", int, 512, "PX", "side of a tile; 0: whole fields (512)"),
-        ("--overlap", int, 0, "PX", "pixels that neighbours share (0)"),
-        ("--min-size", int, 64, "PX", "reject smaller fields (64)"),
+    values = parser.add_argument_group("values")
+    work = parser.add_argument_group("work")
+    for group, option, read, default, unit, summary in (
+        (tiles, "--tile-size", int, 512, "PX", "side of a tile; 0: whole fields (512)"),
+        (tiles, "--overlap", int, 0, "PX", "pixels that neighbours share (0)"),
+        (tiles, "--min-size", int, 64, "PX", "reject smaller fields (64)"),
         (
-            *("--min-contrast", float, 5.0, "X"),
+            *(tiles, "--min-contrast", float, 5.0, "X"),
             "reject blank tiles: noise has a contrast of 1, an empty field about 3, cells more than 8 (5; 0 keeps all "
             "but constant tiles)",
         ),
-        ("--max-saturated", float, 0.5, "FRACTION", "reject overexposed tiles (0.5; 1 keeps them)"),
+        (tiles, "--max-saturated", float, 0.5, "FRACTION", "reject overexposed tiles (0.5; 1 keeps them)"),
+        (work, "--samples-per-shard", int, 256, "N", "approximate number (256)"),
+        (work, "--workers", int, None, "N", "processes (default: one per core)"),
+        (work, "--max-unreadable", float, 0.5, "FRACTION", "stop if more fields of a shard cannot be read (0.5)"),
     ):
-        tiles.add_argument(option, type=read, default=default, metavar=unit, help=summary)
-    values = parser.add_argument_group("values")
+        group.add_argument(option, type=read, default=default, metavar=unit, help=summary)
     depth_help = "keep the source's type, or convert to 8 bit (keep)"
     values.add_argument("--bit-depth", choices=("keep", "8"), default="keep", help=depth_help)
     values.add_argument(
@@ -69,20 +73,10 @@ def _add_build(actions: Any) -> None:
     # The names of version 0.1.
     tiles.add_argument("--min-structure", type=float, dest="min_contrast", help=argparse.SUPPRESS)
     values.add_argument("--depth", choices=("keep", "8"), dest="bit_depth", help=argparse.SUPPRESS)
-    work = parser.add_argument_group("work")
-    work.add_argument("--samples-per-shard", type=int, default=256, metavar="N", help="approximate number (256)")
-    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     work.add_argument(
         "--slice", type=_part, default=(1, 1), metavar="I/N", help="build one of N parts; then 'shards merge'"
     )
     work.add_argument("--strict", action="store_true", help="stop at the first input that cannot be read")
-    work.add_argument(
-        "--max-unreadable",
-        type=float,
-        default=0.5,
-        metavar="FRACTION",
-        help="stop if more fields of a shard cannot be read (0.5)",
-    )
     parser.set_defaults(run=_run_build)
 
 
