@@ -78,12 +78,10 @@ def build(
     on_listed: Callable[[int], None] = lambda _: None,
     progress: Callable[[BuildProgress], None] = lambda _: None,
 ) -> Manifest | None:
-    """Build a shard set, or continue a build that was interrupted.
+    """Build a shard set, or continue a build that was interrupted; return its manifest, None for one of several parts.
 
     Parameters
     ----------
-    source
-        The fields (``dinocell.data_shards.sources``).
     output
         A local folder; new, or of the same build.
     samples_per_shard
@@ -96,14 +94,8 @@ def build(
         ``(3, 64)`` builds the third of 64 parts of the shards, for a job array; call ``merge`` after the last.
     strict
         Stop at the first input that cannot be read, instead of rejecting it.
-    on_listed
-        Called with the number of fields listed so far.
-    progress
-        Called after each shard.
-
-    Returns
-    -------
-    The manifest; None if this was one of several parts.
+    on_listed, progress
+        Called with the number of fields listed so far, and after each shard.
 
     Raises
     ------
@@ -329,18 +321,13 @@ def plate_intensity_ranges(plan: Plan, settings: ShardSettings, workers: int) ->
     """
     folder = plan.folder / "ranges"
     folder.mkdir(exist_ok=True)
-    ranges: dict[str, dict[str, tuple[float, float]]] = {}
-    waiting = []
-    for plate, selected in _select_fields(plan).items():
-        path = folder / f"{_hash(plate)}.json"
-        if path.exists():
-            ranges[plate] = {name: (low, high) for name, (low, high) in json.loads(path.read_text()).items()}
-        else:
-            waiting.append((plate, selected, settings))
+    fields_by_plate = _select_fields(plan)
+    paths = {plate: folder / f"{_hash(plate)}.json" for plate in fields_by_plate}
+    waiting = [(plate, selected, settings) for plate, selected in fields_by_plate.items() if not paths[plate].exists()]
     for plate, of_plate in run_tasks(_ranges_of_plate, waiting, workers=workers):
-        write_atomically(folder / f"{_hash(plate)}.json", json.dumps(of_plate))
-        ranges[plate] = of_plate
-    return ranges
+        write_atomically(paths[plate], json.dumps(of_plate))
+    contents = {plate: json.loads(path.read_text()) for plate, path in paths.items()}
+    return {plate: {name: (low, high) for name, (low, high) in of.items()} for plate, of in contents.items()}
 
 
 def _select_fields(plan: Plan) -> dict[str, list[Field]]:
@@ -419,14 +406,14 @@ def _start_worker(parent: Connection) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+
+    def exit_with_parent() -> None:
+        try:
+            parent.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     import cv2
 
     cv2.setNumThreads(1)  # there is one process per core
-
-
-def _exit_with(parent: Connection) -> None:
-    try:
-        parent.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(1)

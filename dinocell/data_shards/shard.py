@@ -304,18 +304,14 @@ class _ShardWriter:
         )
 
     def _write(self, field: Field, image: Image, pixels: Shaped[np.ndarray, "c h w"], **location: Any) -> None:
+        metadata = {name: getattr(field, name) for name in ("missing", "plate", "well", "site", "labels")} | location
         info, members = encode_sample(
             pixels,
             codec_name=self._settings.codec,
             field=field.id,
             channels=image.channel_names,
-            missing=field.missing,
-            plate=field.plate,
-            well=field.well,
-            site=field.site,
-            labels=field.labels,
             pixel_size_um=image.pixel_size_um,
-            **location,
+            **metadata,
         )
         key = sample_key(field.id, info.row, info.column)
         start = self._tar.offset

@@ -238,9 +238,7 @@ def group_fields(
     channels
         Which channels, in which order: ``CHANNEL`` as in the files, or ``CHANNEL=NAME``. Empty uses all.
     missing
-        Whether a field that lacks one of the channels is kept or rejected.
-    pixel_size_um
-        Of all fields; None uses the files' own.
+        What happens to a field that lacks one of the channels.
 
     Raises
     ------

@@ -64,10 +64,8 @@ class PhenixSource:
         ]
         metadata: dict[tuple[str, int], HarmonyChannel] = {}
         if not self.channels or self.pixel_size_um is None:
-            indexes: dict[str, str] = {}
-            for file in listed:
-                if file.name in is_index:
-                    indexes.setdefault(posixpath.dirname(file.name), file.path)  # Index.idx.xml is listed first
+            # Index.idx.xml is listed first, and preferred.
+            indexes = {posixpath.dirname(file.name): file.path for file in reversed(listed) if file.name in is_index}
             metadata = _read_indexes(files, indexes)
         yield from group_fields(
             _channel_files(self.input, files, metadata),
@@ -163,8 +161,7 @@ _UM_PER_METRE = 1e6
 _HEAD_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class HarmonyChannel:
+class HarmonyChannel(NamedTuple):
     """A channel in the microscope's metadata; ``pixel_size_um`` is None if it is absent or differs between axes."""
 
     name: str
@@ -198,14 +195,11 @@ def _add_channel(element: ElementTree.Element, found: dict[int, HarmonyChannel])
     values = {part.tag.rpartition("}")[2]: (part.text or "").strip() for part in element}
     number = values.get("ChannelID") or element.get("ChannelID") or ""
     if number.isdecimal() and values.get("ChannelName"):
-        size = _pixel_size_um(values.get("ImageResolutionX"), values.get("ImageResolutionY"))
+        x_metres, y_metres = (values.get(f"ImageResolution{axis}") for axis in "XY")
+        size = square_pixel(float(x_metres), float(y_metres or x_metres)) if x_metres else None
+        # Twelve digits: 6.5E-07 m is 0.65 um, not 0.6499999999999999.
+        size = None if size is None else float(f"{size * _UM_PER_METRE:.12g}")
         found.setdefault(int(number), HarmonyChannel(name=values["ChannelName"], pixel_size_um=size))
-
-
-def _pixel_size_um(x_metres: str | None, y_metres: str | None) -> float | None:
-    size = square_pixel(float(x_metres), float(y_metres or x_metres)) if x_metres else None
-    # Twelve digits: 6.5E-07 m is 0.65 um, not 0.6499999999999999.
-    return None if size is None else float(f"{size * _UM_PER_METRE:.12g}")
 
 
 def _read_indexes(files: Sequence[_PhenixFile], indexes: dict[str, str]) -> dict[tuple[str, int], HarmonyChannel]:
