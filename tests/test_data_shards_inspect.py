@@ -129,7 +129,7 @@ def test_a_manifest_with_paths_outside_the_set_is_rejected(shard_set: Path, key:
     content = json.loads((shard_set / MANIFEST).read_text())
     content["shards"][0][key] = value
     (shard_set / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(ShardError, match=rf"{MANIFEST}: (expected|.*damaged)"):
+    with pytest.raises(ShardError, match=f"{MANIFEST}: .*damaged"):
         read_manifest(shard_set)
 
 

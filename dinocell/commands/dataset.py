@@ -2,7 +2,6 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,6 @@ from dinocell.commands._parser import add_command, whole_number
 
 if TYPE_CHECKING:
     from dinocell.labelled.build import BuildReport
-    from dinocell.labelled.layouts import Pair
 
 _MAX_SKIPPED_LINES = 8
 _ADVICE = {"no cells": "--keep-empty keeps such images", "several channels": "--channel selects one"}
@@ -33,7 +31,6 @@ def register(subparsers: Any) -> None:
         "livecell",
         "COCO annotations: LIVECell, or any other COCO instance JSON with its images",
         "--input LIVECell_dataset_2021/ --output datasets/LIVECell-train --split train",
-        _run_livecell,
     )
     livecell.add_argument("--split", choices=("train", "val", "test"), help="use livecell_coco_SPLIT.json")
     livecell.add_argument("--annotations", type=Path, metavar="JSON", help="the JSON file (default: searched for)")
@@ -43,7 +40,6 @@ def register(subparsers: Any) -> None:
         "cellpose",
         "numbered pairs: 000_img.png and 000_masks.png",
         "--input cellpose/train --output datasets/Cellpose-train --target-size 512",
-        _run_cellpose,
     )
     cellpose.add_argument("--split", metavar="NAME", help="use the subfolder of this name if it exists")
 
@@ -52,7 +48,6 @@ def register(subparsers: Any) -> None:
         "ctc",
         "Cell Tracking Challenge folders: 01/ with 01_GT/SEG or 01_ST/SEG",
         "--input PhC-C2DH-U373/ --output datasets/U373 --truth silver",
-        _run_ctc,
     )
     ctc.add_argument(
         "--truth",
@@ -62,13 +57,8 @@ def register(subparsers: Any) -> None:
     )
     ctc.add_argument("--sequence", nargs="+", default=[], metavar="01", help="only these sequences")
 
-    _add_kind(
-        kinds,
-        "dsb2018",
-        "2018 Data Science Bowl folders: one PNG per nucleus",
-        "--input stage1_train/ --output datasets/DSB2018",
-        _run_dsb2018,
-    )
+    dsb2018_example = "--input stage1_train/ --output datasets/DSB2018"
+    _add_kind(kinds, "dsb2018", "2018 Data Science Bowl folders: one PNG per nucleus", dsb2018_example)
 
     folder = _add_kind(
         kinds,
@@ -76,7 +66,6 @@ def register(subparsers: Any) -> None:
         "any images and masks, paired by two filename patterns",
         "--input bbbc039/ --images 'images/{name}.tif' --masks 'masks/{name}.png' --encoding regions "
         "--output datasets/BBBC039",
-        _run_folder,
     )
     folder.add_argument("--images", required=True, metavar="PATTERN", help="such as 'images/{name}.tif'; * matches any")
     folder.add_argument("--masks", required=True, metavar="PATTERN", help="such as 'masks/{name}.png'")
@@ -89,11 +78,9 @@ def register(subparsers: Any) -> None:
     )
 
 
-def _add_kind(
-    kinds: Any, name: str, summary: str, example: str, run: Callable[[argparse.Namespace], None]
-) -> argparse.ArgumentParser:
+def _add_kind(kinds: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     parser = add_command(kinds, name, summary, f"dinocell dataset {name} {example}")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run, kind=name)
     parser.add_argument("--input", required=True, type=Path, metavar="FOLDER", help="folder of the images and masks")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the labelled set to write")
     parser.add_argument(
@@ -116,61 +103,38 @@ def _channel(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _run_livecell(options: argparse.Namespace) -> None:
-    from dinocell.labelled.layouts import livecell_pairs
-
-    pairs = livecell_pairs(options.input, split=options.split, annotations=options.annotations)
-    licence = "LIVECell: CC BY-NC 4.0, not for commercial use" if options.split and not options.licence else ""
-    _build(options, pairs, source="COCO annotations", licence=licence)
-
-
-def _run_cellpose(options: argparse.Namespace) -> None:
-    from dinocell.labelled.layouts import cellpose_pairs
-
-    _build(options, cellpose_pairs(options.input, split=options.split), source="Cellpose pairs")
-
-
-def _run_ctc(options: argparse.Namespace) -> None:
-    from dinocell.labelled.layouts import ctc_pairs
-
-    pairs = ctc_pairs(options.input, truth=options.truth, sequences=options.sequence)
-    _build(options, pairs, source=f"Cell Tracking Challenge, {options.truth} truth")
-
-
-def _run_dsb2018(options: argparse.Namespace) -> None:
-    from dinocell.labelled.layouts import dsb2018_pairs
-
-    _build(options, dsb2018_pairs(options.input), source="2018 Data Science Bowl")
-
-
-def _run_folder(options: argparse.Namespace) -> None:
-    from dinocell.labelled.layouts import folder_pairs
-
-    pairs = folder_pairs(options.input, images=options.images, masks=options.masks, encoding=options.encoding)
-    source = f"{options.images} with {options.masks} ({options.encoding})"
-    _build(options, pairs, source=source, advice=_ADVICE | _ENCODING_ADVICE)
-
-
-def _build(
-    options: argparse.Namespace,
-    pairs: "Sequence[Pair]",
-    *,
-    source: str,
-    licence: str = "",
-    advice: Mapping[str, str] = _ADVICE,
-) -> None:
+def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from dinocell.labelled import layouts
     from dinocell.labelled.build import build_labelled
     from dinocell.runtime.progress import start_progress
 
+    folder, licence, advice = options.input, options.licence, _ADVICE
+    if options.kind == "livecell":
+        source = "COCO annotations"
+        pairs = layouts.livecell_pairs(folder, split=options.split, annotations=options.annotations)
+        licence = licence or ("LIVECell: CC BY-NC 4.0, not for commercial use" if options.split else "")
+    elif options.kind == "cellpose":
+        source = "Cellpose pairs"
+        pairs = layouts.cellpose_pairs(folder, split=options.split)
+    elif options.kind == "ctc":
+        source = f"Cell Tracking Challenge, {options.truth} truth"
+        pairs = layouts.ctc_pairs(folder, truth=options.truth, sequences=options.sequence)
+    elif options.kind == "dsb2018":
+        source = "2018 Data Science Bowl"
+        pairs = layouts.dsb2018_pairs(folder)
+    else:
+        source = f"{options.images} with {options.masks} ({options.encoding})"
+        pairs = layouts.folder_pairs(folder, images=options.images, masks=options.masks, encoding=options.encoding)
+        advice = _ADVICE | _ENCODING_ADVICE
     bar = start_progress(Console(stderr=True), total_steps=len(pairs), batch_size=1)
     try:
         report = build_labelled(
             pairs,
             options.output,
             source=source,
-            licence=options.licence or licence,
+            licence=licence,
             target_size=options.target_size,
             channel=options.channel,
             keep_empty=options.keep_empty,

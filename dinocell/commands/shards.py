@@ -42,31 +42,25 @@ def _add_build(actions: Any) -> None:
     add_source_arguments(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="OUT", help="folder of the set")
     tiles = parser.add_argument_group("tiles")
-    tiles.add_argument("--tile-size", type=int, default=512, metavar="PX", help="side of a tile; 0: whole fields (512)")
-    tiles.add_argument("--overlap", type=int, default=0, metavar="PX", help="pixels that neighbours share (0)")
-    tiles.add_argument("--min-size", type=int, default=64, metavar="PX", help="reject smaller fields (64)")
-    tiles.add_argument(
-        "--min-contrast",
-        type=float,
-        default=5.0,
-        metavar="X",
-        help="reject blank tiles: noise has a contrast of 1, an empty field about 3, cells more than 8 (5; 0 keeps "
-        "all but constant tiles)",
-    )
-    tiles.add_argument(
-        "--max-saturated",
-        type=float,
-        default=0.5,
-        metavar="FRACTION",
-        help="reject overexposed tiles (0.5; 1 keeps them)",
-    )
     values = parser.add_argument_group("values")
-    values.add_argument(
-        "--bit-depth",
-        choices=("keep", "8"),
-        default="keep",
-        help="keep the source's type, or convert to 8 bit (keep)",
-    )
+    work = parser.add_argument_group("work")
+    for group, option, read, default, unit, summary in (
+        (tiles, "--tile-size", int, 512, "PX", "side of a tile; 0: whole fields (512)"),
+        (tiles, "--overlap", int, 0, "PX", "pixels that neighbours share (0)"),
+        (tiles, "--min-size", int, 64, "PX", "reject smaller fields (64)"),
+        (
+            *(tiles, "--min-contrast", float, 5.0, "X"),
+            "reject blank tiles: noise has a contrast of 1, an empty field about 3, cells more than 8 (5; 0 keeps all "
+            "but constant tiles)",
+        ),
+        (tiles, "--max-saturated", float, 0.5, "FRACTION", "reject overexposed tiles (0.5; 1 keeps them)"),
+        (work, "--samples-per-shard", int, 256, "N", "approximate number (256)"),
+        (work, "--workers", int, None, "N", "processes (default: one per core)"),
+        (work, "--max-unreadable", float, 0.5, "FRACTION", "stop if more fields of a shard cannot be read (0.5)"),
+    ):
+        group.add_argument(option, type=read, default=default, metavar=unit, help=summary)
+    depth_help = "keep the source's type, or convert to 8 bit (keep)"
+    values.add_argument("--bit-depth", choices=("keep", "8"), default="keep", help=depth_help)
     values.add_argument(
         "--percentiles",
         nargs=2,
@@ -79,20 +73,10 @@ def _add_build(actions: Any) -> None:
     # The names of version 0.1.
     tiles.add_argument("--min-structure", type=float, dest="min_contrast", help=argparse.SUPPRESS)
     values.add_argument("--depth", choices=("keep", "8"), dest="bit_depth", help=argparse.SUPPRESS)
-    work = parser.add_argument_group("work")
-    work.add_argument("--samples-per-shard", type=int, default=256, metavar="N", help="approximate number (256)")
-    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     work.add_argument(
         "--slice", type=_part, default=(1, 1), metavar="I/N", help="build one of N parts; then 'shards merge'"
     )
     work.add_argument("--strict", action="store_true", help="stop at the first input that cannot be read")
-    work.add_argument(
-        "--max-unreadable",
-        type=float,
-        default=0.5,
-        metavar="FRACTION",
-        help="stop if more fields of a shard cannot be read (0.5)",
-    )
     parser.set_defaults(run=_run_build)
 
 
@@ -111,14 +95,9 @@ def _run_build(options: argparse.Namespace) -> None:
     from dinocell.data_shards.shard import ShardSettings, TileSettings
     from dinocell.data_shards.sources.registry import source_from
 
+    limits = {name: getattr(options, name) for name in ("overlap", "min_size", "min_contrast", "max_saturated")}
     settings = ShardSettings(
-        tiles=TileSettings(
-            size=options.tile_size,
-            overlap=options.overlap,
-            min_size=options.min_size,
-            min_contrast=options.min_contrast,
-            max_saturated=options.max_saturated,
-        ),
+        tiles=TileSettings(size=options.tile_size, **limits),
         codec=options.codec,
         bit_depth=8 if options.bit_depth == "8" else None,
         percentiles=tuple(options.percentiles),
@@ -157,9 +136,8 @@ def _run_build(options: argparse.Namespace) -> None:
 
 
 def _add_merge(actions: Any) -> None:
-    parser = add_command(
-        actions, "merge", "complete a set whose parts were built with --slice", "dinocell shards merge shards/jump"
-    )
+    summary = "complete a set whose parts were built with --slice"
+    parser = add_command(actions, "merge", summary, "dinocell shards merge shards/jump")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder of the set")
     parser.set_defaults(run=_run_merge)
 

@@ -4,6 +4,7 @@ Each shard is written to a temporary name and renamed; then a record of it is st
 record are skipped when the build is run again. The last step, ``merge``, turns the records into the manifest.
 """
 
+import bisect
 import gzip
 import hashlib
 import json
@@ -18,8 +19,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing.connection import Connection
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,12 +78,10 @@ def build(
     on_listed: Callable[[int], None] = lambda _: None,
     progress: Callable[[BuildProgress], None] = lambda _: None,
 ) -> Manifest | None:
-    """Build a shard set, or continue a build that was interrupted.
+    """Build a shard set, or continue a build that was interrupted; return its manifest, None for one of several parts.
 
     Parameters
     ----------
-    source
-        The fields (``dinocell.data_shards.sources``).
     output
         A local folder; new, or of the same build.
     samples_per_shard
@@ -94,14 +94,8 @@ def build(
         ``(3, 64)`` builds the third of 64 parts of the shards, for a job array; call ``merge`` after the last.
     strict
         Stop at the first input that cannot be read, instead of rejecting it.
-    on_listed
-        Called with the number of fields listed so far.
-    progress
-        Called after each shard.
-
-    Returns
-    -------
-    The manifest; None if this was one of several parts.
+    on_listed, progress
+        Called with the number of fields listed so far, and after each shard.
 
     Raises
     ------
@@ -111,7 +105,10 @@ def build(
     """
     output = Path(output)
     settings = settings or ShardSettings()
-    described = _describe(source, settings, samples_per_shard, shuffle_seed)
+    # Everything that determines the set's bytes, as JSON has it.
+    content = {"source": _to_plain(source), **asdict(settings)}
+    content |= {"samples_per_shard": samples_per_shard, "shuffle_seed": shuffle_seed}
+    described: dict[str, Any] = json.loads(json.dumps(content, default=str))
     workers = (os.cpu_count() or 1) if workers is None else workers
     check_values(
         ("workers", workers, workers >= 1, "at least 1"),
@@ -128,7 +125,10 @@ def build(
     plan = open_plan(output)
     with _write_errors(output):
         if plan is None:
-            _check_unused(output)
+            if output.exists() and not (
+                output.is_dir() and all(path.name.startswith(BUILD_FOLDER) for path in output.iterdir())
+            ):
+                raise ShardError(f"{output}: exists and is not a shard set; use another output")
             plan = make_plan(
                 source,
                 output,
@@ -159,7 +159,7 @@ def _build_one(
 ) -> tuple[int, Counter[str]]:
     """Build a shard, then its record; return the number of samples, and of rejected inputs by kind."""
     path = output / f"shard-{shard:06d}.tar"
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("w+b") as file:
         record = {"file": path.name, **build_shard(plan.fields(shard), file, settings, ranges, strict=strict)}
     if not record["index"]:
         path.unlink()
@@ -179,25 +179,12 @@ def _write_errors(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _describe(source: Source, settings: ShardSettings, samples_per_shard: int, seed: int) -> dict[str, Any]:
-    """Return everything that determines the set's bytes, for plan and manifest."""
-    described = {
-        "source": _to_plain(source),
-        **asdict(settings),
-        "samples_per_shard": samples_per_shard,
-        "shuffle_seed": seed,
-    }
-    content: dict[str, Any] = json.loads(json.dumps(described, default=str))
-    return content
-
-
 def _to_plain(value: Any) -> Any:
     """Return a source as plain data, with the kind of every dataclass in it."""
     if not is_dataclass(value):
         return value
-    return {
-        "kind": type(value).__name__,
-        **{field.name: _to_plain(getattr(value, field.name)) for field in fields(value)},
+    return {"kind": type(value).__name__} | {
+        field.name: _to_plain(getattr(value, field.name)) for field in fields(value)
     }
 
 
@@ -217,19 +204,10 @@ def _check_same_settings(output: Path, existing: Any, requested: dict[str, Any])
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted keys: ``tiles.size``."""
     if not isinstance(content, dict):
-        return {prefix: content}
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _check_unused(output: Path) -> None:
-    if output.exists() and (
-        not output.is_dir() or any(not path.name.startswith(BUILD_FOLDER) for path in output.iterdir())
-    ):
-        raise ShardError(f"{output}: exists and is not a shard set; use another output")
+        return {prefix.removesuffix("."): content}
+    return {name: leaf for key, value in content.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}
 
 
 # --- merge: from the records of all shards to index, list of rejected inputs, and manifest --------------------------
@@ -238,10 +216,7 @@ def _check_unused(output: Path) -> None:
 def merge(output: str | Path) -> Manifest:
     """Write the manifest of a set whose shards are all built, and return it; an existing one is returned.
 
-    Raises
-    ------
-    ShardError
-        If there is no build, shards are missing, there is not one sample, or the files cannot be written.
+    Raise ShardError if there is no build, shards are missing, there is not one sample, or the files cannot be written.
     """
     output = Path(output)
     plan = open_plan(output)
@@ -280,28 +255,16 @@ def _merge_records(plan: Plan, output: Path) -> Manifest:
     first_reason = ""
     num_fields = 0
     with replacing(output / REJECTED) as temporary, temporary.open("w", encoding="utf-8") as rejected:
-
-        def reject(item: dict[str, str]) -> None:
-            nonlocal first_reason
-            kinds[item["kind"]] += 1
-            first_reason = first_reason or f"{item['input']}: {item['reason']}"
-            rejected.write(json.dumps(item, ensure_ascii=False) + "\n")
-
-        for item in plan.rejected():
-            reject(asdict(item))
-        for record in _read_records(plan, output):
-            for item_content in record["rejected"]:
-                reject(item_content)
+        without_field = {"rejected": map(asdict, plan.rejected()), "index": []}
+        for record in chain([without_field], _read_records(plan, output)):
+            for item in record["rejected"]:
+                kinds[item["kind"]] += 1
+                first_reason = first_reason or f"{item['input']}: {item['reason']}"
+                rejected.write(json.dumps(item, ensure_ascii=False) + "\n")
             if not record["index"]:
                 continue
-            shards.append(
-                Shard(
-                    file=record["file"],
-                    num_samples=len(record["index"]),
-                    num_bytes=record["num_bytes"],
-                    sha256=record["sha256"],
-                )
-            )
+            of_file = {name: record[name] for name in ("file", "num_bytes", "sha256")}
+            shards.append(Shard(num_samples=len(record["index"]), **of_file))
             index.append(np.array(record["index"], np.uint64))
             num_fields += record["num_fields"]
             shapes.update(record["shapes"])
@@ -358,34 +321,24 @@ def plate_intensity_ranges(plan: Plan, settings: ShardSettings, workers: int) ->
     """
     folder = plan.folder / "ranges"
     folder.mkdir(exist_ok=True)
-    ranges: dict[str, dict[str, tuple[float, float]]] = {}
-    waiting = []
-    for plate, selected in _select_fields(plan).items():
-        path = folder / f"{_hash(plate)}.json"
-        if path.exists():
-            ranges[plate] = {name: (low, high) for name, (low, high) in json.loads(path.read_text()).items()}
-        else:
-            waiting.append((plate, selected, settings))
+    fields_by_plate = _select_fields(plan)
+    paths = {plate: folder / f"{_hash(plate)}.json" for plate in fields_by_plate}
+    waiting = [(plate, selected, settings) for plate, selected in fields_by_plate.items() if not paths[plate].exists()]
     for plate, of_plate in run_tasks(_ranges_of_plate, waiting, workers=workers):
-        write_atomically(folder / f"{_hash(plate)}.json", json.dumps(of_plate))
-        ranges[plate] = of_plate
-    return ranges
+        write_atomically(paths[plate], json.dumps(of_plate))
+    contents = {plate: json.loads(path.read_text()) for plate, path in paths.items()}
+    return {plate: {name: (low, high) for name, (low, high) in of.items()} for plate, of in contents.items()}
 
 
 def _select_fields(plan: Plan) -> dict[str, list[Field]]:
-    """Return the fields of each plate with the smallest hashes; memory holds at most four times as many."""
+    """Return the fields of each plate with the smallest hashes."""
     selected: defaultdict[str, list[tuple[str, Field]]] = defaultdict(list)
     for shard in range(plan.num_shards):
         for field in plan.fields(shard):
             candidates = selected[field.plate or ""]
-            candidates.append((_hash(field.id), field))
-            if len(candidates) >= 4 * _FIELDS_PER_PLATE:
-                candidates.sort(key=lambda pair: pair[0])
-                del candidates[_FIELDS_PER_PLATE:]
-    return {
-        plate: [field for _, field in sorted(candidates, key=lambda pair: pair[0])[:_FIELDS_PER_PLATE]]
-        for plate, candidates in sorted(selected.items())
-    }
+            bisect.insort(candidates, (_hash(field.id), field), key=itemgetter(0))
+            del candidates[_FIELDS_PER_PLATE:]
+    return {plate: [field for _, field in candidates] for plate, candidates in sorted(selected.items())}
 
 
 def _ranges_of_plate(task: tuple[str, Sequence[Field], ShardSettings]) -> tuple[str, dict[str, tuple[float, float]]]:
@@ -422,10 +375,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], *, work
     With one worker or task, everything runs in this process. An exception of a task, or leaving the loop early, ends
     all workers.
 
-    Raises
-    ------
-    ShardError
-        If a worker is killed (out of memory, most often).
+    Raise ShardError if a worker is killed (out of memory, most often).
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
@@ -456,14 +406,14 @@ def _start_worker(parent: Connection) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+
+    def exit_with_parent() -> None:
+        try:
+            parent.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     import cv2
 
     cv2.setNumThreads(1)  # there is one process per core
-
-
-def _exit_with(parent: Connection) -> None:
-    try:
-        parent.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(1)

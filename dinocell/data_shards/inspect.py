@@ -3,11 +3,10 @@
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped, UInt8, UInt64
@@ -24,8 +23,7 @@ from dinocell.images.write import write_png
 _MAX_PROBLEMS_PER_SHARD = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
+class Problem(NamedTuple):
     """A problem with a file of the set."""
 
     file: str
@@ -62,10 +60,7 @@ def verify(
     if folder is not None and hashlib.sha256((folder / INDEX).read_bytes()).hexdigest() != manifest.index_sha256:
         problems.append(Problem(file=INDEX, what="content differs from the manifest's sha256"))
     ends = np.cumsum([shard.num_samples for shard in manifest.shards])
-    tasks: list[_Task] = [
-        (shard, np.array(index[end - shard.num_samples : end]))
-        for shard, end in zip(manifest.shards, ends.tolist(), strict=True)
-    ]
+    tasks: list[_Task] = list(zip(manifest.shards, np.split(np.array(index), ends[:-1]), strict=True))
     verify_shard = partial(_verify_shard, str(location))
     for done, of_shard in enumerate(run_tasks(verify_shard, tasks, workers=workers), start=1):
         problems += of_shard
@@ -157,12 +152,7 @@ def preview(
 ) -> None:
     """Write a PNG with ``num_samples`` random samples, each channel scaled to its 0.1 and 99.9 percentiles in the set.
 
-    Raises
-    ------
-    ShardError
-        If the set cannot be read.
-    ImageError
-        If the image cannot be written.
+    Raise ShardError if the set cannot be read; ImageError if the image cannot be written.
     """
     samples = stream(location, batch_size=1, seed=seed, cache=cache)
     manifest = samples.sets[0].manifest

@@ -26,9 +26,6 @@ FORMAT_NAME = "dinocell shards"
 FORMAT_VERSION = 1
 MANIFEST, INDEX, REJECTED = "manifest.json", "index.npy", "rejected.jsonl"
 
-# The key of the standard deviation in manifests of version 0.1.
-_OLD_STD = "deviation"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
@@ -71,8 +68,6 @@ class Manifest:
         Number of samples by shape and type, such as ``5 x 512 x 512 uint16``.
     rejected
         Number of inputs and tiles without a sample, by kind of reason; each is listed in ``rejected.jsonl``.
-    settings
-        The source and the settings that the set was built with.
     """
 
     num_samples: int
@@ -99,10 +94,7 @@ class Manifest:
 def read_manifest(location: str | Path) -> Manifest:
     """Read the manifest of the set at a folder or address.
 
-    Raises
-    ------
-    ShardError
-        If there is none, or it is damaged or of another version.
+    Raise ShardError if there is none, or it is damaged or of another version.
     """
     path = file_address(location, MANIFEST)
     folder = local_path(location)
@@ -128,10 +120,10 @@ def read_manifest(location: str | Path) -> Manifest:
 
 def _parse_manifest(content: dict[str, Any]) -> Manifest:
     content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
-    content["channels"] = {
-        name: ChannelStatistics(**{"std" if key == _OLD_STD else key: value for key, value in statistics.items()})
-        for name, statistics in content["channels"].items()
-    }
+    for name, statistics in content["channels"].items():
+        if "deviation" in statistics:  # the name in version 0.1
+            statistics["std"] = statistics.pop("deviation")
+        content["channels"][name] = ChannelStatistics(**statistics)
     return Manifest(**content)
 
 
@@ -139,12 +131,12 @@ def _problem_of(manifest: Manifest) -> str:
     for shard in manifest.shards:
         # Copies of remote shards are written under these names: a manifest must not choose another folder.
         if not re.fullmatch(r"\w[\w.-]*\.tar", shard.file) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-            return f"expected the name of a .tar file and a sha256, got {shard.file!r} and {shard.sha256!r}"
+            return f"damaged: expected the name of a .tar file and a sha256, got {shard.file!r} and {shard.sha256!r}"
     if not manifest.shards:
         return f"the set is empty, {REJECTED} lists the reasons"
     num_samples = sum(shard.num_samples for shard in manifest.shards)
     if manifest.num_samples != num_samples or num_samples < 1:
-        return f"num_samples is {manifest.num_samples}, the shards have {num_samples}"
+        return f"damaged: num_samples is {manifest.num_samples}, the shards have {num_samples}"
     return ""
 
 
@@ -166,10 +158,7 @@ def check_files(location: str | Path, manifest: Manifest) -> None:
 def read_index(location: str | Path, manifest: Manifest) -> UInt64[np.ndarray, "samples 2"]:
     """Return first byte and size of every sample; memory-mapped if the set is local.
 
-    Raises
-    ------
-    ShardError
-        If it is missing, damaged, or does not fit the manifest.
+    Raise ShardError if it is missing, damaged, or does not fit the manifest.
     """
     path = file_address(location, INDEX)
     local = local_path(path)
@@ -261,6 +250,10 @@ class Histogram:
         """Return the statistics of at least one value."""
         mean = self.sum / self.num_pixels
         variance = max(0.0, self.sum_of_squares / self.num_pixels - mean**2)
+        order = np.argsort(_BIN_VALUES, kind="stable")
+        ranks = np.array(PERCENTILES) / 100 * (self.num_pixels - 1)
+        bins = order[np.searchsorted(np.cumsum(self.counts[order]), ranks, side="right")]
+        values = _BIN_VALUES[bins].clip(self.minimum, self.maximum).tolist()
         return ChannelStatistics(
             num_tiles=self.num_tiles,
             num_pixels=self.num_pixels,
@@ -268,15 +261,8 @@ class Histogram:
             maximum=self.maximum,
             mean=mean,
             std=variance**0.5,
-            percentiles={f"{percent:g}": self._percentile(percent) for percent in PERCENTILES},
+            percentiles={f"{percent:g}": value for percent, value in zip(PERCENTILES, values, strict=True)},
         )
-
-    def _percentile(self, percent: float) -> float:
-        order = np.argsort(_BIN_VALUES, kind="stable")
-        cumulative = np.cumsum(self.counts[order])
-        rank = percent / 100 * (self.num_pixels - 1)
-        value = float(_BIN_VALUES[order[int(np.searchsorted(cumulative, rank, side="right"))]])
-        return min(max(value, self.minimum), self.maximum)
 
 
 def _bins(values: Float64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:

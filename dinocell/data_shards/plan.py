@@ -29,7 +29,6 @@ BUILD_FOLDER = ".build"
 # Enough to occupy every core of a small machine, and every loader worker.
 _MIN_SHARDS = 8
 _NUM_SIZE_TRIALS = 20  # of the first fields, and as many spread over all
-_BUFFER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,9 @@ class Plan:
 
     def rejected(self) -> Iterator[Rejected]:
         """Return the inputs that belong to no field."""
-        return _read_rejected(self.folder)
+        with (self.folder / "rejected.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                yield Rejected(**json.loads(line))
 
 
 def open_plan(output: Path) -> Plan | None:
@@ -73,14 +74,11 @@ def make_plan(
     settings: dict[str, Any],
     on_listed: Callable[[int], None] = lambda _: None,
 ) -> Plan:
-    """List the source's fields and assign them to shards; this needs 16 bytes of memory per field.
+    """List the source's fields and assign them to shards; this needs about 50 bytes of memory per field.
 
     If another process makes the same plan at the same time, the first to finish wins and both return its plan.
 
-    Raises
-    ------
-    ShardError
-        If there is no field, two have the same id, or none of the first can be read.
+    Raise ShardError if there is no field, two have the same id, or none of the first can be read.
     """
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
@@ -112,7 +110,8 @@ def make_plan(
 def _list_fields(source: Source, folder: Path, on_listed: Callable[[int], None]) -> int:
     """Write fields and rejected inputs to one file each, one per line; return the number of fields."""
     hashes: list[int] = []
-    problem = None
+    first_rejected: Rejected | None = None
+    num_rejected, problem = 0, ""
     with (
         (folder / "spool.jsonl").open("w", encoding="utf-8") as fields,
         (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
@@ -126,14 +125,17 @@ def _list_fields(source: Source, folder: Path, on_listed: Callable[[int], None])
                 problem = f"the path of the input is not Unicode (UTF-8), rename its folder; in {shown}"
                 break
             if isinstance(item, Rejected):
+                first_rejected = first_rejected or item
+                num_rejected += 1
                 continue
             hashes.append(int.from_bytes(hashlib.blake2b(item.id.encode(), digest_size=8).digest(), "little"))
             on_listed(len(hashes))
     values, counts = np.unique(np.array(hashes, np.uint64), return_counts=True)
     if not hashes and not problem:
-        reasons = list(_read_rejected(folder))
-        first = f"; {len(reasons)} input(s) rejected, the first: {reasons[0].input}: {reasons[0].reason}"
-        problem = "no field found" + (first if reasons else "")
+        problem = "no field found"
+        if first_rejected is not None:
+            first = f"{first_rejected.input}: {first_rejected.reason}"
+            problem += f"; {num_rejected} input(s) rejected, the first: {first}"
     elif (counts > 1).any():
         index = hashes.index(int(values[np.argmax(counts > 1)]))
         field = next(field for position, field in _spooled_fields(folder) if position == index)
@@ -145,29 +147,16 @@ def _list_fields(source: Source, folder: Path, on_listed: Callable[[int], None])
 
 def _assign_fields(folder: Path, num_fields: int, per_shard: int, seed: int) -> None:
     """Split the list of fields into one compressed file per shard, in a random order that depends on the seed alone."""
-    order = np.random.default_rng(seed).permutation(num_fields)
-    buffer: dict[int, list[str]] = {}
-    num_bytes = 0
-
-    def flush() -> None:
-        for shard, lines in buffer.items():
-            with (folder / "fields" / f"{shard:06d}.part").open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-        buffer.clear()
-
-    with (folder / "spool.jsonl").open(encoding="utf-8") as lines:
-        for position, line in zip(order.tolist(), lines, strict=True):
-            buffer.setdefault(position // per_shard, []).append(f"{position:d}\t{line}")
-            num_bytes += len(line)
-            if num_bytes > _BUFFER_BYTES:
-                flush()
-                num_bytes = 0
-    flush()
-    for part in (folder / "fields").glob("*.part"):
-        placed = [line.split("\t", 1) for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
-        text = "\n".join(line for _, line in sorted(placed, key=lambda pair: int(pair[0])))
-        part.with_suffix(".jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-        part.unlink()
+    order = np.argsort(np.random.default_rng(seed).permutation(num_fields))
+    with (folder / "spool.jsonl").open("rb") as spool:
+        ends = np.cumsum(np.fromiter(map(len, spool), np.int64, num_fields))
+        for shard, first in enumerate(range(0, num_fields, per_shard)):
+            lines = []
+            for index in order[first : first + per_shard].tolist():
+                spool.seek(ends[index - 1] if index else 0)
+                lines.append(spool.readline())
+            content = gzip.compress(b"".join(lines).rstrip(b"\n"), mtime=0)
+            (folder / "fields" / f"{shard:06d}.jsonl.gz").write_bytes(content)
     (folder / "spool.jsonl").unlink()
 
 
@@ -186,12 +175,6 @@ def _num_tiles_per_field(folder: Path, num_fields: int, settings: TileSettings) 
             return len(list(tiles(height, width, settings)))
     num_tried = sum(position < num_fields for position in trials)
     raise ShardError(f"none of {num_tried} of {num_fields} fields can be read; the first: {first_error}")
-
-
-def _read_rejected(folder: Path) -> Iterator[Rejected]:
-    with (folder / "rejected.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            yield Rejected(**json.loads(line))
 
 
 def _spooled_fields(folder: Path) -> Iterator[tuple[int, Field]]:

@@ -118,6 +118,7 @@ PlanSample = Callable[[SampleInfo, Origin], SamplePlan]
 Item = TypeVar("Item")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SampleStream(IterableDataset[Batch]):
     """The stream of one rank; see ``stream``. In a loader's workers, each iterates over its share of the steps.
 
@@ -128,21 +129,14 @@ class SampleStream(IterableDataset[Batch]):
         decoded. It must be picklable for workers, and so must its results. None: all channels, no plans.
     """
 
-    def __init__(
-        self,
-        sets: Sequence[ShardSet],
-        mixture: Mixture,
-        *,
-        batch_size: int,
-        position: int,
-        stop: int | None,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.sets, self.mixture = tuple(sets), mixture
-        self.batch_size, self.position, self.stop = batch_size, position, stop
-        self.rank, self.world_size = rank, world_size
-        self.plan_sample: PlanSample | None = None
+    sets: tuple[ShardSet, ...]
+    mixture: Mixture
+    batch_size: int
+    position: int
+    stop: int | None
+    rank: int
+    world_size: int
+    plan_sample: PlanSample | None = None
 
     @property
     def num_samples(self) -> int:
@@ -252,10 +246,6 @@ def stream(
 
     Parameters
     ----------
-    sets
-        Folders or addresses of shard sets.
-    batch_size
-        Samples per batch of this rank.
     weights
         Relative frequency of each set; None: its number of samples.
     seed, position
@@ -292,8 +282,8 @@ def stream(
     if weights is None:
         weights = [shard_set.manifest.num_samples for shard_set in opened]
     return SampleStream(
-        opened,
-        Mixture(weights, seed=seed),
+        sets=tuple(opened),
+        mixture=Mixture(weights, seed=seed),
         batch_size=batch_size,
         position=position,
         stop=stop,
@@ -312,5 +302,4 @@ def loader(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
-        persistent_workers=False,
     )

@@ -45,8 +45,6 @@ class SampleInfo:
         The source's id of the field.
     channels
         Channel names, in the order of the members.
-    dtype, height, width
-        Type and size of every channel's tile.
     row, column
         Position of the tile's first pixel in the field.
     crc32
@@ -97,11 +95,9 @@ def sample_key(field_id: str, row: int, column: int) -> str:
 def encode_sample(
     pixels: Shaped[np.ndarray, "c h w"], *, codec_name: str, **metadata: Any
 ) -> tuple[SampleInfo, dict[str, bytes]]:
-    """Encode a tile; ``metadata`` has the attributes of ``SampleInfo`` that do not follow from the pixels.
+    """Encode a tile; return its metadata, and the members by suffix (``c0.pco``, ..., ``json``).
 
-    Returns
-    -------
-    The sample's metadata, and the members by suffix (``c0.pco``, ..., ``json``).
+    ``metadata`` has the attributes of ``SampleInfo`` that do not follow from the pixels.
     """
     encode = get_codec(codec_name, pixels.dtype).encode
     encoded = [encode(np.ascontiguousarray(plane)) for plane in pixels]
@@ -120,10 +116,7 @@ def encode_sample(
 def parse_sample(span: memoryview) -> RawSample:
     """Return a sample from the bytes of its tar members, including the headers, without decoding or copying.
 
-    Raises
-    ------
-    SampleError
-        If the bytes are not the members of one sample.
+    Raise SampleError if the bytes are not the members of one sample.
     """
     members: dict[str, memoryview] = {}
     keys: set[str] = set()

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,11 +73,9 @@ def check_values(*checks: tuple[str, object, bool, str]) -> None:
 
 def tiles(height: int, width: int, settings: TileSettings) -> Iterator[Tile]:
     """Return the tiles of a field, row by row. A side shorter than a tile gives one tile of that length."""
-    rows, columns = (_starts(length, settings) for length in (height, width))
-    for row in rows:
-        for column in columns:
-            tile_height, tile_width = (min(settings.size or side, side) for side in (height, width))
-            yield Tile(row, column, tile_height, tile_width)
+    tile_height, tile_width = (min(settings.size or side, side) for side in (height, width))
+    for row, column in itertools.product(_starts(height, settings), _starts(width, settings)):
+        yield Tile(row, column, tile_height, tile_width)
 
 
 def _starts(length: int, settings: TileSettings) -> list[int]:
@@ -143,10 +142,8 @@ def rejection_reason(
         if tile_maxima[channel] > 0:
             fraction = float(np.count_nonzero(plane == maxima[channel]) / plane.size)
             if fraction > settings.max_saturated:
-                return (
-                    "saturated",
-                    f"channel {channel}: {fraction:.0%} of pixels at {maxima[channel]} (--max-saturated)",
-                )
+                reason = f"channel {channel}: {fraction:.0%} of pixels at {maxima[channel]} (--max-saturated)"
+                return "saturated", reason
     return None
 
 
@@ -197,7 +194,7 @@ class ShardSettings:
 def build_shard(
     fields: Sequence[Field], file: IO[bytes], settings: ShardSettings, ranges: IntensityRanges, *, strict: bool
 ) -> dict[str, Any]:
-    """Write the tiles of fields to a tar file, and return the record of the shard; ``index`` has first byte and size.
+    """Write the tiles of fields to a tar file, open for writing and reading, and return the record of the shard.
 
     Raise ShardError if too many fields cannot be read, or one if ``strict``.
     """
@@ -250,29 +247,11 @@ def read_usable(field: Field, settings: ShardSettings) -> Image | Rejected:
     return Rejected(input=field.id, kind=problem[0], reason=problem[1]) if problem else replace(image, pixels=pixels)
 
 
-class _HashingFile:
-    """A file for writing that counts and hashes the bytes."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.hash = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, content: bytes) -> int:
-        self.hash.update(content)
-        self.num_bytes += len(content)
-        return self._file.write(content)
-
-    def tell(self) -> int:
-        return self.num_bytes
-
-
 class _ShardWriter:
     """An open shard, and the statistics of its content."""
 
     def __init__(self, file: IO[bytes], settings: ShardSettings, ranges: IntensityRanges) -> None:
-        self._file = _HashingFile(file)
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        self._file, self._tar = file, tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
         self._settings, self._plate_ranges = settings, ranges
         self._num_fields = 0
         self._index: list[tuple[int, int]] = []
@@ -301,10 +280,12 @@ class _ShardWriter:
     def finish(self) -> dict[str, Any]:
         """Close the tar file, and return its record: plain data for ``json``."""
         self._tar.close()
+        num_bytes = self._file.tell()
+        self._file.seek(0)
         return {
             "num_fields": self._num_fields,
-            "num_bytes": self._file.num_bytes,
-            "sha256": self._file.hash.hexdigest(),
+            "num_bytes": num_bytes,
+            "sha256": hashlib.file_digest(self._file, "sha256").hexdigest(),  # type: ignore[arg-type]
             "index": self._index,
             "histograms": {name: histogram.to_json() for name, histogram in self._histograms.items()},
             "channel_orders": sorted(self._orders),
@@ -316,26 +297,21 @@ class _ShardWriter:
         if self._settings.bit_depth is None or image.pixels.dtype == np.uint8:
             return ()
         of_plate = self._plate_ranges.get(field.plate or "", {})
-        ranges = []
-        for name, plane in zip(image.channel_names, image.pixels, strict=True):
-            # A channel that none of the plate's sampled fields has uses the field's own range; it is recorded.
-            low, high = of_plate[name] if name in of_plate else percentile_range(plane, *self._settings.percentiles)
-            ranges.append((low, high))
-        return tuple(ranges)
+        # A channel that none of the plate's sampled fields has uses the field's own range; it is recorded.
+        return tuple(
+            of_plate.get(name) or percentile_range(plane, *self._settings.percentiles)
+            for name, plane in zip(image.channel_names, image.pixels, strict=True)
+        )
 
     def _write(self, field: Field, image: Image, pixels: Shaped[np.ndarray, "c h w"], **location: Any) -> None:
+        metadata = {name: getattr(field, name) for name in ("missing", "plate", "well", "site", "labels")} | location
         info, members = encode_sample(
             pixels,
             codec_name=self._settings.codec,
             field=field.id,
             channels=image.channel_names,
-            missing=field.missing,
-            plate=field.plate,
-            well=field.well,
-            site=field.site,
-            labels=field.labels,
             pixel_size_um=image.pixel_size_um,
-            **location,
+            **metadata,
         )
         key = sample_key(field.id, info.row, info.column)
         start = self._tar.offset

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,19 @@ class ShardSet:
             check_cache_size(self._cache, self.manifest.shards, block_shards)
         else:
             check_files(location, self.manifest)
-        self._settings = {"seed": seed, "shuffle": shuffle, "block_shards": block_shards, "cache": cache}
+        self._settings: dict[str, Any] = {
+            "seed": seed,
+            "shuffle": shuffle,
+            "block_shards": block_shards,
+            "cache": cache,
+        }
         self._index = read_index(location, self.manifest)
         self._files: dict[int, int] = {}  # file descriptors by shard
         self._prefetched: tuple[int, int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A loader's worker opens the files again; pickling would send it the whole index.
-        return _reopen, (self.location, self._settings)
+        return partial(ShardSet, self.location, **self._settings), ()
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
@@ -53,12 +59,7 @@ class ShardSet:
     def read(self, position: int, place: Place) -> RawSample:
         """Read a sample without decoding it; ``position`` is that of the set's own order.
 
-        Raises
-        ------
-        SampleError
-            If its bytes are damaged or cannot be read.
-        ShardError
-            If its shard cannot be downloaded.
+        Raise SampleError if its bytes are damaged or cannot be read; ShardError if its shard cannot be downloaded.
         """
         if self._cache is not None:
             self._prefetch(position)
@@ -109,10 +110,6 @@ class ShardSet:
             except ShardError as error:  # the reader will try again, and raise
                 _log.warning("%s", error)
                 return
-
-
-def _reopen(location: str, settings: dict[str, Any]) -> ShardSet:
-    return ShardSet(location, **settings)
 
 
 # --- local cache of remote shards -----------------------------------------------------------------------------------
@@ -192,25 +189,23 @@ class ShardCache:
         return True
 
     def _download(self, address: str, shard: Shard, copy: Path) -> None:
-        wait, reason = _FIRST_WAIT_S, ""
         part = self._reserve(shard)
+        waits_s = [_FIRST_WAIT_S * 2**attempt for attempt in range(_ATTEMPTS - 1)]
         try:
-            for attempt in range(_ATTEMPTS):
-                if attempt:
-                    _log.warning("%s: %s; trying again in %.0f s", address, reason, wait)
-                    time.sleep(wait)
-                    wait *= 2
+            for wait_s in (*waits_s, 0.0):
                 try:
                     with part.open("r+b") as target:
                         digest = copy_remote(address, target, num_bytes=shard.num_bytes)
                         target.truncate()
+                    if digest == shard.sha256:
+                        part.replace(copy)
+                        return
+                    reason = "its content differs from the manifest"
                 except ImageError as error:
                     reason = str(error)
-                    continue
-                if digest == shard.sha256:
-                    part.replace(copy)
-                    return
-                reason = "its content differs from the manifest"
+                if wait_s:
+                    _log.warning("%s: %s; trying again in %.0f s", address, reason, wait_s)
+                    time.sleep(wait_s)
         finally:
             part.unlink(missing_ok=True)
         raise ShardError(f"{address}: download failed {_ATTEMPTS} times; the last: {reason}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Integer, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 
 from dinocell.errors import ImageError, one_line
 
@@ -140,10 +140,7 @@ def header_errors() -> Iterator[None]:
 def as_image(image: Shaped[np.ndarray, "..."]) -> Image:
     """Return an array as an image: (h w), (c h w) or (h w c); three channels, or four of 8 bit, are colours.
 
-    Raises
-    ------
-    ImageError
-        If it is empty, of another shape, or has too many channels.
+    Raise ImageError if it is empty, of another shape, or has too many channels.
     """
     shape = image.shape
     if image.ndim == 2:
@@ -170,15 +167,14 @@ class Range(NamedTuple):
 def percentile_range(pixels: Shaped[np.ndarray, "..."], low: int | float, high: int | float) -> Range:
     """Return the grey levels at two percentiles (0 to 100) of all pixels, interpolated as by ``numpy.percentile``.
 
-    Raises
-    ------
-    ImageError
-        If a value is not finite, or there are no pixels.
+    Raise ImageError if a value is not finite, or there are no pixels.
     """
     pixels = _checked(pixels)
     if pixels.dtype in (np.uint8, np.uint16):
         counts = np.bincount(pixels.ravel()).cumsum()  # 20 times faster than sorting 4 megapixels
-        return Range(*(_level_of(counts, pixels.size, percent) for percent in (low, high)))
+        ranks = np.array([low, high]) / 100 * (pixels.size - 1)
+        below, above = (np.searchsorted(counts, to_rank(ranks), side="right") for to_rank in (np.floor, np.ceil))
+        return Range(*(below + (above - below) * (ranks - np.floor(ranks))).tolist())
     if pixels.dtype.kind in "iu" or pixels.dtype == np.float16:
         pixels = pixels.astype(np.float64)  # differences of levels may overflow these types
     return Range(*(float(level) for level in np.percentile(pixels, (low, high))))
@@ -189,10 +185,7 @@ def to_uint8(pixels: Shaped[np.ndarray, "*shape"], low: int | float, high: int |
 
     If ``low`` equals ``high``, as in a constant image, values up to it become 0 and all others 255.
 
-    Raises
-    ------
-    ImageError
-        If a value is not finite.
+    Raise ImageError if a value is not finite.
     """
     assert -math.inf < low <= high < math.inf, f"expected low <= high, got {low} and {high}"
     pixels = _checked(pixels)
@@ -207,14 +200,6 @@ def _mapped(levels: Shaped[np.ndarray, "*s"], low: int | float, high: int | floa
     if low == high:
         return np.where(levels > high, 255, 0).astype(np.uint8)
     return np.rint(np.clip((levels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-
-
-def _level_of(counts: Integer[np.ndarray, " levels"], total: int, percent: float) -> float:
-    """Return a percentile from a cumulative histogram, interpolated between the two nearest ranks."""
-    rank = percent / 100 * (total - 1)
-    below = int(np.searchsorted(counts, math.floor(rank), side="right"))
-    above = int(np.searchsorted(counts, math.ceil(rank), side="right"))
-    return below + (above - below) * (rank - math.floor(rank))
 
 
 def _checked(pixels: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:

@@ -33,10 +33,8 @@ def list_files(address: str | Path, *, folders_as_files: tuple[str, ...] = ()) -
     ``address`` may also be one file, for example behind ``https://``. ``folders_as_files`` are suffixes of folders that
     are one input each, such as ``.zarr``: listed, but not searched.
 
-    Raises
-    ------
-    ImageError
-        If the folder cannot be listed, two names differ only in their Unicode form, or a name is not Unicode.
+    Raise ImageError if the folder cannot be listed, two names differ only in their Unicode form, or a name is not
+    Unicode.
     """
     root, local, is_web = str(address), local_path(address), str(address).startswith(WEB)
     if local is not None:
@@ -160,8 +158,6 @@ class NamePattern:
 
     Attributes
     ----------
-    names
-        Field names, in the order of the pattern.
     num_literal
         Number of literal characters: if two patterns match a path, the one with more of them is the more specific.
     """
@@ -175,10 +171,8 @@ class NamePattern:
     def parse(cls, text: str) -> "NamePattern":
         """Compile a pattern.
 
-        Raises
-        ------
-        ImageError
-            If it is not a relative path, has no field, an invalid field name, an unpaired brace, or ``**`` elsewhere.
+        Raise ImageError if it is not a relative path, has no field, an invalid field name, an unpaired brace, or ``**``
+        elsewhere.
         """
         rest = unicodedata.normalize("NFC", text).removeprefix("./")  # the form of listed names
         regex, num_literal = "", 0
@@ -200,14 +194,8 @@ class NamePattern:
         literal = re.sub(r"\{[^\W\d]\w*\}", "", rest)
         for is_wrong, problem in (
             ("**" in rest, "'**/' is only allowed at the start"),
-            (
-                rest.startswith("/") or "://" in rest,
-                "expected a path relative to the input, such as {well}_{channel}.tif",
-            ),
-            (
-                "{" in literal or "}" in literal,
-                "expected fields such as {well}: letters, digits and _ in a pair of braces",
-            ),
+            (rest.startswith("/") or "://" in rest, "expected a path relative to the input, as {well}_{channel}.tif"),
+            (set("{}") & set(literal), "expected fields such as {well}: letters, digits and _ in a pair of braces"),
             (not names, "no field; expected at least one, such as {well} or {name}"),
         ):
             if is_wrong:

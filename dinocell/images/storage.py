@@ -40,10 +40,7 @@ def open_bytes(path: str | Path, *, first: int | None = None) -> bytes:
     Buckets are read without signing in, as public archives allow, unless the environment names an AWS key or profile.
     A server that does not answer, or closes the connection early, is tried four times in about ten seconds.
 
-    Raises
-    ------
-    ImageError
-        If it cannot be read; one line that names the file.
+    Raise ImageError if it cannot be read; one line that names the file.
     """
     local = local_path(path)
     if local is None:
@@ -105,13 +102,12 @@ def download(
     OSError
         If ``target`` cannot be written.
     """
-
-    def attempt(part: Path) -> str:
-        with part.open("wb") as file:
-            return copy_remote(url, file, num_bytes=max_bytes, shown=shown, progress=progress)
-
+    digest = ""
     with replacing(target) as part:
-        return _retrying(attempts)(attempt, part)
+        for attempt in _retrying(attempts):
+            with attempt, part.open("wb") as file:
+                digest = copy_remote(url, file, num_bytes=max_bytes, shown=shown, progress=progress)
+    return digest
 
 
 def copy_remote(

@@ -94,8 +94,19 @@ class _Series:
         # The remaining axes in the order channel, sample, row, column; the first two become channels.
         axes = [axis for axis in self._axes if axis in "CSYX"]
         pixels = pixels.transpose([axes.index(axis) for axis in "CSYX" if axis in axes])
-        pixels = pixels.reshape(-1, *pixels.shape[-2:])
-        return self._image(pixels)
+        pixels = native(pixels.reshape(-1, *pixels.shape[-2:]))
+        if self._photometric == "MINISWHITE" and pixels.dtype.kind == "u":
+            # Stored with 0 as white: inverted, so that larger is brighter in every image. Not one-bit masks: tifffile
+            # writes all of them as MINISWHITE, with 1 for True.
+            pixels = ~pixels
+        names = self._channel_names
+        if self._photometric in ("RGB", "YCBCR") and "S" in self._axes and len(names) != len(pixels):
+            names = {3: COLOURS, 4: (*COLOURS, "alpha") if self._alpha else ()}.get(len(pixels), ())
+        if self._alpha and len(pixels) > 1 and is_constant(pixels[-1]):
+            pixels, names = pixels[:-1], names[: len(pixels) - 1]
+        if len(names) != len(pixels):
+            names = ()
+        return Image(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
 
     def _pixels(self, selection: tuple[Any, ...]) -> Shaped[np.ndarray, "..."]:
         series, page = self._series, self._series.keyframe
@@ -133,21 +144,6 @@ class _Series:
                 problem = _TRUNCATED
             if problem:
                 raise ImageError(problem)
-
-    def _image(self, pixels: Shaped[np.ndarray, "c h w"]) -> Image:
-        pixels = native(pixels)
-        if self._photometric == "MINISWHITE" and pixels.dtype.kind == "u":
-            # Stored with 0 as white: inverted, so that larger is brighter in every image. Not one-bit masks: tifffile
-            # writes all of them as MINISWHITE, with 1 for True.
-            pixels = ~pixels
-        names = self._channel_names
-        if self._photometric in ("RGB", "YCBCR") and "S" in self._axes and len(names) != len(pixels):
-            names = {3: COLOURS, 4: (*COLOURS, "alpha") if self._alpha else ()}.get(len(pixels), ())
-        if self._alpha and len(pixels) > 1 and is_constant(pixels[-1]):
-            pixels, names = pixels[:-1], names[: len(pixels) - 1]
-        if len(names) != len(pixels):
-            names = ()
-        return Image(pixels=pixels, channel_names=names, pixel_size_um=self._pixel_size_um)
 
 
 def _read_page(page: Any) -> Shaped[np.ndarray, "..."]:

@@ -4,6 +4,7 @@ Pairs that cannot be used are skipped, counted and listed with the reason. Nothi
 own subfolder, or, with a target size, images are scaled and padded to a square.
 """
 
+import io
 import json
 import os
 import re
@@ -78,8 +79,6 @@ def build_labelled(
     channel
         Keep this channel of each image, by index or name; ``mean``: see `Image.mean`. None keeps grey and RGB images
         and skips all others.
-    keep_empty
-        Keep images without a cell.
     strict
         Stop at the first pair that cannot be used, instead of skipping it.
     overwrite
@@ -148,29 +147,25 @@ class _SetWriter:
             groups[0]["folder"] = "."
         records = [record for group in groups for record in group["images"]]
         pixel_sizes = {record["pixel_size_um"] for record in records}
-        report = BuildReport(
-            output=output,
-            num_images=len(records),
-            num_cells=sum(record["num_cells"] for record in records),
-            sizes={(group["height"], group["width"]): len(group["images"]) for group in groups},
-            skipped=tuple(self.skipped),
-            notes={note: count for note, count in sorted(self._notes.items()) if count},
-        )
+        counts = {
+            "num_images": len(records),
+            "num_cells": sum(record["num_cells"] for record in records),
+            "notes": {note: count for note, count in sorted(self._notes.items()) if count},
+        }
         description = {
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
             "written_by": f"dinocell {__version__}",
             **settings,
-            "num_images": report.num_images,
-            "num_cells": report.num_cells,
+            **counts,
             "pixel_size_um": pixel_sizes.pop() if len(pixel_sizes) == 1 else None,
-            "notes": report.notes,
             "skipped": [skip._asdict() for skip in self.skipped],
             "groups": groups,
         }
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
         (self._folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
-        return report
+        sizes = {(group["height"], group["width"]): len(group["images"]) for group in groups}
+        return BuildReport(output=output, sizes=sizes, skipped=tuple(self.skipped), **counts)
 
 
 class _Example(NamedTuple):
@@ -250,9 +245,8 @@ def _scaled(
         return pixels, labels
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     # Nearest by pixel centres, by indexing: cv2 does not resize int32.
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), labels.shape, strict=True)
-    )
+    rows = ((np.arange(height) + 0.5) * labels.shape[0] / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * labels.shape[1] / width).astype(int)
     return np.asarray(cv2.resize(pixels, (width, height), interpolation=method)), labels[np.ix_(rows, columns)]
 
 
@@ -265,11 +259,11 @@ class _SizeWriter:
 
     def __init__(self, folder: Path, height: int, width: int) -> None:
         folder.mkdir()
-        self._folder, self._shape = folder, (height, width)
         self._images = _GrowingArray(folder / "imgs.npy", np.dtype(np.uint8), (height, width, 3))
         self._labels = _GrowingArray(folder / "anns.npy", np.dtype(np.int16), (height, width))
         self._distance = _GrowingArray(folder / "dist_maps.npy", np.dtype(np.float32), (height, width))
         self._records: list[dict[str, Any]] = []
+        self._entry = {"folder": folder.name, "height": height, "width": width, "images": self._records}
 
     def append(self, example: _Example) -> None:
         if example.labels.max() > np.iinfo(self._labels.dtype).max:
@@ -283,22 +277,25 @@ class _SizeWriter:
         """Complete the files; return their entry in ``dataset.json``."""
         for array in (self._images, self._labels, self._distance):
             array.finish()
-        height, width = self._shape
-        return {"folder": self._folder.name, "height": height, "width": width, "images": self._records}
+        return self._entry
 
 
 class _GrowingArray:
-    """A .npy file whose first axis grows; its header, of fixed length, is written last.
+    """A .npy file whose first axis grows: NumPy leaves room for its length in the header, which is written last.
 
     The file is open only during writes: a set may have more sizes than a process may have open files.
     """
 
-    _HEADER_BYTES = 256  # a multiple of 64, so that the data is aligned
-
     def __init__(self, path: Path, dtype: np.dtype[Any], item_shape: tuple[int, ...]) -> None:
         self.dtype = dtype
         self._path, self._item_shape, self._count = path, item_shape, 0
-        path.write_bytes(bytes(self._HEADER_BYTES))
+        path.write_bytes(bytes(len(self._header())))  # no array yet, if the build is killed
+
+    def _header(self) -> bytes:
+        header = io.BytesIO()
+        shape = (self._count, *self._item_shape)
+        np.lib.format.write_array_header_1_0(header, {"descr": self.dtype.str, "fortran_order": False, "shape": shape})
+        return header.getvalue()
 
     def append(self, item: Shaped[np.ndarray, "..."]) -> None:
         """Add one item, converted to the type of the array."""
@@ -309,11 +306,8 @@ class _GrowingArray:
 
     def finish(self) -> None:
         """Write the header, and flush everything to the disk."""
-        shape = (self._count, *self._item_shape)
-        content = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': {shape!r}, }}".encode("ascii")
-        length = self._HEADER_BYTES - 10
         with self._path.open("r+b") as file:
-            file.write(b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + content.ljust(length - 1) + b"\n")
+            file.write(self._header())
             file.flush()
             os.fsync(file.fileno())
 
@@ -331,11 +325,10 @@ class _GrowingArray:
 @contextmanager
 def _folder_when_done(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a hidden folder next to ``output``; rename it to that on success, remove it on failure."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        is_set = output.is_dir() and _is_labelled_set(output)
-        if not (is_set and overwrite):
-            advice = "add --overwrite to replace it" if is_set else "not a labelled set only, choose another output"
-            raise ImageError(f"{output}: exists; {advice}")
+    is_set = output.is_dir() and _is_labelled_set(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not (is_set and overwrite):
+        advice = "add --overwrite to replace it" if is_set else "not a labelled set only, choose another output"
+        raise ImageError(f"{output}: exists; {advice}")
     target = output.resolve()  # a link is kept, and its target is replaced
     building = target.with_name(f".{target.name}.building")
     old = target.with_name(f".{target.name}.old")

@@ -64,13 +64,17 @@ class LabelledSet:
         self.description: dict[str, Any] = _read_description(folder)
         folders = _array_folders(folder)
         keep_open = len(folders) <= _MAX_OPEN_FOLDERS
-        self._groups = [_Group(path, self._records(path), keep_open=keep_open) for path in folders]
+        records = {group["folder"]: list(group["images"]) for group in self.description.get("groups", ())}
+        self._groups = []
+        for path in folders:
+            of_group = records.get("." if path == folder else path.name, []) if self.description else None
+            self._groups.append(_Group(path, of_group, keep_open=keep_open))
         self._first = np.cumsum([0, *(len(group) for group in self._groups)])
 
     @property
     def names(self) -> list[str]:
         """The name of every image, in order."""
-        return [group.name(index) for group in self._groups for index in range(len(group))]
+        return [str(record["name"]) for group in self._groups for record in group.records]
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -83,12 +87,6 @@ class LabelledSet:
     def __reduce__(self) -> tuple[Any, ...]:
         # A data loader's worker opens the files again; NumPy would pickle their whole content.
         return open_labelled, (self.folder,)
-
-    def _records(self, path: Path) -> list[dict[str, Any]] | None:
-        if not self.description:
-            return None
-        name = "." if path == self.folder else path.name
-        return next((list(group["images"]) for group in self.description["groups"] if group["folder"] == name), [])
 
 
 def open_labelled(folder: str | Path) -> LabelledSet:
@@ -103,31 +101,29 @@ class _Group:
     """The arrays of one folder."""
 
     def __init__(self, folder: Path, records: list[dict[str, Any]] | None, *, keep_open: bool) -> None:
-        self._folder, self._records = folder, records
+        self._folder = folder
         arrays = self._map()
+        numbered: list[dict[str, Any]] = [{"name": f"{index:06d}"} for index in range(len(arrays[0]))]
+        self.records = numbered if records is None else records
         self._check(*arrays)
-        self._length = len(arrays[0])
         self._kept = arrays if keep_open else None
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.records)
 
     def _map(self) -> tuple[_MappedArray, _MappedArray, _MappedArray | None]:
         images, labels, distance = (self._folder / f"{name}.npy" for name in ("imgs", "anns", "dist_maps"))
         return _mapped(images), _mapped(labels), _mapped(distance) if distance.exists() else None
 
-    def name(self, index: int) -> str:
-        return f"{index:06d}" if self._records is None else str(self._records[index]["name"])
-
     def read(self, index: int) -> LabelledImage:
-        record = self._records[index] if self._records is not None else {}
+        record = self.records[index]
         all_images, all_labels, all_distances = self._kept or self._map()
         height, width = record.get("valid", all_images.shape[1:3])
         image = all_images[index][:height, :width]
         labels = all_labels[index][..., :height, :width]
         if labels.dtype.kind == "i" and labels.min(initial=0) < 0:  # ids beyond 32,767 in SAMCell's int16
             raise ImageError(
-                f"{self._folder}: anns.npy, image {self.name(index)}: negative labels (minimum {labels.min()}), "
+                f"{self._folder}: anns.npy, image {record['name']}: negative labels (minimum {labels.min()}), "
                 "possibly ids beyond the range of the type; save them as int32"
             )
         distance = all_distances[index][:height, :width] if all_distances is not None else None
@@ -137,13 +133,13 @@ class _Group:
             labels=labels if labels.ndim == 2 else labels[0],
             distance=distance,
             crowd=None if labels.ndim == 2 else labels[1] != 0,
-            name=self.name(index),
+            name=str(record["name"]),
             pixel_size_um=record.get("pixel_size_um"),
         )
 
     def _check(self, images: _MappedArray, labels: _MappedArray, distance: _MappedArray | None) -> None:
         size = (len(images), *images.shape[1:3])
-        names = len(images) if self._records is None else len(self._records)
+        names = len(self.records)
         image_text, label_text, distance_text = (
             f"{name}.npy is {values.dtype} of {values.shape}" if values is not None else ""
             for name, values in (("imgs", images), ("anns", labels), ("dist_maps", distance))

@@ -21,15 +21,8 @@ def labels_to_distance(labels: Integer[np.ndarray, "h w"]) -> Float32[np.ndarray
     separately. Equal within 1e-6 to that loop with SciPy's exact transform (SAMCell's notebook uses OpenCV's 3x3
     approximation). Ids may have gaps and any value that their type allows; 0 is background.
 
-    Raises
-    ------
-    ValueError
-        If ``labels`` is not of an integer type, or has negative ids.
-
-    Warns
-    -----
-    UserWarning
-        If one label fills the whole image: it has no boundary, and the result is 1 everywhere.
+    Raise ValueError if ``labels`` is not of an integer type, or has negative ids. Warn if one label fills the whole
+    image: it has no boundary, and the result is 1 everywhere.
     """
     distance = distance_to_boundary(labels)
     if distance.size == 0:

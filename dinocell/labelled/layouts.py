@@ -52,17 +52,22 @@ def livecell_pairs(folder: Path, *, split: str | None = None, annotations: Path 
         The JSON file; by default, and without a split, the only JSON file below the folder.
     """
     _check_folder(folder)
-    path = annotations or _annotation_file(folder, split)
-    images, by_image = read_coco(path)
     paths_by_name: dict[str, list[Path]] = {}
     for file in _files(folder):
-        if file.name.lower().endswith(IMAGE_SUFFIXES):
-            paths_by_name.setdefault(file.name.rpartition("/")[2], []).append(Path(file.path))
+        paths_by_name.setdefault(file.name.rpartition("/")[2], []).append(Path(file.path))
+    if annotations is None:
+        name = f"livecell_coco_{split}.json" if split else "*.json"
+        found = [path for key, paths in paths_by_name.items() if fnmatchcase(key, name) for path in paths]
+        if len(found) != 1:
+            files = f"{len(found) or 'no'} files {name}"
+            reject("no pairs", f"{folder}: {files} below it; name the file with --annotations")
+        annotations = found[0]
+    images, by_image = read_coco(annotations)
     pairs = []
     for image in images:
         # Looked up, never joined: a file_name such as ../../x must not lead out of the folder.
         name = nfc(image["file_name"].replace("\\", "/"))
-        paths = paths_by_name.get(name.rpartition("/")[2], [])
+        paths = paths_by_name.get(name.rpartition("/")[2], []) if name.lower().endswith(IMAGE_SUFFIXES) else []
         if len(paths) > 1:
             paths = [path for path in paths if nfc(path.as_posix()).endswith("/" + name)] or paths
         pairs.append(Pair(name=name, read=partial(_read_coco_pair, name, paths, image, by_image[image["id"]])))
@@ -193,14 +198,6 @@ def _read_coco_pair(
 def _check_single(name: str, what: str, paths: list[Path]) -> None:
     if len(paths) > 1:
         reject("several files", f"{name}: {len(paths)} {what} of that name, such as {paths[0]} and {paths[1]}")
-
-
-def _annotation_file(folder: Path, split: str | None) -> Path:
-    name = f"livecell_coco_{split}.json" if split else "*.json"
-    paths = [Path(file.path) for file in _files(folder) if fnmatchcase(file.name.rpartition("/")[2], name)]
-    if len(paths) != 1:
-        reject("no pairs", f"{folder}: {len(paths) or 'no'} files {name} below it; name the file with --annotations")
-    return paths[0]
 
 
 def _frames(folder: Path, prefix: str) -> dict[int, Path]:

@@ -98,11 +98,8 @@ class Source(Protocol):
 def read_field(field: Field) -> Image:
     """Read all channels of a field.
 
-    Raises
-    ------
-    ImageError
-        If a file cannot be read, has another number of channels than the source expects, or differs from the field's
-        first file in size or type; the message names the file.
+    Raise ImageError if a file cannot be read, has another number of channels than the source expects, or differs from
+    the field's first file in size or type; the message names the file.
     """
     images = [_read_file(file) for file in field.files]
     first = images[0]
@@ -241,9 +238,7 @@ def group_fields(
     channels
         Which channels, in which order: ``CHANNEL`` as in the files, or ``CHANNEL=NAME``. Empty uses all.
     missing
-        Whether a field that lacks one of the channels is kept or rejected.
-    pixel_size_um
-        Of all fields; None uses the files' own.
+        What happens to a field that lacks one of the channels.
 
     Raises
     ------
@@ -266,14 +261,13 @@ def group_fields(
         in_field = by_field[field_id]
         present = [in_field[channel] for channel in names if channel in in_field]
         absent = tuple(common[channel] for channel in names if channel not in in_field)
-        if not present:
-            reason = f"none of the chosen channels; it has {next(iter(in_field.values())).path}"
-        else:
-            reason = f"no {', '.join(absent)} for {present[0].path}"
-        if not present or (absent and missing == "reject"):
-            yield Rejected(input=field_id, kind="missing channel", reason=reason)
-        else:
+        if present and (not absent or missing == "keep"):
             yield _make_field(present, names, absent, pixel_size_um)
+            continue
+        reason = f"none of the chosen channels; it has {next(iter(in_field.values())).path}"
+        if present:
+            reason = f"no {', '.join(absent)} for {present[0].path}"
+        yield Rejected(input=field_id, kind="missing channel", reason=reason)
 
 
 def select_channels(requested: Sequence[str], available: Collection[str]) -> dict[str, str]:

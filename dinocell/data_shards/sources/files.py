@@ -1,7 +1,7 @@
 """Fields from image files alone: one file with all channels, single-channel images, or a pattern of file names."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dinocell.data_shards.sources.field import (
@@ -93,31 +93,23 @@ def _list_fields(
     )
     yield from others
     for file, _ in matched:
-        if frames_as == "fields":
-            yield from _list_frames(file, channels, layout, pixel_size_um)
-        else:
-            whole = FieldFile(
-                path=file.path, channels=channels, layout=layout, frames_as_channels=frames_as == "channels"
-            )
+        whole = FieldFile(path=file.path, channels=channels, layout=layout, frames_as_channels=frames_as == "channels")
+        try:
+            num_frames = count_frames(file.path) if frames_as == "fields" else 1
+        except ImageError as error:
+            yield Rejected(input=file.name, kind="unreadable", reason=str(error))
+            continue
+        if num_frames == 1:
             yield Field(id=file.name, files=(whole,), pixel_size_um=pixel_size_um)
-
-
-def _list_frames(
-    file: Listed, channels: tuple[str, ...], layout: Layout, pixel_size_um: float | None
-) -> Iterator[Field | Rejected]:
-    try:
-        num_frames = count_frames(file.path)
-    except ImageError as error:
-        yield Rejected(input=file.name, kind="unreadable", reason=str(error))
-        return
-    digits = len(str(num_frames - 1))
-    for frame in range(num_frames):
-        yield Field(
-            id=file.name if num_frames == 1 else f"{file.name}/{frame:0{digits}d}",
-            files=(FieldFile(path=file.path, channels=channels, layout=layout, frame=frame),),
-            labels={} if num_frames == 1 else {"frame": frame},
-            pixel_size_um=pixel_size_um,
-        )
+            continue
+        digits = len(str(num_frames - 1))
+        for frame in range(num_frames):
+            yield Field(
+                id=f"{file.name}/{frame:0{digits}d}",
+                files=(replace(whole, frame=frame),),
+                labels={"frame": frame},
+                pixel_size_um=pixel_size_um,
+            )
 
 
 _RESERVED = ("plate", "well", "site", "channel", "")

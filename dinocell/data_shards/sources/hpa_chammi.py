@@ -135,6 +135,9 @@ class _HpaTableSource:
                     yield rows.field(line, row, f"{split.folder}/{name}", self.channels)
 
 
+_VARIED, _FIXED = "varied_size_masked_single_cells", "fixed_size_masked_single_cells"
+
+
 @dataclass(frozen=True, kw_only=True)
 class HpaOneSource(_HpaTableSource):
     """HPAone: single cells of the Human Protein Atlas (BioStudies S-BIAD2443).
@@ -153,18 +156,9 @@ class HpaOneSource(_HpaTableSource):
     split: str = "all"
 
     splits: ClassVar[Mapping[str, _Split]] = {
-        "all": _Split(
-            "varied_size_masked_single_cells_pretrain_20240507.csv",
-            "img_path",
-            "varied_size_masked_single_cells_HPA",
-            has_subfolders=True,
-        ),
-        "train": _Split(
-            "fixed_size_masked_single_cells_pretrain_20240507.csv", "file", "fixed_size_masked_single_cells_HPA"
-        ),
-        "val": _Split(
-            "fixed_size_masked_single_cells_evaluation_20240507.csv", "file", "fixed_size_masked_single_cells_HPA"
-        ),
+        "all": _Split(f"{_VARIED}_pretrain_20240507.csv", "img_path", f"{_VARIED}_HPA", has_subfolders=True),
+        "train": _Split(f"{_FIXED}_pretrain_20240507.csv", "file", f"{_FIXED}_HPA"),
+        "val": _Split(f"{_FIXED}_evaluation_20240507.csv", "file", f"{_FIXED}_HPA"),
     }
 
 

@@ -53,13 +53,11 @@ class LoadDataSource:
         for table in tables:
             columns = _image_columns(table)
             channels |= dict.fromkeys(columns)
-            read_row = _RowReader(table, columns, self.id_columns, root, folders)
-            for line, row in table.rows():
-                result = read_row(row)
-                if isinstance(result, _Problem):
-                    yield Rejected(input=f"{base_name(table.address)}:{line}", kind=result.kind, reason=result.reason)
+            for row_files in _read_rows(table, columns, self.id_columns, root, folders):
+                if isinstance(row_files, Rejected):
+                    yield row_files
                 else:
-                    files += result
+                    files += row_files
         if not files:
             hint = f"; {next(iter(folders))} is not in {root}: --input must be the images' folder" if folders else ""
             raise ImageError(f"{', '.join(table.address for table in tables)}: no row has existing files{hint}")
@@ -73,50 +71,8 @@ class LoadDataSource:
         )
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Why a row gives no field."""
-
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ImageColumns:
-    """The columns of one channel: a file name and a folder, or an address; and the frame of the file."""
-
-    file: str | None
-    folder: str | None
-    url: str | None
-    frame: str | None
-    series: str | None
-
-    def split_path(self, row: Row) -> tuple[str, str]:
-        """Return folder and file name; empty if the row has none."""
-        if self.file:
-            return (row[self.folder].strip() if self.folder else ""), row[self.file].strip()
-        url = row[self.url or ""].strip()
-        if url.startswith("file:"):
-            url = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
-        folder, _, name = url.replace("\\", "/").rpartition("/")
-        return folder, name
-
-    def path(self, folder: str, name: str) -> str:
-        """Return the path or address of a file; an address in the table is used verbatim."""
-        return join(folder, name) if self.file or "://" not in folder else f"{folder}/{name}"
-
-    def read_frame(self, row: Row) -> int | _Problem | None:
-        """Return the frame of the row, if any; series within a file are not supported."""
-        series, frame = (row[column].strip() if column else "" for column in (self.series, self.frame))
-        if series not in ("", "0"):
-            return _Problem("unmatched", f"{self.series} is {series}; series cannot be selected, export them to files")
-        if frame and not frame.isdecimal():
-            return _Problem("unmatched", f"{self.frame} is {frame!r}; expected a number from 0")
-        return int(frame) if frame else None
-
-
-def _image_columns(table: Table) -> dict[str, _ImageColumns]:
-    """Return the columns of each channel, in the table's order."""
+def _image_columns(table: Table) -> dict[str, str]:
+    """Return the channels, in the table's order, and what their columns are named after: ``OrigDNA`` for ``DNA``."""
     for kind in ("FileName_", "URL_"):
         names = [column.removeprefix(kind) for column in table.columns if column.startswith(kind)]
         names = [name for name in names if not name.startswith("Illum")]
@@ -125,70 +81,67 @@ def _image_columns(table: Table) -> dict[str, _ImageColumns]:
             break
     else:
         table.require("FileName_Orig... or URL_Orig...")
-
-    def column(prefix: str, name: str) -> str | None:
-        return f"{prefix}{name}" if f"{prefix}{name}" in table.columns else None
-
-    return {
-        name.removeprefix("Orig") if original else name: _ImageColumns(
-            file=column("FileName_", name),
-            folder=column("PathName_", name),
-            url=column("URL_", name),
-            frame=column("Frame_", name),
-            series=column("Series_", name),
-        )
-        for name in original or names
-    }
+    return {name.removeprefix("Orig"): name for name in original} or {name: name for name in names}
 
 
-class _RowReader:
-    """Reads the channels' files of a row; ``folders`` caches the actual folder of each folder in the tables."""
-
-    def __init__(
-        self,
-        table: Table,
-        columns: Mapping[str, _ImageColumns],
-        id_columns: Sequence[str],
-        root: str,
-        folders: dict[str, str | None],
-    ) -> None:
-        self._columns, self._root, self._folders = columns, root, folders
-        self._plate_columns = table.plate_columns()
-        self._id_columns = [table.column_like(column.lower()) or column for column in id_columns]
-        table.require(*self._id_columns)
-        if not id_columns and {"well", "site"} <= self._plate_columns.keys():
-            self._id_columns = list(self._plate_columns.values())
-
-    def __call__(self, row: Row) -> list[ChannelFile] | _Problem:
-        location: dict[str, Any] = {key: row[column] for key, column in self._plate_columns.items() if row[column]}
-        labels = row_labels(row, without=self._plate_columns.values(), prefix="Metadata_")
-        id_parts = [row[column] for column in self._id_columns]
+def _read_rows(
+    table: Table, columns: Mapping[str, str], id_columns: Sequence[str], root: str, folders: dict[str, str | None]
+) -> Iterator[list[ChannelFile] | Rejected]:
+    """Yield the channels' files of each row; ``folders`` caches the actual folder of each folder in the tables."""
+    plate_columns = table.plate_columns()
+    id_columns = [table.column_like(column.lower()) or column for column in id_columns]
+    table.require(*id_columns)
+    if not id_columns and {"well", "site"} <= plate_columns.keys():
+        id_columns = list(plate_columns.values())
+    for line, row in table.rows():
+        location: dict[str, Any] = {key: row[column] for key, column in plate_columns.items() if row[column]}
+        labels = row_labels(row, without=plate_columns.values(), prefix="Metadata_")
+        id_parts = [row[column] for column in id_columns]
         field_id = "/".join(id_parts) if any(id_parts) else ""
         files: list[ChannelFile] = []
-        for channel, columns in self._columns.items():
-            listed_folder, name = columns.split_path(row)
+        kind, reason = "missing channel", "no file name in any channel's column"
+        for channel, column in columns.items():
+            listed_folder, name = _listed_file(row, column)
             if not name:
                 continue
             key = listed_folder.replace("\\", "/").rstrip("/")
-            if key not in self._folders:
-                self._folders[key] = _find_folder(key, name, self._root)
-            folder, frame = self._folders[key], columns.read_frame(row)
+            if key not in folders:
+                folders[key] = _find_folder(key, name, root)
+            folder = folders[key]
+            series, frame = (row.get(f"{prefix}_{column}", "").strip() for prefix in ("Series", "Frame"))
+            kind, reason = "unmatched", ""
             if folder is None:
-                return _Problem("missing folder", f"{listed_folder}: neither it nor an end of it in the input exists")
-            if isinstance(frame, _Problem):
-                return frame
+                kind, reason = "missing folder", f"{listed_folder}: neither it nor an end of it in the input exists"
+            elif series not in ("", "0"):
+                reason = f"Series_{column} is {series}; series cannot be selected, export them to files"
+            elif frame and not frame.isdecimal():
+                reason = f"Frame_{column} is {frame!r}; expected a number from 0"
+            if folder is None or reason:
+                break
             field_id = field_id or name
+            is_verbatim = f"FileName_{column}" not in row and "://" in folder  # an address in the table
             files.append(
                 ChannelFile(
                     field_id=field_id,
                     channel=channel,
-                    path=columns.path(folder, name),
-                    frame=frame,
+                    path=f"{folder}/{name}" if is_verbatim else join(folder, name),
+                    frame=int(frame) if frame else None,
                     labels=labels,
                     **location,
                 )
             )
-        return files or _Problem("missing channel", "no file name in any channel's column")
+        yield Rejected(input=f"{base_name(table.address)}:{line}", kind=kind, reason=reason) if reason else files
+
+
+def _listed_file(row: Row, column: str) -> tuple[str, str]:
+    """Return folder and file name of a channel; empty if the row has none."""
+    if (name := row.get(f"FileName_{column}")) is not None:
+        return row.get(f"PathName_{column}", "").strip(), name.strip()
+    url = row[f"URL_{column}"].strip()
+    if url.startswith("file:"):
+        url = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
+    folder, _, name = url.replace("\\", "/").rpartition("/")
+    return folder, name
 
 
 def _find_folder(folder: str, file: str, root: str) -> str | None:

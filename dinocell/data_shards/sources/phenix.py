@@ -1,21 +1,16 @@
 """Opera Phenix / Harmony exports: file names, and the channel names and pixel size of the Harmony index."""
 
+import io
 import posixpath
 import re
 import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-from dinocell.data_shards.sources.field import (
-    ChannelFile,
-    Field,
-    Missing,
-    Rejected,
-    group_fields,
-    match_files,
-)
+from dinocell.data_shards.sources.field import ChannelFile, Field, Missing, Rejected, group_fields, match_files
 from dinocell.errors import ImageError
 from dinocell.images.image import square_pixel
 from dinocell.images.listing import base_name, list_files, parent
@@ -69,10 +64,8 @@ class PhenixSource:
         ]
         metadata: dict[tuple[str, int], HarmonyChannel] = {}
         if not self.channels or self.pixel_size_um is None:
-            indexes: dict[str, str] = {}
-            for file in listed:
-                if file.name in is_index:
-                    indexes.setdefault(posixpath.dirname(file.name), file.path)  # Index.idx.xml is listed first
+            # Index.idx.xml is listed first, and preferred.
+            indexes = {posixpath.dirname(file.name): file.path for file in reversed(listed) if file.name in is_index}
             metadata = _read_indexes(files, indexes)
         yield from group_fields(
             _channel_files(self.input, files, metadata),
@@ -98,11 +91,11 @@ class _PhenixFile(NamedTuple):
 def _channel_files(
     address: str, files: Sequence[_PhenixFile], metadata: dict[tuple[str, int], "HarmonyChannel"]
 ) -> Iterator[ChannelFile]:
-    planes: dict[str, set[int]] = {}
-    times: dict[str, set[int]] = {}
+    planes: defaultdict[str, set[int]] = defaultdict(set)
+    times: defaultdict[str, set[int]] = defaultdict(set)
     for file in files:
-        planes.setdefault(file.folder, set()).add(file.plane)
-        times.setdefault(file.folder, set()).add(file.time)
+        planes[file.folder].add(file.plane)
+        times[file.folder].add(file.time)
     plate_folders = {folder: re.sub(r"(^|/)Images$", "", folder) for folder in planes}
     plates = {folder: _plate_name(address, plate_folder) for folder, plate_folder in plate_folders.items()}
     for file in files:
@@ -166,11 +159,9 @@ _INDEX_NAMES = ("Index.idx.xml", "Index.xml")
 _UM_PER_METRE = 1e6
 # The index of a 384-well plate has 100 MB; its first megabytes name all channels.
 _HEAD_BYTES = 4 << 20
-_CHUNK_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class HarmonyChannel:
+class HarmonyChannel(NamedTuple):
     """A channel in the microscope's metadata; ``pixel_size_um`` is None if it is absent or differs between axes."""
 
     name: str
@@ -179,35 +170,24 @@ class HarmonyChannel:
 
 def read_harmony_channels(path: str, channels: Collection[int]) -> dict[int, HarmonyChannel]:
     """Return the metadata of these channels, as far as they are in the index; reading stops when all are found."""
-    found: dict[int, HarmonyChannel] = {}
     for first in (_HEAD_BYTES, None):
         content = open_bytes(path, first=first)
         is_whole = first is None or len(content) < first
+        found: dict[int, HarmonyChannel] = {}
         try:
-            found = _parse_channels(content, channels, is_whole=is_whole)
+            for _, element in ElementTree.iterparse(io.BytesIO(content)):
+                if element.tag.rpartition("}")[2] in ("Image", "Entry"):
+                    _add_channel(element, found)
+                    element.clear()
+                    if found.keys() >= set(channels):
+                        break
         except (ElementTree.ParseError, ValueError) as error:
-            raise ImageError(
-                f"{path}: damaged ({error}); export it again, or remove it and use --channels and --pixel-size"
-            ) from error
-        if is_whole or len(found) == len(channels):
+            if is_whole:  # else the end is missing, or the whole file has this error too
+                raise ImageError(
+                    f"{path}: damaged ({error}); export it again, or remove it and use --channels and --pixel-size"
+                ) from error
+        if is_whole or found.keys() >= set(channels):
             break
-    return found
-
-
-def _parse_channels(content: bytes, channels: Collection[int], *, is_whole: bool) -> dict[int, HarmonyChannel]:
-    found: dict[int, HarmonyChannel] = {}
-    parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(("end",))
-    for start in range(0, len(content), _CHUNK_BYTES):
-        parser.feed(content[start : start + _CHUNK_BYTES])
-        for _, element in cast(Iterator[tuple[str, ElementTree.Element]], parser.read_events()):
-            if element.tag.rpartition("}")[2] in ("Image", "Entry"):
-                _add_channel(element, found)
-                element.clear()
-        if all(channel in found for channel in channels):
-            break
-    else:
-        if is_whole:
-            parser.close()  # raises ParseError if the end is missing
     return {channel: found[channel] for channel in channels if channel in found}
 
 
@@ -215,14 +195,11 @@ def _add_channel(element: ElementTree.Element, found: dict[int, HarmonyChannel])
     values = {part.tag.rpartition("}")[2]: (part.text or "").strip() for part in element}
     number = values.get("ChannelID") or element.get("ChannelID") or ""
     if number.isdecimal() and values.get("ChannelName"):
-        size = _pixel_size_um(values.get("ImageResolutionX"), values.get("ImageResolutionY"))
+        x_metres, y_metres = (values.get(f"ImageResolution{axis}") for axis in "XY")
+        size = square_pixel(float(x_metres), float(y_metres or x_metres)) if x_metres else None
+        # Twelve digits: 6.5E-07 m is 0.65 um, not 0.6499999999999999.
+        size = None if size is None else float(f"{size * _UM_PER_METRE:.12g}")
         found.setdefault(int(number), HarmonyChannel(name=values["ChannelName"], pixel_size_um=size))
-
-
-def _pixel_size_um(x_metres: str | None, y_metres: str | None) -> float | None:
-    size = square_pixel(float(x_metres), float(y_metres or x_metres)) if x_metres else None
-    # Twelve digits: 6.5E-07 m is 0.65 um, not 0.6499999999999999.
-    return None if size is None else float(f"{size * _UM_PER_METRE:.12g}")
 
 
 def _read_indexes(files: Sequence[_PhenixFile], indexes: dict[str, str]) -> dict[tuple[str, int], HarmonyChannel]:

@@ -98,11 +98,6 @@ def read_table(address: str) -> Table:
     return Table(address=address, columns=columns, text=text)
 
 
-def is_table(address: str) -> bool:
-    """Return whether this is a table, by its name."""
-    return address.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".txt"))
-
-
 def open_tables(address: str, tables: Sequence[str], *default_names: Sequence[str]) -> tuple[str, list[Table]]:
     """Return the folder of the images, and the tables: ``tables``, the input itself, or the first defaults that exist.
 
@@ -112,7 +107,7 @@ def open_tables(address: str, tables: Sequence[str], *default_names: Sequence[st
         Names of tables in the input, in the order in which they are tried.
     """
     problem = ""
-    if is_table(address):
+    if address.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".txt")):
         if not tables:
             return parent(address), [read_table(address)]
         problem = f"--input {address} is a table; give the folder of the images instead, or omit --table"
@@ -141,12 +136,9 @@ def row_labels(row: Row, *, without: Collection[str] = (), prefix: str = "") -> 
     return {
         column.removeprefix(prefix): _value(cell)
         for column, cell in row.items()
-        if cell.strip() and column.startswith(prefix) and column not in without and not _is_row_number(column)
+        if cell.strip() and column and not column.startswith("Unnamed: ")
+        if column.startswith(prefix) and column not in without
     }
-
-
-def _is_row_number(column: str) -> bool:
-    return not column or column.startswith("Unnamed: ")
 
 
 def _value(cell: str) -> LabelValue:
@@ -171,15 +163,13 @@ _KEYS = ("id", "plate", "well", "site")
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSource:
-    """A source whose fields get the other columns of a table's rows, such as a plate map, as labels.
+    """A source whose fields get the other columns of the table ``labels``, such as a plate map, as labels.
 
     Fields without a row stay unlabelled; labels of the source are replaced by those of the table. Rows without a key
     are skipped, as spreadsheets put them below a table.
 
     Attributes
     ----------
-    labels
-        The table.
     labels_key
         The columns that identify the fields of a row: ``COLUMN=plate``, ``=well``, ``=site`` or ``=id``; or just the
         column, if it has that name (also ``Metadata_Well``). Wells are compared as positions: ``A1`` is ``A01``.
