@@ -58,9 +58,9 @@ CELL_TYPES = (
 # a minute, although each stain shows them differently.
 CELL_LINES = (
     replace(CELL_TYPES[0], aspect=1.1, chromatin=0.2, mito_grain=0.9),
-    replace(CELL_TYPES[1], radius=0.72, aspect=4.2, arm=0.5, nucleus=0.5, nucleus_aspect=3.0, chromatin_grain=1.8,
+    replace(CELL_TYPES[1], radius=0.8, aspect=4.6, arm=0.5, nucleus=0.48, nucleus_aspect=3.0, chromatin_grain=1.8,
             reach=0.9, edge_actin=0.3, fibre_actin=1.8, mito_grain=1.7),
-    replace(CELL_TYPES[2], radius=0.5, nucleus=0.66, chromatin=0.6, chromatin_grain=0.8, edge_actin=1.6,
+    replace(CELL_TYPES[2], radius=0.48, nucleus=0.68, chromatin=0.6, chromatin_grain=0.8, edge_actin=1.6,
             mito_grain=2.4),
     replace(CELL_TYPES[3], radius=1.6, nucleus=0.38, chromatin=0.04, reach=1.2, golgi=0.6, mito_grain=0.45),
 )  # fmt: skip
