@@ -43,10 +43,7 @@ def add_set_arguments(parser: argparse.ArgumentParser, *, pair: bool = True) -> 
 def open_pair(options: argparse.Namespace) -> tuple["ImageSet", "ImageSet"]:
     """Open the training set and the test set.
 
-    Raises
-    ------
-    DinocellError
-        If the options select none or several.
+    A DinocellError if the options select none or several.
     """
     published = _published(options, "train", "test")
     if not published:
@@ -66,10 +63,7 @@ def open_queries(options: argparse.Namespace) -> "ImageSet":
 def open_one(options: argparse.Namespace) -> "ImageSet":
     """Open the set of ``--data`` or of a published set.
 
-    Raises
-    ------
-    DinocellError
-        If the options select none or several.
+    A DinocellError if the options select none or several.
     """
     published = _published(options, "data")
     return _open_part(options, published, options.split, is_alone=True) if published else open_set(options.data)

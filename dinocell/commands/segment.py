@@ -81,8 +81,15 @@ def _run(arguments: argparse.Namespace) -> None:
         raise DinocellError(f"--pixel-size: expected more than 0 micrometres, got {arguments.pixel_size:g}")
     files = find_images(inputs, without=arguments.output)
     from dinocell.eval.segmentation import batch  # after the quick checks: it imports the network
+    from dinocell.eval.segmentation.pipeline import DINOCellPipeline
+    from dinocell.finetune.model import DINOCell
+    from dinocell.finetune.segmenter_file import DEFAULT_MODEL, DEFAULT_MODEL_NOTICE
 
-    pipeline = _load_pipeline(arguments)
+    if arguments.model is None:
+        print(DEFAULT_MODEL_NOTICE, file=sys.stderr)
+    model = DINOCell.from_pretrained(arguments.model or DEFAULT_MODEL)
+    thresholds = {name: getattr(arguments, name) for name in ("cells_max", "cell_fill", "probability", "flow_error")}
+    pipeline = DINOCellPipeline(model, arguments.device, stride=arguments.stride, **thresholds)
     options = batch.SegmentOptions(
         output=arguments.output,
         products=frozenset(product for product in batch.ENDINGS if getattr(arguments, product)),
@@ -183,18 +190,6 @@ def _read_list(path: Path) -> list[str]:
     if not entries:
         raise DinocellError(f"{path}: the list {problem}")
     return entries
-
-
-def _load_pipeline(arguments: argparse.Namespace) -> "DINOCellPipeline":
-    from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-    from dinocell.finetune.model import DINOCell
-    from dinocell.finetune.segmenter_file import DEFAULT_MODEL, DEFAULT_MODEL_NOTICE
-
-    if arguments.model is None:
-        print(DEFAULT_MODEL_NOTICE, file=sys.stderr)
-    options = ("device", "cells_max", "cell_fill", "probability", "flow_error", "stride")
-    model = DINOCell.from_pretrained(arguments.model or DEFAULT_MODEL)
-    return DINOCellPipeline(model, **{name: getattr(arguments, name) for name in options})
 
 
 def _settings(pipeline: "DINOCellPipeline", arguments: argparse.Namespace) -> str:

@@ -109,12 +109,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def read_stored(schema: type, path: Path) -> dict[str, Any]:
     """Return the plain configuration that an earlier start stored, as this version would have stored it.
 
-    Renamed keys have their present names, and keys that were added since then have their defaults.
-
-    Raises
-    ------
-    ConfigError
-        As for `read_mapping`, or if a key is set under its former and its present name.
+    Renamed keys have their present names, and keys that were added since then have their defaults. A ConfigError as for
+    `read_mapping`, or if a key is set under its former and its present name.
     """
     with _errors_at(lambda _: str(path)):
         values, _ = schemas.present_keys(schema, read_mapping(path))

@@ -211,12 +211,8 @@ def present_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> t
     """Return nested values with former keys under their present names, and for each of these the former name.
 
     The module that defines a schema lists what changed, with dotted keys inside the schema: ``RENAMED_KEYS``, old to
-    new, and ``REMOVED_KEYS``, old to the one value that is still accepted because it changes nothing.
-
-    Raises
-    ------
-    MisfitError
-        If a key is set under both names, or a removed key to another value.
+    new, and ``REMOVED_KEYS``, old to the one value that is still accepted because it changes nothing. A MisfitError if
+    a key is set under both names, or a removed key to another value.
     """
     module = sys.modules.get(schema.__module__)
     renamed, removed = getattr(module, "RENAMED_KEYS", {}), getattr(module, "REMOVED_KEYS", {})

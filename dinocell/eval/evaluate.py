@@ -136,10 +136,7 @@ class ToolMethod:
 def segmenter_methods(sets: Sets, pipeline: DINOCellPipeline) -> list[Method]:
     """Return a segmenter's own postprocessing and the plain rule as methods.
 
-    Raises
-    ------
-    DinocellError
-        If a set has masks without images.
+    A DinocellError if a set has masks without images.
     """
     return _methods(_Predictor(pipeline), sets, pipeline)
 
@@ -205,10 +202,7 @@ def _check_images(sets: Sets) -> None:
 def tool_method(name: str, folder: Path, sets: Sets) -> ToolMethod:
     """Return the label images in a folder as a method.
 
-    Raises
-    ------
-    DinocellError
-        If a label image is missing, or several images of the sets would have the same one.
+    A DinocellError if a label image is missing, or several images of the sets would have the same one.
     """
     files = {dataset: find_predictions(folder, dataset, data_set.names) for dataset, data_set in sets.items()}
     counts = Counter(file for of_set in files.values() for file in of_set)
@@ -320,15 +314,12 @@ def score(
 ) -> Evaluation:
     """Score each method on each image of each set, and on all images pooled.
 
+    A DinocellError if the sets have no images, or a file is missing or does not fit.
+
     Parameters
     ----------
     num_worst
         Number of error images to draw.
-
-    Raises
-    ------
-    DinocellError
-        If the sets have no images, or a file is missing or does not fit.
     """
     total = sum(map(len, sets.values()))
     for is_wrong, problem in (
@@ -384,7 +375,8 @@ def score_with_programs(
 ) -> Evaluation:
     """Do what `score` does, and run the Cell Tracking Challenge's programs on each set as one sequence.
 
-    The programs get the labels that `score` gets: the masks as SEG and as TRA, every reference cell with its own id.
+    The programs get the labels that `score` gets: the masks as SEG and as TRA, every reference cell with its own id. A
+    DinocellError as `score`, or if a program cannot be run, or a set has more cells than the programs' 65,535 ids.
 
     Parameters
     ----------
@@ -392,11 +384,6 @@ def score_with_programs(
         Folder for the label images, 4 bytes per pixel.
     binary_path
         The folder of the programs ``SEGMeasure`` and ``DETMeasure``.
-
-    Raises
-    ------
-    DinocellError
-        As `score`, or if a program cannot be run, or a set has more cells than the programs' 65,535 ids.
     """
     check_programs(binary_path)
     for name, data_set in sets.items():

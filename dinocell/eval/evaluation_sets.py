@@ -80,16 +80,13 @@ class PairSet:
 def open_evaluation_set(folder: Path, *, encoding: Literal["labels", "regions"] = "labels") -> EvaluationSet:
     """Open a folder of any supported layout, recognised by its files; see `_LAYOUTS`.
 
+    A DinocellError if the layout is not supported, or a pair is incomplete or cannot be read.
+
     Parameters
     ----------
     encoding
         Encoding of the masks in ``masks/``: one integer per cell, or connected regions of one colour. Other layouts
         only support ``labels``.
-
-    Raises
-    ------
-    DinocellError
-        If the layout is not supported, or a pair is incomplete or cannot be read.
     """
     for is_wrong, problem in (
         (not folder.is_dir(), "no such folder"),
@@ -208,12 +205,8 @@ def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[P
 
     A name may itself end in an image suffix, which the label image's name need not repeat. Files are in
     ``folder/dataset`` if that exists, else in ``folder``. For ``01/007``, a frame of the Cell Tracking Challenge, the
-    file may also be ``01_RES/mask007.tif``.
-
-    Raises
-    ------
-    DinocellError
-        If the folder or files are missing, or a name has several files.
+    file may also be ``01_RES/mask007.tif``. A DinocellError if the folder or files are missing, or a name has several
+    files.
     """
     inside = folder / dataset if (folder / dataset).is_dir() else folder
     files: list[Path] = []

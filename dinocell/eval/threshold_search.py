@@ -6,7 +6,6 @@ Every grid point is scored exactly as if the maps were postprocessed with its pa
 `dinocell.eval.metrics.ctc`; `dinocell.eval.segmentation.pipeline` shares the work between points.
 """
 
-import csv
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ from dinocell.finetune.model import DINOCell
 from dinocell.finetune.targets import DistancePostprocessing, Postprocessing
 from dinocell.finetune.train import Scored
 from dinocell.labelled.dataset import LabelledImage
-from dinocell.runtime.files import replacing
+from dinocell.runtime.files import replacing, write_table
 
 Metric = Literal["op_csb", "seg", "det", "ap50", "f1_50"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -75,10 +74,7 @@ class GridSearch:
     def best(self) -> Postprocessing:
         """The parameters of the highest score; among ties, those whose grid neighbours score best.
 
-        Raises
-        ------
-        DinocellError
-            If no point has a score.
+        A DinocellError if no point has a score.
         """
         return replace(self.parameters, **self.best_point)  # type: ignore[arg-type]
 
@@ -106,12 +102,11 @@ class GridSearch:
 
     def write_csv(self, path: str | Path) -> None:
         """Write one row per grid point."""
-        with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*self.axes, *METRICS])
-            for place in product(*(range(len(values)) for values in self.axes.values())):
-                scores = (f"{self.scores[metric][place]:.6f}" for metric in METRICS)
-                writer.writerow([*map(_to_cell, self._values(place)), *scores])
+        rows = [[*self.axes, *METRICS]]
+        for place in product(*(range(len(values)) for values in self.axes.values())):
+            scores = (f"{self.scores[metric][place]:.6f}" for metric in METRICS)
+            rows.append([*map(_to_cell, self._values(place)), *scores])
+        write_table(Path(path), rows)
 
     def write_heat_map(self, path: str | Path) -> None:
         """Draw the metric over the first two parameters, at the best values of the others, as a PNG."""
@@ -167,6 +162,8 @@ def search(
 ) -> GridSearch:
     """Score every pair of thresholds of distance maps on a grid, over all images pooled.
 
+    A DinocellError if a range or a map is invalid, or maps and references do not fit together.
+
     Parameters
     ----------
     distances, references
@@ -184,11 +181,6 @@ def search(
         Threads; None: one per core. They do not change the result.
     progress
         Called with the number of completed floods and their total.
-
-    Raises
-    ------
-    DinocellError
-        If a range or a map is invalid, or maps and references do not fit together.
     """
     refinement = refinement or Refinement()
     merges = (refinement.merge_px,) if merge_px is None else merge_px
@@ -217,6 +209,8 @@ def search_parameters(
 ) -> GridSearch:
     """Score the postprocessing parameters of a target on a grid, over all images pooled.
 
+    A DinocellError if there is no such parameter or metric, or maps and references do not fit together.
+
     Parameters
     ----------
     maps, references
@@ -227,11 +221,6 @@ def search_parameters(
         Values of the parameters to vary, replacing those of the target's default grid.
     metric, workers, progress
         As in `search`.
-
-    Raises
-    ------
-    DinocellError
-        If there is no such parameter or metric, or maps and references do not fit together.
     """
     decoder = DECODERS[parameters.target]
     grid = dict(decoder.axes(parameters))

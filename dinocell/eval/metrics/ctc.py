@@ -170,10 +170,7 @@ def _score(counts: Counts, *, images: tuple[CTCScore, ...] = ()) -> CTCScore:
 def write_results(folder: Path, sequence: str, frames: Iterable[LabelImage], *, num_digits: int = 3) -> None:
     """Write predicted label images as ``01_RES/mask000.tif``, ..., with the same ids.
 
-    Raises
-    ------
-    ImageError
-        If an id exceeds 65,535, or a file cannot be written.
+    An ImageError if an id exceeds 65,535, or a file cannot be written.
     """
     _write_frames({"mask": folder / f"{sequence}_RES"}, frames, num_digits)
 
@@ -181,12 +178,8 @@ def write_results(folder: Path, sequence: str, frames: Iterable[LabelImage], *, 
 def write_reference(folder: Path, sequence: str, frames: Iterable[LabelImage], *, num_digits: int = 3) -> None:
     """Write reference label images to ``01_GT/SEG`` and ``01_GT/TRA``, with ``man_track.txt``.
 
-    The frames are independent images, not a time series: every cell of every frame gets an id of its own.
-
-    Raises
-    ------
-    ImageError
-        As `write_results`.
+    The frames are independent images, not a time series: every cell of every frame gets an id of its own. An ImageError
+    as in `write_results`.
     """
     tracks: list[str] = []
 
@@ -263,17 +256,14 @@ def check_programs(binary_path: Path) -> None:
 def official_scores(folder: Path, sequence: str, *, binary_path: Path, num_digits: int = 3) -> OfficialScores:
     """Run the challenge's ``SEGMeasure`` and ``DETMeasure`` on a sequence; they write logs to ``01_RES``.
 
+    A DinocellError if a program is missing, does not run, or prints no score.
+
     Parameters
     ----------
     binary_path
         The folder of the two programs, or the unpacked archive of the challenge (with ``Linux``, ``Mac`` and ``Win``).
     num_digits
         Digits of the frame numbers in the file names.
-
-    Raises
-    ------
-    DinocellError
-        If a program is missing, does not run, or prints no score.
     """
     scores = {}
     for name in ("SEG", "DET"):

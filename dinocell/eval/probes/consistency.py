@@ -41,17 +41,14 @@ class ChannelConsistency(NamedTuple):
 def channel_consistency(features: Float[Tensor, "b c d"], *, centre: bool = True) -> ChannelConsistency:
     """Compare the features of fields across channels.
 
+    A DinocellError if there are fewer than two fields or channels, or a feature is not finite.
+
     Parameters
     ----------
     features
         One row per field and channel.
     centre
         Subtract the mean of all features first, which removes what all images have in common.
-
-    Raises
-    ------
-    DinocellError
-        If there are fewer than two fields or channels, or a feature is not finite.
     """
     fields, channels, _ = features.shape
     for is_wrong, problem in (

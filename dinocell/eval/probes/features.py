@@ -21,7 +21,7 @@ from dinocell.errors import ConfigError, DinocellError
 from dinocell.eval.probes.image_sets import ImageSet, ProbeImage
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import World, barrier
-from dinocell.runtime.files import folder_lock, replacing, write_atomically
+from dinocell.runtime.files import folder_lock, replacing, write_atomically, write_table
 
 _log = logging.getLogger(__name__)
 _PLACE = "weights_from"
@@ -89,10 +89,7 @@ def default_channels(backbone: VisionTransformer) -> Channels:
 def to_input(image: ProbeImage, backbone: VisionTransformer, settings: FeatureSettings) -> Float[Tensor, "k c h w"]:
     """Return the model inputs of one image: resized, cropped, normalised by the model's input convention.
 
-    Raises
-    ------
-    DinocellError
-        If the channels, the image's size or the model's input convention do not fit.
+    A DinocellError if the channels, the image's size or the model's input convention do not fit.
     """
     assert image.pixels is not None
     pixels = torch.from_numpy(np.ascontiguousarray(image.pixels))
@@ -199,10 +196,7 @@ def extract(
 ) -> Features:
     """Extract the features of a set, or of its first ``limit`` images, into memory.
 
-    Raises
-    ------
-    DinocellError
-        If no image can be read, or the numbers of channels differ.
+    A DinocellError if no image can be read, or the numbers of channels differ.
     """
     stop = len(images) if limit is None else min(limit, len(images))
     good: list[tuple[ProbeImage, np.ndarray]] = []
@@ -260,6 +254,9 @@ def extract_to(
         rows.csv           one row per image: id and labels
         extraction.json    weights (content and path), set and settings; a folder of another is rejected
 
+    A DinocellError if the folder contains other features, another process is extracting them, or the folder cannot be
+    created; and as ``extract``.
+
     Parameters
     ----------
     weights
@@ -270,12 +267,6 @@ def extract_to(
         Ranks over which the images are distributed; each calls this, and all return the same.
     progress
         Called with the number of images that this rank has processed.
-
-    Raises
-    ------
-    DinocellError
-        If the folder contains other features, another process is extracting them, or the folder cannot be created;
-        and as ``extract``.
     """
     world = world or World()
     facts = {
@@ -388,10 +379,8 @@ def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
     write_atomically(folder / "problems.txt", "".join(f"{problem}\n" for problem in problems))
     columns = sorted({key for line in good for key in line["labels"]})
     # The table is the last file: its existence shows that the features are complete.
-    with replacing(folder / "rows.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as table:
-        writer = csv.writer(table)
-        writer.writerow(["id", *columns])
-        writer.writerows([line["id"], *(line["labels"].get(column, "") for column in columns)] for line in good)
+    rows = [[line["id"], *(line["labels"].get(column, "") for column in columns)] for line in good]
+    write_table(folder / "rows.csv", [["id", *columns], *rows])
     for part in folder.glob(".features-*"):  # also those of a start with another number of ranks
         part.unlink()
 
@@ -399,10 +388,7 @@ def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
 def read_features(folder: Path) -> Features:
     """Read features written by `extract_to`; values are memory-mapped.
 
-    Raises
-    ------
-    DinocellError
-        If the folder contains no complete features.
+    A DinocellError if the folder contains no complete features.
     """
     if not (folder / "rows.csv").exists():
         raise DinocellError(

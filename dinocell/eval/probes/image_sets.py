@@ -155,10 +155,7 @@ def _read(field: Field) -> ProbeImage:
 def to_unit(pixels: Shaped[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h w"]:
     """Scale channels to [0, 1]: 8 bit by 255, others by their percentiles 0.1 and 99.9.
 
-    Raises
-    ------
-    ImageError
-        If a value is not finite, or beyond float32.
+    An ImageError if a value is not finite, or beyond float32.
     """
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / 255
@@ -174,10 +171,7 @@ def to_unit(pixels: Shaped[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h w"]
 def labels_of(rows: Sequence[Mapping[str, LabelValue]], column: str, name: str) -> list[str]:
     """Return a column of labels as strings.
 
-    Raises
-    ------
-    DinocellError
-        If no image has it; the message lists the existing columns.
+    A DinocellError if no image has it; the message lists the existing columns.
     """
     if not any(column in row for row in rows):
         columns = sorted({key for row in rows for key in row})

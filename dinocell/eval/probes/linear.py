@@ -97,10 +97,7 @@ class Classifier:
     def scores(self, features: Shaped[Tensor, "n d"]) -> Float[Tensor, "n c"]:
         """Return the logits.
 
-        Raises
-        ------
-        DinocellError
-            If the features are not as wide as the classifier.
+        A DinocellError if the features are not as wide as the classifier.
         """
         if features.shape[1] != self.weight.shape[1]:
             raise DinocellError(
@@ -159,6 +156,8 @@ def train_grid(
 ) -> Classifiers:
     """Train every classifier of the grid.
 
+    A ConfigError if the loss does not fit the labels.
+
     Parameters
     ----------
     features
@@ -169,11 +168,6 @@ def train_grid(
         Indices of the features that the labels belong to; None: all of them.
     progress
         Called with the number of completed steps and their total.
-
-    Raises
-    ------
-    ConfigError
-        If the loss does not fit the labels.
     """
     if (settings.loss == "cross_entropy") != (labels.ndim == 1):
         kind = "class labels" if labels.ndim == 1 else "multi-label rows"

@@ -77,6 +77,8 @@ def whiten(
 ) -> Float[np.ndarray, "n d"]:
     """Whiten profiles, so that directions are comparable.
 
+    A DinocellError if there are fewer than two wells, or ``tvn`` has fewer than two controls on a plate.
+
     Parameters
     ----------
     method
@@ -87,11 +89,6 @@ def whiten(
         Wells of untreated cells; ``tvn`` requires them on every plate.
     regularisation
         Added to variances, as a share of their mean.
-
-    Raises
-    ------
-    DinocellError
-        If there are fewer than two wells, or ``tvn`` has fewer than two controls on a plate.
     """
     if method == "none":
         return profiles
@@ -139,6 +136,8 @@ def replicate_retrieval(
 ) -> Retrieval:
     """Measure the retrieval of replicates.
 
+    A DinocellError if no query has both a replicate and a well of another treatment on its plate.
+
     Parameters
     ----------
     control
@@ -147,11 +146,6 @@ def replicate_retrieval(
         Only replicates on other plates count; otherwise all others of the treatment.
     num_random
         Number of random rankings per pair of counts.
-
-    Raises
-    ------
-    DinocellError
-        If no query has both a replicate and a well of another treatment on its plate.
     """
     names, plate = np.asarray(treatments), np.asarray(plates)
     unit = profiles / np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)

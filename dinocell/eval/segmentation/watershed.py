@@ -129,12 +129,8 @@ def cut(flooded: Flooded, cell_fill: int | float) -> Int32[np.ndarray, "h w"]:
     all pixels above it. One case needs care: pixels of exactly equal height above ``cells_max`` leave scikit-image's
     heap in an order that also depends on the pixels around the peaks. If `flood` found that such a tie may decide a
     border, and the cut reaches it, the map is flooded again. This hardly ever happens on maps of continuous values, as
-    networks predict, but does on maps of a few hundred values if ``cell_fill`` is close to ``cells_max``.
-
-    Raises
-    ------
-    DinocellError
-        If ``cell_fill`` is not from ``lowest_fill`` to ``cells_max``.
+    networks predict, but does on maps of a few hundred values if ``cell_fill`` is close to ``cells_max``. A
+    DinocellError if ``cell_fill`` is not from ``lowest_fill`` to ``cells_max``.
     """
     if not flooded.lowest_fill <= cell_fill <= flooded.cells_max:
         raise DinocellError(
