@@ -14,7 +14,7 @@ from typing import Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import DinocellError, ImageError, require
 from dinocell.eval.metrics.ctc import frame_files
 from dinocell.images.image import Image
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, image_stem
@@ -88,15 +88,9 @@ def open_evaluation_set(folder: Path, *, encoding: Literal["labels", "regions"] 
         Encoding of the masks in ``masks/``: one integer per cell, or connected regions of one colour. Other layouts
         only support ``labels``.
     """
-    for is_wrong, problem in (
-        (not folder.is_dir(), "no such folder"),
-        (
-            encoding != "labels" and (_sequences(folder) or not _FOLDERS(folder)),
-            f"encoding {encoding!r} needs images/ and masks/",
-        ),
-    ):
-        if is_wrong:
-            raise DinocellError(f"{folder}: {problem}")
+    require(folder.is_dir(), f"{folder}: no such folder")
+    has_encoding = encoding == "labels" or (_FOLDERS(folder) and not _sequences(folder))
+    require(has_encoding, f"{folder}: encoding {encoding!r} needs images/ and masks/")
     if (folder / "imgs.npy").exists() or next(folder.glob("*/imgs.npy"), None) is not None:
         return open_labelled(folder)
     for matches, open_layout in _LAYOUTS:
@@ -134,8 +128,8 @@ def _open_ctc(folder: Path, _encoding: str) -> PairSet:
         has_images &= bool(raw)
         frames = frame_files(masks, "man_seg")
         for number, mask in frames.items():
-            if raw and number not in raw:
-                raise DinocellError(f"{parent / sequence}: no image of frame {number}, whose mask is {mask}")
+            problem = f"no image of frame {number}, whose mask is {mask}"
+            require(number in raw or not raw, f"{parent / sequence}: {problem}")
             name = f"{sequence}/{mask.stem.removeprefix('man_seg')}"
             read = partial(read_pair, name, raw[number], [mask], "labels") if raw else partial(_read_mask_only, mask)
             pairs.append(Pair(name=name, read=read))
@@ -167,9 +161,8 @@ def _open_folders(folder: Path, encoding: str) -> PairSet:
     images = [path for path in sorted((folder / "images").iterdir()) if has_image_name(path.name)]
     names = [image_stem(path.name) for path in images]
     repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated or not names:
-        listed = ", ".join(repeated[:_MAX_NAMES]) + " several times" if repeated else "none"
-        raise DinocellError(f"{folder / 'images'}: expected images with different names, got {listed}")
+    got = ", ".join(repeated[:_MAX_NAMES]) + " several times" if repeated else "none"
+    require(names and not repeated, f"{folder / 'images'}: expected images with different names, got {got}")
     masks = find_predictions(folder / "masks", "", names)
     return PairSet(
         pairs=tuple(
@@ -192,8 +185,6 @@ _LAYOUTS: Sequence[tuple[Callable[[Path], bool], Callable[[Path, str], PairSet]]
     (_has("*/images/*", "*/masks/*"), lambda folder, _: PairSet(pairs=tuple(dsb2018_pairs(folder)))),
 )
 
-
-# --- label images of other tools ------------------------------------------------------------------------------------
 
 # Appended to the image's name by `dinocell segment`, Cellpose and other tools.
 ENDINGS = ("", "_labels", "_cp_masks", "_masks", "_mask", "_label", "_pred", "_seg")

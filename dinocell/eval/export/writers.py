@@ -112,14 +112,11 @@ def write_geojson(path: Path, cells: Sequence[CellOutline], *, name: str) -> Non
 
 def _feature(cell: CellOutline, name: str) -> dict[str, Any]:
     polygons = [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in cell.fragments]
-    is_one = len(polygons) == 1
+    kind, coordinates = ("Polygon", polygons[0]) if len(polygons) == 1 else ("MultiPolygon", polygons)
     return {
         "type": "Feature",
         "id": str(uuid5(NAMESPACE_URL, f"{name}#{cell.label}")),
-        "geometry": {
-            "type": "Polygon" if is_one else "MultiPolygon",
-            "coordinates": polygons[0] if is_one else polygons,
-        },
+        "geometry": {"type": kind, "coordinates": coordinates},
         "properties": {"objectType": "detection", "name": f"cell {cell.label}"},
     }
 

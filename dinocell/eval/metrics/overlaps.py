@@ -71,9 +71,8 @@ def contingency_table(reference: LabelImage, prediction: LabelImage) -> Continge
     _check(reference, "reference")
     _check(prediction, "prediction")
     if reference.shape != prediction.shape:
-        raise ValueError(
-            f"expected a reference and a prediction of the same size, got {reference.shape} and {prediction.shape}"
-        )
+        got = f"got {reference.shape} and {prediction.shape}"
+        raise ValueError(f"expected a reference and a prediction of the same size, {got}")
     blocks = [_sum_pairs(*_runs(*block)) for block in _blocks(reference, prediction)]
     ids, others, pixels = _sum_pairs(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinocell.errors import ConfigError, DinocellError
+from dinocell.errors import ConfigError, DinocellError, require
 from dinocell.eval.probes.classification import Metric
 from dinocell.runtime.files import replacing
 
@@ -61,9 +61,8 @@ class LinearSettings:
             (min(counts) >= 1, "--epochs, --train-batch-size, --epoch-steps", "at least 1", counts),
             (0 < share < 1, "--validation-share", "a share between 0 and 1", (share,)),
         ):
-            if not is_valid:
-                got = ", ".join(f"{value:g}" for value in values) or "none"
-                raise ConfigError(f"{option}: expected {expected}, got {got}")
+            got = ", ".join(f"{value:g}" for value in values) or "none"
+            require(is_valid, f"{option}: expected {expected}, got {got}", ConfigError)
 
     @property
     def grid(self) -> list[tuple[float, float]]:
@@ -99,11 +98,9 @@ class Classifier:
 
         A DinocellError if the features are not as wide as the classifier.
         """
-        if features.shape[1] != self.weight.shape[1]:
-            raise DinocellError(
-                f"the classifier takes features of {self.weight.shape[1]} numbers, these have {features.shape[1]}: "
-                "another backbone, or other --n-last-blocks, --avgpool, --channels"
-            )
+        width, got = self.weight.shape[1], features.shape[1]
+        problem = f"the classifier takes features of {width} numbers, these have {got}"
+        require(got == width, f"{problem}: another backbone, or other --n-last-blocks, --avgpool, --channels")
         return F.linear(features.float(), self.weight, self.bias)
 
     def save(self, path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import false_discovery_control
 
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, require
 
 Whitening = Literal["none", "pca", "tvn"]
 
@@ -49,11 +49,9 @@ def check_wells(treatments: Sequence[str], plates: Sequence[str], wells: Sequenc
     treatment_of: dict[tuple[str, str], str] = {}
     for treatment, plate, well in zip(treatments, plates, wells, strict=True):
         other = treatment_of.setdefault((plate, well), treatment)
-        if other != treatment:
-            raise DinocellError(
-                f"plate {plate}, well {well}: has the treatments {other} and {treatment}, expected one; is the well's "
-                "name in another column (--well, --plate)?"
-            )
+        got = f"has the treatments {other} and {treatment}, expected one"
+        hint = "is the well's name in another column (--well, --plate)?"
+        require(other == treatment, f"plate {plate}, well {well}: {got}; {hint}")
 
 
 def to_wells(
@@ -95,13 +93,11 @@ def whiten(
     chosen = np.ones(len(profiles), bool) if method == "pca" or controls is None else controls
     plate_of = np.asarray(plates)
     few = [f"{p} has {n}" for p in np.unique(plate_of) if (n := (chosen & (plate_of == p)).sum()) < 2]
-    for is_wrong, problem in (
-        (method == "tvn" and controls is None, "tvn: needs wells of untreated cells: give --control"),
-        (method == "tvn" and few, f"tvn: expected at least 2 control wells on each plate, but plate {', '.join(few)}"),
-        (chosen.sum() < 2, f"{method}: needs at least 2 wells"),
-    ):
-        if is_wrong:
-            raise DinocellError(f"--whiten {problem}")
+    if method == "tvn":
+        require(controls is not None, "--whiten tvn: needs wells of untreated cells: give --control")
+        expected = "expected at least 2 control wells on each plate"
+        require(not few, f"--whiten tvn: {expected}, but plate {', '.join(few)}")
+    require(chosen.sum() > 1, f"--whiten {method}: needs at least 2 wells")
     centred = profiles - profiles[chosen].mean(0)
     values, vectors = np.linalg.eigh(np.cov(centred[chosen], rowvar=False).reshape(profiles.shape[1], -1))
     values = np.maximum(values, 0)

@@ -53,14 +53,8 @@ def write_classes(
 ) -> dict[str, Path]:
     """Write the F1 of each class as ``NAME_classes.csv`` and as a figure, and the confusion matrix as a figure.
 
-    Parameters
-    ----------
-    table
-        Images by true and predicted class; None for multi-label targets.
-
-    Returns
-    -------
-    Paths of the figures, by content.
+    ``table`` has the images by true and predicted class; None for multi-label targets. Returns the paths of the
+    figures, by content.
     """
     f1, support = scores.f1, scores.support.tolist()
     values = ["" if math.isnan(value) else f"{value:.6f}" for value in f1.tolist()]

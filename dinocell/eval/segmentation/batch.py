@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dinocell.errors import DinocellError, ImageError, StackError, one_line
+from dinocell.errors import DinocellError, ImageError, StackError, one_line, require
 from dinocell.eval.export import writers
 from dinocell.eval.export.outlines import trace_cells
 from dinocell.eval.metrics.ctc import check_ids, write_mask
@@ -98,21 +98,13 @@ def plan_tasks(files: Sequence[Path], options: SegmentOptions) -> list[ImageTask
     for task in tasks:
         for path in task.paths.values():
             source, name = sources.setdefault(path, task.file), os.fsencode(path.name)
-            problems = (
-                (source != task.file, f"{source} and {task.file} would both write {path}; segment them to two folders"),
-                (
-                    os.path.abspath(path) in inputs,  # noqa: PTH100
-                    f"{path}: is given as an image, and results of {task.file} have this name; choose another --output",
-                ),
-                (
-                    len(name) > _MAX_NAME_BYTES or name != path.name.encode(errors="replace"),
-                    f"{name.decode('utf-8', 'backslashreplace')}: too long a file name, or not Unicode (UTF-8); rename "
-                    "the image",
-                ),
-            )
-            for is_wrong, problem in problems:
-                if is_wrong:
-                    raise DinocellError(problem)
+            conflict = f"{source} and {task.file} would both write {path}; segment them to two folders"
+            require(source == task.file, conflict)
+            conflict = f"is given as an image, and results of {task.file} have this name; choose another --output"
+            require(os.path.abspath(path) not in inputs, f"{path}: {conflict}")  # noqa: PTH100
+            is_usable = len(name) <= _MAX_NAME_BYTES and name == path.name.encode(errors="replace")
+            shown = name.decode("utf-8", "backslashreplace")
+            require(is_usable, f"{shown}: too long a file name, or not Unicode (UTF-8); rename the image")
     return tasks
 
 
@@ -128,11 +120,8 @@ def _tasks_of(file: Path, options: SegmentOptions) -> list[ImageTask]:
         frames = [(k, f"{stem}_f{k:04d}", f"{stem}_RES/mask{k:0{digits}d}.tif") for k in range(num_frames)]
     else:
         number = stem[len(stem.rstrip("0123456789")) :]
-        if options.save_ctc and not number:
-            raise DinocellError(
-                f"{file}: --save-ctc needs the frame number at the end of the name, such as t007.tif; for a stack, add "
-                "--frames"
-            )
+        needed = "--save-ctc needs the frame number at the end of the name, such as t007.tif; for a stack, add --frames"
+        require(number or not options.save_ctc, f"{file}: {needed}")
         folder = Path(os.path.abspath(file)).parent.name  # noqa: PTH100
         frames = [(None, stem, f"{folder}_RES/mask{number}.tif")]
     tasks = []
@@ -170,9 +159,8 @@ def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[Im
             if len(existing) < len(task.paths) or (coco is not None and task.name not in coco):
                 pending.append(task)
             continue
-        raise DinocellError(
-            f"{existing[-1]}: exists and {reason}; choose another --output, or replace it with --overwrite"
-        )
+        advice = "choose another --output, or replace it with --overwrite"
+        raise DinocellError(f"{existing[-1]}: exists and {reason}; {advice}")
     return pending
 
 
