@@ -136,7 +136,10 @@ def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
         for entry in _read_list(Path(text[1:])) if text.startswith("@") else [text]:
             path = Path(entry)
             matches = [path] if path.exists() else _matching(path, without)
-            files = [file for match in matches for file in _images_in(match, without)]
+            files = []
+            for match in matches:
+                is_folder = match.is_dir() and match.suffix.lower() != ".zarr"
+                files += _images_in(match, without) if is_folder else [match]
             if not files:
                 suffixes = ", ".join(IMAGE_SUFFIXES)
                 raise DinocellError(f"{entry}: no image found ({suffixes}; not in the results folder {without})")
@@ -146,12 +149,10 @@ def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
 
 
 def _images_in(path: Path, without: Path) -> list[Path]:
-    """Return a file itself, or the images in a folder and its subfolders."""
+    """Return the images in a folder and its subfolders."""
     from dinocell.images.listing import list_files
     from dinocell.images.read import has_image_name
 
-    if not path.is_dir() or path.suffix.lower() == ".zarr":
-        return [path]
     files = [Path(file.path) for file in list_files(path, folders_as_files=(".zarr",))]
     is_inside = without.resolve() in path.resolve().parents
     return [file for file in files if has_image_name(file.name) and (is_inside or not _is_in(file, without))]
