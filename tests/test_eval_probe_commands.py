@@ -374,7 +374,7 @@ def test_profiles_leave_out_what_has_no_place_and_refuse_wells_of_two_treatments
             "expected --train and --test, or one of",
         ),
         (["knn", "--weights", "random:nano", "--chammi", "a", "--output", "o"], "--subset: expected Allen, HPA or CP"),
-        (["features", "--weights", "random:none", "--data", "{}", "--output", "o"], "expected one of nano, tiny"),
+        (["features", "--weights", "random:none", "--data", "{}", "--output", "o"], "random:none: expected one of"),
         (["consistency", "--weights", "random:nano", "--data", "nowhere", "--output", "o"], "nowhere"),
         (["profiles", "nowhere", "--treatment", "x", "--output", "o"], "nowhere: contains no features"),
     ],
