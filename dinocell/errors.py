@@ -29,6 +29,12 @@ class ShardError(DinocellError):
     """A shard set that cannot be built, is missing, or is damaged."""
 
 
+def require(condition: object, problem: str, kind: type[DinocellError] = DinocellError) -> None:
+    """Raise an error with this problem unless the condition holds."""
+    if not condition:
+        raise kind(problem)
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an exception on one line of at most 200 characters; its class if it has no message."""
     text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinocell.errors import ConfigError
+from dinocell.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from dinocell.data_shards.sources.field import Source
@@ -43,10 +43,7 @@ def add_set_arguments(parser: argparse.ArgumentParser, *, pair: bool = True) -> 
 def open_pair(options: argparse.Namespace) -> tuple["ImageSet", "ImageSet"]:
     """Open the training set and the test set.
 
-    Raises
-    ------
-    DinocellError
-        If the options select none or several.
+    A DinocellError if the options select none or several.
     """
     published = _published(options, "train", "test")
     if not published:
@@ -66,10 +63,7 @@ def open_queries(options: argparse.Namespace) -> "ImageSet":
 def open_one(options: argparse.Namespace) -> "ImageSet":
     """Open the set of ``--data`` or of a published set.
 
-    Raises
-    ------
-    DinocellError
-        If the options select none or several.
+    A DinocellError if the options select none or several.
     """
     published = _published(options, "data")
     return _open_part(options, published, options.split, is_alone=True) if published else open_set(options.data)
@@ -79,18 +73,10 @@ def _published(options: argparse.Namespace, *own: str) -> str:
     """Return the option of the published set, or "" if the options ``own`` are set instead."""
     named = [name for name in _NAMED if getattr(options, name)]
     given = [bool(getattr(options, name)) for name in own]
-    for is_wrong, problem in (
-        (
-            len(set(given)) > 1 or len(named) + given[0] != 1,
-            f"expected --{' and --'.join(own)}, or one of --hpaone, --hpafov, --chammi",
-        ),
-        (
-            len(own) > 1 and options.chammi and not options.subset,
-            "--subset: expected Allen, HPA or CP with --chammi: they have different channels",
-        ),
-    ):
-        if is_wrong:
-            raise ConfigError(problem)
+    is_one = len(set(given)) == 1 and len(named) + given[0] == 1
+    require(is_one, f"expected --{' and --'.join(own)}, or one of --hpaone, --hpafov, --chammi", ConfigError)
+    has_subset = len(own) == 1 or not options.chammi or options.subset
+    require(has_subset, "--subset: expected Allen, HPA or CP with --chammi: they have different channels", ConfigError)
     return "".join(named)
 
 
@@ -171,13 +157,9 @@ def load_weights(source: str, device: object, *, patch_size: int | None = None) 
         vit.init_weights(layer_scale=1.0)
         return vit.eval().to(device)
     # Published models of RGB images read one grey channel at a time.
-    rgb = read_weights(source).card.input.convention == "imagenet"
-    return load_backbone(
-        source,
-        patch_size=patch_size,
-        in_channels=1 if rgb else None,
-        input="standardised" if rgb else None,
-    ).to(device)
+    if read_weights(source).card.input.convention == "imagenet":
+        return load_backbone(source, patch_size=patch_size, in_channels=1, input="standardised").to(device)
+    return load_backbone(source, patch_size=patch_size, in_channels=None).to(device)
 
 
 @contextmanager

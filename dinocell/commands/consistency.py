@@ -90,8 +90,4 @@ def _intervals(by_field: "Tensor") -> "dict[str, Interval]":
 
     names = ("same_field", "different_field", "margin", "retrieval")
     units = np.concatenate([by_field.double().numpy(), np.ones((len(by_field), 1))], axis=1)
-
-    def formula(sums: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: sums[:, index] / sums[:, -1] for index, name in enumerate(names)}
-
-    return bootstrap(units, formula)
+    return bootstrap(units, lambda sums: dict(zip(names, (sums[:, :-1] / sums[:, -1:]).T, strict=True)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinocell.commands._parser import add_command
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, require
 
 if TYPE_CHECKING:
     from dinocell.eval.evaluate import Evaluation
@@ -116,45 +116,33 @@ def _evaluate(
 ) -> "Evaluation":
     from dataclasses import replace
 
-    from dinocell.eval.evaluate import (
-        FOUND,
-        OURS,
-        PLAIN,
-        score,
-        score_with_programs,
-        search_methods,
-        segmenter_methods,
-        tool_method,
-    )
+    from dinocell.eval import evaluate as scoring
     from dinocell.eval.segmentation.pipeline import STEPS, DINOCellPipeline, threshold_values
     from dinocell.finetune.model import DINOCell
 
-    tools = [tool_method(name, folder, sets) for name, folder in predictions.items()]
+    tools = [scoring.tool_method(name, folder, sets) for name, folder in predictions.items()]
     methods: list[Any] = []
     search = None
     if options.model is not None:
         for tool in tools:
-            if tool.name in (OURS, PLAIN, FOUND):
+            if tool.name in (scoring.OURS, scoring.PLAIN, scoring.FOUND):
                 raise DinocellError(f"--predictions: {tool.name!r} is the name of the model's scores; use another one")
             tool.check(sets)
         settings = {name: getattr(options, name) for name in (*_OF_MODEL[:4], "device")}
         pipeline = DINOCellPipeline(DINOCell.from_pretrained(options.model), **settings)
         if options.threshold_search:
-            ranges = {"cells_max": options.cells_max_range, "cell_fill": options.cell_fill_range}
-            axes = {
-                name: threshold_values(name, ends[0], ends[1], STEPS)
-                for name, ends in ranges.items()
-                if ends is not None
-            }
-            methods, search = search_methods(sets, pipeline, scratch / "maps", axes=axes, progress=progress)
+            given = ((name, getattr(options, f"{name}_range")) for name in ("cells_max", "cell_fill"))
+            axes = {name: threshold_values(name, ends[0], ends[1], STEPS) for name, ends in given if ends is not None}
+            methods, search = scoring.search_methods(sets, pipeline, scratch / "maps", axes=axes, progress=progress)
         else:
-            methods = segmenter_methods(sets, pipeline)
+            methods = scoring.segmenter_methods(sets, pipeline)
     methods += tools
-    binaries = options.binary_path
-    if binaries is None:
-        evaluation = score(sets, methods, progress=progress)
+    if options.binary_path is None:
+        evaluation = scoring.score(sets, methods, progress=progress)
     else:
-        evaluation = score_with_programs(sets, methods, scratch / "labels", binary_path=binaries, progress=progress)
+        evaluation = scoring.score_with_programs(
+            sets, methods, scratch / "labels", binary_path=options.binary_path, progress=progress
+        )
     return replace(evaluation, threshold_search=search)
 
 
@@ -186,10 +174,9 @@ def _named_folders(texts: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for text in texts:
         name, equals, folder = text.partition("=")
-        if not (name and equals and folder) or name in folders:
-            raise DinocellError(
-                f"--predictions: expected NAME=FOLDER with different names, such as Cellpose=results/, got {text!r}"
-            )
+        expected = "expected NAME=FOLDER with different names, such as Cellpose=results/"
+        is_new = name and equals and folder and name not in folders
+        require(is_new, f"--predictions: {expected}, got {text!r}")
         folders[name] = Path(folder)
     return folders
 

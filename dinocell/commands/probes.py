@@ -15,7 +15,7 @@ from dinocell.commands._probe_options import (
     open_pair,
     open_queries,
 )
-from dinocell.errors import ConfigError, DinocellError
+from dinocell.errors import ConfigError, DinocellError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,13 +225,10 @@ def _leave_one_out(options: argparse.Namespace, data: _Data) -> "tuple[dict[int,
     groups = np.array(labels_of(rows, options.leave_one_out, data.names[1]))
     names = sorted(set(groups))
     is_new = torch.zeros(len(groups), dtype=torch.bool) if task.multilabel else ~torch.isin(task.test, task.train)
-    for is_wrong, problem in (
-        (task.multilabel, ": requires class labels, not multi-label targets"),
-        (len(names) < 2, f" {options.leave_one_out}: expected several groups, got {', '.join(names)}"),
-        (not is_new.any(), ": every class of the test images is also in the training images"),
-    ):
-        if is_wrong:
-            raise DinocellError(f"--leave-one-out{problem}")
+    require(not task.multilabel, "--leave-one-out: requires class labels, not multi-label targets")
+    got = ", ".join(names)
+    require(len(names) > 1, f"--leave-one-out {options.leave_one_out}: expected several groups, got {got}")
+    require(is_new.any(), "--leave-one-out: every class of the test images is also in the training images")
     train, test = data.train.tensor(task.train_kept), data.test.tensor(task.test_kept)
     scores = {k: torch.zeros(len(test), len(task.classes)) for k in options.nb_knn}
     smallest = len(train) + min(int((groups != group).sum()) for group in names)

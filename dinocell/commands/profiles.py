@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.commands._parser import add_command
-from dinocell.errors import DinocellError
+from dinocell.errors import require
 
 
 def register(subparsers: Any) -> None:
@@ -43,12 +43,8 @@ def _run(options: argparse.Namespace) -> None:
     complete = np.array([all(row) for row in zip(*columns, strict=True)])  # images without a well are skipped
     treatment, plate, well = (list(compress(column, complete)) for column in columns)
     control = options.control
-    for is_wrong, problem in (
-        (not complete.any(), f"{name}: no image has {options.treatment}, {options.plate} and {options.well}"),
-        (control not in (None, *treatment), f"--control: no image has {options.treatment} {control!r}"),
-    ):
-        if is_wrong:
-            raise DinocellError(problem)
+    require(complete.any(), f"{name}: no image has {options.treatment}, {options.plate} and {options.well}")
+    require(control in (None, *treatment), f"--control: no image has {options.treatment} {control!r}")
     values = np.asarray(features.values, np.float64).reshape(len(features.values), -1)[complete]
     check_wells(treatment, plate, well)
     profiles, first = to_wells(values, plate, well)

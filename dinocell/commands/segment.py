@@ -81,8 +81,15 @@ def _run(arguments: argparse.Namespace) -> None:
         raise DinocellError(f"--pixel-size: expected more than 0 micrometres, got {arguments.pixel_size:g}")
     files = find_images(inputs, without=arguments.output)
     from dinocell.eval.segmentation import batch  # after the quick checks: it imports the network
+    from dinocell.eval.segmentation.pipeline import DINOCellPipeline
+    from dinocell.finetune.model import DINOCell
+    from dinocell.finetune.segmenter_file import DEFAULT_MODEL, DEFAULT_MODEL_NOTICE
 
-    pipeline = _load_pipeline(arguments)
+    if arguments.model is None:
+        print(DEFAULT_MODEL_NOTICE, file=sys.stderr)
+    model = DINOCell.from_pretrained(arguments.model or DEFAULT_MODEL)
+    thresholds = {name: getattr(arguments, name) for name in ("cells_max", "cell_fill", "probability", "flow_error")}
+    pipeline = DINOCellPipeline(model, arguments.device, stride=arguments.stride, **thresholds)
     options = batch.SegmentOptions(
         output=arguments.output,
         products=frozenset(product for product in batch.ENDINGS if getattr(arguments, product)),
@@ -129,7 +136,10 @@ def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
         for entry in _read_list(Path(text[1:])) if text.startswith("@") else [text]:
             path = Path(entry)
             matches = [path] if path.exists() else _matching(path, without)
-            files = [file for match in matches for file in _images_in(match, without)]
+            files = []
+            for match in matches:
+                is_folder = match.is_dir() and match.suffix.lower() != ".zarr"
+                files += _images_in(match, without) if is_folder else [match]
             if not files:
                 suffixes = ", ".join(IMAGE_SUFFIXES)
                 raise DinocellError(f"{entry}: no image found ({suffixes}; not in the results folder {without})")
@@ -139,12 +149,10 @@ def find_images(inputs: Sequence[str], *, without: Path) -> list[Path]:
 
 
 def _images_in(path: Path, without: Path) -> list[Path]:
-    """Return a file itself, or the images in a folder and its subfolders."""
+    """Return the images in a folder and its subfolders."""
     from dinocell.images.listing import list_files
     from dinocell.images.read import has_image_name
 
-    if not path.is_dir() or path.suffix.lower() == ".zarr":
-        return [path]
     files = [Path(file.path) for file in list_files(path, folders_as_files=(".zarr",))]
     is_inside = without.resolve() in path.resolve().parents
     return [file for file in files if has_image_name(file.name) and (is_inside or not _is_in(file, without))]
@@ -183,18 +191,6 @@ def _read_list(path: Path) -> list[str]:
     if not entries:
         raise DinocellError(f"{path}: the list {problem}")
     return entries
-
-
-def _load_pipeline(arguments: argparse.Namespace) -> "DINOCellPipeline":
-    from dinocell.eval.segmentation.pipeline import DINOCellPipeline
-    from dinocell.finetune.model import DINOCell
-    from dinocell.finetune.segmenter_file import DEFAULT_MODEL, DEFAULT_MODEL_NOTICE
-
-    if arguments.model is None:
-        print(DEFAULT_MODEL_NOTICE, file=sys.stderr)
-    options = ("device", "cells_max", "cell_fill", "probability", "flow_error", "stride")
-    model = DINOCell.from_pretrained(arguments.model or DEFAULT_MODEL)
-    return DINOCellPipeline(model, **{name: getattr(arguments, name) for name in options})
 
 
 def _settings(pipeline: "DINOCellPipeline", arguments: argparse.Namespace) -> str:

@@ -36,7 +36,7 @@ class _Setting:
 
 
 def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Return the frozen configuration of a recipe and overrides.
+    """Return the frozen configuration of a recipe and overrides; any problem is a ConfigError.
 
     Parameters
     ----------
@@ -47,11 +47,6 @@ def load_config(schema: type[T], recipe: Path | None = None, overrides: Sequence
     overrides
         ``key=value`` with a dotted key and a YAML value (``vit.blocks=[2,5]``), applied after the recipe in order, so
         the last one wins. Text and paths are taken literally.
-
-    Raises
-    ------
-    ConfigError
-        Unknown key, wrong type, missing value, impossible combination, unreadable recipe, ...
     """
     settings = list(_recipe_settings(schema, recipe)) if recipe is not None else []
     settings += [setting for text in overrides for setting in _override_settings(schema, text, overrides)]
@@ -77,10 +72,7 @@ def text_override(key: str, value: str | Path | Sequence[str | Path]) -> str:
 def find_recipe(command: str, name: str) -> Path:
     """Return the recipe file of a path to a YAML file or the name of a shipped recipe.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such file or shipped recipe; the message lists the shipped ones.
+    A ConfigError that lists the shipped ones if there is no such file or recipe.
     """
     try:
         path = Path(name).expanduser()
@@ -109,12 +101,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def read_stored(schema: type, path: Path) -> dict[str, Any]:
     """Return the plain configuration that an earlier start stored, as this version would have stored it.
 
-    Renamed keys have their present names, and keys that were added since then have their defaults.
-
-    Raises
-    ------
-    ConfigError
-        As for `read_mapping`, or if a key is set under its former and its present name.
+    Renamed keys have their present names, and keys that were added since then have their defaults. A ConfigError as for
+    `read_mapping`, or if a key is set under its former and its present name.
     """
     with _errors_at(lambda _: str(path)):
         values, _ = schemas.present_keys(schema, read_mapping(path))
@@ -123,14 +111,12 @@ def read_stored(schema: type, path: Path) -> dict[str, Any]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration object as nested plain types: dict, list, str, int, float, bool, None."""
-    plain: dict[str, Any] = schemas.to_plain(config)
-    return plain
+    return cast("dict[str, Any]", schemas.to_plain(config))
 
 
 def to_yaml(config: Any) -> str:
     """Return the YAML of a configuration object with every key; ``load_config`` reads it back."""
-    text: str = OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(config))))
-    return text
+    return str(OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(config)))))
 
 
 def _shipped_folder(command: str) -> Path:
@@ -315,8 +301,8 @@ def _source_of(key: str, settings: list[_Setting]) -> str:
     for setting in reversed(settings):
         if key == setting.key or key.startswith((f"{setting.key}.", f"{setting.key}[")):
             return setting.source
-    inside = [setting.source for setting in settings if not key or setting.key.startswith(f"{key}.")]
-    return inside[-1] if inside else ""
+    inside = (setting.source for setting in reversed(settings) if not key or setting.key.startswith(f"{key}."))
+    return next(inside, "")
 
 
 def _escape(value: Any) -> Any:

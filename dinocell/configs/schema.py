@@ -35,10 +35,7 @@ class MisfitError(Exception):
 def fit(annotation: Any, value: Any, key: str = "") -> Any:
     """Return plain data as an instance of a resolved annotation; a dataclass is built from a mapping.
 
-    Raises
-    ------
-    MisfitError
-        If the value does not fit, with ``key``, expected and got.
+    A MisfitError with ``key``, expected and got if the value does not fit.
     """
     origin, arguments, members = get_origin(annotation), get_args(annotation), _members(annotation)
     if len(members) > 1:
@@ -112,15 +109,7 @@ def _expected_got(annotation: Any, value: Any) -> str:
 def describe(annotation: Any, *, plural: bool = False) -> str:
     """Return in words what an annotation accepts: ``a list of 2 numbers``, ``one of relu, gelu or null``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    words = {
-        int: ("an integer", "integers"),
-        float: ("a number", "numbers"),
-        bool: ("true or false", "true or false"),
-        str: ("text", "texts"),
-        Path: ("a path", "paths"),
-        type(None): ("null", "null"),
-        Any: ("anything", "anything"),
-    }
+    nouns = {int: "an integer", float: "a number", str: "text", Path: "a path"}
     if len(_members(annotation)) > 1:
         return " or ".join(describe(member) for member in arguments)
     if origin is Literal:
@@ -138,7 +127,9 @@ def describe(annotation: Any, *, plural: bool = False) -> str:
         names = list(field_types(annotation))
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         return f"{'sections' if plural else 'a section'} ({shown})"
-    return words[annotation][plural]
+    if annotation in nouns:
+        return f"{nouns[annotation].split()[-1]}s" if plural else nouns[annotation]
+    return {bool: "true or false", type(None): "null", Any: "anything"}[annotation]
 
 
 def show(value: Any, *, quote: bool = True) -> str:
@@ -185,12 +176,8 @@ def accepts_text(annotation: Any) -> bool:
 
 def defaults(schema: type) -> dict[str, Any]:
     """Return the plain defaults of ``schema``, without the fields that have none."""
-    plain = {}
-    for field in dataclasses.fields(schema):
-        if field.init and _has_default(field):
-            made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            plain[field.name] = to_plain(made)
-    return plain
+    values = {field.name: _default_of(field) for field in dataclasses.fields(schema) if field.init}
+    return {name: to_plain(value) for name, value in values.items() if value is not dataclasses.MISSING}
 
 
 def annotation_of(schema: type, key: str) -> Any:
@@ -211,12 +198,8 @@ def present_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> t
     """Return nested values with former keys under their present names, and for each of these the former name.
 
     The module that defines a schema lists what changed, with dotted keys inside the schema: ``RENAMED_KEYS``, old to
-    new, and ``REMOVED_KEYS``, old to the one value that is still accepted because it changes nothing.
-
-    Raises
-    ------
-    MisfitError
-        If a key is set under both names, or a removed key to another value.
+    new, and ``REMOVED_KEYS``, old to the one value that is still accepted because it changes nothing. A MisfitError if
+    a key is set under both names, or a removed key to another value.
     """
     module = sys.modules.get(schema.__module__)
     renamed, removed = getattr(module, "RENAMED_KEYS", {}), getattr(module, "REMOVED_KEYS", {})
@@ -288,7 +271,7 @@ def missing_keys(schema: type, values: Mapping[str, Any], prefix: str = "") -> l
         inner = section(field_types(schema)[field.name]) if field.init else None
         if inner is not None and isinstance(value, Mapping):
             missing += missing_keys(inner, value, key)
-        elif field.init and value == MISSING and (field.name in values or not _has_default(field)):
+        elif field.init and value == MISSING and (field.name in values or _default_of(field) is dataclasses.MISSING):
             missing += (missing_keys(inner, {}, key) if inner is not None else []) or [key]
     return missing
 
@@ -323,8 +306,8 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ("compute",)) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Integer, Real, UInt8
 from skimage.segmentation import find_boundaries
 
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import DinocellError, ImageError, require
 from dinocell.eval.evaluation_sets import EvaluationSet, PairSet, find_predictions
 from dinocell.eval.metrics.ctc import MAX_ID, check_programs, official_scores_of
 from dinocell.eval.metrics.matching import find_matches
@@ -133,15 +133,19 @@ class ToolMethod:
             self.labels(item)
 
 
-def segmenter_methods(sets: Sets, pipeline: DINOCellPipeline) -> list[Method]:
-    """Return a segmenter's own postprocessing and the plain rule as methods.
+def segmenter_methods(
+    sets: Sets, pipeline: DINOCellPipeline, maps: Callable[[Item], Float32[np.ndarray, "..."]] | None = None
+) -> list[Method]:
+    """Return a segmenter's own postprocessing and the plain rule as methods; ``maps`` are those predicted already.
 
-    Raises
-    ------
-    DinocellError
-        If a set has masks without images.
+    A DinocellError if a set has masks without images.
     """
-    return _methods(_Predictor(pipeline), sets, pipeline)
+    _check_images(sets)
+    maps, parameters = maps or _Predictor(pipeline), pipeline.parameters
+    return [
+        _SegmenterMethod(name=OURS, maps=maps, parameters=parameters),
+        _SegmenterMethod(name=PLAIN, maps=maps, parameters=parameters.plain()),
+    ]
 
 
 def search_methods(
@@ -182,18 +186,7 @@ def search_methods(
     )
     read: Callable[[Item], Float32[np.ndarray, ...]] = lambda item: np.asarray(maps[item.place])  # noqa: E731
     found = _SegmenterMethod(name=FOUND, maps=read, parameters=search.best)
-    return [*_methods(read, sets, pipeline), found], search
-
-
-def _methods(
-    maps: Callable[[Item], Float32[np.ndarray, "..."]], sets: Sets, pipeline: DINOCellPipeline
-) -> list[Method]:
-    _check_images(sets)
-    parameters = pipeline.parameters
-    return [
-        _SegmenterMethod(name=OURS, maps=maps, parameters=parameters),
-        _SegmenterMethod(name=PLAIN, maps=maps, parameters=parameters.plain()),
-    ]
+    return [*segmenter_methods(sets, pipeline, read), found], search
 
 
 def _check_images(sets: Sets) -> None:
@@ -205,16 +198,12 @@ def _check_images(sets: Sets) -> None:
 def tool_method(name: str, folder: Path, sets: Sets) -> ToolMethod:
     """Return the label images in a folder as a method.
 
-    Raises
-    ------
-    DinocellError
-        If a label image is missing, or several images of the sets would have the same one.
+    A DinocellError if a label image is missing, or several images of the sets would have the same one.
     """
     files = {dataset: find_predictions(folder, dataset, data_set.names) for dataset, data_set in sets.items()}
     counts = Counter(file for of_set in files.values() for file in of_set)
     for file, number in counts.items():
-        if number > 1:
-            raise DinocellError(f"{file}: several images have this name; sort the label images into {folder}/SET")
+        require(number == 1, f"{file}: several images have this name; sort the label images into {folder}/SET")
     return ToolMethod(name=name, description=f"label images in {folder}", files=files)
 
 
@@ -256,16 +245,9 @@ def draw_errors(
     predicted: Integer[np.ndarray, "h w"],
     table: ContingencyTable,
 ) -> UInt8[np.ndarray, "3 rows columns"]:
-    """Draw the cells that are not matched at an IoU of 0.5 over the image; false and missed cells may overlap.
+    """Draw the cells that are not matched at an IoU of 0.5 over the image as RGB; false and missed cells may overlap.
 
-    Parameters
-    ----------
-    table
-        Contingency table of the two label images.
-
-    Returns
-    -------
-    RGB. Images with a side of more than 1,000 px are subsampled.
+    ``table`` is that of the two label images. Images with a side of more than 1,000 px are subsampled.
     """
     pairs = find_matches(table, 0.5)
     correct_ids = table.predicted_ids[table.predicted_index[pairs]]
@@ -320,26 +302,17 @@ def score(
 ) -> Evaluation:
     """Score each method on each image of each set, and on all images pooled.
 
+    A DinocellError if the sets have no images, or a file is missing or does not fit.
+
     Parameters
     ----------
     num_worst
         Number of error images to draw.
-
-    Raises
-    ------
-    DinocellError
-        If the sets have no images, or a file is missing or does not fit.
     """
     total = sum(map(len, sets.values()))
-    for is_wrong, problem in (
-        (not total or not methods, "nothing to score: expected a labelled set with images, and a model or predictions"),
-        (
-            ALL_SETS in sets and len(sets) > 1,
-            f"a set cannot be called {ALL_SETS!r}, as pooled scores; rename the folder",
-        ),
-    ):
-        if is_wrong:
-            raise DinocellError(problem)
+    require(total and methods, "nothing to score: expected a labelled set with images, and a model or predictions")
+    is_unique = ALL_SETS not in sets or len(sets) == 1
+    require(is_unique, f"a set cannot be called {ALL_SETS!r}, as pooled scores; rename the folder")
     tables: dict[tuple[str, str], list[ContingencyTable]] = {
         (dataset, method.name): [] for dataset in sets for method in methods
     }
@@ -384,7 +357,8 @@ def score_with_programs(
 ) -> Evaluation:
     """Do what `score` does, and run the Cell Tracking Challenge's programs on each set as one sequence.
 
-    The programs get the labels that `score` gets: the masks as SEG and as TRA, every reference cell with its own id.
+    The programs get the labels that `score` gets: the masks as SEG and as TRA, every reference cell with its own id. A
+    DinocellError as `score`, or if a program cannot be run, or a set has more cells than the programs' 65,535 ids.
 
     Parameters
     ----------
@@ -392,22 +366,16 @@ def score_with_programs(
         Folder for the label images, 4 bytes per pixel.
     binary_path
         The folder of the programs ``SEGMeasure`` and ``DETMeasure``.
-
-    Raises
-    ------
-    DinocellError
-        As `score`, or if a program cannot be run, or a set has more cells than the programs' 65,535 ids.
     """
     check_programs(binary_path)
     for name, data_set in sets.items():
         num_cells = sum(np.count_nonzero(np.unique(data_set[index].labels)) for index in range(len(data_set)))
-        if num_cells > MAX_ID:
-            raise DinocellError(
-                f"{name}: {num_cells} cells, the official programs distinguish {MAX_ID}; split the set, or remove "
-                "--binary-path"
-            )
+        problem = f"{num_cells} cells, the official programs distinguish {MAX_ID}"
+        require(num_cells <= MAX_ID, f"{name}: {problem}; split the set, or remove --binary-path")
     scratch.mkdir(parents=True, exist_ok=True)
-    recorded = [_Recorded(method, scratch / str(index)) for index, method in enumerate(methods)]
+    recorded = [
+        _Recorded(method.name, method.description, method, scratch / str(index)) for index, method in enumerate(methods)
+    ]
     evaluation = score(sets, recorded, progress=progress)
     official = {}
     for done, (name, method) in enumerate(((name, method) for name in sets for method in recorded), start=1):
@@ -426,17 +394,11 @@ def score_with_programs(
 class _Recorded:
     """A method whose labels are also written to files."""
 
+    name: str
+    description: str
     method: Method
     folder: Path
     files: dict[str, list[Path]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.method.name
-
-    @property
-    def description(self) -> str:
-        return self.method.description
 
     def labels(self, item: Item) -> Integer[np.ndarray, "h w"]:
         labels = self.method.labels(item)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import DinocellError, ImageError, require
 from dinocell.eval.metrics.ctc import frame_files
 from dinocell.images.image import Image
 from dinocell.images.read import IMAGE_SUFFIXES, has_image_name, image_stem
@@ -80,26 +80,17 @@ class PairSet:
 def open_evaluation_set(folder: Path, *, encoding: Literal["labels", "regions"] = "labels") -> EvaluationSet:
     """Open a folder of any supported layout, recognised by its files; see `_LAYOUTS`.
 
+    A DinocellError if the layout is not supported, or a pair is incomplete or cannot be read.
+
     Parameters
     ----------
     encoding
         Encoding of the masks in ``masks/``: one integer per cell, or connected regions of one colour. Other layouts
         only support ``labels``.
-
-    Raises
-    ------
-    DinocellError
-        If the layout is not supported, or a pair is incomplete or cannot be read.
     """
-    for is_wrong, problem in (
-        (not folder.is_dir(), "no such folder"),
-        (
-            encoding != "labels" and (_sequences(folder) or not _FOLDERS(folder)),
-            f"encoding {encoding!r} needs images/ and masks/",
-        ),
-    ):
-        if is_wrong:
-            raise DinocellError(f"{folder}: {problem}")
+    require(folder.is_dir(), f"{folder}: no such folder")
+    has_encoding = encoding == "labels" or (_FOLDERS(folder) and not _sequences(folder))
+    require(has_encoding, f"{folder}: encoding {encoding!r} needs images/ and masks/")
     if (folder / "imgs.npy").exists() or next(folder.glob("*/imgs.npy"), None) is not None:
         return open_labelled(folder)
     for matches, open_layout in _LAYOUTS:
@@ -137,8 +128,8 @@ def _open_ctc(folder: Path, _encoding: str) -> PairSet:
         has_images &= bool(raw)
         frames = frame_files(masks, "man_seg")
         for number, mask in frames.items():
-            if raw and number not in raw:
-                raise DinocellError(f"{parent / sequence}: no image of frame {number}, whose mask is {mask}")
+            problem = f"no image of frame {number}, whose mask is {mask}"
+            require(number in raw or not raw, f"{parent / sequence}: {problem}")
             name = f"{sequence}/{mask.stem.removeprefix('man_seg')}"
             read = partial(read_pair, name, raw[number], [mask], "labels") if raw else partial(_read_mask_only, mask)
             pairs.append(Pair(name=name, read=read))
@@ -170,9 +161,8 @@ def _open_folders(folder: Path, encoding: str) -> PairSet:
     images = [path for path in sorted((folder / "images").iterdir()) if has_image_name(path.name)]
     names = [image_stem(path.name) for path in images]
     repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated or not names:
-        listed = ", ".join(repeated[:_MAX_NAMES]) + " several times" if repeated else "none"
-        raise DinocellError(f"{folder / 'images'}: expected images with different names, got {listed}")
+    got = ", ".join(repeated[:_MAX_NAMES]) + " several times" if repeated else "none"
+    require(names and not repeated, f"{folder / 'images'}: expected images with different names, got {got}")
     masks = find_predictions(folder / "masks", "", names)
     return PairSet(
         pairs=tuple(
@@ -196,8 +186,6 @@ _LAYOUTS: Sequence[tuple[Callable[[Path], bool], Callable[[Path, str], PairSet]]
 )
 
 
-# --- label images of other tools ------------------------------------------------------------------------------------
-
 # Appended to the image's name by `dinocell segment`, Cellpose and other tools.
 ENDINGS = ("", "_labels", "_cp_masks", "_masks", "_mask", "_label", "_pred", "_seg")
 _MAX_NAMES = 3
@@ -208,12 +196,8 @@ def find_predictions(folder: Path, dataset: str, names: Sequence[str]) -> list[P
 
     A name may itself end in an image suffix, which the label image's name need not repeat. Files are in
     ``folder/dataset`` if that exists, else in ``folder``. For ``01/007``, a frame of the Cell Tracking Challenge, the
-    file may also be ``01_RES/mask007.tif``.
-
-    Raises
-    ------
-    DinocellError
-        If the folder or files are missing, or a name has several files.
+    file may also be ``01_RES/mask007.tif``. A DinocellError if the folder or files are missing, or a name has several
+    files.
     """
     inside = folder / dataset if (folder / dataset).is_dir() else folder
     files: list[Path] = []

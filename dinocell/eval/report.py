@@ -4,7 +4,6 @@
 """
 
 import base64
-import csv
 import io
 import json
 import math
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 
 from dinocell.eval.evaluate import Evaluation
 from dinocell.eval.metrics.summary import SCORE_NAMES, PooledScores, Scores
-from dinocell.runtime.files import replacing, write_atomically
+from dinocell.runtime.files import write_atomically, write_table
 
 HEAT_MAP, GRID = "threshold_search.png", "threshold_search.csv"
 
@@ -41,10 +40,7 @@ _COUNTS = {
     "num_splits": "merged",
 }
 _ALL = tuple(field.name for field in fields(Scores))
-_OFFICIAL = ("seg_official", "det_official")
 
-
-# --- HTML pages -----------------------------------------------------------------------------------------------------
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -142,25 +138,23 @@ def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
-# --- files of an evaluation -----------------------------------------------------------------------------------------
-
-
 def write_report(folder: Path, evaluation: Evaluation, *, about: dict[str, str]) -> list[Path]:
     """Write every file of an evaluation to an existing folder and return their paths, ``report.html`` the last.
+
+    An OSError if a file cannot be written; each is written atomically.
 
     Parameters
     ----------
     about
         Facts about the evaluation, by name; shown above the tables.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be written; each is written atomically.
     """
     written = [folder / name for name in ("scores.csv", "scores_per_image.csv", "scores.json", "scores.md")]
     _write_pooled(written[0], evaluation)
-    _write_images(written[1], evaluation)
+    images = [
+        [row.dataset, row.image, row.method, *(_shown(getattr(row.scores, name)) for name in _ALL)]
+        for row in evaluation.images
+    ]
+    write_table(written[1], [["dataset", "image", "method", *_ALL], *images])
     write_atomically(written[2], to_json(_to_dict(evaluation, about)))
     write_atomically(written[3], to_markdown(evaluation, about=about))
     for name in (HEAT_MAP, GRID):
@@ -238,28 +232,30 @@ def _notes(evaluation: Evaluation) -> list[str]:
 
 
 def _write_pooled(path: Path, evaluation: Evaluation) -> None:
-    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        bounded = list(evaluation.pooled[0].intervals)
-        bounds = [f"{name}_{end}" for name in bounded for end in ("low", "high")]
-        means = [f"{name}_mean_over_images" for name in SCORE_NAMES]
-        table.writerow(["dataset", "method", "num_images", *_ALL, *bounds, *means, "interval_drawn_over", *_OFFICIAL])
-        for row in evaluation.pooled:
-            ends = [end for name in bounded for end in (row.intervals[name].low, row.intervals[name].high)]
-            averaged = [row.mean_over_images[name] for name in SCORE_NAMES]
-            values = [*(getattr(row.scores, name) for name in _ALL), *ends, *averaged]
-            official = (row.official.seg, row.official.det) if row.official is not None else (math.nan, math.nan)
-            shown = [*map(_shown, values), row.drawn, *map(_shown, official)]
-            table.writerow([row.dataset, row.method, row.num_images, *shown])
-
-
-def _write_images(path: Path, evaluation: Evaluation) -> None:
-    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["dataset", "image", "method", *_ALL])
-        for row in evaluation.images:
-            scores = (_shown(getattr(row.scores, name)) for name in _ALL)
-            table.writerow([row.dataset, row.image, row.method, *scores])
+    bounded = list(evaluation.pooled[0].intervals)
+    bounds = [f"{name}_{end}" for name in bounded for end in ("low", "high")]
+    means = [f"{name}_mean_over_images" for name in SCORE_NAMES]
+    rows: list[list[object]] = [
+        [
+            "dataset",
+            "method",
+            "num_images",
+            *_ALL,
+            *bounds,
+            *means,
+            "interval_drawn_over",
+            "seg_official",
+            "det_official",
+        ]
+    ]
+    for row in evaluation.pooled:
+        ends = [end for name in bounded for end in (row.intervals[name].low, row.intervals[name].high)]
+        averaged = [row.mean_over_images[name] for name in SCORE_NAMES]
+        values = [*(getattr(row.scores, name) for name in _ALL), *ends, *averaged]
+        official = (row.official.seg, row.official.det) if row.official is not None else (math.nan, math.nan)
+        shown = [*map(_shown, values), row.drawn, *map(_shown, official)]
+        rows.append([row.dataset, row.method, row.num_images, *shown])
+    write_table(path, rows)
 
 
 def _shown(value: int | float) -> object:

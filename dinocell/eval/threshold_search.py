@@ -1,12 +1,9 @@
 """Find the postprocessing parameters that score best: a grid search on maps that are predicted once.
 
-`search` and `search_parameters` search given maps; `score_segmenter` predicts and scores images, as fine-tuning does.
-
 Every grid point is scored exactly as if the maps were postprocessed with its parameters and scored by
 `dinocell.eval.metrics.ctc`; `dinocell.eval.segmentation.pipeline` shares the work between points.
 """
 
-import csv
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, Float64, Integer
 
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, require
 from dinocell.eval.metrics.ctc import Counts, count, ctc_score, seg_and_det
 from dinocell.eval.metrics.matching import find_matches, matching_score
 from dinocell.eval.metrics.overlaps import contingency_table
@@ -40,7 +37,7 @@ from dinocell.finetune.model import DINOCell
 from dinocell.finetune.targets import DistancePostprocessing, Postprocessing
 from dinocell.finetune.train import Scored
 from dinocell.labelled.dataset import LabelledImage
-from dinocell.runtime.files import replacing
+from dinocell.runtime.files import replacing, write_table
 
 Metric = Literal["op_csb", "seg", "det", "ap50", "f1_50"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -75,10 +72,7 @@ class GridSearch:
     def best(self) -> Postprocessing:
         """The parameters of the highest score; among ties, those whose grid neighbours score best.
 
-        Raises
-        ------
-        DinocellError
-            If no point has a score.
+        A DinocellError if no point has a score.
         """
         return replace(self.parameters, **self.best_point)  # type: ignore[arg-type]
 
@@ -106,12 +100,11 @@ class GridSearch:
 
     def write_csv(self, path: str | Path) -> None:
         """Write one row per grid point."""
-        with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*self.axes, *METRICS])
-            for place in product(*(range(len(values)) for values in self.axes.values())):
-                scores = (f"{self.scores[metric][place]:.6f}" for metric in METRICS)
-                writer.writerow([*map(_to_cell, self._values(place)), *scores])
+        rows = [[*self.axes, *METRICS]]
+        for place in product(*(range(len(values)) for values in self.axes.values())):
+            scores = (f"{self.scores[metric][place]:.6f}" for metric in METRICS)
+            rows.append([*map(_to_cell, self._values(place)), *scores])
+        write_table(Path(path), rows)
 
     def write_heat_map(self, path: str | Path) -> None:
         """Draw the metric over the first two parameters, at the best values of the others, as a PNG."""
@@ -167,28 +160,16 @@ def search(
 ) -> GridSearch:
     """Score every pair of thresholds of distance maps on a grid, over all images pooled.
 
+    A DinocellError if a range or a map is invalid, and as in `search_parameters`, which explains the other parameters.
+
     Parameters
     ----------
-    distances, references
-        Predicted maps (0 to 1) and label images of the same sizes. Memory maps are read one at a time, so they may
-        exceed the memory; see `store_maps`.
     cells_max_range, cell_fill_range, steps
         Minimum and maximum of each threshold, and the number of evenly spaced values.
     merge_px, restore_border
         Values of these to try with each pair; None: only that of ``refinement``.
     refinement
         Refinement after the watershed, the same for all points.
-    metric
-        The metric that the best point maximises.
-    workers
-        Threads; None: one per core. They do not change the result.
-    progress
-        Called with the number of completed floods and their total.
-
-    Raises
-    ------
-    DinocellError
-        If a range or a map is invalid, or maps and references do not fit together.
     """
     refinement = refinement or Refinement()
     merges = (refinement.merge_px,) if merge_px is None else merge_px
@@ -200,7 +181,7 @@ def search(
     }
     parameters = DistancePostprocessing(min_area_px=refinement.min_area_px)
     decode_grid = partial(decode_distance_grid, refinement=refinement)
-    return _search(
+    return search_parameters(
         distances, references, parameters, axes, decode_grid, metric=metric, workers=workers, progress=progress
     )
 
@@ -210,6 +191,7 @@ def search_parameters(
     references: Sequence[Integer[np.ndarray, "_ _"]],
     parameters: Postprocessing,
     axes: Axes | None = None,
+    decode_grid: Callable[..., Decoded] | None = None,
     *,
     metric: Metric = "op_csb",
     workers: int | None = None,
@@ -217,50 +199,34 @@ def search_parameters(
 ) -> GridSearch:
     """Score the postprocessing parameters of a target on a grid, over all images pooled.
 
+    A DinocellError if there is no such parameter or metric, or maps and references do not fit together.
+
     Parameters
     ----------
     maps, references
-        Predicted maps, (h w) or for flows (3 h w), and label images of the same sizes.
+        Predicted maps, (h w) with values 0 to 1 or for flows (3 h w), and label images of the same sizes. Memory maps
+        are read one at a time, so they may exceed the memory; see `store_maps`.
     parameters
         Parameters that the grid does not vary.
     axes
         Values of the parameters to vary, replacing those of the target's default grid.
-    metric, workers, progress
-        As in `search`.
-
-    Raises
-    ------
-    DinocellError
-        If there is no such parameter or metric, or maps and references do not fit together.
+    decode_grid
+        Decoder of the maps; None: the target's.
+    metric
+        The metric that the best point maximises.
+    workers
+        Threads; None: one per core. They do not change the result.
+    progress
+        Called with the number of completed tasks, one per image and value of the first axis, and their total.
     """
-    decoder = DECODERS[parameters.target]
-    grid = dict(decoder.axes(parameters))
+    grid = dict(DECODERS[parameters.target].axes(parameters))
     for name in (axes or {}).keys() - grid.keys():
         raise DinocellError(f"{name}: not a parameter of target {parameters.target}, which has {', '.join(grid)}")
-    decode_grid = partial(decoder.decode_grid, parameters=parameters)
-    grid |= axes or {}
-    return _search(maps, references, parameters, grid, decode_grid, metric=metric, workers=workers, progress=progress)
-
-
-def _search(
-    maps: Sequence[Float[np.ndarray, "..."]],
-    references: Sequence[Integer[np.ndarray, "_ _"]],
-    parameters: Postprocessing,
-    axes: Axes,
-    decode_grid: Callable[..., Decoded],
-    *,
-    metric: Metric,
-    workers: int | None,
-    progress: Callable[[int, int], None],
-) -> GridSearch:
-    """Sum the counts of every grid point over all images, one task per image and value of the first axis."""
-    sizes = (len(maps), len(references))
-    for is_wrong, problem in (
-        (sizes[0] != sizes[1] or not sizes[0], "expected as many maps as references, got {} and {}".format(*sizes)),
-        (metric not in METRICS, f"metric: expected one of {', '.join(METRICS)}, got {metric!r}"),
-    ):
-        if is_wrong:
-            raise DinocellError(problem)
+    axes = grid | dict(axes or {})
+    decode_points = decode_grid or partial(DECODERS[parameters.target].decode_grid, parameters=parameters)
+    sizes = f"{len(maps)} and {len(references)}"
+    require(0 < len(maps) == len(references), f"expected as many maps as references, got {sizes}")
+    require(metric in METRICS, f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     first, *rest = (tuple(values) for values in axes.values())
     sums = np.zeros((len(first), *map(len, rest), len(Counts._fields) + 1))
 
@@ -268,7 +234,7 @@ def _search(
         image, row = task
         reference = np.asarray(references[image])
         counts = np.full(sums.shape[1:], np.nan)  # impossible points are not decoded and stay undefined
-        for place, labels in decode_grid(np.asarray(maps[image]), axes, first[row]):
+        for place, labels in decode_points(np.asarray(maps[image]), axes, first[row]):
             table = contingency_table(reference, labels)
             counts[place] = (*count(table), len(find_matches(table, 0.5)))
         return row, counts

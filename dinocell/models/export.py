@@ -127,12 +127,8 @@ def _model_card(weights: Weights) -> str:
 
 
 def _metadata(weights: Weights) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA_VERSION,
-        "kind": "backbone",
-        "vit": to_plain(weights.config),
-        "card": to_plain(weights.card),
-    }
+    described = {"vit": to_plain(weights.config), "card": to_plain(weights.card)}
+    return {"schema": SCHEMA_VERSION, "kind": "backbone", **described}
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

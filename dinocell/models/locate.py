@@ -18,13 +18,17 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from dinocell import errors
 from dinocell.errors import WeightsError, one_line
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _BACKOFF_S = (0.5, 1.0, 2.0)  # before the second, third and fourth attempt of a download
 _TIMEOUT_S = 30.0  # without an answer of the server
+
+require = partial(errors.require, kind=WeightsError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +47,9 @@ RELEASES: dict[str, Release] = {
     "channel_adaptive_dino_vitl16": Release(file="channel_adaptive_dino_vitl16_pretrain_cells"),
 }
 for _arch, _size in {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}.items():
-    RELEASES |= {
-        f"dinov2_{_arch}": Release(file=f"dinov2_{_arch}_pretrain", hub=f"facebook/dinov2-{_size}"),
-        f"dinov2_{_arch}_reg": Release(
-            file=f"dinov2_{_arch}_reg4_pretrain", hub=f"facebook/dinov2-with-registers-{_size}"
-        ),
-    }
+    RELEASES[f"dinov2_{_arch}"] = Release(file=f"dinov2_{_arch}_pretrain", hub=f"facebook/dinov2-{_size}")
+    _hub = f"facebook/dinov2-with-registers-{_size}"
+    RELEASES[f"dinov2_{_arch}_reg"] = Release(file=f"dinov2_{_arch}_reg4_pretrain", hub=_hub)
 for _name in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16", "vitl16_sat", "vit7b16_sat"):
     _arch, _data = _name.removesuffix("_sat"), "sat493m" if _name.endswith("_sat") else "lvd1689m"
     RELEASES[f"dinov3_{_name}"] = Release(
@@ -76,7 +77,8 @@ def locate(source: str | Path, *, sha256: str | None = None) -> Path:
     The weights folder is ``$DINOCELL_WEIGHTS``, else ``$XDG_CACHE_HOME/dinocell``, else ``~/.cache/dinocell``.
 
     The result is a file, or a folder with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin`` (one file
-    or all shards). A folder with one weights file of another name gives that file.
+    or all shards). A folder with one weights file of another name gives that file. Errors are a `WeightsError` of one
+    line: the source, the problem, and what to do.
 
     Parameters
     ----------
@@ -84,23 +86,12 @@ def locate(source: str | Path, *, sha256: str | None = None) -> Path:
         A URL must be a string: a Path loses one slash of ``://``.
     sha256
         Expected hash of the file; not for folders. Without it, a file that was downloaded before is not hashed again.
-
-    Raises
-    ------
-    WeightsError
-        One line: the source, the problem, and what to do.
     """
     text = str(source)
     # The query of a URL may hold a signature.
     shown = re.split(r"[?#]", text)[0] if text.lower().startswith("http") else text
     with naming(repr(shown)):
         return _locate(text, None if sha256 is None else _checked_sha256(sha256))
-
-
-def require(condition: bool, problem: str) -> None:
-    """Raise :class:`WeightsError` with this problem unless the condition holds."""
-    if not condition:
-        raise WeightsError(problem)
 
 
 @contextmanager

@@ -49,6 +49,8 @@ def load_backbone(
 ) -> VisionTransformer:
     """Load any known checkpoint into our vision transformer, in eval mode.
 
+    Errors are a `WeightsError` (a `ValueError`) of one line: expected, found, what to do.
+
     Parameters
     ----------
     source
@@ -72,11 +74,6 @@ def load_backbone(
     allow_missing, allow_unexpected
         Patterns (``mask_token``, ``blocks.11.*``) of tensors that may be missing (then initialised at random) or
         unexpected (then dropped). Without them both are errors.
-
-    Raises
-    ------
-    WeightsError
-        One line: expected, found, what to do. It is a `ValueError`.
     """
     weights = read_weights(source, sha256=sha256, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
     if variant is not None:

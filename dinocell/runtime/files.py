@@ -1,10 +1,11 @@
 """Write files atomically, and lock folders between processes."""
 
+import csv
 import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) so that ``path`` holds either the old or the new content."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_table(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file, the header first, as `write_atomically` does."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
 
 
 @contextmanager

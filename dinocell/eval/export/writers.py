@@ -4,7 +4,6 @@ Overlays, a table of cells, and pixel-exact cells for other programs: GeoJSON fo
 ImageJ, and one COCO file of all images, to which later runs add.
 """
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from dinocell.eval.export.measurements import measure_table
 from dinocell.eval.export.outlines import CellOutline, inner_edges
 from dinocell.images.image import percentile_range, to_uint8
 from dinocell.images.write import write_png
-from dinocell.runtime.files import replacing
+from dinocell.runtime.files import replacing, write_table
 
 # Outlines: a yellow that is visible on dark fluorescence and on bright phase contrast.
 _OUTLINE = (255, 210, 0)
@@ -81,12 +80,9 @@ def write_cells(
     for end, intensities in zip(_channel_ends(len(channels), channel_names), table.intensities, strict=True):
         names = (f"{statistic}_intensity{end}" for statistic in ("mean", "min", "max", "std"))
         columns |= zip(names, intensities, strict=True)
-    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(columns)
-        # Integers as they are, floats with eight digits.
-        shown = (map("{:.8g}".format, x.tolist()) if x.dtype.kind == "f" else x.tolist() for x in columns.values())
-        lines.writerows(zip(*shown, strict=True))
+    # Integers as they are, floats with eight digits.
+    shown = (map("{:.8g}".format, x.tolist()) if x.dtype.kind == "f" else x.tolist() for x in columns.values())
+    write_table(path, [columns, *zip(*shown, strict=True)])
 
 
 def _channel_ends(num_channels: int, names: Sequence[str]) -> list[str]:
@@ -116,14 +112,11 @@ def write_geojson(path: Path, cells: Sequence[CellOutline], *, name: str) -> Non
 
 def _feature(cell: CellOutline, name: str) -> dict[str, Any]:
     polygons = [[[*ring.tolist(), ring[0].tolist()] for ring in rings] for rings in cell.fragments]
-    is_one = len(polygons) == 1
+    kind, coordinates = ("Polygon", polygons[0]) if len(polygons) == 1 else ("MultiPolygon", polygons)
     return {
         "type": "Feature",
         "id": str(uuid5(NAMESPACE_URL, f"{name}#{cell.label}")),
-        "geometry": {
-            "type": "Polygon" if is_one else "MultiPolygon",
-            "coordinates": polygons[0] if is_one else polygons,
-        },
+        "geometry": {"type": kind, "coordinates": coordinates},
         "properties": {"objectType": "detection", "name": f"cell {cell.label}"},
     }
 

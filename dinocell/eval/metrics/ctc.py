@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import DinocellError, ImageError, require
 from dinocell.eval.metrics.overlaps import ContingencyTable, LabelImage, contingency_tables
 from dinocell.runtime.files import replacing, write_atomically
 
@@ -170,10 +170,7 @@ def _score(counts: Counts, *, images: tuple[CTCScore, ...] = ()) -> CTCScore:
 def write_results(folder: Path, sequence: str, frames: Iterable[LabelImage], *, num_digits: int = 3) -> None:
     """Write predicted label images as ``01_RES/mask000.tif``, ..., with the same ids.
 
-    Raises
-    ------
-    ImageError
-        If an id exceeds 65,535, or a file cannot be written.
+    An ImageError if an id exceeds 65,535, or a file cannot be written.
     """
     _write_frames({"mask": folder / f"{sequence}_RES"}, frames, num_digits)
 
@@ -181,12 +178,8 @@ def write_results(folder: Path, sequence: str, frames: Iterable[LabelImage], *, 
 def write_reference(folder: Path, sequence: str, frames: Iterable[LabelImage], *, num_digits: int = 3) -> None:
     """Write reference label images to ``01_GT/SEG`` and ``01_GT/TRA``, with ``man_track.txt``.
 
-    The frames are independent images, not a time series: every cell of every frame gets an id of its own.
-
-    Raises
-    ------
-    ImageError
-        As `write_results`.
+    The frames are independent images, not a time series: every cell of every frame gets an id of its own. An ImageError
+    as in `write_results`.
     """
     tracks: list[str] = []
 
@@ -206,11 +199,9 @@ def write_reference(folder: Path, sequence: str, frames: Iterable[LabelImage], *
 
 def check_ids(labels: LabelImage, path: Path, *, where: str = "") -> None:
     """Raise an ImageError that names the path if an id exceeds 65,535, the maximum in 16 bits."""
-    if labels.size and int(labels.max()) > MAX_ID:
-        raise ImageError(
-            f"{path}: expected ids up to {MAX_ID} (masks have 16 bits), got {int(labels.max())}{where}; "
-            "relabel the cells or split the set"
-        )
+    largest = int(labels.max(initial=0))
+    problem = f"expected ids up to {MAX_ID} (masks have 16 bits), got {largest}{where}"
+    require(largest <= MAX_ID, f"{path}: {problem}; relabel the cells or split the set", ImageError)
 
 
 def write_mask(path: Path, labels: LabelImage) -> None:
@@ -263,17 +254,14 @@ def check_programs(binary_path: Path) -> None:
 def official_scores(folder: Path, sequence: str, *, binary_path: Path, num_digits: int = 3) -> OfficialScores:
     """Run the challenge's ``SEGMeasure`` and ``DETMeasure`` on a sequence; they write logs to ``01_RES``.
 
+    A DinocellError if a program is missing, does not run, or prints no score.
+
     Parameters
     ----------
     binary_path
         The folder of the two programs, or the unpacked archive of the challenge (with ``Linux``, ``Mac`` and ``Win``).
     num_digits
         Digits of the frame numbers in the file names.
-
-    Raises
-    ------
-    DinocellError
-        If a program is missing, does not run, or prints no score.
     """
     scores = {}
     for name in ("SEG", "DET"):
@@ -285,9 +273,8 @@ def official_scores(folder: Path, sequence: str, *, binary_path: Path, num_digit
         match = re.search(rf"{name} measure:\s*([0-9.]+(?:[eE][-+]?\d+)?)", done.stdout)
         if match is None or done.returncode != 0:
             output = " ".join((done.stdout + " " + done.stderr).split())[:200] or "no output"
-            raise DinocellError(
-                f"{command[0]}: expected '{name} measure: ...', got exit code {done.returncode}: {output}"
-            )
+            got = f"got exit code {done.returncode}: {output}"
+            raise DinocellError(f"{command[0]}: expected '{name} measure: ...', {got}")
         scores[name] = float(match[1])
     return OfficialScores(seg=scores["SEG"], det=scores["DET"])
 
@@ -311,10 +298,7 @@ def _program(binary_path: Path, name: str) -> Path:
     places = [binary_path / file, binary_path / _SYSTEM_FOLDERS.get(sys.platform, "Linux") / file]
     program = next((place for place in places if place.is_file()), places[0]).resolve()
     if not os.access(program, os.X_OK):
-        hint = (
-            f"not executable; run 'chmod +x {program}'"
-            if program.is_file()
-            else "no such program; expected the folder of SEGMeasure and DETMeasure"
-        )
-        raise DinocellError(f"{program}: {hint}")
+        missing = "no such program; expected the folder of SEGMeasure and DETMeasure"
+        problem = f"not executable; run 'chmod +x {program}'" if program.is_file() else missing
+        raise DinocellError(f"{program}: {problem}")
     return program

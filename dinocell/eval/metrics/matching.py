@@ -126,10 +126,7 @@ def matching_score_from(
 def find_matches(table: ContingencyTable, threshold: int | float) -> Int64[np.ndarray, " matches"]:
     """Return the indices of the matching pairs in the table, each cell in at most one of them.
 
-    Raises
-    ------
-    ValueError
-        If the threshold is not in [0.5, 1]: below, matching is an assignment problem.
+    A ValueError if the threshold is not in [0.5, 1]: below, matching is an assignment problem.
     """
     _check([threshold])
     pairs = np.flatnonzero(table.ious >= threshold)

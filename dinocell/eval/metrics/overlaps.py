@@ -65,19 +65,14 @@ def contingency_table(reference: LabelImage, prediction: LabelImage) -> Continge
     """Count the shared pixels of each pair of cells.
 
     0 is background, every other id one cell, connected or not. Ids may have gaps and be as large as their type allows;
-    the two images may differ in type. Temporary memory does not grow with the image.
-
-    Raises
-    ------
-    ValueError
-        If an image is not two-dimensional, is not of an integer type, or has negative ids, or if the sizes differ.
+    the two images may differ in type. Temporary memory does not grow with the image. A ValueError if an image is not
+    two-dimensional, is not of an integer type, or has negative ids, or if the sizes differ.
     """
     _check(reference, "reference")
     _check(prediction, "prediction")
     if reference.shape != prediction.shape:
-        raise ValueError(
-            f"expected a reference and a prediction of the same size, got {reference.shape} and {prediction.shape}"
-        )
+        got = f"got {reference.shape} and {prediction.shape}"
+        raise ValueError(f"expected a reference and a prediction of the same size, {got}")
     blocks = [_sum_pairs(*_runs(*block)) for block in _blocks(reference, prediction)]
     ids, others, pixels = _sum_pairs(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
@@ -106,10 +101,7 @@ def contingency_tables(
 ) -> list[ContingencyTable]:
     """Return one table for each pair of frames; a single image is a list of one.
 
-    Raises
-    ------
-    ValueError
-        As `contingency_table`, or if the two lists differ in length.
+    A ValueError as in `contingency_table`, or if the two lists differ in length.
     """
     references = [reference] if isinstance(reference, np.ndarray) else reference
     predictions = [prediction] if isinstance(prediction, np.ndarray) else prediction

@@ -11,7 +11,7 @@ are resampled with replacement, and the formula of the resampled sums shows how 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -161,16 +161,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def ctc_intervals(
-    tables: Iterable[ContingencyTable],
-    *,
-    over: Literal["images", "cells"] = "images",
-    confidence: float = 0.95,
-    num_draws: int = 2000,
-    seed: int = 0,
+    tables: Iterable[ContingencyTable], *, over: Literal["images", "cells"] = "images", **draws: Any
 ) -> dict[str, Interval]:
-    """Return intervals of ``seg``, ``det`` and ``op_csb`` of `ctc_score`; see `bootstrap` for the options."""
+    """Return intervals of ``seg``, ``det`` and ``op_csb`` of `ctc_score`; ``draws`` are options of `bootstrap`."""
     units = _units((_ctc_cells(table) for table in tables), over=over, num_quantities=3)
-    return bootstrap(units, _ctc_formula, confidence=confidence, num_draws=num_draws, seed=seed)
+    return bootstrap(units, _ctc_formula, **draws)
 
 
 def matching_intervals(
@@ -178,16 +173,14 @@ def matching_intervals(
     *,
     threshold: int | float = 0.5,
     over: Literal["images", "cells"] = "images",
-    confidence: float = 0.95,
-    num_draws: int = 2000,
-    seed: int = 0,
+    **draws: Any,
 ) -> dict[str, Interval]:
     """Return intervals of ``average_precision``, ``precision``, ``recall``, ``f1`` and ``panoptic_quality``.
 
-    They are the scores of `matching_score` at the IoU ``threshold``; see `bootstrap` for the options.
+    They are the scores of `matching_score` at the IoU ``threshold``; ``draws`` are options of `bootstrap`.
     """
     units = _units((_matching_cells(table, threshold) for table in tables), over=over, num_quantities=4)
-    return bootstrap(units, _matching_formula, confidence=confidence, num_draws=num_draws, seed=seed)
+    return bootstrap(units, _matching_formula, **draws)
 
 
 def bootstrap(

@@ -55,6 +55,8 @@ def make_task(
 ) -> Task:
     """Read the targets of a task from the label columns of two sets.
 
+    A DinocellError if a column is missing or has invalid values.
+
     Parameters
     ----------
     name
@@ -63,11 +65,6 @@ def make_task(
         true compartment are unlabelled.
     columns
         For several labels per image: their columns, with any names; ``name`` is then only the name of the task.
-
-    Raises
-    ------
-    DinocellError
-        If a column is missing or has invalid values.
     """
     sets, set_names = (train, test), (train_name, test_name)
     multilabel = bool(columns) or name == PROTEIN
@@ -181,16 +178,13 @@ Metric = Callable[[Tensor, Tensor], ClassScores]
 def metric_of(name: str, *, multilabel: bool, logits: bool = False) -> Metric:
     """Return a metric by name: one of the two F1, ``accuracy``, or ``top-5`` and the like.
 
+    A ConfigError if there is no such metric for these labels.
+
     Parameters
     ----------
     logits
         Whether scores are logits rather than probabilities. It cannot be inferred from their range: shares of votes may
         exceed 1 by rounding, and the logits of a weak classifier may all be between 0 and 1.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such metric for these labels.
     """
     if multilabel:
         expected = f"{MULTILABEL} for multi-label rows"

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dinocell.errors import DinocellError
+from dinocell.errors import require
 
 
 class ChannelConsistency(NamedTuple):
@@ -41,25 +41,20 @@ class ChannelConsistency(NamedTuple):
 def channel_consistency(features: Float[Tensor, "b c d"], *, centre: bool = True) -> ChannelConsistency:
     """Compare the features of fields across channels.
 
+    A DinocellError if there are fewer than two fields or channels, or a feature is not finite.
+
     Parameters
     ----------
     features
         One row per field and channel.
     centre
         Subtract the mean of all features first, which removes what all images have in common.
-
-    Raises
-    ------
-    DinocellError
-        If there are fewer than two fields or channels, or a feature is not finite.
     """
     fields, channels, _ = features.shape
-    for is_wrong, problem in (
-        (min(fields, channels) < 2, f"two or more fields and channels to compare, got {fields} and {channels}"),
-        (not features.isfinite().all(), "finite features, got NaN or infinity: the backbone or its input is broken"),
-    ):
-        if is_wrong:
-            raise DinocellError(f"expected {problem}")
+    got = f"got {fields} and {channels}"
+    require(min(fields, channels) > 1, f"expected two or more fields and channels to compare, {got}")
+    is_finite = features.isfinite().all()
+    require(is_finite, "expected finite features, got NaN or infinity: the backbone or its input is broken")
     same, different, retrieved = _by_pair(features, centre=centre).mean(-1)
     pairs = ~torch.eye(channels, dtype=torch.bool, device=features.device)
     same_field, different_field = float(same[pairs].mean()), float(different.mean())

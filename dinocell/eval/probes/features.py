@@ -1,7 +1,6 @@
 """Features of images from a frozen backbone, in memory (`extract`) or in files that all probes share (`extract_to`)."""
 
 import csv
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinocell.data_shards.sources.field import LabelValue
-from dinocell.errors import ConfigError, DinocellError
+from dinocell.errors import ConfigError, DinocellError, require
 from dinocell.eval.probes.image_sets import ImageSet, ProbeImage
+from dinocell.models.locate import sha256_of
 from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import World, barrier
-from dinocell.runtime.files import folder_lock, replacing, write_atomically
+from dinocell.runtime.files import folder_lock, replacing, write_atomically, write_table
 
 _log = logging.getLogger(__name__)
 _PLACE = "weights_from"
@@ -89,10 +89,7 @@ def default_channels(backbone: VisionTransformer) -> Channels:
 def to_input(image: ProbeImage, backbone: VisionTransformer, settings: FeatureSettings) -> Float[Tensor, "k c h w"]:
     """Return the model inputs of one image: resized, cropped, normalised by the model's input convention.
 
-    Raises
-    ------
-    DinocellError
-        If the channels, the image's size or the model's input convention do not fit.
+    A DinocellError if the channels, the image's size or the model's input convention do not fit.
     """
     assert image.pixels is not None
     pixels = torch.from_numpy(np.ascontiguousarray(image.pixels))
@@ -100,19 +97,14 @@ def to_input(image: ProbeImage, backbone: VisionTransformer, settings: FeatureSe
     mode, names, expected = settings.channels, list(image.channel_names), backbone.card.input.channel_names
     is_named = bool(expected) and set(expected) <= set(names)
     takes = f"{in_channels} ({', '.join(expected)})" if expected else str(in_channels)
-    for is_wrong, problem in (
-        (mode != "stack" and in_channels != 1, f"channels {mode}: needs a model of one channel, this one has {takes}"),
-        (
-            mode == "stack" and not is_named and len(names) != in_channels,
-            f"has the channels {', '.join(names)}, the model takes {takes}",
-        ),
-        (
-            convention not in ("standardised", "unit"),
-            f"the model expects {convention} input; load it with input='standardised' or 'unit'",
-        ),
-    ):
-        if is_wrong:
-            raise DinocellError(f"{image.id}: {problem}")
+    if mode == "stack":
+        fits = is_named or len(names) == in_channels
+        require(fits, f"{image.id}: has the channels {', '.join(names)}, the model takes {takes}")
+    else:
+        problem = f"channels {mode}: needs a model of one channel, this one has {takes}"
+        require(in_channels == 1, f"{image.id}: {problem}")
+    problem = f"the model expects {convention} input; load it with input='standardised' or 'unit'"
+    require(convention in ("standardised", "unit"), f"{image.id}: {problem}")
     if mode == "mean":
         pixels = pixels.mean(0, keepdim=True)
     if mode == "stack":
@@ -199,10 +191,7 @@ def extract(
 ) -> Features:
     """Extract the features of a set, or of its first ``limit`` images, into memory.
 
-    Raises
-    ------
-    DinocellError
-        If no image can be read, or the numbers of channels differ.
+    A DinocellError if no image can be read, or the numbers of channels differ.
     """
     stop = len(images) if limit is None else min(limit, len(images))
     good: list[tuple[ProbeImage, np.ndarray]] = []
@@ -227,18 +216,12 @@ def _check_rows(
     images: ImageSet, rows: Sequence[tuple[str, Sequence[int], Sequence[str]]], problems: Sequence[str]
 ) -> None:
     """Raise a DinocellError if there are no rows (image id, shape, channel names), or they differ in shape."""
-    first = rows[0] if rows else ("", (), ())
-    other = next((row for row in rows if tuple(row[1]) != tuple(first[1])), None)
-    if not rows:
-        problem = "no image could be read" + (f"; the first: {problems[0]}" if problems else "")
-    elif other is not None:
-        problem = (
-            f"{other[0]} has the channels {', '.join(other[2])}, the first image has {', '.join(first[2])}; "
-            "all features of a set must have the same shape"
-        )
-    else:
-        return
-    raise DinocellError(f"{images.name}: {problem}")
+    unread = f"; the first: {problems[0]}" if problems else ""
+    require(rows, f"{images.name}: no image could be read{unread}")
+    for name, shape, channels in rows:
+        got = f"{name} has the channels {', '.join(channels)}, the first image has {', '.join(rows[0][2])}"
+        is_same = tuple(shape) == tuple(rows[0][1])
+        require(is_same, f"{images.name}: {got}; all features of a set must have the same shape")
 
 
 def extract_to(
@@ -260,6 +243,9 @@ def extract_to(
         rows.csv           one row per image: id and labels
         extraction.json    weights (content and path), set and settings; a folder of another is rejected
 
+    A DinocellError if the folder contains other features, another process is extracting them, or the folder cannot be
+    created; and as ``extract``.
+
     Parameters
     ----------
     weights
@@ -270,12 +256,6 @@ def extract_to(
         Ranks over which the images are distributed; each calls this, and all return the same.
     progress
         Called with the number of images that this rank has processed.
-
-    Raises
-    ------
-    DinocellError
-        If the folder contains other features, another process is extracting them, or the folder cannot be created;
-        and as ``extract``.
     """
     world = world or World()
     facts = {
@@ -308,18 +288,10 @@ def _claimed(folder: Path, facts: Mapping[str, object], weights: str) -> Iterato
     with folder_lock(folder, wait=False) as is_ours:
         before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else facts
         differing = [key for key, value in facts.items() if before.get(key) != json.loads(json.dumps(value))]
-        for is_wrong, problem in (
-            (
-                not is_ours and not (folder / "rows.csv").exists(),
-                ": another process is extracting these features; start again when it has finished",
-            ),
-            (
-                differing,
-                f" contains features with other {', '.join(differing)}; remove it, or choose another folder",
-            ),
-        ):
-            if is_wrong:
-                raise DinocellError(f"{folder}{problem}")
+        problem = "another process is extracting these features; start again when it has finished"
+        require(is_ours or (folder / "rows.csv").exists(), f"{folder}: {problem}")
+        problem = f"contains features with other {', '.join(differing)}; remove it, or choose another folder"
+        require(not differing, f"{folder} {problem}")
         place = str(Path(weights).absolute()) if Path(weights).exists() else weights
         write_atomically(record, json.dumps({**facts, _PLACE: place}, indent=1) + "\n")
         yield
@@ -388,10 +360,8 @@ def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
     write_atomically(folder / "problems.txt", "".join(f"{problem}\n" for problem in problems))
     columns = sorted({key for line in good for key in line["labels"]})
     # The table is the last file: its existence shows that the features are complete.
-    with replacing(folder / "rows.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as table:
-        writer = csv.writer(table)
-        writer.writerow(["id", *columns])
-        writer.writerows([line["id"], *(line["labels"].get(column, "") for column in columns)] for line in good)
+    rows = [[line["id"], *(line["labels"].get(column, "") for column in columns)] for line in good]
+    write_table(folder / "rows.csv", [["id", *columns], *rows])
     for part in folder.glob(".features-*"):  # also those of a start with another number of ranks
         part.unlink()
 
@@ -399,15 +369,10 @@ def _join(folder: Path, images: ImageSet, size: int, *, half: bool) -> None:
 def read_features(folder: Path) -> Features:
     """Read features written by `extract_to`; values are memory-mapped.
 
-    Raises
-    ------
-    DinocellError
-        If the folder contains no complete features.
+    A DinocellError if the folder contains no complete features.
     """
-    if not (folder / "rows.csv").exists():
-        raise DinocellError(
-            f"{folder}: contains no features (rows.csv is missing); extract them with 'dinocell features'"
-        )
+    problem = "contains no features (rows.csv is missing); extract them with 'dinocell features'"
+    require((folder / "rows.csv").exists(), f"{folder}: {problem}")
     with (folder / "rows.csv").open(encoding="utf-8", newline="") as file:
         (_, *columns), *rows = csv.reader(file)  # by position: a label may also be called id
     return Features(
@@ -428,8 +393,4 @@ def weights_of(folder: Path) -> str:
 
 def fingerprint(weights: str) -> str:
     """Return an identifier of weights: the hash of the content of a file, else the name."""
-    path = Path(weights)
-    if not path.is_file():
-        return weights
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"sha256:{sha256_of(Path(weights))}" if Path(weights).is_file() else weights

@@ -19,7 +19,7 @@ from jaxtyping import Float32, Shaped
 from dinocell.data_shards.read import stream
 from dinocell.data_shards.sample import SampleInfo
 from dinocell.data_shards.sources.field import Field, FieldFile, LabelValue, Rejected, Source, read_field
-from dinocell.errors import DinocellError, ImageError
+from dinocell.errors import DinocellError, ImageError, require
 from dinocell.images.listing import base_name, list_files
 from dinocell.images.read import has_image_name
 
@@ -98,10 +98,8 @@ class FieldImages:
         rejected = [entry for entry in listed if isinstance(entry, Rejected)]
         if rejected:
             _log.warning("%s: %d inputs skipped; the first: %s", name, len(rejected), rejected[0].reason)
-        if not self._fields:
-            raise DinocellError(
-                f"{name}: no image found; expected a folder with one folder of images per class, or a set as published"
-            )
+        expected = "expected a folder with one folder of images per class, or a set as published"
+        require(self._fields, f"{name}: no image found; {expected}")
 
     def __len__(self) -> int:
         return len(self._fields)
@@ -155,18 +153,15 @@ def _read(field: Field) -> ProbeImage:
 def to_unit(pixels: Shaped[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h w"]:
     """Scale channels to [0, 1]: 8 bit by 255, others by their percentiles 0.1 and 99.9.
 
-    Raises
-    ------
-    ImageError
-        If a value is not finite, or beyond float32.
+    An ImageError if a value is not finite, or beyond float32.
     """
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / 255
     with np.errstate(over="ignore"):
         values = pixels.astype(np.float32)
     bad = int(np.count_nonzero(~np.isfinite(values)))
-    if bad:
-        raise ImageError(f"{bad} of {values.size} values are not finite (NaN or infinite); replace them first")
+    problem = f"{bad} of {values.size} values are not finite (NaN or infinite); replace them first"
+    require(bad == 0, problem, ImageError)
     low, high = np.percentile(values, (0.1, 99.9), axis=(1, 2), keepdims=True).astype(np.float32)
     return np.asarray(np.clip((values - low) / np.maximum(high - low, np.float32(1e-12)), 0, 1))
 
@@ -174,10 +169,7 @@ def to_unit(pixels: Shaped[np.ndarray, "c h w"]) -> Float32[np.ndarray, "c h w"]
 def labels_of(rows: Sequence[Mapping[str, LabelValue]], column: str, name: str) -> list[str]:
     """Return a column of labels as strings.
 
-    Raises
-    ------
-    DinocellError
-        If no image has it; the message lists the existing columns.
+    A DinocellError if no image has it; the message lists the existing columns.
     """
     if not any(column in row for row in rows):
         columns = sorted({key for row in rows for key in row})

@@ -35,6 +35,10 @@ def knn_scores(
 ) -> dict[int, Float[Tensor, "queries classes"]]:
     """Return, for every ``k``, the share of votes of each class among the ``k`` nearest training images.
 
+    A ValueError if a ``k`` is not between 1 and the number of training images, if the temperature or a chunk is not
+    positive, if a class number is outside ``num_classes``, if a feature is not finite, or if the numbers of features
+    and labels differ.
+
     Parameters
     ----------
     train, queries
@@ -49,13 +53,6 @@ def knn_scores(
     world
         Ranks over which the training images are distributed; each calls this with all labels and queries, and all
         return the same.
-
-    Raises
-    ------
-    ValueError
-        If a ``k`` is not between 1 and the number of training images, if the temperature or a chunk is not positive, if
-        a class number is outside ``num_classes``, if a feature is not finite, or if the numbers of features and
-        labels differ.
     """
     world = world or World()
     positive = (temperature, query_chunk, train_chunk)

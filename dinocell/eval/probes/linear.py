@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinocell.errors import ConfigError, DinocellError
+from dinocell.errors import ConfigError, DinocellError, require
 from dinocell.eval.probes.classification import Metric
 from dinocell.runtime.files import replacing
 
@@ -61,9 +61,8 @@ class LinearSettings:
             (min(counts) >= 1, "--epochs, --train-batch-size, --epoch-steps", "at least 1", counts),
             (0 < share < 1, "--validation-share", "a share between 0 and 1", (share,)),
         ):
-            if not is_valid:
-                got = ", ".join(f"{value:g}" for value in values) or "none"
-                raise ConfigError(f"{option}: expected {expected}, got {got}")
+            got = ", ".join(f"{value:g}" for value in values) or "none"
+            require(is_valid, f"{option}: expected {expected}, got {got}", ConfigError)
 
     @property
     def grid(self) -> list[tuple[float, float]]:
@@ -97,16 +96,11 @@ class Classifier:
     def scores(self, features: Shaped[Tensor, "n d"]) -> Float[Tensor, "n c"]:
         """Return the logits.
 
-        Raises
-        ------
-        DinocellError
-            If the features are not as wide as the classifier.
+        A DinocellError if the features are not as wide as the classifier.
         """
-        if features.shape[1] != self.weight.shape[1]:
-            raise DinocellError(
-                f"the classifier takes features of {self.weight.shape[1]} numbers, these have {features.shape[1]}: "
-                "another backbone, or other --n-last-blocks, --avgpool, --channels"
-            )
+        width, got = self.weight.shape[1], features.shape[1]
+        problem = f"the classifier takes features of {width} numbers, these have {got}"
+        require(got == width, f"{problem}: another backbone, or other --n-last-blocks, --avgpool, --channels")
         return F.linear(features.float(), self.weight, self.bias)
 
     def save(self, path: Path) -> None:
@@ -159,6 +153,8 @@ def train_grid(
 ) -> Classifiers:
     """Train every classifier of the grid.
 
+    A ConfigError if the loss does not fit the labels.
+
     Parameters
     ----------
     features
@@ -169,11 +165,6 @@ def train_grid(
         Indices of the features that the labels belong to; None: all of them.
     progress
         Called with the number of completed steps and their total.
-
-    Raises
-    ------
-    ConfigError
-        If the loss does not fit the labels.
     """
     if (settings.loss == "cross_entropy") != (labels.ndim == 1):
         kind = "class labels" if labels.ndim == 1 else "multi-label rows"

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinocell.data_shards.sources.field import LabelValue
-from dinocell.errors import DinocellError
+from dinocell.errors import require
 from dinocell.eval.probes.consistency import channel_consistency
 from dinocell.eval.probes.features import FeatureSettings, feature_rows
 from dinocell.eval.probes.image_sets import ProbeImage, ShardImages, labels_of
@@ -18,6 +19,9 @@ from dinocell.models.vit import VisionTransformer
 
 class OnlineProbe:
     """Evaluate a teacher on shard sets; call the object with the teacher.
+
+    Tiles that lack a channel of their set are skipped. Before training starts, a DinocellError if a set is missing, has
+    no such label, fewer samples than neighbours, or no tile with all of its channels.
 
     Parameters
     ----------
@@ -33,14 +37,6 @@ class OnlineProbe:
         Number of input channels of the teacher.
     cache, cache_gb
         For remote sets, as in the training.
-
-    Tiles that lack a channel of their set are skipped.
-
-    Raises
-    ------
-    DinocellError
-        Before training starts: if a set is missing, has no such label, fewer samples than neighbours, or no tile with
-        all of its channels.
     """
 
     def __init__(
@@ -68,8 +64,8 @@ class OnlineProbe:
             for images in (train, test):
                 labels_of([image.labels for image in images.images(0, 1)], label, images.name)
                 _check_complete(images, len(images))
-            if neighbours > len(train):
-                raise DinocellError(f"online_eval.neighbours: {neighbours}, but {knn_train} has {len(train)} samples")
+            got = f"{neighbours}, but {knn_train} has {len(train)} samples"
+            require(neighbours <= len(train), f"online_eval.neighbours: {got}")
             self._knn = (train, test, label)
 
     def __call__(self, teacher: VisionTransformer) -> Mapping[str, float]:
@@ -109,12 +105,8 @@ def _features(
 ) -> tuple[Tensor, list[Mapping[str, LabelValue]]]:
     """Return the features and labels of the tiles that have every channel of their set."""
     tiles = _complete_tiles(images, len(images) if limit is None else limit)
-    rows = [
-        (torch.from_numpy(row), image.labels)
-        for image, row in feature_rows(teacher, tiles, settings)
-        if row is not None
-    ]
-    return torch.stack([row for row, _ in rows]), [labels for _, labels in rows]
+    rows = [(row, image.labels) for image, row in feature_rows(teacher, tiles, settings) if row is not None]
+    return torch.from_numpy(np.stack([row for row, _ in rows])), [labels for _, labels in rows]
 
 
 def _complete_tiles(images: ShardImages, limit: int) -> Iterator[ProbeImage]:
@@ -123,9 +115,6 @@ def _complete_tiles(images: ShardImages, limit: int) -> Iterator[ProbeImage]:
 
 
 def _check_complete(images: ShardImages, limit: int) -> None:
-    if next(_complete_tiles(images, limit), None) is None:
-        names = ", ".join(images.channel_names)
-        raise DinocellError(
-            f"{images.name}: none of the first {limit} tiles has all of the channels {names}; set "
-            "online_eval.every=0, or put another set first"
-        )
+    is_complete = next(_complete_tiles(images, limit), None) is not None
+    problem = f"none of the first {limit} tiles has all of the channels {', '.join(images.channel_names)}"
+    require(is_complete, f"{images.name}: {problem}; set online_eval.every=0, or put another set first")

@@ -30,11 +30,7 @@ def fit_ridge(features: Float[Tensor, "n d"], targets: Float[Tensor, " n"], *, p
 
     Minimises ``mean((targets - prediction) ** 2) + penalty * sum(weight ** 2)``, the weights those of features divided
     by their standard deviation: neither the scale of the features nor the number of rows changes what the penalty does.
-
-    Raises
-    ------
-    ValueError
-        If there are no rows, or the penalty is not positive.
+    A ValueError if there are no rows, or the penalty is not positive.
     """
     if not len(features):
         raise ValueError("expected features and targets, got no rows")

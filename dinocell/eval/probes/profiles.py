@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import false_discovery_control
 
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, require
 
 Whitening = Literal["none", "pca", "tvn"]
 
@@ -49,11 +49,9 @@ def check_wells(treatments: Sequence[str], plates: Sequence[str], wells: Sequenc
     treatment_of: dict[tuple[str, str], str] = {}
     for treatment, plate, well in zip(treatments, plates, wells, strict=True):
         other = treatment_of.setdefault((plate, well), treatment)
-        if other != treatment:
-            raise DinocellError(
-                f"plate {plate}, well {well}: has the treatments {other} and {treatment}, expected one; is the well's "
-                "name in another column (--well, --plate)?"
-            )
+        got = f"has the treatments {other} and {treatment}, expected one"
+        hint = "is the well's name in another column (--well, --plate)?"
+        require(other == treatment, f"plate {plate}, well {well}: {got}; {hint}")
 
 
 def to_wells(
@@ -77,6 +75,8 @@ def whiten(
 ) -> Float[np.ndarray, "n d"]:
     """Whiten profiles, so that directions are comparable.
 
+    A DinocellError if there are fewer than two wells, or ``tvn`` has fewer than two controls on a plate.
+
     Parameters
     ----------
     method
@@ -87,24 +87,17 @@ def whiten(
         Wells of untreated cells; ``tvn`` requires them on every plate.
     regularisation
         Added to variances, as a share of their mean.
-
-    Raises
-    ------
-    DinocellError
-        If there are fewer than two wells, or ``tvn`` has fewer than two controls on a plate.
     """
     if method == "none":
         return profiles
     chosen = np.ones(len(profiles), bool) if method == "pca" or controls is None else controls
     plate_of = np.asarray(plates)
     few = [f"{p} has {n}" for p in np.unique(plate_of) if (n := (chosen & (plate_of == p)).sum()) < 2]
-    for is_wrong, problem in (
-        (method == "tvn" and controls is None, "tvn: needs wells of untreated cells: give --control"),
-        (method == "tvn" and few, f"tvn: expected at least 2 control wells on each plate, but plate {', '.join(few)}"),
-        (chosen.sum() < 2, f"{method}: needs at least 2 wells"),
-    ):
-        if is_wrong:
-            raise DinocellError(f"--whiten {problem}")
+    if method == "tvn":
+        require(controls is not None, "--whiten tvn: needs wells of untreated cells: give --control")
+        expected = "expected at least 2 control wells on each plate"
+        require(not few, f"--whiten tvn: {expected}, but plate {', '.join(few)}")
+    require(chosen.sum() > 1, f"--whiten {method}: needs at least 2 wells")
     centred = profiles - profiles[chosen].mean(0)
     values, vectors = np.linalg.eigh(np.cov(centred[chosen], rowvar=False).reshape(profiles.shape[1], -1))
     values = np.maximum(values, 0)
@@ -139,6 +132,8 @@ def replicate_retrieval(
 ) -> Retrieval:
     """Measure the retrieval of replicates.
 
+    A DinocellError if no query has both a replicate and a well of another treatment on its plate.
+
     Parameters
     ----------
     control
@@ -147,11 +142,6 @@ def replicate_retrieval(
         Only replicates on other plates count; otherwise all others of the treatment.
     num_random
         Number of random rankings per pair of counts.
-
-    Raises
-    ------
-    DinocellError
-        If no query has both a replicate and a well of another treatment on its plate.
     """
     names, plate = np.asarray(treatments), np.asarray(plates)
     unit = profiles / np.maximum(np.linalg.norm(profiles, axis=1, keepdims=True), 1e-12)

@@ -1,6 +1,5 @@
 """Output of probes: scores (JSON, CSV, Markdown), figures, and an entry in the TensorBoard of the run."""
 
-import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from dinocell.eval.probes.classification import ClassScores
 from dinocell.eval.report import to_json
 from dinocell.images.read import read_image
-from dinocell.runtime.files import replacing, write_atomically
+from dinocell.runtime.files import replacing, write_atomically, write_table
 
 
 def write_scores(
@@ -41,10 +40,7 @@ def write_scores(
     content = {"about": dict(about), "rows": [dict(row) for row in rows], "note": note}
     write_atomically(paths[0], to_json(content))
     columns = list(rows[0]) if rows else []
-    with replacing(paths[1]) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(paths[1], [columns, *([row[column] for column in columns] for row in rows)])
     lines = [f"# {name}", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [f"| {' | '.join(_shown(row[column]) for column in columns)} |" for row in rows]
@@ -57,24 +53,14 @@ def write_classes(
 ) -> dict[str, Path]:
     """Write the F1 of each class as ``NAME_classes.csv`` and as a figure, and the confusion matrix as a figure.
 
-    Parameters
-    ----------
-    table
-        Images by true and predicted class; None for multi-label targets.
-
-    Returns
-    -------
-    Paths of the figures, by content.
+    ``table`` has the images by true and predicted class; None for multi-label targets. Returns the paths of the
+    figures, by content.
     """
     f1, support = scores.f1, scores.support.tolist()
-    with (
-        replacing(folder / f"{name}_classes.csv") as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(("class", "f1", "images"))
-        for label, value, count in zip(classes, f1.tolist(), support, strict=True):
-            writer.writerow((label, "" if math.isnan(value) else f"{value:.6f}", count))
+    values = ["" if math.isnan(value) else f"{value:.6f}" for value in f1.tolist()]
+    write_table(
+        folder / f"{name}_classes.csv", [("class", "f1", "images"), *zip(classes, values, support, strict=True)]
+    )
     figures = {"classes": folder / f"{name}_classes.png"}
     figure = Figure(figsize=(7, 1 + 0.24 * len(classes)), layout="constrained")
     axes = figure.subplots()

@@ -19,12 +19,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dinocell.errors import DinocellError, ImageError, StackError, one_line
+from dinocell.errors import DinocellError, ImageError, StackError, one_line, require
 from dinocell.eval.export import writers
 from dinocell.eval.export.outlines import trace_cells
 from dinocell.eval.metrics.ctc import check_ids, write_mask
@@ -32,7 +32,7 @@ from dinocell.eval.segmentation.pipeline import DINOCellPipeline, Segmentation
 from dinocell.images.image import Image
 from dinocell.images.read import IMAGE_SUFFIXES, count_frames, image_stem, read_image, read_stack
 from dinocell.images.write import write_labels, write_png, write_tiff
-from dinocell.runtime.files import folder_lock, replacing
+from dinocell.runtime.files import folder_lock, write_table
 
 RECORDS, SUMMARY, COCO = "summary.jsonl", "summary.csv", "coco.json"
 # The files of each image, by option: the end of the file name. Maps are named after the model's target.
@@ -92,27 +92,19 @@ def plan_tasks(files: Sequence[Path], options: SegmentOptions) -> list[ImageTask
     A DinocellError if two files would write the same results, results would replace an input image, a name is too long
     or not Unicode, or it has no frame number where the challenge's layout needs one.
     """
-    inputs = {_absolute(file) for file in files}
+    inputs = {os.path.abspath(file) for file in files}  # noqa: PTH100 - links keep their names (git-annex, DVC)
     sources: dict[Path, Path] = {}
     tasks = [task for file in files for task in _tasks_of(file, options)]
     for task in tasks:
         for path in task.paths.values():
             source, name = sources.setdefault(path, task.file), os.fsencode(path.name)
-            problems = (
-                (source != task.file, f"{source} and {task.file} would both write {path}; segment them to two folders"),
-                (
-                    _absolute(path) in inputs,
-                    f"{path}: is given as an image, and results of {task.file} have this name; choose another --output",
-                ),
-                (
-                    len(name) > _MAX_NAME_BYTES or name != path.name.encode(errors="replace"),
-                    f"{name.decode('utf-8', 'backslashreplace')}: too long a file name, or not Unicode (UTF-8); rename "
-                    "the image",
-                ),
-            )
-            for is_wrong, problem in problems:
-                if is_wrong:
-                    raise DinocellError(problem)
+            conflict = f"{source} and {task.file} would both write {path}; segment them to two folders"
+            require(source == task.file, conflict)
+            conflict = f"is given as an image, and results of {task.file} have this name; choose another --output"
+            require(os.path.abspath(path) not in inputs, f"{path}: {conflict}")  # noqa: PTH100
+            is_usable = len(name) <= _MAX_NAME_BYTES and name == path.name.encode(errors="replace")
+            shown = name.decode("utf-8", "backslashreplace")
+            require(is_usable, f"{shown}: too long a file name, or not Unicode (UTF-8); rename the image")
     return tasks
 
 
@@ -128,12 +120,10 @@ def _tasks_of(file: Path, options: SegmentOptions) -> list[ImageTask]:
         frames = [(k, f"{stem}_f{k:04d}", f"{stem}_RES/mask{k:0{digits}d}.tif") for k in range(num_frames)]
     else:
         number = stem[len(stem.rstrip("0123456789")) :]
-        if options.save_ctc and not number:
-            raise DinocellError(
-                f"{file}: --save-ctc needs the frame number at the end of the name, such as t007.tif; for a stack, add "
-                "--frames"
-            )
-        frames = [(None, stem, f"{Path(_absolute(file)).parent.name}_RES/mask{number}.tif")]
+        needed = "--save-ctc needs the frame number at the end of the name, such as t007.tif; for a stack, add --frames"
+        require(number or not options.save_ctc, f"{file}: {needed}")
+        folder = Path(os.path.abspath(file)).parent.name  # noqa: PTH100
+        frames = [(None, stem, f"{folder}_RES/mask{number}.tif")]
     tasks = []
     for frame, name, mask in frames:
         results = {
@@ -145,11 +135,6 @@ def _tasks_of(file: Path, options: SegmentOptions) -> list[ImageTask]:
         paths = {product: options.output / result for product, result in results.items()}
         tasks.append(ImageTask(file=file, frame=frame, name=name, paths=paths))
     return tasks
-
-
-def _absolute(path: Path) -> str:
-    """Return the absolute path; links keep their names, as with git-annex and DVC."""
-    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow them
 
 
 def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[ImageTask]:
@@ -174,9 +159,8 @@ def find_pending(tasks: Sequence[ImageTask], options: SegmentOptions) -> list[Im
             if len(existing) < len(task.paths) or (coco is not None and task.name not in coco):
                 pending.append(task)
             continue
-        raise DinocellError(
-            f"{existing[-1]}: exists and {reason}; choose another --output, or replace it with --overwrite"
-        )
+        advice = "choose another --output, or replace it with --overwrite"
+        raise DinocellError(f"{existing[-1]}: exists and {reason}; {advice}")
     return pending
 
 
@@ -228,7 +212,7 @@ class _Batch:
                     result = self.pipeline.run(
                         image.plane(self.options.channel),
                         return_dist_map=True,
-                        pixel_size_um=self._pixel_size_um(image),
+                        pixel_size_um=image.pixel_size_um,
                         progress=functools.partial(self._report_tiles, task),
                     )
                     if self.options.save_ctc:
@@ -248,14 +232,14 @@ class _Batch:
             if self.options.save_coco:
                 writers.write_coco_file(output / COCO, writers.read_coco_file(output / COCO) | self.coco)
             records = read_records(output)
-            with replacing(output / SUMMARY) as part, part.open("w", encoding="utf-8", newline="") as file:
-                table = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
-                table.writeheader()
-                for name in sorted(records):
-                    table.writerow(records[name] | {"covered_share": f"{records[name]['covered_share']:.4f}"})
+            shown = [
+                records[name] | {"covered_share": f"{records[name]['covered_share']:.4f}"} for name in sorted(records)
+            ]
+            write_table(output / SUMMARY, [_COLUMNS, *([row[column] for column in _COLUMNS] for row in shown)])
 
     def _read(self) -> Iterator[tuple[ImageTask, Image | ImageError, Record]]:
         """Yield each image or the reason why it cannot be read, and the record of its file."""
+        size = self.options.pixel_size_um
         for file, group in groupby(self.tasks, key=lambda task: task.file):
             waiting = deque(group)
             error = ImageError(f"{file}: has fewer frames than before")
@@ -263,7 +247,7 @@ class _Batch:
                 source = _source(file, self.options.output) | {"sha256": _content_hash(file)}
                 for frame, image in enumerate(read_stack(file) if self.options.frames else [read_image(file)]):
                     if waiting[0].frame in (None, frame):
-                        yield waiting.popleft(), image, source
+                        yield waiting.popleft(), image if size is None else replace(image, pixel_size_um=size), source
                     if not waiting:
                         break
             except StackError:
@@ -276,7 +260,7 @@ class _Batch:
                 yield task, error, {}
 
     def _write(self, task: ImageTask, image: Image, result: Segmentation, source: Record) -> None:
-        paths, (labels, maps), size = task.paths, result, self._pixel_size_um(image)
+        paths, (labels, maps), size = task.paths, result, image.pixel_size_um
         num_cells = int(labels.max())
         record = {"image": task.name, "cells": num_cells, "covered_share": float((labels > 0).mean())}
         with _output_errors(self.options.output):
@@ -306,9 +290,6 @@ class _Batch:
                 self.coco[task.name] = writers.coco_image(labels, file_name=task.file.name, frame=task.frame)
             write_labels(paths["labels"], labels, pixel_size_um=size)
         self._report(f"{task.title}: {num_cells} cells")
-
-    def _pixel_size_um(self, image: Image) -> float | None:
-        return image.pixel_size_um if self.options.pixel_size_um is None else self.options.pixel_size_um
 
     def _report_failure(self, task: ImageTask, error: ImageError) -> None:
         text = str(error) if str(task.file) in str(error) else f"{task.title}: {error}"

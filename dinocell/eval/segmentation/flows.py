@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Integer
 from scipy import ndimage
 
-from dinocell.errors import DinocellError
+from dinocell.errors import require
 from dinocell.eval.segmentation.refine import relabel
 from dinocell.finetune.targets import labels_to_flows
 from dinocell.runtime.jit import compiled
@@ -122,8 +122,7 @@ def _check(
         ("flows", num_bad == 0, f"finite numbers, got {num_bad} of {flows.size} that are not"),
     )
     for name, is_valid, expected in checks:
-        if not is_valid:
-            raise DinocellError(f"{name}: expected {expected}")
+        require(is_valid, f"{name}: expected {expected}")
 
 
 def _ends(flows: Float32[np.ndarray, "3 h w"], is_cell: Bool[np.ndarray, "h w"]) -> Int[np.ndarray, "n 2"]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Shaped
 
-from dinocell.errors import DinocellError
+from dinocell.errors import DinocellError, require
 from dinocell.eval.segmentation.flows import find_masks, flows_to_labels, keep
 from dinocell.eval.segmentation.refine import Refinement, refine_labels
 from dinocell.eval.segmentation.tiling import predict
@@ -93,10 +93,8 @@ class DINOCellPipeline:
         overlap = self.crop_size // 8
         self.stride, self.batch_size = self.crop_size - 2 * overlap if stride is None else stride, batch_size
         largest = self.crop_size - overlap
-        if not 1 <= self.stride <= largest:
-            raise DinocellError(
-                f"stride: expected 1 to {largest} px for this model's tiles of {self.crop_size} px, got {stride}"
-            )
+        tiles = f"this model's tiles of {self.crop_size} px"
+        require(1 <= self.stride <= largest, f"stride: expected 1 to {largest} px for {tiles}, got {stride}")
         self.parameters = settings.postprocessing.with_thresholds(
             cells_max=cells_max, cell_fill=cell_fill, probability=probability, flow_error=flow_error
         )
@@ -288,8 +286,6 @@ DECODERS: dict[TargetName, Decoder] = {
 
 def threshold_values(name: str, low: int | float, high: int | float, steps: int) -> tuple[float, ...]:
     """Return evenly spaced values of a threshold; a DinocellError if the range is not within [0, 1), or has no step."""
-    if not 0 <= low <= high < 1 or steps < 1:
-        raise DinocellError(
-            f"{name}: expected 0 <= minimum <= maximum < 1 and at least 1 step, got {low}, {high}, {steps}"
-        )
+    expected = "expected 0 <= minimum <= maximum < 1 and at least 1 step"
+    require(0 <= low <= high < 1 and steps >= 1, f"{name}: {expected}, got {low}, {high}, {steps}")
     return tuple(np.linspace(low, high, steps if high > low else 1).round(9).tolist())

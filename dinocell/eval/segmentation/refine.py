@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import ndtr
 
-from dinocell.errors import DinocellError
+from dinocell.errors import require
 from dinocell.labelled.distance import distance_to_boundary
 from dinocell.runtime.jit import compiled
 
@@ -56,8 +56,7 @@ class Refinement:
             ("blur_px", blur_px is None or 0 <= blur_px < math.inf, "at least 0 pixels, or None to estimate it"),
         )
         for name, is_valid, expected in checks:
-            if not is_valid:
-                raise DinocellError(f"{name}: expected {expected}, got {getattr(self, name)}")
+            require(is_valid, f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
 PLAIN = Refinement(merge_px=None, restore_border=False)
@@ -88,8 +87,8 @@ def refine_labels(
     ``labels`` are those of a flood: 0 and ids from 1, at most as many as pixels. They are not written to. A
     DinocellError if the shapes differ.
     """
-    if labels.shape != distance.shape:
-        raise DinocellError(f"labels: expected the shape of the distance map, {distance.shape}, got {labels.shape}")
+    expected = f"expected the shape of the distance map, {distance.shape}"
+    require(labels.shape == distance.shape, f"labels: {expected}, got {labels.shape}")
     num_labels = int(labels.max(initial=0))
     if num_labels and (refinement.merge_px is not None or refinement.restore_border):
         measures = measure_cells(labels, distance, num_labels)

@@ -37,7 +37,9 @@ def predict(
     """Run a model over the tiles of an image and return its maps, in float32.
 
     The model receives the image's values as float32: normalise with the statistics of the whole image, before or inside
-    ``model``, so that all tiles are treated alike. The batch size changes the maps by rounding in the model at most.
+    ``model``, so that all tiles are treated alike. The batch size changes the maps by rounding in the model at most. A
+    ValueError if an option is out of range, the image is empty, not (c h w) or not finite, a module is in training
+    mode, or the model's maps differ in size from the tiles or are not finite.
 
     Parameters
     ----------
@@ -60,12 +62,6 @@ def predict(
         Array to write to and return, such as a memory map: (k h w), of a floating type.
     progress
         Called after each batch with the number of finished tiles and their total.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range, the image is empty, not (c h w) or not finite, a module is in training mode, or
-        the model's maps differ in size from the tiles or are not finite.
     """
     stride = window - 2 * overlap if stride is None else stride
     _check(image, model, window=window, overlap=overlap, stride=stride, batch_size=batch_size, precision=precision)

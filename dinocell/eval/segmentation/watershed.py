@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Integer
 from scipy import ndimage
 
-from dinocell.errors import DinocellError
+from dinocell.errors import require
 from dinocell.eval.segmentation.refine import MERGE_DEPTH, MERGE_PX, Refinement, refine_labels
 from dinocell.runtime.jit import compiled, inlined
 
@@ -129,17 +129,12 @@ def cut(flooded: Flooded, cell_fill: int | float) -> Int32[np.ndarray, "h w"]:
     all pixels above it. One case needs care: pixels of exactly equal height above ``cells_max`` leave scikit-image's
     heap in an order that also depends on the pixels around the peaks. If `flood` found that such a tie may decide a
     border, and the cut reaches it, the map is flooded again. This hardly ever happens on maps of continuous values, as
-    networks predict, but does on maps of a few hundred values if ``cell_fill`` is close to ``cells_max``.
-
-    Raises
-    ------
-    DinocellError
-        If ``cell_fill`` is not from ``lowest_fill`` to ``cells_max``.
+    networks predict, but does on maps of a few hundred values if ``cell_fill`` is close to ``cells_max``. A
+    DinocellError if ``cell_fill`` is not from ``lowest_fill`` to ``cells_max``.
     """
-    if not flooded.lowest_fill <= cell_fill <= flooded.cells_max:
-        raise DinocellError(
-            f"cell_fill: expected {flooded.lowest_fill} to {flooded.cells_max}, as flooded, got {cell_fill}"
-        )
+    lowest, highest = flooded.lowest_fill, flooded.cells_max
+    is_flooded = lowest <= cell_fill <= highest
+    require(is_flooded, f"cell_fill: expected {lowest} to {highest}, as flooded, got {cell_fill}")
     if np.float32(cell_fill) >= flooded.exact_below:
         return _flood(flooded.distance, flooded.cells_max, cell_fill).labels
     return np.where(flooded.taken_at > np.float32(cell_fill), flooded.labels, 0)
@@ -166,8 +161,7 @@ def _checked(distance: np.ndarray, cells_max: int | float, cell_fill: int | floa
         ),
     )
     for name, is_valid, expected in checks:
-        if not is_valid:
-            raise DinocellError(f"{name}: expected {expected}")
+        require(is_valid, f"{name}: expected {expected}")
     return np.ascontiguousarray(distance, np.float32)
 
 
