@@ -93,7 +93,9 @@ def test_zero_features_are_finite() -> None:
     assert feature_spread(torch.zeros(1, 3)).std == 0
 
 
-def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(shard_set: Path, tmp_path: Path) -> None:
+def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(
+    shard_set: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
     """A new metric without an explanation fails here."""
     small = ["model.variant=nano", "views.global_size=32", "views.local_size=16", "heads.num_prototypes=64"]
     small += [
@@ -103,6 +105,7 @@ def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(shard_set: 
         "log_every=1",
         "online_eval.every=1",
         "online_eval.tiles=4",
+        f"online_eval.patch_set={labelled_folder / 'set'}",
     ]
     assert main(["pretrain", "debug", f"data.shards={shard_set}", f"output={tmp_path / 'run'}", *small]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
@@ -110,6 +113,7 @@ def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(shard_set: 
     explained = set(re.findall(r"`([\w/*]+)`", text))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"step", "time"}
+    assert {"probe/patch_r2", "probe/retrieval"} <= logged
     assert {name for name in logged if name not in explained and f"{name.split('/')[0]}/*" not in explained} == set()
     assert set(events.Tags()["images"]) <= explained
     assert "ln 64 = 4.16" in text

@@ -311,6 +311,7 @@ def help_text(config: PretrainConfig) -> str:
         ("`speed/tflops`, `speed/mfu`", "10^12 operations per second and device; their share of its peak, 0 to 1"),
         ("`memory/gb`, `memory/peak_gb`", "10^9 bytes; of the device, or of the process on a CPU"),
         ("`probe/*`", "of the teacher: channel consistency margin, retrieval, kNN accuracy; should rise above random"),
+        ("`probe/patch_r2`", "R2 of distance maps read from the teacher's patch tokens, 1 at most; should rise"),
     )
     images = (
         ("views", "one row per tile (of `stack`, per channel): global crops, then local ones; -2.5 to 2.5 std"),
