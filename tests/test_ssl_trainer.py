@@ -105,6 +105,7 @@ def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(
         "log_every=1",
         "online_eval.every=1",
         "online_eval.tiles=4",
+        "losses.reconstruction.weight=1",
         f"online_eval.patch_set={labelled_folder / 'set'}",
     ]
     assert main(["pretrain", "debug", f"data.shards={shard_set}", f"output={tmp_path / 'run'}", *small]) == 0
@@ -115,5 +116,5 @@ def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(
     logged = {name for line in lines for name in json.loads(line)} - {"step", "time"}
     assert {"probe/patch_r2", "probe/retrieval"} <= logged
     assert {name for name in logged if name not in explained and f"{name.split('/')[0]}/*" not in explained} == set()
-    assert set(events.Tags()["images"]) <= explained
+    assert {"patch_pca", "reconstruction"} <= set(events.Tags()["images"]) <= explained
     assert "ln 64 = 4.16" in text

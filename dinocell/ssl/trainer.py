@@ -317,9 +317,14 @@ def help_text(config: PretrainConfig) -> str:
         ("views", "one row per tile (of `stack`, per channel): global crops, then local ones; -2.5 to 2.5 std"),
         (
             "patch_pca",
-            "one column per tile: a global view and below it its patch features' first three principal components as "
-            "red, green, blue, then the same for the second view; one basis for all, so equal colours mean similar "
-            "features",
+            "one column per tile: a global view, below it the first three principal components of the teacher's patch "
+            "features as red, green, blue, and those of the network with which the run started; then the same for the "
+            "second view; one basis per network, so equal colours in its rows mean similar features",
+        ),
+        (
+            "reconstruction",
+            "one column per masked crop: the crop, what the student sees of it, the target with its predictions in "
+            "the masked patches, the target; -2.5 to 2.5 std",
         ),
         ("cls_attention", "one column per tile: a global view, and the attention of the CLS token, black 0, white max"),
     )
