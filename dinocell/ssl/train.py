@@ -36,7 +36,7 @@ from dinocell.ssl.prepare import (
     what_would_fit,
 )
 from dinocell.ssl.student_teacher import StudentTeacher
-from dinocell.ssl.trainer import Trainer, eval_folder, help_text
+from dinocell.ssl.trainer import PlateauMonitor, Trainer, eval_folder, help_text
 from dinocell.ssl.views import Views, make_views
 from dinocell.ssl.visualise import draw_features, draw_reconstruction, draw_views
 
@@ -145,6 +145,7 @@ def pretrain(
                 run.note(line)
             if first:
                 run.note(f"resuming after step {first}")
+            plateau = PlateauMonitor(config)
             flop = flop_per_image(config, model) * config.batch_size / world.size
             throughput = Throughput(world.device, flop)
             batches = throughput.waiting(
@@ -166,6 +167,8 @@ def pretrain(
                 for line in feed.damaged:
                     run.note(f"replaced a damaged sample: {line}")
                 run.log(step, metrics | throughput.metrics() if is_log_step else {})
+                if is_log_step and (advice := plateau.advice(step, metrics)):
+                    run.note(f"warning: {advice}")
                 _evaluate(run, step, config, model, feed, online_eval)
                 if step % config.export_every == 0 or step == config.steps:
                     _export(run, config, model, step, on_export)
