@@ -258,9 +258,9 @@ class PlateauMonitor:
                 since, self._plateaus = self._since[name], {}
                 return (
                     f"{name} has been within 1 % of {plateau:.2f} since step {since}: the targets are still uniform. "
-                    "In runs of up to some thousand steps, change first losses.centring=sinkhorn, "
-                    f"heads.num_prototypes={2 * self._config.batch_size} (about twice the batch), a lower "
-                    "schedules.teacher_momentum (half-life of 20 to 200 steps), smaller batches with more steps, "
+                    "In runs of up to some thousand steps, change first schedules.teacher_momentum (lower: a half-life "
+                    "of 20 to 200 steps), losses.centring=sinkhorn, heads.num_prototypes="
+                    f"{2 * self._config.batch_size} (about twice the batch), smaller batches with more steps, "
                     "optim.layer_decay=1; see docs/training.md"
                 )
         return None
