@@ -167,7 +167,7 @@ def pretrain(
                 for line in feed.damaged:
                     run.note(f"replaced a damaged sample: {line}")
                 run.log(step, metrics | throughput.metrics() if is_log_step else {})
-                if is_log_step and (advice := plateau.advice(step, metrics)):
+                if run.is_main and is_log_step and (advice := plateau.advice(step, metrics)):
                     run.note(f"warning: {advice}")
                 _evaluate(run, step, config, model, feed, online_eval)
                 if step % config.export_every == 0 or step == config.steps:
@@ -188,16 +188,15 @@ class _Feed:
     def __init__(self, config: PretrainConfig, batches: Iterator[PlannedBatch], world: World) -> None:
         self._config, self._batches, self._device = config, batches, world.device
         self.damaged: list[str] = []
-        self.views: Views | None = None
-        self.masks: PatchMasks | None = None
+        self.last: tuple[Views, PatchMasks] | None = None
 
     def parts(self) -> Iterator[tuple[Views, PatchMasks]]:
         for _ in range(self._config.optim.accumulate):
             batch = next(self._batches)
             self.damaged += batch.tiles.damaged
-            self.views = make_views(batch.tiles, batch.plans, self._config.views, device=self._device)
-            self.masks = batch.masks.to(self._device)
-            yield self.views, self.masks
+            views = make_views(batch.tiles, batch.plans, self._config.views, device=self._device)
+            self.last = views, batch.masks.to(self._device)
+            yield self.last
 
 
 def _evaluate(
@@ -213,14 +212,15 @@ def _evaluate(
     student = head = None
     if draws and config.uses_reconstruction:
         student, head = _whole_backbone(model.student, keep=run.is_main), _whole_head(model, keep=run.is_main)
-    if teacher is None or feed.views is None or feed.masks is None:
+    if teacher is None or feed.last is None:
         return
+    views, masks = feed.last
     if draws:
-        run.image(step, "views", draw_views(feed.views))
-        images = draw_features(teacher, feed.views, initial_backbone(config).to(feed.views.global_views.device))
+        run.image(step, "views", draw_views(views))
+        images = draw_features(teacher, views, initial_backbone(config).to(views.global_views.device))
         if student is not None and head is not None:
             normalised = config.losses.reconstruction.patch_normalised
-            images |= draw_reconstruction(student, head, feed.views, feed.masks, patch_normalised=normalised)
+            images |= draw_reconstruction(student, head, views, masks, patch_normalised=normalised)
         for name, image in images.items():
             run.image(step, name, image)
     if evaluates and online_eval is not None:
@@ -240,11 +240,7 @@ def _whole_head(model: StudentTeacher, *, keep: bool) -> ReconstructionHead | No
 
 
 def _whole(module: torch.nn.Module, make: Callable[[], Module], *, keep: bool) -> Module | None:
-    """Return a module for evaluation with the parameters of another, gathered from all ranks; called by all ranks.
-
-    Where the parameters are whole, memory is shared. ``make`` returns the module without parameters, for ranks that
-    ``keep`` it; None on the others.
-    """
+    """Return what ``make`` returns, with a module's parameters (shared, or gathered); called by all ranks."""
     is_sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
     tensors = _gathered(module) if is_sharded else module.state_dict()
     if not keep:

@@ -128,14 +128,9 @@ def labelled_r2(
     *,
     penalty: float = 0.01,
 ) -> float:
-    """Return `probe_r2` of a backbone of one channel, on images that are standardised one by one.
+    """Return `probe_r2` of a backbone of one channel, on images (by number) that are standardised one by one.
 
     Crops have 64 px, less for smaller images, rounded down to whole patches.
-
-    Parameters
-    ----------
-    image_of
-        Returns an image by its number.
     """
     patch_size, device = backbone.config.patch_size, next(backbone.parameters()).device
 
