@@ -26,7 +26,9 @@ from dinocell.eval.probes.features import (
 )
 from dinocell.eval.probes.image_sets import ClassFolders, FieldImages, ProbeImage, ShardImages, labels_of, to_unit
 from dinocell.eval.probes.online import OnlineProbe
+from dinocell.eval.probes.patch import labelled_r2
 from dinocell.images.write import write_png, write_tiff
+from dinocell.labelled.dataset import open_labelled
 from dinocell.runtime.distributed import World
 from helpers.models import tiny
 
@@ -180,6 +182,15 @@ def test_the_online_probe_knows_the_samples_again(shard_set: Path) -> None:
         OnlineProbe(str(shard_set), tiles=2, crop_size=32, label="number", neighbours=100, **sets)
     with pytest.raises(DinocellError, match="no label 'colour'"):
         OnlineProbe(str(shard_set), tiles=2, crop_size=32, label="colour", **sets)
+
+
+def test_the_online_probe_reads_distance_maps_from_patches(shard_set: Path, labelled_folder: Path) -> None:
+    patch_set = labelled_folder / "set"
+    probe = OnlineProbe(str(shard_set), tiles=2, crop_size=32, patch_set=patch_set, patch_labelled=5)
+    teacher, images = tiny(), open_labelled(patch_set)
+    assert probe(teacher)["probe/patch_r2"] == labelled_r2(teacher, images.__getitem__, range(5), [5])
+    with pytest.raises(DinocellError, match=r"patch_labelled: expected fewer than the 6 images of .*set, got 6"):
+        OnlineProbe(str(shard_set), tiles=2, crop_size=32, patch_set=patch_set, patch_labelled=6)
 
 
 def test_a_set_in_which_no_tile_is_whole_is_said_before_a_training(tmp_path: Path, fields: Callable[..., Any]) -> None:

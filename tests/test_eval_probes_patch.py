@@ -1,13 +1,26 @@
 """The patch probe: ridge regression of patch tokens onto the distance map."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
-from dinocell.eval.probes.patch import fit_ridge, patch_features, patch_means, patch_targets, probe_r2, r2
+from dinocell.eval.probes.patch import (
+    fit_ridge,
+    labelled_r2,
+    patch_features,
+    patch_means,
+    patch_targets,
+    probe_r2,
+    r2,
+)
+from dinocell.labelled.dataset import LabelledImage, open_labelled
+from dinocell.labelled.distance import labels_to_distance
 from dinocell.models.config import ViTConfig
-from dinocell.models.vit import VisionTransformer
+from dinocell.models.vit import VisionTransformer, variant_config
 
 
 @pytest.mark.parametrize("penalty", [1e-4, 0.1, 3.0])
@@ -75,8 +88,39 @@ def test_probe_fits_on_labelled_images_and_scores_unseen_ones() -> None:
     assert probe_r2(lambda n: features[n], lambda n: noise[n], [0, 1], [2, 3]) < 0.1
 
 
+def test_a_labelled_set_is_read_standardised_with_or_without_its_distance_maps(labelled_folder: Path) -> None:
+    torch.manual_seed(5)
+    backbone = VisionTransformer(variant_config("nano", patch_size=8, in_channels=1)).eval()
+    images = open_labelled(labelled_folder / "set")
+    features, targets = [], []
+    for image in (images[number] for number in range(3)):
+        grey = torch.from_numpy(np.array(image.pixels[0], np.float32))
+        features.append(patch_features(backbone, (grey - grey.mean()) / grey.std()))
+        targets.append(patch_targets(torch.from_numpy(labels_to_distance(np.array(image.labels))), patch_size=8))
+    expected = probe_r2(features.__getitem__, targets.__getitem__, [0, 1], [2], penalty=0.01)
+    assert labelled_r2(backbone, images.__getitem__, range(2), [2]) == pytest.approx(expected, abs=1e-3)
+
+    def without_distance(number: int) -> LabelledImage:
+        image = images[number]
+        return LabelledImage(**{**vars(image), "distance": None})
+
+    assert labelled_r2(backbone, without_distance, range(2), [2]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_images_smaller_than_a_crop_are_probed_whole(labelled_folder: Path) -> None:
+    backbone = VisionTransformer(variant_config("nano", patch_size=8, in_channels=1)).eval()
+    images = open_labelled(labelled_folder / "set")
+
+    def cut(number: int) -> LabelledImage:
+        image = images[number]
+        parts = {name: getattr(image, name)[..., :30, :40] for name in ("pixels", "labels", "distance")}
+        return LabelledImage(**{**vars(image), **parts})
+
+    assert np.isfinite(labelled_r2(backbone, cut, range(3), range(3, 6)))
+
+
 def test_wrong_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="no rows"):
         fit_ridge(torch.zeros(0, 2), torch.zeros(0))
-    with pytest.raises(ValueError, match="penalty: expected more than 0, got 0"):
+    with pytest.raises(ValueError, match=r"penalty: expected more than 0, got 0\.0"):
         fit_ridge(torch.zeros(3, 2), torch.zeros(3), penalty=0.0)

@@ -167,7 +167,8 @@ def test_out_may_have_less_precision() -> None:
     np.testing.assert_allclose(out, image, rtol=0, atol=1e-3)
 
 
-def test_bfloat16_is_used_by_the_model_and_not_by_the_blending() -> None:
+def test_bfloat16_is_used_by_the_model_and_not_by_the_blending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinocell.runtime.device._emulates_bfloat16", lambda: False)
     image, model = random_image(8, 1, 300, 300), PlaceMap()
     types: list[torch.dtype] = []
     model.convolution.register_forward_hook(lambda *call: types.append(call[2].dtype))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dinocell.runtime import device
 from dinocell.runtime.device import Precision, Throughput, available_bytes, peak_bytes, peak_flop_per_s, uses_bfloat16
 
 CPU = torch.device("cpu")
@@ -80,10 +81,31 @@ def test_the_peak_does_not_fall_when_memory_is_freed() -> None:
 def test_auto_is_bfloat16_on_gpus_that_support_it(
     monkeypatch: pytest.MonkeyPatch, precision: Precision, on_cpu: bool, on_turing: bool, on_ampere: bool
 ) -> None:
+    monkeypatch.setattr(device, "_emulates_bfloat16", lambda: False)
     assert uses_bfloat16(precision, torch.device("cpu")) == on_cpu
+    monkeypatch.setattr(device, "_emulates_bfloat16", lambda: True)
+    assert not uses_bfloat16(precision, torch.device("cpu"))
     for capability, expected in (((7, 5), on_turing), ((8, 0), on_ampere), ((9, 0), on_ampere)):
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, found=capability: found)
         assert uses_bfloat16(precision, torch.device("cuda", 0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "emulates"),
+    [
+        ("flags\t\t: fpu sse2 avx2 avx512f\nbugs\t\t: none", True),
+        ("flags\t\t: fpu avx512f avx512_bf16", False),
+        ("flags\t\t: fpu amx_bf16 amx_tile", False),
+        ("Features\t: fp asimd", False),  # ARM
+    ],
+)
+def test_x86_without_bfloat16_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cpuinfo: str, emulates: bool
+) -> None:
+    write(tmp_path, {"proc/cpuinfo": cpuinfo})
+    assert [device._emulates_bfloat16(tmp_path) for _ in range(3)] == [emulates] * 3
+    assert caplog.text.count("using float32") == emulates
+    assert not device._emulates_bfloat16(tmp_path / "macos")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,13 @@ NEEDED = ("output=run", "data.shards=[set]")
         *("optim.betas=[1.5,0.9]", "optim.betas=[0.9,1.0]", "optim.layer_decay=-1", "optim.clip=0", "optim.clip=.nan"),
         *("optim.patch_embedding_factor=-1", "optim.head_weight_decay_factor=.inf", "optim.max_nonfinite_steps=0"),
         *("compute.workers=-1", "compute.timeout_s=0", "gram.refresh_every=0", "gram.max_refreshes=-1"),
-        *("online_eval.every=-1", "online_eval.tiles=1", "online_eval.neighbours=0", "optim.accumulate=0"),
+        *(
+            "online_eval.every=-1",
+            "online_eval.tiles=1",
+            "online_eval.neighbours=0",
+            "online_eval.patch_labelled=0",
+            "optim.accumulate=0",
+        ),
     ],
 )
 def test_an_impossible_number_is_refused_by_its_key(wrong: str) -> None:
@@ -57,3 +63,10 @@ def test_crops_of_all_channels_have_no_other_channels_to_reconstruct() -> None:
     load_config(PretrainConfig, overrides=stack)  # its weight is 0
     with pytest.raises(ConfigError, match=r"losses.reconstruction.target: expected same with views.policy=stack"):
         load_config(PretrainConfig, overrides=[*stack, "losses.reconstruction.weight=1"])
+
+
+def test_the_patch_probe_needs_a_model_of_one_channel() -> None:
+    probe = [*NEEDED, "online_eval.patch_set=datasets/mine", "views.policy=stack"]
+    load_config(PretrainConfig, overrides=[*probe, "views.channels=[DNA]"])
+    with pytest.raises(ConfigError, match=r"online_eval.patch_set: expected null for a model of 2 channels"):
+        load_config(PretrainConfig, overrides=[*probe, "views.channels=[DNA,ER]"])

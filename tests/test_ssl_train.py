@@ -39,11 +39,13 @@ from dinocell.ssl.config import (
     ViewsConfig,
 )
 from dinocell.ssl.data import PlannedBatch, PlannedStream, open_shards
+from dinocell.ssl.heads import ReconstructionHead
+from dinocell.ssl.losses import to_patches
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.train import dry_run, pretrain
 from dinocell.ssl.trainer import Trainer
 from dinocell.ssl.views import Views, make_views
-from dinocell.ssl.visualise import draw_features, principal_colours
+from dinocell.ssl.visualise import draw_features, draw_reconstruction, principal_colours
 from helpers.pretraining import small_pretraining
 
 
@@ -139,7 +141,10 @@ def test_the_teacher_file_holds_the_teacher(shard_set: Path, tmp_path: Path, mon
         {"losses": LossConfig(reconstruction=ReconstructionConfig(weight=1.0, target="mean", patch_normalised=True))},
     ],
 )
-def test_every_setting_trains(shard_set: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_every_setting_trains(
+    shard_set: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinocell.runtime.device._emulates_bfloat16", lambda: False)
     path = pretrain(config_of(shard_set, tmp_path / "run", steps=2, **changes))
     assert all(np.isfinite(losses(tmp_path / "run")))
     channels = 3 if changes.get("views", ViewsConfig()).policy == "stack" else 1
@@ -426,11 +431,55 @@ def test_images_of_features_have_one_colour_for_one_feature() -> None:
     assert drawn["cls_attention"].shape == (2 * 34, 2 * 34)
     # The second view is like the first, so its colours are as well.
     np.testing.assert_array_equal(drawn["patch_pca"][34:66], drawn["patch_pca"][102:134])
+    with_initial = draw_features(vit, Views(blank, torch.zeros(0, 2, 1, 16, 16)), vit)["patch_pca"]
+    assert with_initial.shape == (6 * 34, 2 * 34, 3)
+    np.testing.assert_array_equal(with_initial[34:66], with_initial[68:100])
     features = torch.randn(50, 8)
     colours = principal_colours(torch.cat((features, features)))
     assert torch.equal(colours[:50], colours[50:])
     assert colours.min() == 0
     assert colours.max() == 1
+
+
+@pytest.mark.parametrize("patch_normalised", [False, True])
+def test_an_exact_prediction_is_drawn_as_the_target(patch_normalised: bool) -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(variant_config("nano", patch_size=8, in_channels=1)).eval()
+    views = Views(torch.randn(2, 3, 1, 32, 32), torch.zeros(0, 3, 1, 16, 16), torch.randn(2, 3, 1, 32, 32))
+    masks = torch.zeros(6, 4, 4, dtype=torch.bool)
+    masks[[1, 4], 2, 1] = True
+    target = to_patches(views.target_views.flatten(0, 1)[[1, 4]], 8)
+
+    class Exact(ReconstructionHead):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            assert len(tokens) == len(target)
+            patches = target
+            if patch_normalised:
+                std, mean = torch.std_mean(target, (2, 3), correction=0, keepdim=True)
+                patches = (target - mean) / std
+            return patches.flatten(1)
+
+    head = Exact(vit.config.width, 64)
+    weights = torch.ones(2)
+    drawn = draw_reconstruction(
+        vit, head, views, PatchMasks(masks, masks.flatten().nonzero()[:, 0], weights), patch_normalised=patch_normalised
+    )["reconstruction"]
+    assert drawn.shape == (4 * 34, 2 * 34)
+    crop, seen, merged, wanted = (drawn[34 * row : 34 * row + 32, :32].astype(int) for row in range(4))
+    assert abs(merged - wanted).max() <= 1
+    assert set(np.unique(np.argwhere(crop != seen) // 8, axis=0).ravel()) == {1, 2}
+    assert (seen[16:24, 8:16] == 127).all()
+    nothing = PatchMasks(torch.zeros_like(masks), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    assert draw_reconstruction(vit, head, views, nothing) == {}
+
+
+def test_the_initial_backbone_is_that_of_the_run_and_takes_no_random_numbers(shard_set: Path, tmp_path: Path) -> None:
+    config = config_of(shard_set, tmp_path / "run", seed=3)
+    model = prepare.build_model(config, World())
+    state = torch.get_rng_state()
+    found = prepare.initial_backbone(config)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(found.state_dict(), model.teacher["backbone"].state_dict(), rtol=0, atol=0)
 
 
 def test_cls_attention_is_that_of_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:

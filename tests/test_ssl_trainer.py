@@ -12,9 +12,13 @@ from scipy.stats import entropy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinocell.cli import main
+from dinocell.runtime.schedules import Freeze, Schedule
+from dinocell.ssl.config import LossConfig, MaskingConfig, Schedules
 from dinocell.ssl.heads import Projection
 from dinocell.ssl.targets import Targets, TeacherLogits, sinkhorn_targets
-from dinocell.ssl.trainer import feature_spread, target_use
+from dinocell.ssl.train import pretrain
+from dinocell.ssl.trainer import PlateauMonitor, feature_spread, target_use
+from helpers.pretraining import small_pretraining
 
 
 def targets_of(logits: torch.Tensor) -> Targets:
@@ -93,7 +97,9 @@ def test_zero_features_are_finite() -> None:
     assert feature_spread(torch.zeros(1, 3)).std == 0
 
 
-def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(shard_set: Path, tmp_path: Path) -> None:
+def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(
+    shard_set: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
     """A new metric without an explanation fails here."""
     small = ["model.variant=nano", "views.global_size=32", "views.local_size=16", "heads.num_prototypes=64"]
     small += [
@@ -103,6 +109,8 @@ def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(shard_set: 
         "log_every=1",
         "online_eval.every=1",
         "online_eval.tiles=4",
+        "losses.reconstruction.weight=1",
+        f"online_eval.patch_set={labelled_folder / 'set'}",
     ]
     assert main(["pretrain", "debug", f"data.shards={shard_set}", f"output={tmp_path / 'run'}", *small]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
@@ -110,6 +118,58 @@ def test_every_metric_and_image_of_a_run_is_explained_in_tensorboard(shard_set: 
     explained = set(re.findall(r"`([\w/*]+)`", text))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"step", "time"}
+    assert {"probe/patch_r2", "probe/retrieval"} <= logged
     assert {name for name in logged if name not in explained and f"{name.split('/')[0]}/*" not in explained} == set()
-    assert set(events.Tags()["images"]) <= explained
+    assert {"patch_pca", "reconstruction"} <= set(events.Tags()["images"]) <= explained
     assert "ln 64 = 4.16" in text
+
+
+def plateau_monitor(steps: int, **changes: object) -> PlateauMonitor:
+    return PlateauMonitor(small_pretraining(Path("set"), Path("run"), steps=steps, **changes))
+
+
+def advices(monitor: PlateauMonitor, dino: list[float], ibot: float = 0.0, *, every: int = 10) -> list[int]:
+    """Return the steps at which a run of these logged losses is warned."""
+    rows = [(1 + every * index, {"loss/dino_global": loss, "loss/ibot": ibot}) for index, loss in enumerate(dino)]
+    return [step for step, row in rows if monitor.advice(step, row) is not None]
+
+
+def test_a_loss_near_that_of_uniform_targets_for_a_fifth_of_the_run_is_noticed_once() -> None:
+    uniform = math.log(64)
+    assert advices(plateau_monitor(1000), [uniform * 1.009] * 50) == [201]
+    assert advices(plateau_monitor(100), [uniform * 0.995] * 10) == [51]
+    assert advices(plateau_monitor(40), [uniform] * 4) == []
+    assert advices(plateau_monitor(1000), [uniform * 0.98] * 50) == []
+    assert advices(plateau_monitor(1000), [math.nan] * 3 + [uniform] * 19 + [1.0] + [uniform] * 30) == [431]
+    text = plateau_monitor(100)
+    text.advice(1, {"loss/dino_global": uniform, "loss/ibot": 0})
+    said = text.advice(60, {"loss/dino_global": uniform, "loss/ibot": 0})
+    assert said is not None
+    assert said.startswith("loss/dino_global has been within 1 % of 4.16 since step 1: the targets are still uniform")
+    assert "heads.num_prototypes=8 (about twice the batch)" in said
+
+
+def test_the_plateau_of_ibot_is_that_of_its_masked_crops() -> None:
+    learning = [1.0] * 50
+    half = 0.5 * math.log(64)
+    assert advices(plateau_monitor(1000), learning, ibot=half) == [201]
+    assert advices(plateau_monitor(1000), learning, ibot=math.log(64)) == []
+    quarter = MaskingConfig(image_share=0.25)
+    assert advices(plateau_monitor(1000, masking=quarter), learning, ibot=half / 2) == [201]
+    without = LossConfig(ibot_weight=0.0)
+    assert advices(plateau_monitor(1000, losses=without), learning, ibot=half) == []
+
+
+def test_without_a_dino_loss_no_plateau_is_noticed() -> None:
+    monitor = plateau_monitor(1000, losses=LossConfig(dino_weight=0.0))
+    assert advices(monitor, [math.log(64)] * 50, ibot=0.5 * math.log(64)) == []
+
+
+def test_a_run_that_learns_nothing_says_what_to_change(
+    shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = Schedules(learning_rate=Schedule(peak=0.0), last_layer=Freeze(freeze=1))
+    pretrain(small_pretraining(shard_set, tmp_path / "run", steps=60, schedules=still, image_every=100))
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("the targets are still uniform") == 1
+    assert capsys.readouterr().out.count("the targets are still uniform") == 1

@@ -61,6 +61,8 @@ def _online_probe(config: "PretrainConfig") -> Callable[[Any], Mapping[str, floa
         knn_test=settings.knn_test,
         label=settings.label,
         neighbours=settings.neighbours,
+        patch_set=settings.patch_set,
+        patch_labelled=settings.patch_labelled,
         cache=config.data.cache,
         cache_gb=config.data.cache_gb,
     )

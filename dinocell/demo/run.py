@@ -22,7 +22,7 @@ from dinocell.eval.probes.consistency import channel_consistency
 from dinocell.eval.probes.features import FeatureSettings, extract
 from dinocell.eval.probes.image_sets import ShardImages
 from dinocell.eval.probes.knn import knn_scores
-from dinocell.eval.probes.patch import patch_features, patch_targets, probe_r2
+from dinocell.eval.probes.patch import labelled_r2
 from dinocell.eval.segmentation.pipeline import DINOCellPipeline
 from dinocell.eval.threshold_search import score_segmenter
 from dinocell.finetune.config import FinetuneConfig
@@ -30,7 +30,6 @@ from dinocell.finetune.model import DINOCell
 from dinocell.finetune.train import finetune
 from dinocell.images.image import as_image
 from dinocell.labelled.dataset import open_labelled
-from dinocell.labelled.distance import labels_to_distance
 from dinocell.models.config import VARIANTS, variant_of
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import Weights, load_backbone, save_weights
@@ -206,16 +205,9 @@ def _patch_r2(backbone: VisionTransformer, data: DemoData) -> float | None:
     """Return how much of the distance map a linear readout of the patch tokens predicts; fitted on the labelled set."""
     if data.train is None or data.unseen is None:
         return None
-    sets = [open_labelled(data.train), open_labelled(data.unseen)]
-    tokens, targets = [], []
-    for image in (labelled[index] for labelled in sets for index in range(len(labelled))):
-        plane = torch.from_numpy(as_image(np.asarray(image.pixels)).plane().astype(np.float32))
-        tokens.append(patch_features(backbone, (plane - plane.mean()) / plane.std().clamp_min(1e-6)))
-        distance = torch.from_numpy(labels_to_distance(np.asarray(image.labels)))
-        targets.append(patch_targets(distance, patch_size=backbone.config.patch_size))
-    train = list(range(len(sets[0])))
-    unseen = list(range(len(train), len(tokens)))
-    return probe_r2(tokens.__getitem__, targets.__getitem__, train, unseen, penalty=0.01)
+    train, unseen = open_labelled(data.train), open_labelled(data.unseen)
+    images = [labelled[index] for labelled in (train, unseen) for index in range(len(labelled))]
+    return labelled_r2(backbone, images.__getitem__, range(len(train)), range(len(train), len(images)))
 
 
 def _features(backbone: VisionTransformer, shards: Path) -> tuple[torch.Tensor, list[str]]:

@@ -1,12 +1,16 @@
 """Memory of a GPU or of the machine within a job's limits, precision of matrix products, and throughput."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+
+_log = logging.getLogger(__name__)
 
 
 def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | None:
@@ -76,13 +80,26 @@ Precision = Literal["auto", "float32", "bfloat16"]
 def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
     """Return whether matrix products run in bfloat16; ``auto``: on GPUs that support it.
 
-    These are NVIDIA's since Ampere (compute capability 8.0); older ones emulate it, slower than float32.
+    These are NVIDIA's since Ampere (compute capability 8.0); older ones emulate it, slower than float32. x86 CPUs
+    without instructions for it (AVX512-BF16, AMX) compute in float32 in any case, which is faster; this is logged once.
     """
+    if precision == "bfloat16" and device.type == "cpu":
+        return not _emulates_bfloat16()
     if precision != "auto":
         return precision == "bfloat16"
     return device.type == "cuda" and (
         torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+@cache
+def _emulates_bfloat16(root: Path = Path("/")) -> bool:
+    """Return whether the CPU is known to lack bfloat16: x86, on Linux."""
+    flags = {flag for line in _lines(root / "proc" / "cpuinfo") if line.startswith("flags") for flag in line.split()}
+    emulates = bool(flags) and flags.isdisjoint({"avx512_bf16", "amx_bf16"})
+    if emulates:
+        _log.warning("bfloat16: this CPU has no instructions for it; using float32, which is faster here")
+    return emulates
 
 
 Item = TypeVar("Item")

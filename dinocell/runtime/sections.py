@@ -62,6 +62,7 @@ class ComputeConfig:
         ``auto``: CUDA if available.
     dtype
         Of matrix products; ``auto``: bfloat16 on GPUs that support it (Ampere and later), float32 elsewhere.
+        ``bfloat16`` is float32 on x86 CPUs without instructions for it (AVX512-BF16, AMX).
     workers
         Number of processes per rank that load data ahead.
     timeout_s

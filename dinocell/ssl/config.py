@@ -386,6 +386,11 @@ class OnlineEvalConfig:
         Shard sets of a kNN classification: reference and test samples, and the label to predict.
     neighbours
         Number of neighbours, k.
+    patch_set
+        Folder of a labelled set (``dinocell dataset``) on which a linear readout of the patch tokens predicts distance
+        maps; null: off.
+    patch_labelled
+        Number of its images on which the readout is fitted, the first ones; the others are the test images.
     """
 
     every: int = 1000
@@ -394,13 +399,15 @@ class OnlineEvalConfig:
     knn_test: str | None = None
     label: str | None = None
     neighbours: int = 10
+    patch_set: Path | None = None
+    patch_labelled: int = 4
 
     def __post_init__(self) -> None:
         given = [name for name in ("knn_train", "knn_test", "label") if getattr(self, name) is not None]
         wanted = "knn_train, knn_test, label: expected all three or none"
         refuse((len(given) in (1, 2), f"{wanted}, got {', '.join(given)}"))
         check(self, "every", ge=0)
-        check(self, "neighbours", ge=1)
+        check(self, "neighbours", "patch_labelled", ge=1)
         check(self, "tiles", ge=2)
 
 
@@ -455,6 +462,8 @@ class PretrainConfig:
         same = "losses.reconstruction.target: expected same with views.policy=stack, whose crops have all channels"
         target = self.target_channels
         refuse((self.views.policy == "stack" and target != "same", f"{same}, got {target}"))
+        one = f"online_eval.patch_set: expected null for a model of {self.views.in_channels} channels"
+        refuse((self.views.in_channels > 1 and self.online_eval.patch_set is not None, one))
 
     @property
     def mask_grid(self) -> tuple[int, int]:

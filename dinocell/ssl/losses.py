@@ -208,14 +208,20 @@ def reconstruction_loss(
     """
     with full_precision(predicted):
         dtype = torch.promote_types(predicted.dtype, torch.float32)
-        grid = images.detach().to(dtype).unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
-        target = grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)[indices]  # (m c rows columns)
+        target = to_patches(images.detach().to(dtype), patch_size)[indices]
         if patch_normalised:
             target = target - target.mean((2, 3), keepdim=True)
             target = target * (target.square().mean((2, 3), keepdim=True) + _PATCH_VARIANCE_EPS).rsqrt()
         squared = (predicted.to(dtype) - target.flatten(1)).square().mean(1)
         loss: Tensor = (squared * weights).sum() / len(images)
         return loss
+
+
+def to_patches(images: Float[Tensor, "n c h w"], patch_size: int) -> Float[Tensor, "patches c s s"]:
+    """Return the patches of all images, image after image, row by row."""
+    grid = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    patches: Tensor = grid.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return patches
 
 
 @lru_cache(maxsize=8)

@@ -144,6 +144,13 @@ def _backbone(config: PretrainConfig) -> VisionTransformer:
     return vit
 
 
+def initial_backbone(config: PretrainConfig) -> VisionTransformer:
+    """Return the backbone with which a run starts, for evaluation; the global random state does not change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return _backbone(config).eval().requires_grad_(False)
+
+
 def check_memory(config: PretrainConfig, world: World) -> None:
     """Refuse a run whose step clearly needs more memory than a device has left; called by all ranks.
 

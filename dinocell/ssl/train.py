@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from dinocell.runtime.preemption import RunStopped, StopRequest
 from dinocell.runtime.run import Run
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.data import PlannedBatch, open_shards
+from dinocell.ssl.heads import ReconstructionHead
 from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.prepare import (
     backbone_of,
@@ -30,15 +32,18 @@ from dinocell.ssl.prepare import (
     check_memory,
     describe_run,
     flop_per_image,
+    initial_backbone,
     what_would_fit,
 )
 from dinocell.ssl.student_teacher import StudentTeacher
-from dinocell.ssl.trainer import Trainer, eval_folder, help_text
+from dinocell.ssl.trainer import PlateauMonitor, Trainer, eval_folder, help_text
 from dinocell.ssl.views import Views, make_views
-from dinocell.ssl.visualise import draw_features, draw_views
+from dinocell.ssl.visualise import draw_features, draw_reconstruction, draw_views
 
 OnlineEval = Callable[[VisionTransformer], Mapping[str, float]]
 """Evaluates a teacher during training and returns metrics; the command provides one."""
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 _TEACHER = "teacher_checkpoint.pth"
 
@@ -140,6 +145,7 @@ def pretrain(
                 run.note(line)
             if first:
                 run.note(f"resuming after step {first}")
+            plateau = PlateauMonitor(config)
             flop = flop_per_image(config, model) * config.batch_size / world.size
             throughput = Throughput(world.device, flop)
             batches = throughput.waiting(
@@ -161,7 +167,9 @@ def pretrain(
                 for line in feed.damaged:
                     run.note(f"replaced a damaged sample: {line}")
                 run.log(step, metrics | throughput.metrics() if is_log_step else {})
-                _evaluate(run, step, config, model, feed.views, online_eval)
+                if run.is_main and is_log_step and (advice := plateau.advice(step, metrics)):
+                    run.note(f"warning: {advice}")
+                _evaluate(run, step, config, model, feed, online_eval)
                 if step % config.export_every == 0 or step == config.steps:
                     _export(run, config, model, step, on_export)
                 stops = step < config.steps and stop.agreed()
@@ -180,66 +188,67 @@ class _Feed:
     def __init__(self, config: PretrainConfig, batches: Iterator[PlannedBatch], world: World) -> None:
         self._config, self._batches, self._device = config, batches, world.device
         self.damaged: list[str] = []
-        self.views: Views | None = None
+        self.last: tuple[Views, PatchMasks] | None = None
 
     def parts(self) -> Iterator[tuple[Views, PatchMasks]]:
         for _ in range(self._config.optim.accumulate):
             batch = next(self._batches)
             self.damaged += batch.tiles.damaged
-            self.views = make_views(batch.tiles, batch.plans, self._config.views, device=self._device)
-            yield self.views, batch.masks.to(self._device)
+            views = make_views(batch.tiles, batch.plans, self._config.views, device=self._device)
+            self.last = views, batch.masks.to(self._device)
+            yield self.last
 
 
 def _evaluate(
-    run: Run,
-    step: int,
-    config: PretrainConfig,
-    model: StudentTeacher,
-    views: Views | None,
-    online_eval: OnlineEval | None,
+    run: Run, step: int, config: PretrainConfig, model: StudentTeacher, feed: "_Feed", online_eval: OnlineEval | None
 ) -> None:
-    """Draw images and evaluate the teacher, if due; all ranks gather the teacher, the main one evaluates."""
+    """Draw images and evaluate the teacher, if due; all ranks gather the networks, the main one evaluates."""
     draws = step == 1 or step % config.image_every == 0
     every = config.online_eval.every if online_eval is not None else 0
     evaluates = every > 0 and (step % every == 0 or step == config.steps)
     if not (draws or evaluates):
         return
-    teacher = _whole_teacher(model, keep=run.is_main)
-    if teacher is None or views is None:
+    teacher = _whole_backbone(model.teacher, keep=run.is_main)
+    student = head = None
+    if draws and config.uses_reconstruction:
+        student, head = _whole_backbone(model.student, keep=run.is_main), _whole_head(model, keep=run.is_main)
+    if teacher is None or feed.last is None:
         return
-    with _eager(teacher):
-        if draws:
-            run.image(step, "views", draw_views(views))
-            for name, image in draw_features(teacher, views).items():
-                run.image(step, name, image)
-        if evaluates and online_eval is not None:
-            run.log(step, online_eval(teacher), always=True)
+    views, masks = feed.last
+    if draws:
+        run.image(step, "views", draw_views(views))
+        images = draw_features(teacher, views, initial_backbone(config).to(views.global_views.device))
+        if student is not None and head is not None:
+            normalised = config.losses.reconstruction.patch_normalised
+            images |= draw_reconstruction(student, head, views, masks, patch_normalised=normalised)
+        for name, image in images.items():
+            run.image(step, name, image)
+    if evaluates and online_eval is not None:
+        run.log(step, online_eval(teacher), always=True)
 
 
-@contextmanager
-def _eager(teacher: VisionTransformer) -> Iterator[None]:
-    """Compile nothing for the shapes of an evaluation, and use an attention kernel that accepts float32."""
-    kernel = teacher.kernel
-    teacher.set_kernel("sdpa")
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        teacher.set_kernel(kernel)
+def _whole_backbone(side: torch.nn.ModuleDict, *, keep: bool) -> VisionTransformer | None:
+    """Return `_whole` of a backbone: nothing is compiled, and its attention kernel accepts float32."""
+    backbone = backbone_of(side)
+    return _whole(backbone, lambda: VisionTransformer(backbone.config), keep=keep)
 
 
-def _whole_teacher(model: StudentTeacher, *, keep: bool) -> VisionTransformer | None:
-    """Return the teacher's backbone gathered from all ranks, on those that ``keep`` it; called by all ranks."""
-    backbone = backbone_of(model.teacher)
-    if not any(hasattr(parameter, "device_mesh") for parameter in backbone.parameters()):
-        return backbone
-    tensors = _gathered(backbone)
+def _whole_head(model: StudentTeacher, *, keep: bool) -> ReconstructionHead | None:
+    head = cast("ReconstructionHead", model.student["reconstruction_head"])
+    sizes = head.fc1.in_features, head.fc2.out_features
+    return _whole(head, lambda: ReconstructionHead(*sizes, hidden_dim=head.fc1.out_features), keep=keep)
+
+
+def _whole(module: torch.nn.Module, make: Callable[[], Module], *, keep: bool) -> Module | None:
+    """Return what ``make`` returns, with a module's parameters (shared, or gathered); called by all ranks."""
+    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
+    tensors = _gathered(module) if is_sharded else module.state_dict()
     if not keep:
         return None
     with torch.device("meta"):
-        whole = VisionTransformer(backbone.config)
+        whole = make()
     whole.load_state_dict(tensors, assign=True)
-    return whole.to(next(backbone.parameters()).device).eval().requires_grad_(False)
+    return whole.to(next(module.parameters()).device).eval().requires_grad_(False)
 
 
 def _gathered(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -253,7 +262,7 @@ def _export(
 ) -> None:
     """Write the teacher of a step; called by all ranks."""
     path = eval_folder(config.output, step) / _TEACHER
-    whole = _whole_teacher(model, keep=run.is_main)
+    whole = _whole_backbone(model.teacher, keep=run.is_main)
     heads = {name: _gathered(module) for name, module in model.teacher.items() if name != "backbone"}
     if whole is None or not run.is_main:
         return

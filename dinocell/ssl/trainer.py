@@ -5,10 +5,10 @@ device: reading them back is the caller's decision.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ from dinocell.runtime.optim import (
 from dinocell.runtime.schedules import value_at
 from dinocell.ssl.config import PretrainConfig
 from dinocell.ssl.heads import chunks_with_scratch, full_precision
-from dinocell.ssl.masking import PatchMasks
+from dinocell.ssl.masking import PatchMasks, mask_counts
 from dinocell.ssl.prepare import backbone_of
 from dinocell.ssl.student_teacher import Losses, StepOutput, StudentTeacher
 from dinocell.ssl.targets import Targets
@@ -231,6 +231,41 @@ def _measure(output: StepOutput) -> dict[str, Any]:
     return metrics | {f"cls/{name}": value for name, value in spread._asdict().items()}
 
 
+class PlateauMonitor:
+    """Notices a DINO or iBOT loss that stays near that of uniform targets and predictions.
+
+    Near is within 1 % of ln K of K prototypes, for iBOT times the share of masked crops; it is noticed after a fifth of
+    the run, at least 50 steps, once. Without a DINO loss nothing is.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self._config, self._patience = config, max(50.0, config.steps / 5)
+        group = (config.masking.samples_per_group or config.batch_size) * config.views.num_global
+        masked_share = len(mask_counts(group, math.prod(config.mask_grid), config.masking)) / group
+        shares = {"dino_global": 1.0, "ibot": masked_share if config.losses.ibot_weight > 0 else 0.0}
+        uniform = math.log(config.heads.num_prototypes)
+        self._plateaus = {f"loss/{name}": share * uniform for name, share in shares.items() if share > 0}
+        if not config.losses.dino_weight:
+            self._plateaus = {}
+        self._since: dict[str, int] = {}
+
+    def advice(self, step: int, metrics: Mapping[str, SupportsFloat]) -> str | None:
+        """Return what to change, if it is noticed at this logging step."""
+        for name, plateau in self._plateaus.items():
+            if not abs(float(metrics[name]) - plateau) <= 0.01 * plateau:  # nor is NaN near it
+                self._since.pop(name, None)
+            elif step - self._since.setdefault(name, step) >= self._patience:
+                since, self._plateaus = self._since[name], {}
+                return (
+                    f"{name} has been within 1 % of {plateau:.2f} since step {since}: the targets are still uniform. "
+                    "In runs of up to some thousand steps, change first schedules.teacher_momentum (lower: a half-life "
+                    "of 20 to 200 steps), losses.centring=sinkhorn, heads.num_prototypes="
+                    f"{2 * self._config.batch_size} (about twice the batch), smaller batches with more steps, "
+                    "optim.layer_decay=1; see docs/training.md"
+                )
+        return None
+
+
 class TargetUse(NamedTuple):
     """How the teacher's targets use the prototypes.
 
@@ -311,14 +346,20 @@ def help_text(config: PretrainConfig) -> str:
         ("`speed/tflops`, `speed/mfu`", "10^12 operations per second and device; their share of its peak, 0 to 1"),
         ("`memory/gb`, `memory/peak_gb`", "10^9 bytes; of the device, or of the process on a CPU"),
         ("`probe/*`", "of the teacher: channel consistency margin, retrieval, kNN accuracy; should rise above random"),
+        ("`probe/patch_r2`", "R2 of distance maps read from the teacher's patch tokens, 1 at most; should rise"),
     )
     images = (
         ("views", "one row per tile (of `stack`, per channel): global crops, then local ones; -2.5 to 2.5 std"),
         (
             "patch_pca",
-            "one column per tile: a global view and below it its patch features' first three principal components as "
-            "red, green, blue, then the same for the second view; one basis for all, so equal colours mean similar "
-            "features",
+            "one column per tile: a global view, below it the first three principal components of the teacher's patch "
+            "features as red, green, blue, and those of the network with which the run started; then the same for the "
+            "second view; one basis per network, so equal colours in its rows mean similar features",
+        ),
+        (
+            "reconstruction",
+            "one column per masked crop: the crop, what the student sees of it, the target with its predictions in "
+            "the masked patches, the target; -2.5 to 2.5 std",
         ),
         ("cls_attention", "one column per tile: a global view, and the attention of the CLS token, black 0, white max"),
     )

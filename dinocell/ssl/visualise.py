@@ -16,6 +16,9 @@ from dinocell.models.vit import VisionTransformer
 from dinocell.runtime.distributed import World
 from dinocell.ssl.config import PretrainConfig, ViewsConfig
 from dinocell.ssl.data import open_shards
+from dinocell.ssl.heads import ReconstructionHead
+from dinocell.ssl.losses import to_patches
+from dinocell.ssl.masking import PatchMasks
 from dinocell.ssl.view_plan import ViewPlan
 from dinocell.ssl.views import Views, make_views
 
@@ -40,28 +43,64 @@ def draw_views(views: Views) -> UInt8[np.ndarray, "h w"]:
 
 
 @torch.no_grad()
-def draw_features(teacher: VisionTransformer, views: Views) -> dict[str, UInt8[np.ndarray, "h w *rgb"]]:
+def draw_features(
+    teacher: VisionTransformer, views: Views, initial: VisionTransformer | None = None
+) -> dict[str, UInt8[np.ndarray, "h w *rgb"]]:
     """Draw the teacher's features of the first tiles, one column each.
 
     ``patch_pca``: the first two global views of each tile, and below each the first three principal components of its
-    patch features as colours; one basis for all, so equal colours mean similar features in every view and tile.
+    patch features as colours, then those of the network ``initial``; each network has one basis for all views and
+    tiles, so equal colours in its rows mean similar features.
     ``cls_attention``: the first view, and the attention of the CLS token in the last block, mean over heads, from 0
     (black) to the maximum (white).
     """
     shown = [view[:_SHOWN_TILES] for view in views.global_views[:2]]
-    patches = torch.stack([teacher(view).patches.float() for view in shown])
-    grid = teacher.grid(shown[0])
-    colours = principal_colours(patches.flatten(0, 2)).unflatten(0, patches.shape[:3])
-    size = shown[0].shape[-1]
+    grid, size = teacher.grid(shown[0]), shown[0].shape[-1]
+    colours = []
+    for network in (teacher,) if initial is None else (teacher, initial):
+        patches = torch.stack([network(view).patches.float() for view in shown])
+        colours.append(principal_colours(patches.flatten(0, 2)).unflatten(0, patches.shape[:3]))
     rows = []
-    for view, view_colours in zip(shown, colours, strict=True):
+    for index, view in enumerate(shown):
         rows.append(_row([np.repeat(to_grey(image[0])[..., None], 3, axis=2) for image in view]))
-        rows.append(_row([_enlarged((tile.unflatten(0, grid) * 255).byte(), size) for tile in view_colours]))
+        tiles = [(network[index].unflatten(1, grid) * 255).byte() for network in colours]
+        rows += [_row([_enlarged(tile, size) for tile in of_network]) for of_network in tiles]
     attention = teacher.cls_attention(shown[0]).float().mean(1)
     attention = attention / attention.amax((1, 2), keepdim=True).clamp_min(1e-12)
     images = _row([to_grey(image[0]) for image in shown[0]])
     attended = _row([_enlarged((tile * 255).byte(), size) for tile in attention])
     return {"patch_pca": np.concatenate(rows), "cls_attention": np.concatenate((images, attended))}
+
+
+@torch.no_grad()
+def draw_reconstruction(
+    student: VisionTransformer,
+    head: ReconstructionHead,
+    views: Views,
+    masks: PatchMasks,
+    *,
+    patch_normalised: bool = False,
+) -> dict[str, UInt8[np.ndarray, "h w"]]:
+    """Draw ``reconstruction``, the first masked crops, one column each; {} if no crop has a mask.
+
+    From top to bottom: the crop; without its masked patches (grey); the target with predictions in place of the masked
+    patches; the target. ``patch_normalised`` predictions get the mean and the standard deviation of the target.
+    """
+    shown = masks.masks.flatten(1).any(1).nonzero()[:_SHOWN_TILES, 0]
+    if not len(shown):
+        return {}
+    size, masked = student.config.patch_size, masks.masks[shown]
+    images = views.global_views.flatten(0, 1)[shown]
+    targets = images if views.target_views is None else views.target_views.flatten(0, 1)[shown]
+    patches = to_patches(targets.float(), size)
+    predicted = head(student(images, masked.flatten(1)).patches.flatten(0, 1)).float().view_as(patches)
+    if patch_normalised:
+        predicted = predicted * patches.std((2, 3), correction=0, keepdim=True) + patches.mean((2, 3), keepdim=True)
+    merged = torch.where(masked.flatten()[:, None, None], predicted[:, 0], patches[:, 0])
+    merged = merged.unflatten(0, masked.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    is_masked = masked.repeat_interleave(size, 1).repeat_interleave(size, 2)
+    rows = (images[:, 0], images[:, 0].masked_fill(is_masked, 0), merged, targets[:, 0])
+    return {"reconstruction": np.concatenate([_row([to_grey(plane) for plane in row]) for row in rows])}
 
 
 def principal_colours(features: Float[Tensor, "n d"]) -> Float[Tensor, "n 3"]:

@@ -1,4 +1,4 @@
-"""Probes of the teacher during training: channel consistency, and kNN on labelled images."""
+"""Probes of the teacher during training: channel consistency, kNN, and the patch probe on labelled images."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -14,6 +14,8 @@ from dinocell.eval.probes.consistency import channel_consistency
 from dinocell.eval.probes.features import FeatureSettings, feature_rows
 from dinocell.eval.probes.image_sets import ProbeImage, ShardImages, labels_of
 from dinocell.eval.probes.knn import knn_scores
+from dinocell.eval.probes.patch import labelled_r2
+from dinocell.labelled.dataset import open_labelled
 from dinocell.models.vit import VisionTransformer
 
 
@@ -21,7 +23,7 @@ class OnlineProbe:
     """Evaluate a teacher on shard sets; call the object with the teacher.
 
     Tiles that lack a channel of their set are skipped. Before training starts, a DinocellError if a set is missing, has
-    no such label, fewer samples than neighbours, or no tile with all of its channels.
+    no such label, fewer samples than neighbours, too few images, or no tile with all of its channels.
 
     Parameters
     ----------
@@ -31,6 +33,9 @@ class OnlineProbe:
     knn_train, knn_test, label
         Labelled sets: samples of the second are classified by the ``neighbours`` nearest of the first, by ``label``.
         For a model of one channel, the feature of a sample is the mean over its channels.
+    patch_set, patch_labelled
+        Labelled set of the patch probe, for a model of one channel, and its number of images for the fit; the others
+        are the test images.
     crop_size
         Size of the central crop of a tile, in pixels; smaller tiles are padded.
     in_channels
@@ -50,6 +55,8 @@ class OnlineProbe:
         knn_test: str | None = None,
         label: str | None = None,
         neighbours: int = 10,
+        patch_set: Path | None = None,
+        patch_labelled: int = 4,
         cache: str | Path | None = None,
         cache_gb: float = 50.0,
     ) -> None:
@@ -67,6 +74,13 @@ class OnlineProbe:
             got = f"{neighbours}, but {knn_train} has {len(train)} samples"
             require(neighbours <= len(train), f"online_eval.neighbours: {got}")
             self._knn = (train, test, label)
+        self._patch_set, self._patch_labelled = None if patch_set is None else open_labelled(patch_set), patch_labelled
+        num_images = len(self._patch_set or ())
+        require(
+            self._patch_set is None or num_images > patch_labelled,
+            f"online_eval.patch_labelled: expected fewer than the {num_images} images of {patch_set}, got "
+            f"{patch_labelled}; the others are the test images",
+        )
 
     def __call__(self, teacher: VisionTransformer) -> Mapping[str, float]:
         """Return the metrics: ``probe/consistency_margin``, ``probe/retrieval``, ``probe/knn_accuracy``, ..."""
@@ -83,6 +97,9 @@ class OnlineProbe:
                 metrics["probe/retrieval"] = consistency.retrieval
         if self._knn is not None:
             metrics["probe/knn_accuracy"] = self._accuracy(teacher, settings)
+        if self._patch_set is not None:
+            fit, test = range(self._patch_labelled), range(self._patch_labelled, len(self._patch_set))
+            metrics["probe/patch_r2"] = labelled_r2(teacher, self._patch_set.__getitem__, fit, test)
         return metrics
 
     def _accuracy(self, teacher: VisionTransformer, settings: FeatureSettings) -> float:

@@ -4,13 +4,17 @@ Patch tokens are what a segmenter's decoder reads, and the distance map is what 
 linear readout, fitted on a few labelled images, says cheaply whether features help a segmenter; it needs no training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dinocell.images.image import as_image
+from dinocell.labelled.dataset import LabelledImage
+from dinocell.labelled.distance import labels_to_distance
 from dinocell.models.vit import VisionTransformer
 
 
@@ -91,8 +95,8 @@ def patch_targets(distance: Float[Tensor, "h w"], *, patch_size: int, crop_px: i
 def probe_r2(
     features_of: Callable[[int], Float[Tensor, "n d"]],
     targets_of: Callable[[int], Float[Tensor, " n"]],
-    labelled: list[int],
-    unseen: list[int],
+    labelled: Sequence[int],
+    unseen: Sequence[int],
     *,
     penalty: float = 1e-3,
 ) -> float:
@@ -110,3 +114,34 @@ def probe_r2(
     )
     predicted = torch.cat([readout(features_of(number)) for number in unseen])
     return r2(predicted, torch.cat([targets_of(number) for number in unseen]))
+
+
+def labelled_r2(
+    backbone: VisionTransformer,
+    image_of: Callable[[int], LabelledImage],
+    labelled: Sequence[int],
+    unseen: Sequence[int],
+    *,
+    penalty: float = 0.01,
+) -> float:
+    """Return `probe_r2` of a backbone of one channel, on images (by number) that are standardised one by one.
+
+    Crops have 64 px, less for smaller images, rounded down to whole patches.
+    """
+    patch_size, device = backbone.config.patch_size, next(backbone.parameters()).device
+
+    def crop_px(image: LabelledImage) -> int:
+        return int(min(64, *image.labels.shape)) // patch_size * patch_size
+
+    def features_of(number: int) -> Float[Tensor, "n d"]:
+        image = image_of(number)
+        plane = torch.from_numpy(as_image(np.asarray(image.pixels)).plane().astype(np.float32)).to(device)
+        plane = (plane - plane.mean()) / plane.std().clamp_min(1e-6)
+        return patch_features(backbone, plane, crop_px=crop_px(image)).cpu()
+
+    def targets_of(number: int) -> Float[Tensor, " n"]:
+        image = image_of(number)
+        distance = labels_to_distance(np.asarray(image.labels)) if image.distance is None else image.distance
+        return patch_targets(torch.from_numpy(np.array(distance)), patch_size=patch_size, crop_px=crop_px(image))
+
+    return probe_r2(features_of, targets_of, labelled, unseen, penalty=penalty)
