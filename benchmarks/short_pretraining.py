@@ -41,7 +41,7 @@ from dinocell.configs.load import find_recipe, load_config
 from dinocell.data_shards.build import build
 from dinocell.data_shards.shard import ShardSettings, TileSettings
 from dinocell.data_shards.sources.files import ImagesSource
-from dinocell.demo.synthetic.textures import SHEET_PX, blurred, sheets, smooth_noise
+from dinocell.demo.synthetic.cells import SHEET_PX, blurred, sheets, smooth_noise
 from dinocell.eval.probes.knn import knn_scores
 from dinocell.images.write import write_tiff
 from dinocell.models.vit import VisionTransformer

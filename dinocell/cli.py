@@ -85,14 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: Sequence[str], with_recipe: bool) -> None:
-    """Validate a command line without running it: its arguments and, if the flag is true, its recipe and settings.
+    """Validate the arguments of a command without running it, ``with_recipe`` also its recipe and settings.
 
-    Raises
-    ------
-    ConfigError
-        If the recipe does not exist or a setting is invalid.
-    SystemExit
-        If the arguments are not a valid command.
+    Raises SystemExit if the arguments are not valid, ConfigError if the recipe or a setting is not.
     """
     options = build_parser().parse_args(arguments)
     configure = vars(options).get("configure")

@@ -166,10 +166,7 @@ def prepare_own(data: Path, folder: Path, *, workers: int) -> DemoData:
     Images are in ``data/images`` with masks of the same stem in ``data/masks``, or, without masks, in ``data`` itself.
     Each file is a field with one or several channels.
 
-    Raises
-    ------
-    DinocellError
-        If there are fewer than two images, or two images or masks with the same stem.
+    Raises DinocellError if there are fewer than two images, or two images or masks with the same stem.
     """
     images = data / "images" if (data / "images").is_dir() else data
     files = _by_stem(images)
@@ -242,11 +239,6 @@ def _build_labelled(pairs: list[Pair], output: Path, source: str) -> Path:
     return output
 
 
-# --- configuration --------------------------------------------------------------------------------------------------
-#
-# The configuration of the demo.
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Settings of the demo.
@@ -270,8 +262,8 @@ class DemoConfig:
     data: Path | None = None
     weights: str | None = None
     seed: int = 0
-    pretrain_steps: int = 1200
-    finetune_epochs: int = 60
+    pretrain_steps: int = 1000
+    finetune_epochs: int = 30
     counts: FieldCounts = field(default_factory=FieldCounts)
     field: SyntheticConfig = field(
         default_factory=lambda: SyntheticConfig(

@@ -11,26 +11,11 @@ from skimage.segmentation import watershed
 def otsu_baseline(
     image: Shaped[np.ndarray, "h w"], *, smoothing_px: float = 1.0, min_distance_px: int = 7
 ) -> Int32[np.ndarray, "h w"]:
-    """Segment bright cells on a dark background by a global threshold and a watershed that separates touching cells.
+    """Segment bright cells of one channel by Otsu's threshold and a watershed; labels from 1, 0 is background.
 
-    Parameters
-    ----------
-    image
-        One channel, any range of finite values.
-    smoothing_px
-        Standard deviation of the Gaussian blur of the image before the threshold, and of the distance transform before
-        seeds are detected: without it, noise and rough outlines would over-segment cells and weaken the baseline.
-    min_distance_px
-        Minimum distance between two seeds of one object.
-
-    Returns
-    -------
-    Labels from 1, background 0. A constant image has no cells.
-
-    Raises
-    ------
-    ValueError
-        If a value is not finite.
+    ``smoothing_px`` is the standard deviation of the blur of the image and of the distance transform (without it, noise
+    over-segments cells and weakens the baseline), ``min_distance_px`` the minimum distance of two seeds of one object.
+    A constant image has no cells. Raises ValueError if a value is not finite.
     """
     if not np.isfinite(image).all():
         raise ValueError("expected an image of finite values, got NaN or infinity: replace them first")

@@ -1,9 +1,11 @@
 """The stages of the demo; an interrupted demo resumes after the last complete stage."""
 
 import os
-import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +35,11 @@ from dinocell.labelled.dataset import open_labelled
 from dinocell.models.config import VARIANTS, variant_of
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import Weights, load_backbone, save_weights
+from dinocell.runtime.distributed import World
 from dinocell.runtime.files import write_atomically
 from dinocell.runtime.progress import start_progress
 from dinocell.ssl.config import PretrainConfig
+from dinocell.ssl.prepare import backbone_of, build_model
 from dinocell.ssl.train import pretrain
 
 # Number of nearest neighbours for the class of a field.
@@ -49,10 +53,8 @@ _PRETRAINED, _RANDOM, _OTSU = "pretrained", "random", "otsu"
 def run_demo(config: DemoConfig) -> str:
     """Run the demo and return a summary that ends with the path of its report.
 
-    Raises
-    ------
-    ConfigError
-        If the output folder contains a demo with other settings or other files, or the folder of images does not exist.
+    Raises ConfigError if the output folder contains a demo with other settings or other files, or the folder of images
+    does not exist.
     """
     start, console = time.monotonic(), Console()
     size = None if config.weights is None else _size_of(config.weights)
@@ -61,25 +63,27 @@ def run_demo(config: DemoConfig) -> str:
 
     console.print("[1/5] generating images, shards and labelled sets", highlight=False)
     data = _prepare(config, console)
+    random_weights = output / "random_weights.pth"
+    if not random_weights.exists():
+        save_weights(random_weights, Weights.of(_random_backbone(config, data)))
+
+    def settings(weights: str, folder: str) -> list[str]:
+        return _finetune_settings(config, data, weights, output / folder, size)
+
+    random_run = settings(str(random_weights), "finetune_random")
     console.print("[2/5] pretraining", highlight=False)
-    teacher = config.weights or str(_pretrain(config, data))
-    console.print("[3/5] evaluating features against random weights", highlight=False)
-    backbone = load_backbone(teacher, patch_size=8, in_channels=1)
-    backbones = {_PRETRAINED: backbone, _RANDOM: _random(config, backbone)}
-    features = {name: _probe(network, data) for name, network in backbones.items()}
+    with _finetuning_beside(random_run, output / "finetune_random.log") if data.train else nullcontext():
+        teacher = config.weights or str(_pretrain(config, data))
+        console.print("[3/5] evaluating features against random weights", highlight=False)
+        sources = {_PRETRAINED: teacher, _RANDOM: str(random_weights)}
+        backbones = {name: load_backbone(source, patch_size=8, in_channels=1) for name, source in sources.items()}
+        features = {name: _probe(network, data) for name, network in backbones.items()}
     results: list[Result] = []
     if data.train is None:
         console.print("[4/5] no masks: no segmenter is trained", highlight=False)
     else:
         console.print("[4/5] fine-tuning a segmenter on each backbone", highlight=False)
-        random_weights = output / "random_weights.pth"
-        if not random_weights.exists():
-            save_weights(random_weights, Weights.of(backbones[_RANDOM]))
-        sources = {_PRETRAINED: (teacher, "finetune"), _RANDOM: (str(random_weights), "finetune_random")}
-        models = {
-            name: _finetune(config, data.train, source, output / folder, size)
-            for name, (source, folder) in sources.items()
-        }
+        models = {_PRETRAINED: _finetune(settings(teacher, "finetune")), _RANDOM: _finetune(random_run)}
         console.print("[5/5] segmenting held-out images", highlight=False)
         results = _segment(models, data)
     summary = Summary(features, _scores(results), (time.monotonic() - start) / 60)
@@ -139,25 +143,54 @@ def _generate(config: DemoConfig, console: Console, workers: int) -> None:
 
 
 def _pretrain(config: DemoConfig, data: DemoData) -> Path:
-    output = config.output / "pretrain"
-    checkpoint = output / "eval" / f"training_{config.pretrain_steps}" / "teacher_checkpoint.pth"
+    checkpoint = config.output / "pretrain" / "eval" / f"training_{config.pretrain_steps}" / "teacher_checkpoint.pth"
     if checkpoint.exists():
         return checkpoint
-    shutil.rmtree(output, ignore_errors=True)  # an interrupted pretraining takes seconds to repeat
+    return pretrain(_pretrain_recipe(config, data))
+
+
+def _pretrain_recipe(config: DemoConfig, data: DemoData) -> PretrainConfig:
     policy = "consistency" if len(data.channels) > 1 else "average"
-    overrides = [text_override("output", output), text_override("data.shards", data.shards)]
+    overrides = [text_override("output", config.output / "pretrain"), text_override("data.shards", data.shards)]
     overrides += [f"steps={config.pretrain_steps}", f"seed={config.seed}", f"views.policy={policy}"]
-    return pretrain(load_config(PretrainConfig, find_recipe("pretrain", "demo"), overrides))
+    return load_config(PretrainConfig, find_recipe("pretrain", "demo"), overrides)
 
 
-def _finetune(config: DemoConfig, train: Path, weights: str, output: Path, size: str | None) -> DINOCell:
-    overrides = [text_override("output", output), text_override("data.sets", [train])]
-    overrides += [text_override("model.weights", weights)]
-    overrides += [f"epochs={config.finetune_epochs}", f"seed={config.seed}"]
-    if size is not None:
-        overrides.append(f"model.size={size}")
-    recipe = load_config(FinetuneConfig, find_recipe("finetune", "demo"), overrides)
+def _finetune_settings(config: DemoConfig, data: DemoData, weights: str, output: Path, size: str | None) -> list[str]:
+    """Return the overrides of the recipe ``demo`` for a fine-tuning on these weights."""
+    settings = [text_override("output", output), text_override("data.sets", [str(data.train)])]
+    settings += [text_override("model.weights", weights), f"epochs={config.finetune_epochs}", f"seed={config.seed}"]
+    return settings if size is None else [*settings, f"model.size={size}"]
+
+
+def _finetune(settings: Sequence[str]) -> DINOCell:
+    recipe = load_config(FinetuneConfig, find_recipe("finetune", "demo"), settings)
     return DINOCell.from_pretrained(finetune(recipe, score=score_segmenter))
+
+
+@contextmanager
+def _finetuning_beside(settings: Sequence[str], log: Path) -> Iterator[None]:
+    """Fine-tune in a process of its own while the block runs: a network as small as the demo's uses one core.
+
+    The block's end waits for it. Its errors are in the log; `_finetune` with the same settings continues and reports.
+    """
+    threads = torch.get_num_threads()
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dinocell", "finetune", "demo", *settings],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.wait()
+        torch.set_num_threads(threads)
 
 
 def _size_of(source: str) -> str:
@@ -170,9 +203,11 @@ def _size_of(source: str) -> str:
     return size
 
 
-def _random(config: DemoConfig, like: VisionTransformer) -> VisionTransformer:
-    """Return a backbone with random weights; LayerScale begins at 1, as in the recipe of the demo."""
-    vit = VisionTransformer(like.config)
+def _random_backbone(config: DemoConfig, data: DemoData) -> VisionTransformer:
+    """Return the network with which the pretraining starts, or one like the given weights."""
+    if config.weights is None:
+        return backbone_of(build_model(_pretrain_recipe(config, data), World()).student).eval()
+    vit = VisionTransformer(load_backbone(config.weights, patch_size=8, in_channels=1).config)
     vit.init_weights(layer_scale=1.0, generator=torch.Generator().manual_seed(config.seed))
     return vit.eval()
 

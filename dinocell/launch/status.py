@@ -20,10 +20,7 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_ME
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """A job: its ID, SLURM's state (``UNKNOWN`` if SLURM no longer lists it), nodes and restarts.
-
-    ``reason`` is SLURM's reason why it is pending.
-    """
+    """A job: its ID, SLURM's state (``UNKNOWN`` if SLURM no longer lists it), why it is pending, nodes and restarts."""
 
     job: str
     state: str

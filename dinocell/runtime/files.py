@@ -48,10 +48,7 @@ def folder_lock(folder: Path, *, wait: bool) -> Iterator[bool]:
     warning; Windows) count as locked. The system releases the lock when the process ends, also by kill -9; no lock
     file is left in the folder.
 
-    Raises
-    ------
-    OSError
-        If the folder cannot be opened.
+    Raises OSError if the folder cannot be opened.
     """
     if sys.platform == "win32":
         yield True

@@ -78,10 +78,7 @@ class Freeze:
 def value_at(schedule: Schedule, step: int, num_steps: int) -> float:
     """Return the value of a step from 0 to ``num_steps - 1``, where ``num_steps`` is the length of the run.
 
-    Raises
-    ------
-    ConfigError
-        If ``hold`` and ``warmup`` do not fit into the run.
+    Raises ConfigError if ``hold`` and ``warmup`` do not fit into the run.
     """
     assert 0 <= step < num_steps, f"step {step} of {num_steps}"
     hold, warmup = num_steps_of(schedule.hold, num_steps), num_steps_of(schedule.warmup, num_steps)

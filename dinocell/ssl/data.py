@@ -54,10 +54,8 @@ class PlannedStream(IterableDataset[PlannedBatch]):
 def open_shards(config: PretrainConfig, world: World, *, position: int = 0) -> PlannedStream:
     """Open the training shards as this rank's stream; a batch is one accumulated part of the rank's share of a step.
 
-    Raises
-    ------
-    DinocellError
-        If a set is missing or damaged, lacks the channels that the views need, or the ranks do not divide the batch.
+    Raises DinocellError if a set is missing or damaged, lacks the channels that the views need, or the ranks do not
+    divide the batch.
     """
     data, parts = config.data, world.size * config.optim.accumulate
     if config.batch_size % parts:

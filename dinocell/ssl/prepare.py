@@ -41,11 +41,8 @@ def build_model(config: PretrainConfig, world: World) -> StudentTeacher:
 
     Every rank first builds the same model in main memory, so random weights do not depend on the number of ranks.
 
-    Raises
-    ------
-    DinocellError
-        If weights cannot be read or do not fit, or the attention kernel is not installed or not supported on the
-        device.
+    Raises DinocellError if weights cannot be read or do not fit, or the attention kernel is not installed or not
+    supported on the device.
     """
     compute, device = config.compute, world.device
     if compute.attention == "varlen" and not (device.type == "cuda" and uses_bfloat16(compute.dtype, device)):
@@ -154,10 +151,7 @@ def initial_backbone(config: PretrainConfig) -> VisionTransformer:
 def check_memory(config: PretrainConfig, world: World) -> None:
     """Refuse a run whose step clearly needs more memory than a device has left; called by all ranks.
 
-    Raises
-    ------
-    ConfigError
-        If so; it names the settings that reduce memory.
+    Raises ConfigError if so; it names the settings that reduce memory.
     """
     available = available_bytes(world.device)
     share = torch.inf if available is None else float(available)

@@ -133,10 +133,7 @@ def preview_views(config: PretrainConfig, output: Path, *, num_samples: int = 8)
     The caption of each crop is its channel, or ``mean``; for the policy ``stack`` channels are below each other. From
     -2.5 standard deviations (black) to 2.5 (white).
 
-    Raises
-    ------
-    DinocellError
-        If the shards do not fit the recipe, or the image cannot be written.
+    Raises DinocellError if the shards do not fit the recipe, or the image cannot be written.
     """
     stream = open_shards(config, World())
     rows: list[UInt8[np.ndarray, "h w"]] = []

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int, Int32, UInt8, UInt16
 
-from dinocell.demo.synthetic.cells import Canvas, grow, settle
+from dinocell.demo.synthetic.cells import Canvas, blurred, grow, settle
 from dinocell.demo.synthetic.config import CELL_LINES, CELL_SHAPES, CELL_TYPES, SyntheticConfig
-from dinocell.demo.synthetic.textures import blurred
 
 __all__ = ["CELL_LINES", "CELL_SHAPES", "CELL_TYPES", "STAINS", "SyntheticConfig", "SyntheticField", "make_field"]
 

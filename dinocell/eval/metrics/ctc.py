@@ -99,11 +99,8 @@ def ctc_score(reference: LabelImage | Sequence[LabelImage], prediction: LabelIma
 
     0 is background, every other id one cell; the ids of the two sides need not agree. An id in two places is one cell.
 
-    Raises
-    ------
-    ValueError
-        If a frame is not two-dimensional, is not of an integer type, or has negative ids; if sizes or numbers of
-        frames differ.
+    Raises ValueError if a frame is not two-dimensional, is not of an integer type, or has negative ids; if sizes or
+    numbers of frames differ.
     """
     return ctc_score_from(contingency_tables(reference, prediction))
 

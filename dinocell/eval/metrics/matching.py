@@ -102,11 +102,8 @@ def matching_score(
 ) -> MatchingScore:
     """Score one label image, or a list of frames (pooled), at each of the IoU thresholds.
 
-    Raises
-    ------
-    ValueError
-        If a threshold is not in [0.5, 1]; if a frame is not two-dimensional, is not of an integer type, or has negative
-        ids; if sizes or numbers of frames differ.
+    Raises ValueError if a threshold is not in [0.5, 1]; if a frame is not two-dimensional, is not of an integer type,
+    or has negative ids; if sizes or numbers of frames differ.
     """
     return matching_score_from(contingency_tables(reference, prediction), thresholds=thresholds)
 

@@ -5,28 +5,20 @@ linear readout, fitted on a few labelled images, says cheaply whether features h
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dinocell.errors import require
 from dinocell.images.image import as_image
 from dinocell.labelled.dataset import LabelledImage
 from dinocell.labelled.distance import labels_to_distance
 from dinocell.models.vit import VisionTransformer
 
-
-class Readout(NamedTuple):
-    """A linear map of features to one number."""
-
-    weight: Float[Tensor, " d"]
-    bias: Float[Tensor, ""]
-
-    def __call__(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Return the predictions, in float64."""
-        return features.double() @ self.weight + self.bias
+Readout = Callable[[Float[Tensor, "n d"]], Float[Tensor, " n"]]
+"""A linear map of features to one number each, in float64."""
 
 
 def fit_ridge(features: Float[Tensor, "n d"], targets: Float[Tensor, " n"], *, penalty: float = 1e-3) -> Readout:
@@ -36,10 +28,8 @@ def fit_ridge(features: Float[Tensor, "n d"], targets: Float[Tensor, " n"], *, p
     by their standard deviation: neither the scale of the features nor the number of rows changes what the penalty does.
     A ValueError if there are no rows, or the penalty is not positive.
     """
-    if not len(features):
-        raise ValueError("expected features and targets, got no rows")
-    if not penalty > 0:
-        raise ValueError(f"penalty: expected more than 0, got {penalty}")
+    require(len(features), "expected features and targets, got no rows")
+    require(penalty > 0, f"penalty: expected more than 0, got {penalty}")
     rows, expected = features.double(), targets.double()
     mean, mean_target = rows.mean(0), expected.mean()
     std = rows.std(0, correction=0).clamp_min(1e-12)
@@ -47,7 +37,7 @@ def fit_ridge(features: Float[Tensor, "n d"], targets: Float[Tensor, " n"], *, p
     gram = scaled.T @ scaled / len(rows)
     gram.diagonal().add_(penalty)
     weight = torch.linalg.solve(gram, scaled.T @ (expected - mean_target) / len(rows)) / std
-    return Readout(weight, mean_target - mean @ weight)
+    return lambda features: (features.double() - mean) @ weight + mean_target
 
 
 def r2(predicted: Float[Tensor, " n"], targets: Float[Tensor, " n"]) -> float:
@@ -76,13 +66,7 @@ def cut_crops(image: Float[Tensor, "h w"], size: int) -> Float[Tensor, "n s s"]:
 def patch_features(
     backbone: VisionTransformer, image: Float[Tensor, "h w"], *, crop_px: int = 64, batch_size: int = 64
 ) -> Float[Tensor, "n d"]:
-    """Return the patch tokens of an image's crops, crop after crop, patches row by row.
-
-    Parameters
-    ----------
-    image
-        Standardised, of the model's one channel.
-    """
+    """Return the patch tokens of a standardised image's crops, crop after crop, patches row by row."""
     crops = cut_crops(image, crop_px)[:, None]
     return torch.cat([backbone(batch).patches.flatten(0, 1) for batch in crops.split(batch_size)])
 
@@ -102,10 +86,7 @@ def probe_r2(
 ) -> float:
     """Fit a readout on the labelled images and return its R2 over all patches of the unseen ones.
 
-    Parameters
-    ----------
-    features_of, targets_of
-        Features and targets of an image by its number.
+    ``features_of`` and ``targets_of`` return the features and targets of an image by its number.
     """
     readout = fit_ridge(
         torch.cat([features_of(number) for number in labelled]),
