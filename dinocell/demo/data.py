@@ -263,7 +263,7 @@ class DemoConfig:
     weights: str | None = None
     seed: int = 0
     pretrain_steps: int = 1000
-    finetune_epochs: int = 30
+    finetune_epochs: int = 26
     counts: FieldCounts = field(default_factory=FieldCounts)
     field: SyntheticConfig = field(
         default_factory=lambda: SyntheticConfig(
