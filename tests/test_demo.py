@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_the_page_holds_everything_itself(demo: tuple[Path, str]) -> None:
     assert page.count("<img") == 1 + 1 + 2 + 2 * 4
     assert all(source.startswith("data:image/png;base64,") for source in page.split('<img src="')[1:])
     assert "OP_CSB: the mean of both" in page
-    assert "http" not in page.replace("http-equiv", "")
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
 
 
 @pytest.mark.slow

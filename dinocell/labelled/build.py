@@ -281,7 +281,7 @@ class _SizeWriter:
 
 
 class _GrowingArray:
-    """A .npy file whose first axis grows: NumPy leaves room for its length in the header, which is written last.
+    """A .npy file whose first axis grows: NumPy leaves space for its length in the header, which is written last.
 
     The file is open only during writes: a set may have more sizes than a process may have open files.
     """
