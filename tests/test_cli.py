@@ -122,6 +122,7 @@ def test_info_describes_a_checkpoint(tmp_path: Path) -> None:
     assert described["parameters"].startswith("21,")
 
 
+@pytest.mark.slow
 def test_info_prints_a_table_and_accepts_a_closed_pipe(checkpoint: Path) -> None:
     assert "rotary, base 100" in dinocell("info", checkpoint).stdout
     line = f"{sys.executable} -m dinocell info {checkpoint} | head -1"

@@ -152,6 +152,7 @@ def test_images_fixed_before_the_first_checkpoint_are_read_again(
     assert finetune(folder, "--strict", *short) == 0, "a run with a checkpoint does not need the image files"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["distance", "flows"])
 @pytest.mark.parametrize("size", [(20, 24), (40, 150), (16, 70)])
 def test_images_smaller_than_a_crop_are_trained_on_validated_and_scored(

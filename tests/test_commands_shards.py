@@ -207,6 +207,7 @@ def test_every_file_becomes_a_sample_or_is_rejected_with_a_reason(tmp_path: Path
     assert main(["shards", "verify", str(tmp_path / "set")]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_sigint")
 def test_ctrl_c_stops_at_once_and_the_next_run_resumes(folder: Path, tmp_path: Path) -> None:
     for number in range(10, 200):

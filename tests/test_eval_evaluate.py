@@ -248,6 +248,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return DINOCell("vitt16", pretrained=False).save_pretrained(path, dtype=torch.float16)
 
 
+@pytest.mark.slow
 def test_command_scores_a_model_and_stores_the_thresholds_found(
     tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

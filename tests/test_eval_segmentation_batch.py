@@ -79,6 +79,7 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_images_segmented_together_give_the_results_of_each_by_itself(
     images: Path, segmenter: str, tmp_path: Path
 ) -> None:

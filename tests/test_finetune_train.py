@@ -136,6 +136,7 @@ def test_a_segmenter_of_the_other_target_is_refused(tmp_path: Path, labelled_fol
         finetune(recipe(labelled_folder, tmp_path / "run", "target=flows", f"model.segmenter={path}"))
 
 
+@pytest.mark.slow
 def test_a_model_of_flows_overfits_two_images(tmp_path: Path) -> None:
     config = SyntheticConfig(size=(48, 48), channels=("AGP",), num_cells=(4, 6), cell_radius_px=10.0)
     for kind in ("images", "masks"):

@@ -96,6 +96,7 @@ def test_a_run_writes_metrics_images_and_teachers(shard_set: Path, tmp_path: Pat
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_recipe_gives_the_same_run_whatever_the_workers(shard_set: Path, tmp_path: Path) -> None:
     pretrain(config_of(shard_set, tmp_path / "one"))
     pretrain(config_of(shard_set, tmp_path / "two", compute=ComputeConfig(workers=2)))
@@ -384,6 +385,7 @@ def test_an_interrupted_run_resumes_to_the_same_losses_bit_for_bit(
     assert teacher.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_after_a_crash_the_steps_since_the_last_checkpoint_are_repeated(
     shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

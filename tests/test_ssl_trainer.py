@@ -165,6 +165,7 @@ def test_without_a_dino_loss_no_plateau_is_noticed() -> None:
     assert advices(monitor, [math.log(64)] * 50, ibot=0.5 * math.log(64)) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_says_what_to_change(
     shard_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
