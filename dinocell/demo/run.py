@@ -35,11 +35,10 @@ from dinocell.labelled.dataset import open_labelled
 from dinocell.models.config import VARIANTS, variant_of
 from dinocell.models.vit import VisionTransformer
 from dinocell.models.weights import Weights, load_backbone, save_weights
-from dinocell.runtime.distributed import World
 from dinocell.runtime.files import write_atomically
 from dinocell.runtime.progress import start_progress
 from dinocell.ssl.config import PretrainConfig
-from dinocell.ssl.prepare import backbone_of, build_model
+from dinocell.ssl.prepare import initial_backbone
 from dinocell.ssl.train import pretrain
 
 # Number of nearest neighbours for the class of a field.
@@ -206,7 +205,7 @@ def _size_of(source: str) -> str:
 def _random_backbone(config: DemoConfig, data: DemoData) -> VisionTransformer:
     """Return the network with which the pretraining starts, or one like the given weights."""
     if config.weights is None:
-        return backbone_of(build_model(_pretrain_recipe(config, data), World()).student).eval()
+        return initial_backbone(_pretrain_recipe(config, data))
     vit = VisionTransformer(load_backbone(config.weights, patch_size=8, in_channels=1).config)
     vit.init_weights(layer_scale=1.0, generator=torch.Generator().manual_seed(config.seed))
     return vit.eval()
@@ -257,10 +256,11 @@ def _segment(models: Mapping[str, DINOCell], data: DemoData) -> list[Result]:
     results = []
     assert data.unseen is not None
     unseen = open_labelled(data.unseen)
+    smoothing_px, min_distance_px = (1.0, 7) if data.class_shards is None else (2.0, 12)  # generated cells are large
     for image in (unseen[index] for index in range(len(unseen))):
         plane = as_image(np.asarray(image.pixels)).plane()
         labels = {name: pipeline.cells(pipeline.distance(plane)) for name, pipeline in pipelines.items()}
-        labels[_OTSU] = otsu_baseline(plane, smoothing_px=2.0, min_distance_px=12)
+        labels[_OTSU] = otsu_baseline(plane, smoothing_px=smoothing_px, min_distance_px=min_distance_px)
         results.append(Result(image.name, plane, np.ascontiguousarray(image.labels, dtype=np.int32), labels))
     return results
 
